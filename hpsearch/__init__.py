@@ -1,0 +1,80 @@
+"""Hyperparameter search for PyTorch image classifiers.
+
+The package, to be read downwards; a file imports only from lines below its own:
+
+    cli                                   the verbs; prints, exits
+    console                               live table and text rendering
+    pool                                  N workers on this machine under one supervisor
+    worker | retrain                      one worker; the best trial to a bundle
+    study                                 the studies in a storage: created, resumed, summarized
+    objective | storage | bundle          trial to value; safe RDBStorage; what a user takes away
+    definition | evaluation | training    the study file; figures; the training loop
+    space | network | data | images | budget
+    errors
+
+    >>> definition = hpsearch.load_definition("studies/digits.toml")
+    >>> study = optuna.create_study(direction="maximize")
+    >>> study.optimize(hpsearch.Objective(definition), n_trials=3)
+
+    >>> hpsearch.load("dist/mnist-mlp").predict_proba(images)
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hpsearch.bundle import Classifier, load
+    from hpsearch.data import ImageData, load_data, load_test
+    from hpsearch.definition import StudyDefinition, load_definition
+    from hpsearch.errors import HpsearchError
+    from hpsearch.network import build_network
+    from hpsearch.objective import Objective, PruningCallback
+    from hpsearch.space import Hyperparameters, suggest
+    from hpsearch.storage import open_storage
+    from hpsearch.study import open_study
+    from hpsearch.training import train
+
+_HOMES = {
+    "Classifier": "bundle",
+    "HpsearchError": "errors",
+    "Hyperparameters": "space",
+    "ImageData": "data",
+    "Objective": "objective",
+    "PruningCallback": "objective",
+    "StudyDefinition": "definition",
+    "build_network": "network",
+    "load": "bundle",
+    "load_data": "data",
+    "load_definition": "definition",
+    "load_test": "data",
+    "open_storage": "storage",
+    "open_study": "study",
+    "suggest": "space",
+    "train": "training",
+}
+
+__all__ = [
+    "Classifier",
+    "HpsearchError",
+    "Hyperparameters",
+    "ImageData",
+    "Objective",
+    "PruningCallback",
+    "StudyDefinition",
+    "build_network",
+    "load",
+    "load_data",
+    "load_definition",
+    "load_test",
+    "open_storage",
+    "open_study",
+    "suggest",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name at its first use, so that `import hpsearch` does not wait for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'hpsearch' has no attribute '{name}'")
+    return getattr(import_module(f"hpsearch.{_HOMES[name]}"), name)

@@ -1,0 +1,83 @@
+"""The budget of a study, counted in the transaction that starts a trial, so that it is exact.
+
+All functions work inside a transaction that holds the lock on the study's row (on SQLite: on the database).
+"""
+
+import json
+from datetime import datetime, timedelta
+from typing import Any
+
+import sqlalchemy
+from optuna.storages._rdb import models
+from optuna.trial import TrialState
+from sqlalchemy.orm import Session
+
+from hpsearch.errors import BudgetInFlight, BudgetSpent, TooManyFailures
+
+_TRIAL: Any = models.TrialModel
+
+
+def admit(session: Session, study_id: int) -> None:
+    """Raise unless the study's budget has room for one more running trial.
+
+    `BudgetSpent` and `TooManyFailures` are final; `BudgetInFlight` means that running trials may use up the rest, or
+    fail and leave room.
+    """
+    budget = _read_budget(session, study_id)
+    rows = session.query(_TRIAL.state, sqlalchemy.func.count()).filter(_TRIAL.study_id == study_id)
+    counts: dict[TrialState, int] = dict(rows.group_by(_TRIAL.state).tuples())
+    n_finished = counts.get(TrialState.COMPLETE, 0) + counts.get(TrialState.PRUNED, 0)
+    if "trials" in budget and n_finished >= budget["trials"]:
+        raise BudgetSpent(f"the study has its {budget['trials']} trials; raise budget.trials for more")
+    if "target" in budget and (best := _best_value(session, study_id)) >= budget["target"]:
+        raise BudgetSpent(f"the best value {best:.4f} reaches the target of {budget['target']}")
+    if "minutes" in budget and (spent := _minutes_searched(session, study_id)) >= budget["minutes"]:
+        raise BudgetSpent(f"the study was searched for {spent:.1f} minutes; raise budget.minutes for more")
+    if "failures" in budget and counts.get(TrialState.FAIL, 0) >= budget["failures"]:
+        failures = _final_failures(session, study_id)
+        if len(failures) >= budget["failures"]:
+            raise TooManyFailures(
+                f"{len(failures)} trials failed, the last one by {failures[-1]}; mend the cause, then raise "
+                "budget.failures to go on"
+            )
+    if "trials" in budget and n_finished + counts.get(TrialState.RUNNING, 0) >= budget["trials"]:
+        raise BudgetInFlight
+
+
+def _read_budget(session: Session, study_id: int) -> dict[str, Any]:
+    model: Any = models.StudyUserAttributeModel
+    text = session.query(model.value_json).filter(model.study_id == study_id, model.key == "budget").scalar()
+    return {} if text is None else json.loads(text)
+
+
+def _best_value(session: Session, study_id: int) -> float:
+    query = session.query(sqlalchemy.func.max(models.TrialValueModel.value)).join(_TRIAL)
+    best = query.filter(_TRIAL.study_id == study_id, _TRIAL.state == TrialState.COMPLETE).scalar()
+    return float("-inf") if best is None else float(best)
+
+
+def _minutes_searched(session: Session, study_id: int) -> float:
+    """The minutes in which at least one trial ran; pauses and trials that failed do not count."""
+    states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
+    query = session.query(_TRIAL.datetime_start, _TRIAL.datetime_complete)
+    rows = query.filter(_TRIAL.study_id == study_id, _TRIAL.state.in_(states)).order_by(_TRIAL.datetime_start)
+    total, end, now = timedelta(), datetime.min, datetime.now()
+    for start, complete in rows:
+        finish = complete or now
+        total += max(finish - max(start, end), timedelta())
+        end = max(end, finish)
+    return total.total_seconds() / 60
+
+
+def _final_failures(session: Session, study_id: int) -> list[str]:
+    """`kind: message` of each failed trial that was not queued again, in the order of the trials."""
+    attribute: Any = models.TrialUserAttributeModel
+    rows = (
+        session.query(attribute.value_json)
+        .select_from(_TRIAL)
+        .outerjoin(attribute, (attribute.trial_id == _TRIAL.trial_id) & (attribute.key == "failure"))
+        .filter(_TRIAL.study_id == study_id, _TRIAL.state == TrialState.FAIL)
+        .order_by(_TRIAL.trial_id)
+    )
+    failures = [json.loads(text) if text else {"kind": "unknown", "message": ""} for (text,) in rows]
+    return [f"{failure['kind']}: {failure['message']}" for failure in failures if not failure.get("retried")]

@@ -1,0 +1,314 @@
+"""The verbs of the command line. Only this file prints results, exits and catches `HpsearchError`.
+
+What a verb needs is imported inside it: torch takes seconds to import, and `--help` should not.
+"""
+
+import json
+import logging
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.exceptions import TyperException
+
+from hpsearch.errors import HpsearchError, UsageError
+
+if TYPE_CHECKING:
+    import optuna
+
+    from hpsearch.definition import StudyDefinition
+    from hpsearch.storage import Storage
+
+app = typer.Typer(
+    name="hpsearch",
+    help="Hyperparameter search for PyTorch image classifiers: launch workers, watch them, export the best model.",
+    epilog="First steps:  hpsearch run digits  |  hpsearch status digits  |  hpsearch export digits",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=True,
+)
+
+StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="A study file, or the name of one in studies/.")]
+BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that export wrote.")]
+StorageOption = Annotated[
+    str | None, typer.Option(help="SQLAlchemy URL instead of the study file's; so does HPSEARCH_STORAGE.")
+]
+DataOption = Annotated[
+    Path | None, typer.Option(help="Folder of the data sets; else HPSEARCH_DATA, else the user's cache.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+WorkersOption = Annotated[
+    int | None, typer.Option("--workers", min=1, max=1024, help="Default: one per GPU, else one per core.")
+]
+
+
+class State(StrEnum):
+    """The states of a trial."""
+
+    complete = "complete"
+    pruned = "pruned"
+    failed = "failed"
+    running = "running"
+    waiting = "waiting"
+
+
+class Sort(StrEnum):
+    """What `trials` can be sorted by."""
+
+    number = "number"
+    value = "value"
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"hpsearch {version('hpsearch')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global_options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    _debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and details; may stand anywhere.")] = False,
+) -> None:
+    pass
+
+
+@app.command(epilog="Example:  hpsearch check studies/mnist-mlp.toml")
+def check(
+    study: Annotated[str | None, typer.Argument(metavar="STUDY", help="A study file, or a name in studies/.")] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of study files.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Validate a study file and print the resolved study."""
+    from hpsearch.definition import StudyDefinition, load_definition
+
+    if schema:
+        print(json.dumps(StudyDefinition.model_json_schema(), indent=2))
+    elif study is None:
+        raise UsageError("name a study file to check, or use --schema")
+    else:
+        definition = load_definition(study)
+        print(json.dumps(definition.to_tables(), indent=2) if as_json else definition.to_toml().rstrip())
+
+
+@app.command(epilog="Example:  hpsearch run studies/mnist-mlp.toml --workers 2 --trials 20")
+def run(
+    study: StudyArgument,
+    workers: WorkersOption = None,
+    trials: Annotated[int | None, typer.Option(min=1, help="Overrides budget.trials.")] = None,
+    storage: StorageOption = None,
+    data: DataOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Create or resume a study and search until its budget is spent."""
+    from hpsearch.console import RunView, say
+    from hpsearch.pool import run_pool
+    from hpsearch.worker import Drain
+
+    definition = _load(study, storage, trials)
+    drain = Drain().listen(signal.SIGINT, signal.SIGTERM)
+    _quieten_optuna()
+    with RunView(definition.budget.trials, definition.budget.epochs) as view:
+        reason = run_pool(
+            definition,
+            drain,
+            n_workers=workers,
+            folder=data,
+            emit=view,
+            on_start=view.start,
+        )
+    say(f"done: {reason}")
+    _print_status(definition, as_json=as_json)
+    say(f"next: hpsearch export {study}")
+
+
+@app.command(epilog="Example:  hpsearch worker studies/mnist-mlp.toml --max-trials 5")
+def worker(
+    study: StudyArgument,
+    max_trials: Annotated[int | None, typer.Option(min=1, help="End after so many trials.")] = None,
+    storage: StorageOption = None,
+    data: DataOption = None,
+) -> None:
+    """Run one more worker on an existing study, from any terminal or machine."""
+    from hpsearch.console import RunView, say
+    from hpsearch.worker import Drain, run_worker
+
+    definition = _load(study, storage)
+    drain = Drain().listen(signal.SIGINT, signal.SIGTERM)
+    _quieten_optuna()
+    with RunView(definition.budget.trials, definition.budget.epochs) as view:
+        reason = run_worker(definition, drain, folder=data, emit=view, max_trials=max_trials)
+    say(f"done: {reason}")
+
+
+@app.command(epilog="Example:  hpsearch status studies/mnist-mlp.toml --json")
+def status(study: StudyArgument, storage: StorageOption = None, as_json: JsonOption = False) -> None:
+    """Show counts by state, the best trial, the workers, and the epochs run and saved."""
+    _quieten_optuna()
+    _print_status(_load(study, storage), as_json=as_json)
+
+
+@app.command(epilog="Example:  hpsearch trials studies/mnist-mlp.toml --sort value --limit 5")
+def trials(
+    study: StudyArgument,
+    state: Annotated[State | None, typer.Option(help="Only trials in this state.")] = None,
+    sort: Annotated[Sort, typer.Option(help="By number, or the best value first.")] = Sort.number,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many.")] = None,
+    storage: StorageOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the trials of a study."""
+    from hpsearch.console import render_trials, show
+    from hpsearch.study import list_trials
+
+    _quieten_optuna()
+    with _stored(_load(study, storage)) as (_, loaded):
+        rows = list_trials(loaded, state, sort, limit)
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    else:
+        show(render_trials(rows))
+
+
+@app.command(epilog="Example:  hpsearch export studies/mnist-mlp.toml --output dist/mnist-mlp")
+def export(
+    study: StudyArgument,
+    trial: Annotated[int | None, typer.Option(min=0, help="Another trial than the best.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Default: dist/<name of the study>.")] = None,
+    storage: StorageOption = None,
+    data: DataOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Retrain the best trial, measure it once on the test set, and write it as a bundle."""
+    definition = _load(study, storage)
+    from hpsearch.console import say
+    from hpsearch.retrain import export as export_bundle
+    from hpsearch.worker import list_devices
+
+    _quieten_optuna()
+    target = output or Path("dist") / definition.study.name
+    with _stored(definition) as (_, loaded):
+        metrics = export_bundle(
+            definition,
+            loaded,
+            target,
+            number=trial,
+            folder=data,
+            device=list_devices()[0],
+            on_epoch=lambda seed, result: say(f"model {seed + 1} epoch {result.epoch} loss {result.loss:.4f}"),
+        )
+    if as_json:
+        print(json.dumps(metrics, indent=2))
+    else:
+        print(f"{target}: trial {metrics['trial']}, test accuracy {metrics['test_accuracy']:.4f}")
+    say(f"next: hpsearch evaluate {target}  |  hpsearch predict {target} IMAGE")
+
+
+@app.command(epilog="Example:  hpsearch evaluate dist/mnist-mlp")
+def evaluate(bundle: BundleArgument, data: DataOption = None, as_json: JsonOption = False) -> None:
+    """Measure a bundle on the test set: accuracy, per-class figures, confusion matrix."""
+    from dataclasses import asdict
+
+    from hpsearch.bundle import load
+    from hpsearch.console import render_evaluation, show
+
+    evaluation = load(bundle).evaluate(data)
+    if as_json:
+        print(json.dumps(asdict(evaluation), indent=2))
+    else:
+        show(render_evaluation(evaluation))
+
+
+@app.command(epilog="Example:  hpsearch predict dist/mnist-mlp digit.png")
+def predict(
+    bundle: BundleArgument,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="PNG or JPEG files of any size.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Give the softmax probabilities of the three likeliest classes of each image."""
+    from hpsearch.bundle import load, predict_files
+    from hpsearch.console import render_prediction, say, show
+
+    predictions = list(predict_files(load(bundle), images))
+    for prediction in predictions:
+        if "error" in prediction:
+            say(f"error: {prediction['error']}")
+        elif not as_json:
+            show(render_prediction(prediction))
+    if as_json:
+        print(json.dumps(predictions, indent=2))
+    if any("error" in prediction for prediction in predictions):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Run the command line; every error becomes one or two lines on stderr and an exit status."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    is_debug = len(arguments) < len(sys.argv) - 1
+    logging.basicConfig(level=logging.DEBUG if is_debug else logging.WARNING, format="%(message)s")
+    try:
+        sys.exit(app(arguments, standalone_mode=False))
+    except HpsearchError as error:
+        if is_debug:
+            raise
+        _exit_with(str(error), error.exit_status)
+    except TyperException as error:
+        context: Any = getattr(error, "ctx", None)
+        command = context.command_path if context else "hpsearch"
+        if type(error).__name__ == "NoArgsIsHelpError":
+            _exit_with(error.format_message(), 2, prefix="")
+        _exit_with(f"{error.format_message()}\nsee: {command} --help", error.exit_code)
+    except typer.Abort:
+        _exit_with("interrupted", 130)
+
+
+def _exit_with(message: str, exit_status: int, prefix: str = "error: ") -> None:
+    print(f"{prefix}{message}", file=sys.stderr)
+    sys.exit(exit_status)
+
+
+def _load(study: str, storage: str | None, trials: int | None = None) -> "StudyDefinition":
+    from hpsearch.definition import evolve, load_definition
+
+    definition = load_definition(study, storage=storage)
+    return definition if trials is None else evolve(definition, "budget", trials=trials)
+
+
+@contextmanager
+def _stored(definition: "StudyDefinition") -> Iterator[tuple["Storage", "optuna.Study"]]:
+    from hpsearch.storage import open_storage
+    from hpsearch.study import load_study
+
+    storage = open_storage(definition.study.storage, must_exist=True)
+    try:
+        yield storage, load_study(definition, storage)
+    finally:
+        storage.engine.dispose()
+
+
+def _print_status(definition: "StudyDefinition", *, as_json: bool) -> None:
+    from hpsearch.console import render_status, show
+    from hpsearch.study import summarize
+
+    with _stored(definition) as (_, study):
+        document = summarize(definition, study)
+    if as_json:
+        print(json.dumps(document, indent=2))
+    else:
+        show(render_status(document))
+
+
+def _quieten_optuna() -> None:
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)

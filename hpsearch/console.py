@@ -1,0 +1,158 @@
+"""What the command line shows: lines and a live table while a search runs, and tables of what it found."""
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from hpsearch.evaluation import Evaluation
+    from hpsearch.worker import TrialEvent
+
+_WIDTH_OF_A_PIPE = 10_000  # nothing is cut off where no terminal sets a width
+
+
+def say(message: str) -> None:
+    """Talk goes to stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def show(renderable: RenderableType) -> None:
+    """Data goes to stdout."""
+    width = None if sys.stdout.isatty() else _WIDTH_OF_A_PIPE
+    Console(width=width, highlight=False).print(renderable)
+
+
+def trial_line(event: "TrialEvent") -> str:
+    """`trial 17 complete 0.9861`, `trial 18 pruned 0.9120 epoch 3`, `trial 19 failed exception: ...`."""
+    parts = [f"trial {event.number} {event.state}"]
+    if event.state in ("complete", "pruned"):
+        parts.append("-" if event.value is None else f"{event.value:.4f}")
+    if event.state == "pruned":
+        parts.append(f"epoch {event.epoch}")
+    return " ".join([*parts, *event.message.split()])
+
+
+class RunView:
+    """Called with each event of a run: a live table on a terminal, else a line for each finished trial."""
+
+    def __init__(self, trials: int, epochs: int) -> None:
+        self.trials, self.epochs, self.n_finished = trials, epochs, 0
+        self.best: TrialEvent | None = None
+        self.running: dict[str, TrialEvent] = {}
+        self.started = time.monotonic()
+        console = Console(stderr=True, highlight=False)
+        self.live = Live(console=console, get_renderable=self._render, transient=True) if console.is_terminal else None
+
+    def start(self, n_finished: int, n_workers: int) -> None:
+        """Say where the study stands before the first worker starts."""
+        self.n_finished = n_finished
+        self._say(f"{n_finished} of {self.trials} trials are there; {n_workers} workers start")
+
+    def __call__(self, event: "TrialEvent") -> None:
+        if event.state == "running":
+            self.running[event.worker] = event
+            return
+        self.running.pop(event.worker, None)
+        self.n_finished += event.state in ("complete", "pruned")
+        if event.state == "complete" and (self.best is None or (event.value or 0) > (self.best.value or 0)):
+            self.best = event
+        self._say(trial_line(event))
+
+    def __enter__(self) -> Self:
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, _type: type | None, _error: BaseException | None, _traceback: TracebackType | None) -> None:
+        if self.live:
+            self.live.stop()
+
+    def _say(self, line: str) -> None:
+        if self.live:
+            self.live.console.print(line, markup=False)
+        else:
+            say(line)
+
+    def _render(self) -> RenderableType:
+        bar = Table.grid(padding=(0, 1))
+        seconds = int(time.monotonic() - self.started)
+        best = f"best {self.best.value:.4f} (trial {self.best.number})" if self.best else ""
+        progress = ProgressBar(total=self.trials, completed=min(self.n_finished, self.trials), width=30)
+        bar.add_row(progress, f"{self.n_finished}/{self.trials} trials", f"{seconds // 60}:{seconds % 60:02}", best)
+        workers = Table("worker", "trial", "epoch", "accuracy", box=SIMPLE_HEAD, show_edge=False)
+        for name, event in sorted(self.running.items()):
+            accuracy = "" if event.value is None else f"{event.value:.4f}"
+            workers.add_row(name, str(event.number), f"{event.epoch}/{self.epochs}", accuracy)
+        return Group(bar, workers) if self.running else bar
+
+
+def render_status(status: Mapping[str, Any]) -> RenderableType:
+    """The document of `status --json` as text."""
+    table = Table.grid(padding=(0, 2))
+    budget, counts, best, epochs = status["budget"], status["trials"], status["best"], status["epochs"]
+    finished = counts["complete"] + counts["pruned"]
+    table.add_row("study", Text(status["study"], style="bold"))
+    table.add_row("storage", Text(status["storage"], overflow="fold"))
+    table.add_row("budget", f"{finished} of {budget['trials']} trials, {budget['epochs']} epochs each")
+    table.add_row("trials", ", ".join(f"{n} {state}" for state, n in counts.items()))
+    table.add_row("epochs", f"{epochs['run']} run, {epochs['saved']} saved by pruning")
+    if best:
+        table.add_row("best", Text(f"{best['value']:.4f} in trial {best['number']}", style="bold"))
+        table.add_row("", Text(_join(best["params"])))
+    else:
+        table.add_row("best", "no trial is complete yet")
+    for worker in status["workers"]:
+        table.add_row("worker", f"{worker['id']}: trial {worker['trial']}, epoch {worker['epoch']}")
+    return table
+
+
+def render_trials(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """A table with a row for each trial and a column for each hyperparameter that any of them has."""
+    names = list(dict.fromkeys(name for row in rows for name in row["params"]))
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("trial", "state", "value", "epoch", *names, "seconds"):
+        table.add_column(heading, justify="left" if heading == "state" else "right", no_wrap=True)
+    table.add_column("note")
+    for row in rows:
+        value = "" if row["value"] is None else f"{row['value']:.4f}"
+        seconds = "" if row["seconds"] is None else f"{row['seconds']:.1f}"
+        params = [_short(row["params"].get(name, "")) for name in names]
+        table.add_row(str(row["number"]), row["state"], value, str(row["epoch"]), *params, seconds, Text(row["note"]))
+    return table
+
+
+def render_evaluation(evaluation: "Evaluation") -> RenderableType:
+    """Accuracy, per-class figures and the confusion matrix as tables."""
+    names = [row["name"] for row in evaluation.per_class]
+    figures = Table("class", "precision", "recall", "F1", "images", box=SIMPLE_HEAD, show_edge=False)
+    for row in evaluation.per_class:
+        scores = [f"{row[key]:.4f}" for key in ("precision", "recall", "f1")]
+        figures.add_row(row["name"], *scores, str(row["support"]))
+    matrix = Table("true \\ predicted", *names, box=SIMPLE_HEAD, show_edge=False)
+    for name, counts in zip(names, evaluation.confusion_matrix, strict=True):
+        matrix.add_row(name, *(str(count) if count else "." for count in counts))
+    n = sum(row["support"] for row in evaluation.per_class)
+    return Group(Text(f"test accuracy {evaluation.accuracy:.4f} on {n} images"), figures, matrix)
+
+
+def render_prediction(prediction: Mapping[str, Any]) -> RenderableType:
+    """`digit.png  7 0.9981  9 0.0012  1 0.0003`."""
+    top = "  ".join(f"{entry['class']} {entry['probability']:.4f}" for entry in prediction["top"])
+    return Text(f"{prediction['image']}  {top}")
+
+
+def _join(params: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {_short(value)}" for name, value in params.items())
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

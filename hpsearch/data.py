@@ -1,0 +1,255 @@
+"""Image data as resident tensors: read, split, normalised, loaded in batches, augmented.
+
+The training split of a data set is divided into training and validation images. The test set is read by `load_test`
+alone, which a search never calls.
+"""
+
+import os
+import zlib
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import platformdirs
+import torch
+from filelock import FileLock
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from hpsearch.errors import DataError
+
+CLASS_NAMES = {
+    "mnist": tuple("0123456789"),
+    "fashion-mnist": (
+        "T-shirt/top",
+        "Trouser",
+        "Pullover",
+        "Dress",
+        "Coat",
+        "Sandal",
+        "Shirt",
+        "Sneaker",
+        "Bag",
+        "Ankle boot",
+    ),
+    "kmnist": ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
+    "digits": tuple("0123456789"),
+}
+_TORCHVISION_NAMES = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
+_N_DIGITS_TEST = 360
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images, float32 and normalised, shape (N, 1, H, W), and their labels, int64, shape (N,)."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device | str) -> Self:
+        return type(self)(self.images.to(device), self.labels.to(device))
+
+    def loader(
+        self, batch_size: int, *, shuffle: bool = False, generator: torch.Generator | None = None
+    ) -> DataLoader[tuple[Tensor, Tensor]]:
+        """A DataLoader of (images, labels) batches; each batch is one indexing of the resident tensors."""
+        batches = _Batches(len(self), batch_size, shuffle=shuffle, generator=generator)
+        return DataLoader(_Rows(self), sampler=batches, batch_size=None, generator=generator)
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """What a search may see: the training and the validation split, and how their pixels were normalised.
+
+    `mean` and `std` are those of the training split's pixels, scaled to [0, 1].
+    """
+
+    train: Split
+    validation: Split
+    mean: float
+    std: float
+    class_names: tuple[str, ...]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        channels, height, width = self.train.images.shape[1:]
+        return channels, height, width
+
+    def to(self, device: torch.device | str) -> Self:
+        return type(self)(self.train.to(device), self.validation.to(device), self.mean, self.std, self.class_names)
+
+    def share_memory(self) -> Self:
+        """The same data, moved into memory that other processes can map."""
+        for split in (self.train, self.validation):
+            split.images.share_memory_()
+            split.labels.share_memory_()
+        return self
+
+    def merged(self) -> Split:
+        """Training and validation images together, for the retraining of the winner."""
+        return Split(
+            torch.cat([self.train.images, self.validation.images]),
+            torch.cat([self.train.labels, self.validation.labels]),
+        )
+
+
+def data_folder(folder: Path | str | None = None) -> Path:
+    """The folder that holds the data sets: the argument, else HPSEARCH_DATA, else the user's cache folder."""
+    chosen = folder or os.environ.get("HPSEARCH_DATA")
+    return Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("hpsearch")
+
+
+def load_data(
+    name: str, folder: Path | str | None = None, *, validation: int, train: int | None = None, split_seed: int = 0
+) -> ImageData:
+    """The training and validation split of a data set, stratified by class and drawn with `split_seed`.
+
+    `validation` and `train` are numbers of images; without `train`, all that remain are trained on. Raises
+    `DataError` where the data are missing and cannot be had, or are damaged.
+    """
+    images, labels = _read(name, folder, is_train=True)
+    training, held_out = _stratified(labels, validation, train, split_seed)
+    pixels = images[training].float().div_(255)
+    mean, std = pixels.mean().item(), pixels.std().item()
+    return ImageData(
+        train=Split(normalise(images[training], mean, std), labels[training]),
+        validation=Split(normalise(images[held_out], mean, std), labels[held_out]),
+        mean=mean,
+        std=std,
+        class_names=CLASS_NAMES[name],
+    )
+
+
+def load_test(name: str, folder: Path | str | None = None) -> tuple[Tensor, Tensor]:
+    """The sealed test set as raw pixels, uint8, shape (N, 1, H, W), and labels, int64; raises `DataError`."""
+    return _read(name, folder, is_train=False)
+
+
+def normalise(images: Tensor, mean: float, std: float) -> Tensor:
+    """Raw pixels (uint8) as float32 with the given mean and deviation taken out, same shape."""
+    from torchvision.transforms import v2
+
+    transform = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize([mean], [std])])
+    normalised: Tensor = transform(images)
+    return normalised
+
+
+def augment(images: Tensor, strength: float) -> Tensor:
+    """The images, each shifted, rotated and scaled by random amounts of its own, in one resampling of the batch.
+
+    At strength 1 the amounts are uniform up to 1/7 of the image (4 pixels of 28), 20 degrees and 20 percent; other
+    strengths scale them. Pixels from outside repeat the border. Shape (N, C, H, W), unchanged.
+    """
+    n, device = len(images), images.device
+    angle, scale, *shift = (torch.rand(4, n, device=device) * 2 - 1) * strength
+    angle, scale = angle * (torch.pi / 9), 1 + scale * 0.2
+    cosine, sine = torch.cos(angle) / scale, torch.sin(angle) / scale
+    # affine_grid's coordinates span 2 across the image, so 2/7 of them are 1/7 of the image.
+    x, y = shift[0] * (2 / 7), shift[1] * (2 / 7)
+    matrix = torch.stack([cosine, -sine, x, sine, cosine, y], dim=1).view(n, 2, 3)
+    grid = functional.affine_grid(matrix, list(images.shape), align_corners=False)
+    return functional.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+class _Rows(Dataset[tuple[Tensor, Tensor]]):
+    """A split indexed by a whole batch of rows at once."""
+
+    def __init__(self, split: Split) -> None:
+        self.split = split
+
+    def __getitem__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return self.split.images.index_select(0, rows), self.split.labels.index_select(0, rows)
+
+
+class _Batches(Sampler[Tensor]):
+    """The row numbers of each batch, as int64 tensors on the CPU.
+
+    When shuffling, a last batch of a single image is left out: batch norm cannot train on it.
+    """
+
+    def __init__(self, n_rows: int, batch_size: int, *, shuffle: bool, generator: torch.Generator | None) -> None:
+        self.n_rows, self.batch_size, self.shuffle, self.generator = n_rows, batch_size, shuffle, generator
+
+    def __len__(self) -> int:
+        drops_last = self.shuffle and self.n_rows > self.batch_size and self.n_rows % self.batch_size == 1
+        return -(-self.n_rows // self.batch_size) - drops_last
+
+    def __iter__(self) -> Iterator[Tensor]:
+        rows = torch.randperm(self.n_rows, generator=self.generator) if self.shuffle else torch.arange(self.n_rows)
+        yield from rows.split(self.batch_size)[: len(self)]
+
+
+def _read(name: str, folder: Path | str | None, *, is_train: bool) -> tuple[Tensor, Tensor]:
+    if name == "digits":
+        return _read_digits(is_train=is_train)
+    images, labels = _read_torchvision(_TORCHVISION_NAMES[name], data_folder(folder), is_train=is_train)
+    return images.unsqueeze(1), labels
+
+
+def _read_torchvision(class_name: str, root: Path, *, is_train: bool) -> tuple[Tensor, Tensor]:
+    import torchvision
+
+    raw = root / class_name / "raw"
+    advice = (
+        f"put its four archives (*-ubyte.gz) into {raw}, name another folder with --data or HPSEARCH_DATA, "
+        'or use data.name = "digits", which needs no download'
+    )
+    try:
+        raw.mkdir(parents=True, exist_ok=True)
+        # A second process would read half-unpacked files; and torchvision prints on stdout, which belongs to data.
+        with FileLock(raw.parent / ".lock"), redirect_stdout(None):
+            dataset: Any = getattr(torchvision.datasets, class_name)(root, train=is_train, download=True)
+            _check_unpacked(raw, "train" if is_train else "t10k")
+        if len(dataset.data) != len(dataset.targets) or len(dataset.data) != (60_000 if is_train else 10_000):
+            raise ValueError(f"{len(dataset.data)} images and {len(dataset.targets)} labels")
+    except (RuntimeError, OSError, EOFError, zlib.error) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{class_name} is not in {raw} and cannot be brought there ({reason}); {advice}") from error
+    except (ValueError, AssertionError, TypeError) as error:  # torchvision asserts what a file's header says
+        raise DataError(f"{class_name} in {raw} is damaged ({error}); delete that folder; then {advice}") from error
+    return dataset.data, dataset.targets
+
+
+def _check_unpacked(raw: Path, prefix: str) -> None:
+    """Compare unpacked files with the CRC-32 and length at the end of their archives (RFC 1952, 2.3.1)."""
+    for archive in raw.glob(f"{prefix}-*.gz"):
+        content = archive.with_suffix("").read_bytes()
+        trailer = archive.read_bytes()[-8:]
+        if (zlib.crc32(content), len(content)) != tuple(int.from_bytes(trailer[i : i + 4], "little") for i in (0, 4)):
+            raise ValueError(f"{archive.stem} differs from its archive")
+
+
+def _read_digits(*, is_train: bool) -> tuple[Tensor, Tensor]:
+    """scikit-learn's 8x8 digits as 28x28 images: enlarged to 20x20 inside a margin of 4, the way of MNIST."""
+    from sklearn.datasets import load_digits
+
+    bunch: Any = load_digits()
+    pixels = torch.from_numpy(bunch.images).float().mul(255 / 16).unsqueeze(1)
+    enlarged = functional.interpolate(pixels, size=(20, 20), mode="bilinear", align_corners=False)
+    images = functional.pad(enlarged, (4, 4, 4, 4)).round().to(torch.uint8)
+    labels = torch.from_numpy(bunch.target).long()
+    training, test = _stratified(labels, _N_DIGITS_TEST, None, seed=0)
+    chosen = training if is_train else test
+    return images[chosen], labels[chosen]
+
+
+def _stratified(labels: Tensor, n_held_out: int, n_training: int | None, seed: int) -> tuple[Tensor, Tensor]:
+    """Row numbers of two disjoint parts with the class proportions of the labels, in the data set's order."""
+    from sklearn.model_selection import train_test_split
+
+    try:
+        training, held_out = train_test_split(
+            range(len(labels)), train_size=n_training, test_size=n_held_out, stratify=labels, random_state=seed
+        )
+    except ValueError as error:
+        raise DataError(
+            f"{len(labels)} images cannot be split into data.train = {n_training or 'the rest'} and "
+            f"data.validation = {n_held_out} with every class in both: {error}"
+        ) from error
+    return torch.tensor(sorted(training)), torch.tensor(sorted(held_out))

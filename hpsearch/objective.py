@@ -1,0 +1,135 @@
+"""The Optuna objective: a trial becomes hyperparameters, a network, a training run and a value."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import optuna
+import torch
+
+from hpsearch.data import ImageData, load_data
+from hpsearch.definition import StudyDefinition
+from hpsearch.errors import Diverged
+from hpsearch.network import build_network
+from hpsearch.space import Suggests, suggest
+from hpsearch.training import Callback, EpochResult, seed_everything, train
+
+
+class Objective:
+    """Validation accuracy after the last epoch, to be maximized.
+
+    Works in plain Optuna, `study.optimize(Objective(definition), n_trials=3)`, where the data are read at the first
+    trial. A trial whose loss is not finite ends as pruned. `before_batch` may raise to end the training, `callbacks`
+    are called after each epoch, before the trial may be pruned.
+    """
+
+    def __init__(
+        self,
+        definition: StudyDefinition,
+        data: ImageData | None = None,
+        *,
+        folder: Path | str | None = None,
+        device: torch.device | str = "cpu",
+        before_batch: Callable[[], None] = lambda: None,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self.definition = definition
+        self.folder = folder
+        self.device = device
+        self.before_batch = before_batch
+        self.callbacks = tuple(callbacks)
+        self._data = data and data.to(device)
+
+    @property
+    def data(self) -> ImageData:
+        if self._data is None:
+            self._data = load_study_data(self.definition, self.folder).to(self.device)
+        return self._data
+
+    def __call__(self, trial: optuna.Trial) -> float:
+        hyperparameters = suggest(trial, self.definition.space)
+        generator = seed_everything(trial_seed(self.definition.study.seed, trial))
+        kind, epochs, data = self.definition.network.kind, self.definition.budget.epochs, self.data
+        network = build_network(kind, hyperparameters, data.image_shape, len(data.class_names)).to(self.device)
+        try:
+            result = train(
+                network,
+                data.train,
+                hyperparameters,
+                epochs,
+                validation=data.validation,
+                generator=generator,
+                callbacks=(*self.callbacks, PruningCallback(trial, epochs)),
+                before_batch=self.before_batch,
+            )
+        except Diverged as error:
+            trial.set_user_attr("diverged", str(error))
+            raise optuna.TrialPruned(str(error)) from error
+        return _value(result)
+
+
+class PruningCallback:
+    """Reports each epoch's validation accuracy to the trial, and raises `TrialPruned` where the pruner says so.
+
+    After the last epoch nothing is left to save, so the trial is complete.
+    """
+
+    def __init__(self, trial: optuna.Trial, epochs: int) -> None:
+        self.trial, self.epochs = trial, epochs
+
+    def __call__(self, result: EpochResult) -> None:
+        self.trial.report(_value(result), result.epoch)
+        if result.epoch < self.epochs and self.trial.should_prune():
+            raise optuna.TrialPruned(f"pruned in epoch {result.epoch}")
+
+
+def load_study_data(definition: StudyDefinition, folder: Path | str | None = None) -> ImageData:
+    """The training and validation split that a study is searched on; raises `DataError`."""
+    data = definition.data
+    return load_data(data.name, folder, validation=data.validation, train=data.train, split_seed=data.split_seed)
+
+
+def trial_seed(study_seed: int, trial: Suggests, repetition: int = 0) -> int:
+    """The seed of a trial's training; a retried trial has that of the trial it repeats.
+
+    `repetition` gives further seeds of the same trial.
+    """
+    number = trial.user_attrs.get("retry_of", trial.number)
+    return int(np.random.SeedSequence([study_seed, number, repetition]).generate_state(1, np.uint64)[0])
+
+
+def build_sampler(definition: StudyDefinition, stream: int) -> optuna.samplers.BaseSampler:
+    """The study's sampler with its own stream of random numbers, one for each worker."""
+    seed = int(np.random.SeedSequence([definition.study.seed, stream]).generate_state(1)[0])
+    startup = definition.sampler.startup
+    match definition.sampler.kind:
+        case "random":
+            return optuna.samplers.RandomSampler(seed=seed)
+        case "tpe":
+            return optuna.samplers.TPESampler(
+                n_startup_trials=startup, seed=seed, multivariate=True, group=definition.space.is_conditional
+            )
+        case "gp":
+            return optuna.samplers.GPSampler(n_startup_trials=startup, seed=seed, deterministic_objective=False)
+        case "cmaes":
+            return optuna.samplers.CmaEsSampler(n_startup_trials=startup, seed=seed, warn_independent_sampling=False)
+
+
+def build_pruner(definition: StudyDefinition) -> optuna.pruners.BasePruner:
+    """The study's pruner; its resource is the epoch."""
+    epochs = definition.budget.epochs
+    match definition.pruner.kind:
+        case "asha":
+            return optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
+        case "hyperband":
+            return optuna.pruners.HyperbandPruner(min_resource=1, max_resource=epochs, reduction_factor=3)
+        case "median":
+            return optuna.pruners.MedianPruner(n_startup_trials=definition.sampler.startup, n_warmup_steps=1)
+        case "none":
+            return optuna.pruners.NopPruner()
+
+
+def _value(result: EpochResult) -> float:
+    if result.accuracy is None:
+        raise ValueError("a search needs a validation split")
+    return result.accuracy

@@ -1,0 +1,229 @@
+"""N workers on this machine under one supervisor, which shares the data among them and notices when one dies."""
+
+import multiprocessing
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing import connection, forkserver
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+from optuna.trial import TrialState
+
+from hpsearch.data import ImageData
+from hpsearch.definition import StudyDefinition
+from hpsearch.errors import Drained, HpsearchError, WorkerError
+from hpsearch.objective import load_study_data
+from hpsearch.storage import Storage
+from hpsearch.study import open_study
+from hpsearch.worker import Drain, Emit, TrialEvent, Worker, count_cores, list_devices, open_worker_storage, worker_name
+
+_POLL = 0.2  # seconds after which a signal to the supervisor is noticed at the latest
+_MAX_FAILED_STARTS = 3
+
+
+@dataclass(frozen=True)
+class End:
+    """How a worker ended: the reason, and the error of hpsearch that it would have raised."""
+
+    reason: str
+    error: HpsearchError | None = None
+
+
+@dataclass
+class Member:
+    """A worker's process, its end of the pipe, and whether it has begun a trial."""
+
+    name: str
+    process: Any
+    messages: connection.Connection
+    has_begun: bool = False
+    is_asked_to_stop: bool = False
+    end: End | None = None
+
+
+def run_pool(
+    definition: StudyDefinition,
+    drain: Drain,
+    *,
+    n_workers: int | None = None,
+    folder: Path | str | None = None,
+    emit: Emit = lambda event: None,
+    on_start: Callable[[int, int], None] = lambda n_finished, n_workers: None,
+) -> str:
+    """Why the search ended, after `n_workers` processes have run the study to the end of its budget.
+
+    The study is created or resumed. One worker per GPU, else per core, is the default; the cores are shared out among
+    them. A worker that dies is replaced, and its trial queued again. When drained, all workers hand their trials
+    back, and `Drained` or `Interrupted` is raised. No process outlives the call.
+    """
+    _preload()
+    storage = open_worker_storage(definition)
+    study = open_study(definition, storage)
+    storage.giving_up = drain.event
+    data = load_study_data(definition, folder).share_memory()
+    n_finished = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)))
+    n_workers = n_workers or default_workers()
+    on_start(n_finished, n_workers)
+    return _Pool(definition, storage, study, data, drain, emit).run(n_workers)
+
+
+def default_workers() -> int:
+    """One worker per GPU, else per core."""
+    devices = list_devices()
+    return count_cores() if devices == ["cpu"] else len(devices)
+
+
+class _Pool:
+    def __init__(
+        self,
+        definition: StudyDefinition,
+        storage: Storage,
+        study: optuna.Study,
+        data: ImageData,
+        drain: Drain,
+        emit: Emit,
+    ) -> None:
+        self.definition, self.storage, self.study, self.data = definition, storage, study, data
+        self.drain, self.emit = drain, emit
+        self.members: list[Member] = []
+        self.ends: list[End] = []
+        self.n_failed_starts = 0
+
+    def run(self, n_workers: int) -> str:
+        try:
+            for i in range(n_workers):
+                self._start(i, n_workers)
+            while self.members:
+                self._step(n_workers)
+        finally:
+            for member in self.members:
+                member.process.kill()
+                member.process.join()
+                self._requeue(member, "interrupted", "its run was stopped")
+        for end in self.ends:
+            if end.error and not isinstance(end.error, Drained):
+                raise end.error
+        if self.drain.event.is_set() and not (self.ends and all(end.error is None for end in self.ends)):
+            raise self.drain.error
+        return self.ends[0].reason
+
+    def _step(self, n_workers: int) -> None:
+        """Pass on what the workers say, replace those that died, and tell them when to stop."""
+        connection.wait([*(m.messages for m in self.members), *(m.process.sentinel for m in self.members)], _POLL)
+        for i, member in enumerate(list(self.members)):
+            is_dead = member.process.exitcode is not None  # looked at before the pipe, so that nothing is missed
+            self._read(member)
+            if not is_dead:
+                continue
+            member.process.join()
+            self.members.remove(member)
+            if member.end is not None:
+                self.ends.append(member.end)
+                continue
+            self._bury(member)
+            if not self.drain.event.is_set():
+                self._start(i, n_workers)
+        if self.drain.event.is_set():
+            for member in self.members:
+                if not member.is_asked_to_stop:  # a second signal would mean: at once
+                    member.process.terminate()
+                    member.is_asked_to_stop = True
+
+    def _start(self, place: int, n_workers: int) -> None:
+        context = multiprocessing.get_context("forkserver")
+        stream = self.storage.join(self.study._study_id)
+        devices = list_devices()
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(
+            target=_work,
+            args=(
+                self.definition,
+                self.data,
+                stream,
+                devices[place % len(devices)],
+                max(1, count_cores() // n_workers),
+                sender,
+            ),
+            name=worker_name(stream),
+        )
+        process.start()
+        sender.close()
+        self.members.insert(place, Member(worker_name(stream), process, receiver))
+
+    def _read(self, member: Member) -> None:
+        """Pass on what the worker says; the last word of one that ends by itself is kept."""
+        try:
+            while member.messages.poll():
+                message = member.messages.recv()
+                if isinstance(message, End):
+                    member.end = message
+                    return
+                member.has_begun = True
+                self.n_failed_starts = 0
+                self.emit(message)
+        except (EOFError, OSError):
+            pass  # killed, possibly in the middle of a message
+
+    def _bury(self, member: Member) -> None:
+        code = member.process.exitcode
+        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit status {code}"
+        self._requeue(member, "killed", f"worker {member.name} ended {how}")
+        self.n_failed_starts += not member.has_begun
+        if self.n_failed_starts >= _MAX_FAILED_STARTS and not self.drain.event.is_set():
+            raise WorkerError(f"{_MAX_FAILED_STARTS} workers in a row ended {how} before their first trial")
+
+    def _requeue(self, member: Member, kind: str, message: str) -> None:
+        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if trial.user_attrs.get("worker") == member.name and self.storage.fail(
+                trial._trial_id, kind, message, retries=self.definition.recovery.retries
+            ):
+                self.emit(TrialEvent(member.name, trial.number, "failed", message=f"{kind}: {message}"))
+
+
+def _preload() -> None:
+    """Start the process from which workers are forked, so that torch is imported once and while data are read."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["hpsearch.worker"])
+    forkserver.ensure_running()
+
+
+def _work(
+    definition: StudyDefinition,
+    data: ImageData,
+    stream: int,
+    device: str,
+    n_threads: int,
+    messages: connection.Connection,
+) -> None:
+    """The main function of a worker's process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor passes it on
+    drain = Drain().listen(signal.SIGTERM)
+    threading.Thread(target=_watch_supervisor, args=(drain,), daemon=True).start()
+    torch.set_num_threads(n_threads)
+
+    def send(message: TrialEvent | End) -> None:
+        try:
+            messages.send(message)
+        except BrokenPipeError:
+            drain.set(Drained("the supervisor is gone"))
+
+    try:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        storage = open_worker_storage(definition)
+        worker = Worker(definition, storage, stream, drain, data=data, device=device, emit=send)
+        end = End(worker.run())
+    except KeyboardInterrupt:
+        end = End("stopped", Drained())
+    except HpsearchError as error:
+        end = End(str(error), error)
+    send(end)
+
+
+def _watch_supervisor(drain: Drain) -> None:
+    supervisor = multiprocessing.parent_process()
+    if supervisor is not None:
+        supervisor.join()
+        drain.set(Drained("the supervisor is gone"))

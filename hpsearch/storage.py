@@ -1,0 +1,301 @@
+"""Optuna's RDBStorage made safe for parallel workers, and the studies in it.
+
+What Optuna leaves open is closed here: every SQLite transaction starts as `BEGIN IMMEDIATE`, a trial is admitted
+against the budget, signed and given its first heartbeat in the transaction that starts it, and a trial whose worker
+is gone fails and is queued again in one transaction.
+"""
+
+import logging
+import sqlite3
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import optuna
+import sqlalchemy
+import tenacity
+from filelock import FileLock
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
+from optuna.storages import RDBStorage
+from optuna.storages._rdb import models
+from optuna.storages._rdb.storage import _create_scoped_session
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import DatabaseError, InterfaceError, OperationalError
+from sqlalchemy.orm import Session
+
+from hpsearch.budget import admit
+from hpsearch.definition import check_url, show_url
+from hpsearch.errors import StorageError, StorageUnavailable, StudyNotFound, UsageError
+
+logger = logging.getLogger(__name__)
+
+LOCK_TIMEOUT = 60.0  # seconds
+_WAL_IS_SAFE_FROM = (3, 51, 3)  # before, SQLite's "WAL-reset" bug can corrupt a database
+_TRIAL: Any = models.TrialModel
+
+
+class Storage(RDBStorage):
+    """RDBStorage that admits trials against the study's budget once `worker` is set.
+
+    A call that finds the database locked or unreachable is repeated for `patience` seconds, or until `giving_up` is
+    set; then it raises `StorageUnavailable`.
+    """
+
+    def __init__(self, url: URL, *, heartbeat: int, grace: int, patience: float) -> None:
+        self.worker: str | None = None
+        self.patience = patience
+        self.giving_up = threading.Event()
+        is_sqlite = url.get_backend_name() == "sqlite"
+        options = {"connect_args": {"timeout": LOCK_TIMEOUT}} if is_sqlite else {"pool_pre_ping": True}
+        # Optuna formats the URL as a template, so braces in a password would break it.
+        template = url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)  # of the heartbeat
+            super().__init__(template, options, heartbeat_interval=heartbeat, grace_period=grace)
+        if is_sqlite:
+            sqlalchemy.event.listen(self.engine, "connect", _configure_sqlite)
+            sqlalchemy.event.listen(self.engine, "begin", _begin_immediate)
+            self.engine.dispose()  # the constructor connected before the listeners were there
+
+    def __getstate__(self) -> dict[Any, Any]:
+        raise TypeError("a storage cannot be pickled; open it again in the other process")
+
+    def join(self, study_id: int) -> int:
+        """How many workers joined the study before this one; no two get the same number."""
+        with _create_scoped_session(self.scoped_session) as session:
+            study = models.StudyModel.find_or_raise_by_id(study_id, session, for_update=True)
+            attribute = models.StudyUserAttributeModel.find_by_study_and_key(study, "workers", session)
+            if attribute is None:
+                attribute = models.StudyUserAttributeModel(study_id=study_id, key="workers", value_json="0")
+                session.add(attribute)
+            n_before = int(attribute.value_json)
+            attribute.value_json = str(n_before + 1)
+            return n_before
+
+    def fail(self, trial_id: int, kind: str, message: str, *, retries: int = 0) -> bool:
+        """Whether the trial was running and has failed now, with the reason in its user attribute `failure`.
+
+        In the same transaction a trial of the kind "interrupted", or of the kind "killed" that was killed at most
+        `retries` times, is queued again with the parameters it has.
+        """
+        with _create_scoped_session(self.scoped_session) as session:
+            study_id = _TRIAL.find_or_raise_by_id(trial_id, session).study_id
+            # The lock on the study keeps trial numbers apart; it is always taken before that on a trial.
+            models.StudyModel.find_or_raise_by_id(study_id, session, for_update=True)
+            trial: Any = _TRIAL.find_or_raise_by_id(trial_id, session, for_update=True)
+            session.refresh(trial)
+            if trial.state != TrialState.RUNNING:
+                return False
+            frozen = self._build_frozen_trial_from_trial_model(trial)
+            kills = [*frozen.system_attrs.get("retry_history", []), *([frozen.number] if kind == "killed" else [])]
+            is_retried = kind == "interrupted" or (kind == "killed" and len(kills) <= retries)
+            failure = {"kind": kind, "message": message, "retried": is_retried}
+            self._set_user_attr(session, trial_id, "failure", failure)
+            trial.state = TrialState.FAIL
+            trial.datetime_complete = datetime.now()
+            if is_retried:
+                self._get_prepared_new_trial(study_id, _retry_of(frozen, kills), session)
+            return True
+
+    def reap(self, study_id: int, retries: int) -> list[int]:
+        """The ids of running trials that were without a heartbeat for longer than the grace period, now failed."""
+        message = f"no heartbeat for {self.grace_period} s"
+        stale = self._get_stale_trial_ids(study_id)
+        return [trial_id for trial_id in stale if self.fail(trial_id, "killed", message, retries=retries)]
+
+    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Any = None) -> bool:
+        if state == TrialState.RUNNING and self.worker:
+            return self._claim(trial_id)
+        return super().set_trial_state_values(trial_id, state, values)
+
+    def _get_prepared_new_trial(
+        self, study_id: int, template_trial: FrozenTrial | None, session: Session
+    ) -> "models.TrialModel":
+        # Optuna calls this with the study's row locked, in the transaction that creates a trial.
+        is_started = template_trial is None and self.worker is not None
+        if is_started:
+            admit(session, study_id)
+        trial = super()._get_prepared_new_trial(study_id, template_trial, session)
+        if is_started:
+            self._sign(int(trial.trial_id), session)
+        return trial
+
+    def _claim(self, trial_id: int) -> bool:
+        """Whether the waiting trial is this worker's now."""
+        with _create_scoped_session(self.scoped_session) as session:
+            study_id = _TRIAL.find_or_raise_by_id(trial_id, session).study_id
+            models.StudyModel.find_or_raise_by_id(study_id, session, for_update=True)
+            trial: Any = _TRIAL.find_or_raise_by_id(trial_id, session, for_update=True)
+            session.refresh(trial)
+            self.check_trial_is_updatable(trial_id, trial.state)
+            if trial.state != TrialState.WAITING:
+                return False
+            admit(session, study_id)
+            trial.state = TrialState.RUNNING
+            trial.datetime_start = datetime.now()
+            self._sign(trial_id, session)
+            return True
+
+    def _sign(self, trial_id: int, session: Session) -> None:
+        """Write whose trial it is, and its first heartbeat: there is no moment without one."""
+        self._set_user_attr(session, trial_id, "worker", self.worker)
+        session.add(models.TrialHeartbeatModel(trial_id=trial_id))
+
+    def _set_user_attr(self, session: Session, trial_id: int, key: str, value: Any) -> None:
+        self._set_trial_attr_without_commit(session, models.TrialUserAttributeModel, trial_id, key, value)
+
+    def _get_stale_trial_ids(self, study_id: int) -> list[int]:
+        self._adopt_orphans(study_id)
+        return super()._get_stale_trial_ids(study_id)
+
+    def _adopt_orphans(self, study_id: int) -> None:
+        """Give running trials without a heartbeat one, so that they become stale a grace period from now."""
+        with _create_scoped_session(self.scoped_session, ignore_integrity_error=True) as session:
+            orphans = session.query(_TRIAL.trial_id).filter(
+                _TRIAL.study_id == study_id, _TRIAL.state == TrialState.RUNNING, ~_TRIAL.heartbeats.any()
+            )
+            session.add_all([models.TrialHeartbeatModel(trial_id=trial_id) for (trial_id,) in orphans])
+
+
+def _patiently(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method, repeated with growing pauses while the database is locked or cannot be reached."""
+
+    @wraps(method)
+    def call(self: Storage, *args: Any, **kwargs: Any) -> Any:
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception(_is_transient),
+            wait=tenacity.wait_random_exponential(multiplier=0.5, max=30),
+            stop=tenacity.stop_after_delay(self.patience) | tenacity.stop_when_event_set(self.giving_up),
+            sleep=tenacity.sleep_using_event(self.giving_up),
+            before_sleep=_say_waiting,
+            reraise=True,
+        )
+        try:
+            return retrying(method, self, *args, **kwargs)
+        except Exception as error:
+            if _is_transient(error):
+                raise _unavailable(self.engine.url, error) from error
+            raise
+
+    return call
+
+
+for _name in (
+    *("create_new_study", "delete_study", "get_all_studies", "get_study_id_from_name", "get_study_name_from_id"),
+    *("get_study_directions", "get_study_user_attrs", "get_study_system_attrs", "set_study_user_attr"),
+    *("set_study_system_attr", "_create_new_trial", "_set_trial_param", "set_trial_state_values", "get_trial"),
+    *("set_trial_intermediate_value", "set_trial_user_attr", "set_trial_system_attr", "_get_trials"),
+    *("_get_best_trial_id", "record_heartbeat", "_get_stale_trial_ids", "join", "fail"),
+):
+    setattr(Storage, _name, _patiently(getattr(Storage, _name)))
+
+
+def open_storage(
+    url: str, *, heartbeat: int = 10, grace: int = 60, patience: float = 0.0, must_exist: bool = False
+) -> Storage:
+    """The storage at a SQLAlchemy URL of SQLite or PostgreSQL; its tables are created where they are missing.
+
+    `heartbeat` and `grace` are seconds. Raises `UsageError` for a URL that cannot be used, `StudyNotFound` where the
+    database must exist and does not, `StorageUnavailable` where it cannot be reached, and `StorageError` where the
+    file is something else.
+    """
+    parsed = _parse_url(url)
+    if parsed.get_backend_name() == "sqlite":
+        file = Path(parsed.database or "")
+        if not file.parent.is_dir():
+            raise UsageError(f"no folder {file.parent} for the database {file.name}; create it first")
+        if must_exist and not file.exists():
+            raise StudyNotFound(f"no database {file}; start the search with: hpsearch run STUDY")
+    try:
+        with creation_lock(parsed):
+            return Storage(parsed, heartbeat=heartbeat, grace=grace, patience=patience)
+    except (StorageInternalError, DatabaseError, InterfaceError) as error:
+        if _is_transient(error):
+            raise _unavailable(parsed, error) from error
+        raise StorageError(f"{show_url(parsed)} is not a database of Optuna: {_reason(parsed, error)}") from error
+    except RuntimeError as error:  # another version of Optuna's tables
+        raise StorageError(f"{show_url(parsed)}: {error}") from error
+    except ImportError as error:
+        raise UsageError(f"no driver for {show_url(parsed)}; pip install 'hpsearch[postgres]'") from error
+    except OSError as error:
+        raise StorageError(f"{show_url(parsed)} cannot be created: {error.strerror}") from error
+
+
+def _parse_url(url: str) -> URL:
+    parsed = make_url(check_url(url))
+    backend = parsed.get_backend_name()
+    if backend == "postgresql":
+        return parsed.set(drivername="postgresql+psycopg")
+    if backend != "sqlite":
+        raise UsageError(f"{show_url(parsed)}: use SQLite or PostgreSQL, not {backend}")
+    if parsed.database in (None, "", ":memory:"):
+        raise UsageError("a SQLite database in memory cannot be shared by workers; name a file: sqlite:///study.db")
+    return parsed
+
+
+@contextmanager
+def creation_lock(url: URL) -> Iterator[None]:
+    """One process at a time creates tables or a study; the others wait."""
+    if url.get_backend_name() == "sqlite":
+        with FileLock(f"{url.database}.lock"):
+            yield
+        return
+    engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool)
+    with engine.connect() as connection:
+        connection.execute(sqlalchemy.text("SELECT pg_advisory_lock(hashtext('hpsearch'))"))
+        yield
+
+
+def _configure_sqlite(connection: sqlite3.Connection, _record: object) -> None:
+    connection.isolation_level = None  # SQLAlchemy's `begin` event starts the transactions
+    journal = "WAL" if sqlite3.sqlite_version_info >= _WAL_IS_SAFE_FROM else "TRUNCATE"
+    connection.execute(f"PRAGMA journal_mode = {journal}")
+    connection.execute("PRAGMA synchronous = FULL")
+
+
+def _begin_immediate(connection: sqlalchemy.Connection) -> None:
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def _is_transient(error: BaseException) -> bool:
+    """Whether the database may answer later: locked, full, restarting or unreachable."""
+    cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+    return isinstance(cause, OperationalError | InterfaceError)
+
+
+def _unavailable(url: URL, error: BaseException) -> StorageUnavailable:
+    return StorageUnavailable(f"the storage {show_url(url)} cannot be reached: {_reason(url, error)}")
+
+
+def _reason(url: URL, error: BaseException) -> str:
+    cause: Any = error.__cause__ if isinstance(error, StorageInternalError) else error
+    text = " ".join(str(getattr(cause, "orig", cause)).split())
+    return text.replace(str(url.password), "***") if url.password else text
+
+
+def _say_waiting(state: tenacity.RetryCallState) -> None:
+    storage, error = state.args[0], state.outcome.exception() if state.outcome else None
+    if error is not None:
+        reason = _reason(storage.engine.url, error)
+        logger.warning("the storage does not answer (%s); trying again in %.0f s", reason, state.upcoming_sleep)
+
+
+def _retry_of(trial: FrozenTrial, kills: list[int]) -> FrozenTrial:
+    """A waiting trial with the parameters of one that was killed or interrupted, linked to it the way Optuna does."""
+    original = trial.user_attrs.get("retry_of", trial.number)
+    system_attrs: dict[str, Any] = {"failed_trial": original, "retry_history": kills}
+    if "fixed_params" in trial.system_attrs:
+        system_attrs["fixed_params"] = trial.system_attrs["fixed_params"]
+    return optuna.trial.create_trial(
+        state=TrialState.WAITING,
+        params=trial.params,
+        distributions=trial.distributions,
+        user_attrs={"retry_of": original},
+        system_attrs=system_attrs,
+    )

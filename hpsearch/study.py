@@ -1,0 +1,136 @@
+"""The studies in a storage: created or resumed, guarded against mixing two searches, summarized."""
+
+import json
+import warnings
+from collections import Counter
+from typing import Any
+
+import optuna
+from optuna.exceptions import ExperimentalWarning
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from hpsearch.definition import StudyDefinition, show_url
+from hpsearch.errors import NoCompletedTrial, StudyMismatch, StudyNotFound
+from hpsearch.storage import Storage, creation_lock
+
+
+def open_study(definition: StudyDefinition, storage: Storage) -> optuna.Study:
+    """The definition's study in the storage, created or resumed, with its budget and definition written into it.
+
+    The trials to try first are queued once. Raises `StudyMismatch`, and changes nothing, where the stored study was
+    searched with another definition; budget, recovery and retrain may differ.
+    """
+    name = definition.study.name
+    with creation_lock(storage.engine.url):
+        study = optuna.create_study(study_name=name, storage=storage, direction="maximize", load_if_exists=True)
+        _check_identity(definition, study)
+        if "fingerprint" not in study.user_attrs:
+            for values in definition.first[len(study.get_trials(deepcopy=False)) :]:
+                study.enqueue_trial(values)
+            study.set_user_attr("identity", definition.identity)
+            study.set_user_attr("fingerprint", definition.fingerprint)
+        study.set_user_attr("budget", definition.budget.model_dump(exclude_none=True))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            study.set_metric_names(["validation accuracy"])
+    return study
+
+
+def load_study(definition: StudyDefinition, storage: Storage) -> optuna.Study:
+    """The definition's study, which must be in the storage; raises `StudyNotFound` or `StudyMismatch`."""
+    name = definition.study.name
+    try:
+        study = optuna.load_study(study_name=name, storage=storage)
+    except KeyError as error:
+        raise StudyNotFound(
+            f"no study '{name}' in {show_url(storage.engine.url)}; start it with: hpsearch run STUDY"
+        ) from error
+    _check_identity(definition, study)
+    return study
+
+
+def find_best(study: optuna.Study, number: int | None = None) -> FrozenTrial:
+    """The best complete trial, or the complete trial of that number; raises `NoCompletedTrial`."""
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    chosen = [trial for trial in complete if number is None or trial.number == number]
+    if not chosen:
+        which = "no trial is complete yet" if number is None else f"trial {number} is not complete"
+        raise NoCompletedTrial(f"study '{study.study_name}': {which}; see: hpsearch trials STUDY")
+    return max(chosen, key=lambda trial: (trial.value or 0.0, -trial.number))
+
+
+def summarize(definition: StudyDefinition, study: optuna.Study) -> dict[str, Any]:
+    """The document of `status --json`: counts by state, the best trial, the workers, the epochs run and saved."""
+    trials = study.get_trials(deepcopy=False)
+    counts = Counter(trial.state for trial in trials)
+    running = [trial for trial in trials if trial.state == TrialState.RUNNING]
+    best = find_best(study) if counts[TrialState.COMPLETE] else None
+    full = definition.budget.epochs
+    return {
+        "study": study.study_name,
+        "storage": show_url(definition.study.storage),
+        "budget": study.user_attrs["budget"],
+        "trials": {
+            "complete": counts[TrialState.COMPLETE],
+            "pruned": counts[TrialState.PRUNED],
+            "failed": counts[TrialState.FAIL],
+            "running": counts[TrialState.RUNNING],
+            "waiting": counts[TrialState.WAITING],
+        },
+        "best": best and {"number": best.number, "value": best.value, "params": best.params},
+        "workers": [
+            {"id": trial.user_attrs.get("worker"), "trial": trial.number, "epoch": trial.last_step or 0}
+            for trial in running
+        ],
+        "epochs": {
+            "run": sum(trial.last_step or 0 for trial in trials),
+            "saved": sum(full - (trial.last_step or 0) for trial in trials if trial.state == TrialState.PRUNED),
+        },
+    }
+
+
+def list_trials(study: optuna.Study, state: str | None, sort: str, limit: int | None) -> list[dict[str, Any]]:
+    """The rows of `trials`: those in a state, sorted by number or by value (the best first), at most `limit`."""
+    rows = [_describe_trial(trial) for trial in study.get_trials(deepcopy=False)]
+    chosen = [row for row in rows if state in (None, row["state"])]
+    if sort == "value":
+        # A pruned trial's value is from fewer epochs, so it never stands above a complete one.
+        chosen.sort(key=lambda row: (row["state"] != "complete", -(row["value"] or 0.0), row["number"]))
+    return chosen[:limit]
+
+
+def _describe_trial(trial: FrozenTrial) -> dict[str, Any]:
+    failure = trial.user_attrs.get("failure")
+    return {
+        "number": trial.number,
+        "state": "failed" if trial.state == TrialState.FAIL else trial.state.name.lower(),
+        "value": trial.value if trial.state.is_finished() else None,
+        "epoch": trial.last_step or 0,
+        "params": trial.params or trial.system_attrs.get("fixed_params", {}),
+        "worker": trial.user_attrs.get("worker"),
+        "seconds": trial.duration.total_seconds() if trial.duration else None,
+        "note": f"{failure['kind']}: {failure['message']}" if failure else trial.user_attrs.get("diverged", ""),
+    }
+
+
+def _check_identity(definition: StudyDefinition, study: optuna.Study) -> None:
+    attributes = study.user_attrs
+    if "fingerprint" not in attributes:
+        if any(trial.state != TrialState.WAITING for trial in study.get_trials(deepcopy=False)):
+            raise StudyMismatch(
+                f"study '{study.study_name}' has trials that hpsearch did not make; give study.name another value"
+            )
+        if study.direction != StudyDirection.MAXIMIZE:
+            raise StudyMismatch(f"study '{study.study_name}' minimizes; give study.name another value")
+    elif attributes["fingerprint"] != definition.fingerprint:
+        stored, wanted = attributes["identity"], json.loads(json.dumps(definition.identity))
+        differing = [
+            f"{key} ({stored.get(key, 'absent')} -> {wanted.get(key, 'absent')})"
+            for key in sorted(stored.keys() | wanted.keys())
+            if stored.get(key) != wanted.get(key)
+        ]
+        raise StudyMismatch(
+            f"study '{study.study_name}' was searched with other values of {', '.join(differing)}; "
+            "undo the change, or give study.name another value to start a new study"
+        )

@@ -1,0 +1,274 @@
+"""One worker: admitted by the storage, it asks for trials, keeps them alive, trains them and tells their results."""
+
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Literal, Self
+
+import optuna
+import torch
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import TrialState
+
+from hpsearch.data import ImageData
+from hpsearch.definition import StudyDefinition
+from hpsearch.errors import BudgetInFlight, BudgetSpent, Drained, Interrupted, StorageError
+from hpsearch.objective import Objective, build_pruner, build_sampler, load_study_data
+from hpsearch.storage import Storage, open_storage
+from hpsearch.study import load_study
+from hpsearch.training import EpochResult
+
+logger = logging.getLogger(__name__)
+
+PATIENCE = 600.0  # seconds for which a worker waits for a storage that does not answer
+_POLL = 0.25  # seconds between two looks for room in the budget
+
+
+@dataclass(frozen=True)
+class TrialEvent:
+    """What became of a trial; all but "running" are sent after the storage has acknowledged it.
+
+    `epoch` is the last one that was reported, `value` its validation accuracy. A trial that another worker has
+    taken over is "dropped".
+    """
+
+    worker: str
+    number: int
+    state: Literal["running", "complete", "pruned", "failed", "dropped"]
+    epoch: int = 0
+    value: float | None = None
+    message: str = ""
+
+
+Emit = Callable[[TrialEvent], None]
+
+
+class Drain:
+    """A wish to stop: the batch in hand is finished, the trial queued again. A second signal stops at once."""
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+        self.error: Drained = Drained()
+
+    def listen(self, *signals: signal.Signals) -> Self:
+        for number in signals:
+            signal.signal(number, self._receive)
+        return self
+
+    def set(self, error: Drained) -> None:
+        self.error = error
+        self.event.set()
+
+    def check(self) -> None:
+        """Raise `Drained` or `Interrupted` if somebody wishes to stop."""
+        if self.event.is_set():
+            raise self.error
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        if self.event.is_set():
+            raise KeyboardInterrupt
+        self.set(Interrupted() if number == signal.SIGINT else Drained())
+
+
+class LeaseLost(Exception):
+    """The trial was given to another worker."""
+
+
+class Lease(threading.Thread):
+    """While entered, beats for a running trial, notices when it was taken away, and reaps the trials of the dead."""
+
+    def __init__(self, worker: "Worker", trial: optuna.Trial) -> None:
+        super().__init__(name=f"lease of trial {trial.number}", daemon=True)
+        self.worker, self.trial_id = worker, trial._trial_id
+        self.ended, self.lost = threading.Event(), threading.Event()
+
+    def check(self) -> None:
+        """Raise if the trial must not go on: it is not this worker's any more, or somebody wishes to stop."""
+        self.worker.drain.check()
+        if self.lost.is_set():
+            raise LeaseLost
+
+    def run(self) -> None:
+        storage = self.worker.storage
+        while not self.ended.wait(self.worker.definition.recovery.heartbeat):
+            try:
+                storage.record_heartbeat(self.trial_id)
+                if storage.get_trial(self.trial_id).state != TrialState.RUNNING:
+                    self.lost.set()
+                    return
+                self.worker.reap()
+            except StorageError as error:  # the worker's own calls meet it as well, and end the worker
+                logger.warning("%s", error)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+        self.join()
+
+
+class Worker:
+    """Runs trials of a study until its budget is spent, it is drained, or it had `max_trials` of them.
+
+    `stream` numbers the workers of a study; sampler and name derive from it.
+    """
+
+    def __init__(
+        self,
+        definition: StudyDefinition,
+        storage: Storage,
+        stream: int,
+        drain: Drain,
+        *,
+        data: ImageData | None = None,
+        device: torch.device | str = "cpu",
+        emit: Emit = lambda event: None,
+        max_trials: int | None = None,
+    ) -> None:
+        self.definition, self.storage, self.drain, self.emit = definition, storage, drain, emit
+        self.max_trials = max_trials
+        self.name = storage.worker = worker_name(stream)
+        storage.giving_up = drain.event
+        self.study = load_study(definition, storage)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of TPE's `group` and of GP
+            self.study.sampler, self.study.pruner = build_sampler(definition, stream), build_pruner(definition)
+        self.objective = Objective(definition, data, device=device)
+        self._next_reap = time.monotonic()
+
+    def run(self) -> str:
+        """Why the worker ended; raises `Drained` or `Interrupted`, `TooManyFailures` or `StorageUnavailable`."""
+        n_trials = 0
+        while self.max_trials is None or n_trials < self.max_trials:
+            self.drain.check()
+            if time.monotonic() >= self._next_reap:
+                self.reap()
+            try:
+                self.run_trial()
+                n_trials += 1
+            except BudgetInFlight:
+                self.drain.event.wait(_POLL)
+            except BudgetSpent as spent:
+                return str(spent)
+        return f"this worker had its {self.max_trials} trials"
+
+    def run_trial(self) -> None:
+        """Admit, ask, beat, objective, tell."""
+        trial = self._ask()
+        value, state = None, TrialState.COMPLETE
+        with Lease(self, trial) as lease:
+            self.objective.before_batch = lease.check
+            self.objective.callbacks = (lambda result: self._emit_epoch(trial, result),)
+            try:
+                value = self.objective(trial)
+            except optuna.TrialPruned:
+                state = TrialState.PRUNED
+            except (LeaseLost, UpdateFinishedTrialError):
+                return self._drop(trial)
+            except (Drained, KeyboardInterrupt) as error:
+                self._fail(trial, "interrupted", str(error) or "interrupted")
+                raise
+            except StorageError:
+                raise
+            except (MemoryError, torch.OutOfMemoryError) as error:
+                return self._fail(trial, "out-of-memory", str(error))
+            except Exception as error:
+                logger.debug("trial %d failed", trial.number, exc_info=True)
+                return self._fail(trial, "exception", f"{type(error).__name__}: {error}")
+        return self._tell(trial, value, state)
+
+    def reap(self) -> None:
+        """Fail the trials whose workers give no sign of life, and queue them again."""
+        recovery = self.definition.recovery
+        self._next_reap = time.monotonic() + recovery.heartbeat
+        for trial_id in self.storage.reap(self.study._study_id, recovery.retries):
+            trial = self.storage.get_trial(trial_id)
+            self.emit(
+                TrialEvent(
+                    self.name, trial.number, "failed", message=f"killed: {trial.user_attrs['failure']['message']}"
+                )
+            )
+
+    def _ask(self) -> optuna.Trial:
+        with warnings.catch_warnings():
+            # The storage writes the first heartbeat itself, and `Lease` the others.
+            warnings.filterwarnings("ignore", "Heartbeat of storage is supposed to be used with Study.optimize")
+            trial = self.study.ask()
+        self.emit(TrialEvent(self.name, trial.number, "running"))
+        return trial
+
+    def _tell(self, trial: optuna.Trial, value: float | None, state: TrialState) -> None:
+        try:
+            told = self.study.tell(trial, value, state, skip_if_finished=True)
+        except UpdateFinishedTrialError:
+            return self._drop(trial)
+        # A finished trial is this worker's result too if an earlier try to tell it went through unanswered.
+        if told.state != state or (value is not None and told.value != value):
+            return self._drop(trial)
+        name: Literal["complete", "pruned"] = "complete" if state == TrialState.COMPLETE else "pruned"
+        message = str(told.user_attrs.get("diverged", ""))
+        return self.emit(TrialEvent(self.name, trial.number, name, told.last_step or 0, told.value, message))
+
+    def _fail(self, trial: optuna.Trial, kind: str, message: str) -> None:
+        if self.storage.fail(trial._trial_id, kind, message, retries=self.definition.recovery.retries):
+            self.emit(TrialEvent(self.name, trial.number, "failed", message=f"{kind}: {message}"))
+
+    def _drop(self, trial: optuna.Trial) -> None:
+        self.emit(TrialEvent(self.name, trial.number, "dropped", message="another worker has taken it over"))
+
+    def _emit_epoch(self, trial: optuna.Trial, result: EpochResult) -> None:
+        self.emit(TrialEvent(self.name, trial.number, "running", result.epoch, result.accuracy))
+
+
+def run_worker(
+    definition: StudyDefinition,
+    drain: Drain,
+    *,
+    folder: Path | str | None = None,
+    emit: Emit = lambda event: None,
+    max_trials: int | None = None,
+) -> str:
+    """Why the worker ended that this process was on the definition's study, which must exist already."""
+    storage = open_worker_storage(definition, must_exist=True)
+    study = load_study(definition, storage)
+    data = load_study_data(definition, folder)
+    stream = storage.join(study._study_id)
+    device = list_devices()[0]
+    return Worker(definition, storage, stream, drain, data=data, device=device, emit=emit, max_trials=max_trials).run()
+
+
+def open_worker_storage(definition: StudyDefinition, *, must_exist: bool = False) -> Storage:
+    """The definition's storage as workers need it: with its recovery times, and patient once it is open."""
+    recovery = definition.recovery
+    return open_storage(
+        definition.study.storage,
+        heartbeat=recovery.heartbeat,
+        grace=recovery.grace,
+        patience=PATIENCE,
+        must_exist=must_exist,
+    )
+
+
+def worker_name(stream: int) -> str:
+    """The name of a worker: its machine, and how many workers joined the study before it."""
+    return f"{socket.gethostname()}-{stream}"
+
+
+def count_cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def list_devices() -> list[str]:
+    """The GPUs of this machine, else its CPU."""
+    return [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
