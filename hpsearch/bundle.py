@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
 
 from hpsearch.data import load_test, normalise
 from hpsearch.errors import BundleError, ImageError
@@ -170,7 +171,7 @@ def check_target(target: Path) -> None:
 
 def _write(contents: Contents, folder: Path) -> None:
     state = {name: tensor.contiguous() for name, tensor in contents.network.state_dict().items()}
-    save_file(state, folder / "model.safetensors")
+    (folder / "model.safetensors").write_bytes(to_safetensors(state))
     torch.save(state, folder / "model.pt")
     (folder / "config.json").write_text(json.dumps(contents.config, indent=2) + "\n")
     (folder / "metrics.json").write_text(json.dumps(contents.metrics, indent=2) + "\n")
@@ -233,7 +234,7 @@ def _model_card_lines(config: dict[str, Any], metrics: dict[str, Any]) -> Iterat
     images = metrics["n_images"]
     yield f"# {metrics['study']}: a classifier of {config['data']}"
     yield (
-        f"\nA {config['kind'].upper()} with {metrics['n_parameters']:,} parameters, found by hpsearch as trial "
+        f"\nA network of kind {config['kind']} with {metrics['n_parameters']:,} parameters, found by hpsearch as trial "
         f"{metrics['trial']} among {metrics['n_trials']}, then trained anew for {metrics['epochs']} epochs on all "
         f"{images['train']:,} training and validation images.\n"
     )

@@ -196,33 +196,34 @@ def _read_torchvision(class_name: str, root: Path, *, is_train: bool) -> tuple[T
     import torchvision
 
     raw = root / class_name / "raw"
-    advice = (
-        f"put its four archives (*-ubyte.gz) into {raw}, name another folder with --data or HPSEARCH_DATA, "
-        'or use data.name = "digits", which needs no download'
-    )
     try:
         raw.mkdir(parents=True, exist_ok=True)
         # A second process would read half-unpacked files; and torchvision prints on stdout, which belongs to data.
         with FileLock(raw.parent / ".lock"), redirect_stdout(None):
+            _check_unpacked(raw)
             dataset: Any = getattr(torchvision.datasets, class_name)(root, train=is_train, download=True)
-            _check_unpacked(raw, "train" if is_train else "t10k")
-        if len(dataset.data) != len(dataset.targets) or len(dataset.data) != (60_000 if is_train else 10_000):
-            raise ValueError(f"{len(dataset.data)} images and {len(dataset.targets)} labels")
-    except (RuntimeError, OSError, EOFError, zlib.error) as error:
+        if not len(dataset.data) == len(dataset.targets) == (60_000 if is_train else 10_000):
+            raise ValueError(f"it has {len(dataset.data)} images and {len(dataset.targets)} labels")
+    except (RuntimeError, OSError, EOFError, zlib.error, ValueError, AssertionError, TypeError) as error:
+        # torchvision asserts what a file's header says, and torch raises RuntimeError for too few bytes.
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{class_name} is not in {raw} and cannot be brought there ({reason}); {advice}") from error
-    except (ValueError, AssertionError, TypeError) as error:  # torchvision asserts what a file's header says
-        raise DataError(f"{class_name} in {raw} is damaged ({error}); delete that folder; then {advice}") from error
+        raise DataError(
+            f"{class_name} can neither be read from {raw} nor be downloaded to it ({reason}). Put its four archives "
+            "(*-ubyte.gz), and nothing else, into that folder, name another data folder with --data or HPSEARCH_DATA, "
+            'or use data.name = "digits", which needs no download'
+        ) from error
     return dataset.data, dataset.targets
 
 
-def _check_unpacked(raw: Path, prefix: str) -> None:
+def _check_unpacked(raw: Path) -> None:
     """Compare unpacked files with the CRC-32 and length at the end of their archives (RFC 1952, 2.3.1)."""
-    for archive in raw.glob(f"{prefix}-*.gz"):
+    for archive in raw.glob("*.gz"):
+        if not archive.with_suffix("").exists():
+            continue
         content = archive.with_suffix("").read_bytes()
         trailer = archive.read_bytes()[-8:]
         if (zlib.crc32(content), len(content)) != tuple(int.from_bytes(trailer[i : i + 4], "little") for i in (0, 4)):
-            raise ValueError(f"{archive.stem} differs from its archive")
+            raise ValueError(f"{archive.stem} is damaged: it differs from its archive")
 
 
 def _read_digits(*, is_train: bool) -> tuple[Tensor, Tensor]:
