@@ -4,7 +4,7 @@ All functions work inside a transaction that holds the lock on the study's row (
 """
 
 import json
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import sqlalchemy
@@ -25,7 +25,7 @@ def admit(session: Session, study_id: int) -> None:
     """
     budget = _read_budget(session, study_id)
     rows = session.query(_TRIAL.state, sqlalchemy.func.count()).filter(_TRIAL.study_id == study_id)
-    counts: dict[TrialState, int] = dict(rows.group_by(_TRIAL.state).tuples())
+    counts: dict[TrialState, int] = dict(rows.group_by(_TRIAL.state).all())
     n_finished = counts.get(TrialState.COMPLETE, 0) + counts.get(TrialState.PRUNED, 0)
     if "trials" in budget and n_finished >= budget["trials"]:
         raise BudgetSpent(f"the study has its {budget['trials']} trials; raise budget.trials for more")
@@ -59,9 +59,10 @@ def _best_value(session: Session, study_id: int) -> float:
 def _minutes_searched(session: Session, study_id: int) -> float:
     """The minutes in which at least one trial ran; pauses and trials that failed do not count."""
     states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
-    query = session.query(_TRIAL.datetime_start, _TRIAL.datetime_complete)
-    rows = query.filter(_TRIAL.study_id == study_id, _TRIAL.state.in_(states)).order_by(_TRIAL.datetime_start)
-    total, end, now = timedelta(), datetime.min, datetime.now()
+    columns = _TRIAL.__table__.c
+    query = session.query(columns.datetime_start, columns.datetime_complete)
+    rows = query.filter(_TRIAL.study_id == study_id, _TRIAL.state.in_(states)).order_by(columns.datetime_start)
+    total, end, now = timedelta(), datetime.min, datetime.now(UTC).replace(tzinfo=None)
     for start, complete in rows:
         finish = complete or now
         total += max(finish - max(start, end), timedelta())

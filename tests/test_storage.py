@@ -1,0 +1,294 @@
+"""The storage on SQLite and PostgreSQL: exact budget, first heartbeat, one retry, no password shown."""
+
+import pickle
+import sqlite3
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from pathlib import Path
+
+import optuna
+import pytest
+import sqlalchemy
+from optuna.storages._rdb import models
+from optuna.trial import TrialState
+from sqlalchemy.exc import OperationalError
+
+from hpsearch.errors import (
+    BudgetInFlight,
+    BudgetSpent,
+    HpsearchError,
+    StorageError,
+    StorageUnavailable,
+    StudyNotFound,
+    TooManyFailures,
+    UsageError,
+)
+from hpsearch.storage import Storage, open_storage
+from hpsearch.study import open_study
+
+from .conftest import make_definition
+
+pytestmark = pytest.mark.filterwarnings("ignore:Heartbeat of storage is supposed")
+
+
+def start_study(storage: Storage, **budget: float) -> optuna.Study:
+    study = open_study(make_definition(budget=budget), storage)
+    storage.worker = "me-0"
+    return study
+
+
+def test_a_trial_starts_signed_and_with_a_heartbeat(storage: Storage) -> None:
+    study = start_study(storage)
+    study.enqueue_trial({"width": 9})
+    for _ in range(2):  # the queued one is claimed, the other created
+        trial = study.ask()
+        assert trial.user_attrs == {"worker": "me-0"}
+    with storage.engine.connect() as connection:
+        beats = connection.execute(sqlalchemy.text("SELECT trial_id FROM trial_heartbeats")).all()
+    assert len(beats) == 2
+
+
+def test_the_budget_counts_complete_and_pruned_trials_and_those_that_run(storage: Storage) -> None:
+    study = start_study(storage, trials=3)
+    first, second, third = study.ask(), study.ask(), study.ask()
+    study.tell(first, 0.5)
+    with pytest.raises(BudgetInFlight):
+        study.ask()
+    storage.fail(second._trial_id, "exception", "broken")
+    fourth = study.ask()
+    study.tell(third, state=TrialState.PRUNED)
+    study.tell(fourth, 0.6)
+    with pytest.raises(BudgetSpent, match="has its 3 trials"):
+        study.ask()
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "FAIL", "PRUNED", "COMPLETE"]
+
+
+def test_a_queued_trial_needs_room_in_the_budget_too(storage: Storage) -> None:
+    study = start_study(storage, trials=1)
+    study.tell(study.ask(), 0.5)
+    study.enqueue_trial({"width": 9})
+    with pytest.raises(BudgetSpent):
+        study.ask()
+    assert study.trials[1].state == TrialState.WAITING
+
+
+def test_many_workers_at_once_start_exactly_the_budget(url: str) -> None:
+    study = open_study(make_definition(budget={"trials": 20}), open_storage(url))
+    for _ in range(10):
+        study.enqueue_trial({})
+    started = []
+
+    def work(i: int) -> None:
+        storage = open_storage(url)
+        storage.worker = f"me-{i}"
+        mine = optuna.load_study(study_name="small", storage=storage)
+        while True:
+            try:
+                trial = mine.ask()
+            except (BudgetSpent, BudgetInFlight):
+                return
+            started.append(trial.number)
+            mine.tell(trial, 0.5)
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(work, range(6)))
+    assert sorted(started) == list(range(20))
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 20
+
+
+def test_the_target_ends_the_search(storage: Storage) -> None:
+    study = start_study(storage, target=0.9)
+    study.tell(study.ask(), 0.89)
+    pruned = study.ask()
+    pruned.report(0.95, 1)
+    study.tell(pruned, state=TrialState.PRUNED)
+    study.tell(study.ask(), 0.9)
+    with pytest.raises(BudgetSpent, match=r"best value 0\.9000 reaches the target"):
+        study.ask()
+
+
+def test_the_minutes_of_searching_end_the_search_and_pauses_do_not_count(storage: Storage) -> None:
+    study = start_study(storage, minutes=3, trials=9)
+    trials = models.TrialModel.__table__
+
+    def run_trial(day: int, hour: int) -> None:
+        trial = study.ask()
+        study.tell(trial, 0.5)
+        times = {"datetime_start": datetime(2026, 1, day, hour), "datetime_complete": datetime(2026, 1, day, hour, 1)}
+        with storage.engine.begin() as connection:
+            connection.execute(trials.update().where(trials.c.trial_id == trial._trial_id).values(times))
+
+    for day, hour in ((1, 10), (1, 10), (1, 12), (2, 10)):  # two of them at the same time
+        run_trial(day, hour)
+    with pytest.raises(BudgetSpent, match=r"searched for 3\.0 minutes"):
+        study.ask()
+
+
+def test_failures_that_are_not_retried_end_the_search(storage: Storage) -> None:
+    study = start_study(storage, failures=2, trials=9)
+    storage.fail(study.ask()._trial_id, "killed", "gone", retries=1)
+    storage.fail(study.ask()._trial_id, "exception", "broken")
+    trial = study.ask()
+    storage.fail(trial._trial_id, "exception", "broken again")
+    with pytest.raises(TooManyFailures, match="2 trials failed, the last one by exception: broken again"):
+        study.ask()
+
+
+def test_a_killed_trial_is_queued_again_with_its_parameters_at_most_retries_times(storage: Storage) -> None:
+    study = start_study(storage, trials=9)
+    first = study.ask()
+    width = first.suggest_int("width", 8, 32)
+    for attempt in range(3):
+        number = study.trials[-1].number
+        trial_id = study.trials[-1]._trial_id
+        assert storage.fail(trial_id, "killed", "gone", retries=2)
+        assert not storage.fail(trial_id, "killed", "gone", retries=2), "a second failure changes nothing"
+        assert study.trials[number].user_attrs["failure"] == {
+            "kind": "killed",
+            "message": "gone",
+            "retried": attempt < 2,
+        }
+        if attempt < 2:
+            retry = study.ask()
+            assert retry.suggest_int("width", 8, 32) == width
+            assert retry.user_attrs["retry_of"] == first.number
+    assert len(study.trials) == 3
+    assert study.trials[2].system_attrs["retry_history"] == [0, 1]  # as Optuna's own callback writes it
+
+
+def test_an_interruption_uses_up_no_retry(storage: Storage) -> None:
+    study = start_study(storage, trials=9)
+    for _ in range(4):
+        storage.fail(study.ask()._trial_id, "interrupted", "Ctrl-C", retries=0)
+    assert [trial.state.name for trial in study.trials] == ["FAIL"] * 4 + ["WAITING"]
+
+
+def test_stale_trials_are_reaped_and_orphans_a_grace_period_later(storage: Storage) -> None:
+    study = start_study(storage)
+    stale = study.ask()
+    live = study.ask()
+    orphan = storage.create_new_trial(study._study_id)
+    with storage.engine.begin() as connection:
+        connection.execute(sqlalchemy.text("UPDATE trial_heartbeats SET heartbeat = '2026-01-01' WHERE trial_id = 1"))
+        connection.execute(sqlalchemy.text(f"DELETE FROM trial_heartbeats WHERE trial_id = {orphan}"))
+    assert storage.reap(study._study_id, retries=2) == [stale._trial_id]
+    assert storage.reap(study._study_id, retries=2) == []
+    with storage.engine.begin() as connection:
+        connection.execute(
+            sqlalchemy.text(f"UPDATE trial_heartbeats SET heartbeat = '2026-01-01' WHERE trial_id = {orphan}")
+        )
+    assert storage.reap(study._study_id, retries=2) == [orphan]
+    assert storage.get_trial(live._trial_id).state == TrialState.RUNNING
+
+
+def test_no_two_workers_get_the_same_stream(url: str) -> None:
+    storages = [open_storage(url) for _ in range(4)]
+    study = open_study(make_definition(), storages[0])
+    with ThreadPoolExecutor(4) as pool:
+        streams = list(pool.map(lambda storage: [storage.join(study._study_id) for _ in range(5)], storages))
+    assert sorted(number for stream in streams for number in stream) == list(range(20))
+
+
+def test_plain_optuna_works_on_the_storage(storage: Storage) -> None:
+    study = optuna.create_study(storage=storage)
+    study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=3)
+    assert len(study.trials) == 3
+
+
+def test_many_processes_may_create_the_same_database_at_once(url: str) -> None:
+    with ThreadPoolExecutor(6) as pool:
+        studies = list(pool.map(lambda _: open_study(make_definition(), open_storage(url)), range(6)))
+    assert len({study._study_id for study in studies}) == 1
+
+
+def test_sqlite_takes_the_lock_at_the_start_of_every_transaction(tmp_path: Path) -> None:
+    storage = open_storage(f"sqlite:///{tmp_path / 'study.db'}")
+    statements: list[str] = []
+    with storage.engine.connect() as connection:
+        raw = connection.connection.driver_connection
+        assert isinstance(raw, sqlite3.Connection)
+        raw.set_trace_callback(statements.append)
+        connection.rollback()
+        connection.execute(sqlalchemy.text("SELECT 1"))
+        raw.set_trace_callback(None)
+    assert statements[0] == "BEGIN IMMEDIATE"
+    journal = "wal" if sqlite3.sqlite_version_info >= (3, 51, 3) else "truncate"
+    with storage.engine.connect() as connection:
+        assert connection.execute(sqlalchemy.text("PRAGMA journal_mode")).scalar() == journal
+        assert connection.execute(sqlalchemy.text("PRAGMA busy_timeout")).scalar() == 60_000
+
+
+def test_a_storage_that_does_not_answer_is_asked_again_until_patience_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage = open_storage(f"sqlite:///{tmp_path / 'study.db'}", patience=60)
+    study = open_study(make_definition(), storage)
+    failures = [OperationalError("SELECT", {}, Exception("database is locked"))] * 2
+    original = sqlalchemy.orm.Session.close
+
+    def fail_twice(session: sqlalchemy.orm.Session) -> None:
+        original(session)
+        if failures:
+            raise failures.pop()
+
+    monkeypatch.setattr(sqlalchemy.orm.Session, "close", fail_twice)
+    assert storage.get_all_trials(study._study_id) == []
+    assert failures == []
+    assert "database is locked" in caplog.text
+
+
+def test_giving_up_ends_the_patience_at_once(tmp_path: Path) -> None:
+    storage = open_storage(f"sqlite:///{tmp_path / 'study.db'}", patience=600)
+    study = open_study(make_definition(), storage)
+    with storage.engine.begin() as connection:
+        connection.execute(sqlalchemy.text("DROP TABLE trials"))
+    threading.Timer(0.3, storage.giving_up.set).start()
+    with pytest.raises(StorageUnavailable, match="trials"):
+        storage.get_all_trials(study._study_id)
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [
+        ("sqlite:///{folder}/no/such/study.db", UsageError, "no folder"),
+        ("sqlite://", UsageError, "cannot be shared by workers"),
+        ("mysql://me:secret@host/db", UsageError, "use SQLite or PostgreSQL"),
+        ("nonsense", UsageError, "must be a URL"),
+        ("sqlite:///{folder}/text.db", StorageError, "is not a database"),
+        ("postgresql://me:secret@127.0.0.1:9/db?connect_timeout=2", StorageUnavailable, "cannot be reached"),
+    ],
+)
+def test_a_storage_that_cannot_be_used_is_refused_without_its_password(
+    bad: str, error: type[HpsearchError], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "text.db").write_text("this is no database, but long enough to look like one" * 20)
+    with pytest.raises(error, match=message) as caught:
+        open_storage(bad.format(folder=tmp_path))
+    assert "secret" not in str(caught.value)
+
+
+def test_a_database_that_must_exist_is_not_created(tmp_path: Path) -> None:
+    with pytest.raises(StudyNotFound, match="hpsearch run"):
+        open_storage(f"sqlite:///{tmp_path / 'study.db'}", must_exist=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_password_with_braces_and_other_signs_reaches_the_server(postgres_url: str) -> None:
+    import psycopg
+    from sqlalchemy.engine import make_url
+
+    password = "a{b}%c/d@e"
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute("DROP ROLE IF EXISTS braced")
+        connection.execute(f"CREATE ROLE braced LOGIN SUPERUSER PASSWORD '{password}'")  # type: ignore[arg-type,unused-ignore]
+    url = make_url(postgres_url).set(username="braced", password=password)
+    storage = open_storage(url.render_as_string(hide_password=False))
+    assert storage.get_all_studies() is not None
+    assert storage.engine.url.password == password
+    assert password not in repr(storage) + repr(storage.engine)
+
+
+def test_a_storage_is_not_pickled_since_that_would_carry_the_password(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="open it again"):
+        pickle.dumps(open_storage(f"sqlite:///{tmp_path / 'study.db'}"))
