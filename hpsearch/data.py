@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import platformdirs
 import torch
 from filelock import FileLock
@@ -20,6 +21,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from hpsearch.errors import DataError
+from hpsearch.images import place_like_mnist
 
 CLASS_NAMES = {
     "mnist": tuple("0123456789"),
@@ -227,13 +229,12 @@ def _check_unpacked(raw: Path) -> None:
 
 
 def _read_digits(*, is_train: bool) -> tuple[Tensor, Tensor]:
-    """scikit-learn's 8x8 digits as 28x28 images: enlarged to 20x20 inside a margin of 4, the way of MNIST."""
+    """scikit-learn's 8x8 digits, enlarged and placed in 28x28 pixels the way of MNIST."""
     from sklearn.datasets import load_digits
 
     bunch: Any = load_digits()
-    pixels = torch.from_numpy(bunch.images).float().mul(255 / 16).unsqueeze(1)
-    enlarged = functional.interpolate(pixels, size=(20, 20), mode="bilinear", align_corners=False)
-    images = functional.pad(enlarged, (4, 4, 4, 4)).round().to(torch.uint8)
+    placed = np.stack([place_like_mnist(image.astype(np.float32)) for image in bunch.images])
+    images = torch.from_numpy(placed.round().astype(np.uint8)).unsqueeze(1)
     labels = torch.from_numpy(bunch.target).long()
     training, test = _stratified(labels, _N_DIGITS_TEST, None, seed=0)
     chosen = training if is_train else test

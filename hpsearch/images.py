@@ -30,7 +30,10 @@ def read_image(file: Path | str, image_shape: tuple[int, int, int]) -> NDArray[n
         pixels, border = 255 - pixels, 255 - border
     height, width = image_shape[1:]
     if pixels.shape != (height, width):
-        pixels = _place_like_mnist(pixels, float(np.median(border)), height, width, file)
+        try:
+            pixels = place_like_mnist(np.clip(pixels - np.median(border), 0, None), height, width)
+        except ImageError as error:
+            raise ImageError(f"{file}: {error}") from error
     return np.asarray(pixels.round(), dtype=np.uint8)[np.newaxis]
 
 
@@ -54,20 +57,21 @@ def _read_grey(file: Path) -> NDArray[np.float32]:
         raise ImageError(f"{file}: {reason}") from error
 
 
-def _place_like_mnist(
-    pixels: NDArray[np.float32], ground: float, height: int, width: int, file: Path | str
-) -> NDArray[np.float32]:
-    ink = np.clip(pixels - ground, 0, None)
-    if ink.max() < 16:
-        raise ImageError(f"{file}: blank, there is nothing to classify")
-    ink *= 255 / ink.max()
+def place_like_mnist(pixels: NDArray[np.float32], height: int = 28, width: int = 28) -> NDArray[np.float32]:
+    """Ink on a ground of 0, scaled into 20/28 of the new size and moved so that its centre of mass is in the middle.
+
+    Shape (H, W), any size in, (height, width) out, values up to 255. Raises `ImageError` if there is no ink.
+    """
+    ink = pixels * (255 / max(float(pixels.max()), 16))
     ink[ink < 32] = 0  # the grain of paper
     rows, columns = np.flatnonzero(ink.any(axis=1)), np.flatnonzero(ink.any(axis=0))
+    if not len(rows):
+        raise ImageError("blank, there is nothing to classify")
     cropped = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     scale = _BOX * min(height / cropped.shape[0], width / cropped.shape[1])
     new_height, new_width = (max(1, round(side * scale)) for side in cropped.shape)
-    resized = Image.fromarray(cropped).resize((new_width, new_height), Image.Resampling.BOX if scale < 1 else None)
-    small = np.asarray(resized, dtype=np.float32).clip(0, 255)
+    method = Image.Resampling.BOX if scale < 1 else Image.Resampling.BILINEAR
+    small = np.asarray(Image.fromarray(cropped).resize((new_width, new_height), method), dtype=np.float32)
     y, x = (np.indices(small.shape) * small).sum(axis=(1, 2)) / small.sum()
     top = int(np.clip(round((height - 1) / 2 - y), 0, height - new_height))
     left = int(np.clip(round((width - 1) / 2 - x), 0, width - new_width))

@@ -1,0 +1,69 @@
+"""The real command line, run in processes of its own."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+HPSEARCH = (sys.executable, "-m", "hpsearch")
+
+
+def hpsearch(*arguments: object, cwd: Path, expect: int = 0, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end and check its exit status."""
+    process = subprocess.run(
+        [*HPSEARCH, *map(str, arguments)], cwd=cwd, env=environment(**env), capture_output=True, text=True, check=False
+    )
+    assert process.returncode == expect, f"exit status {process.returncode}\n{process.stdout}\n{process.stderr}"
+    return process
+
+
+def start(*arguments: object, cwd: Path, log: Path) -> "subprocess.Popen[bytes]":
+    """Start a command in a session of its own, as a terminal would; its stderr goes to `log`."""
+    with log.open("wb") as stream:
+        return subprocess.Popen(
+            [*HPSEARCH, *map(str, arguments)],
+            cwd=cwd,
+            env=environment(),
+            stdout=stream,
+            stderr=stream,
+            start_new_session=True,
+        )
+
+
+def environment(**changes: str) -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if key != "HPSEARCH_STORAGE"} | changes
+
+
+def wait_for(condition: Callable[[], bool], what: str, seconds: float = 90) -> None:
+    """Poll until the condition holds; fail loudly at the deadline."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s in vain for {what}"
+        time.sleep(0.05)
+
+
+def processes_of(session: int) -> list[int]:
+    """The living processes of a session, zombies not counted."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            state, _, _, process_session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+        except OSError:  # it ended meanwhile
+            continue
+        if int(process_session) == session and state != "Z":
+            found.append(int(folder.name))
+    return found
+
+
+def workers_of(process: "subprocess.Popen[bytes]") -> list[int]:
+    """The worker processes of a run: the children of the fork server, which is a child of the run."""
+    return [pid for server in children(process.pid) for pid in children(server)]
+
+
+def children(pid: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []

@@ -1,0 +1,183 @@
+"""What happens to a search: killed workers, two runs at once, signals, a killed supervisor."""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .commands import HPSEARCH, environment, hpsearch, processes_of, start, wait_for, workers_of
+
+WriteStudy = Callable[..., Path]
+SLOW = "trials = 2\nepochs = 3000"  # a trial takes long enough to be interrupted
+UNPRUNED = '[pruner]\nkind = "none"\n[recovery]\nheartbeat = 1\ngrace = 4'
+
+
+def status(file: Path) -> Any:
+    return json.loads(hpsearch("status", file.name, "--json", cwd=file.parent).stdout)
+
+
+def runs_a_trial(file: Path, n: int = 1) -> Callable[[], bool]:
+    def check() -> bool:
+        if not file.with_suffix(".db").exists():
+            return False
+        process = subprocess.run(
+            [*HPSEARCH, "status", file.name, "--json"],
+            cwd=file.parent,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        workers = json.loads(process.stdout)["workers"] if process.returncode == 0 else []
+        return len([worker for worker in workers if worker["epoch"] > 0]) >= n
+
+    return check
+
+
+def test_eight_workers_two_runs_and_a_kill_end_with_exactly_the_budget(study_file: WriteStudy) -> None:
+    file = study_file(UNPRUNED, budget="trials = 30\nepochs = 40")
+    runs = [start("run", file.name, "--workers", 4, cwd=file.parent, log=file.parent / f"{name}.log") for name in "ab"]
+    wait_for(lambda: all(len(workers_of(run)) == 4 for run in runs), "eight workers")
+    wait_for(runs_a_trial(file, 2), "trials that run")
+    os.kill(workers_of(runs[0])[0], signal.SIGKILL)
+    for run in runs:
+        assert run.wait(timeout=200) == 0, (file.parent / "a.log").read_text() + (file.parent / "b.log").read_text()
+    document = status(file)
+    assert document["trials"]["complete"] + document["trials"]["pruned"] == 30
+    assert document["trials"]["running"] == 0
+    assert document["workers"] == []
+    rows = json.loads(hpsearch("trials", file.name, "--json", cwd=file.parent).stdout)
+    assert [row["number"] for row in rows] == list(range(len(rows)))
+    lines = "".join((file.parent / f"{name}.log").read_text() for name in "ab").splitlines()
+    announced = sorted(int(line.split()[1]) for line in lines if line.startswith("trial ") and " complete " in line)
+    assert announced == sorted(row["number"] for row in rows if row["state"] == "complete")
+
+
+def test_a_killed_workers_trial_is_retried_with_its_parameters(study_file: WriteStudy) -> None:
+    file = study_file(UNPRUNED, budget="trials = 1\nepochs = 400")
+    run = start("run", file.name, "--workers", 1, cwd=file.parent, log=file.parent / "log")
+    wait_for(runs_a_trial(file), "a trial that runs")
+    os.kill(workers_of(run)[0], signal.SIGKILL)
+    assert run.wait(timeout=120) == 0
+    failed, retried = json.loads(hpsearch("trials", file.name, "--json", cwd=file.parent).stdout)
+    assert failed["state"] == "failed"
+    assert failed["note"].startswith("killed: worker ")
+    assert "SIGKILL" in failed["note"]
+    assert retried["state"] == "complete"
+    assert retried["params"] == failed["params"]
+    assert f"trial {failed['number']} failed killed: " in (file.parent / "log").read_text()
+
+
+@pytest.mark.parametrize(("number", "exit_status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_signal_ends_a_run_cleanly_and_the_next_run_goes_on(
+    study_file: WriteStudy, number: signal.Signals, exit_status: int
+) -> None:
+    file = study_file(UNPRUNED, budget=SLOW)
+    run = start("run", file.name, "--workers", 2, cwd=file.parent, log=file.parent / "log")
+    wait_for(runs_a_trial(file, 2), "two trials that run")
+    if number == signal.SIGINT:
+        os.killpg(run.pid, number)  # a terminal sends Ctrl-C to the whole group
+    else:
+        run.send_signal(number)
+    assert run.wait(timeout=30) == exit_status
+    wait_for(lambda: not processes_of(run.pid), "the end of all processes")
+    document = status(file)
+    assert document["trials"] == {"complete": 0, "pruned": 0, "failed": 2, "running": 0, "waiting": 2}
+    log = (file.parent / "log").read_text()
+    assert "Traceback" not in log
+    assert log.splitlines()[-1].startswith("error: ")
+    study = file.read_text()
+    hpsearch("run", file.name, "--trials", 1, cwd=file.parent, expect=2 if "epochs = 3000" not in study else 0)
+    assert status(file)["trials"]["complete"] == 1
+
+
+def test_a_second_ctrl_c_ends_a_run_at_once_and_leaves_nothing_running(study_file: WriteStudy) -> None:
+    file = study_file(UNPRUNED, budget=SLOW)
+    run = start("run", file.name, "--workers", 2, cwd=file.parent, log=file.parent / "log")
+    wait_for(runs_a_trial(file, 2), "two trials that run")
+    for pid in workers_of(run):
+        os.kill(pid, signal.SIGSTOP)  # they cannot react to the first one
+    run.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    run.send_signal(signal.SIGINT)
+    assert run.wait(timeout=30) == 130
+    wait_for(lambda: not processes_of(run.pid), "the end of all processes")
+    assert status(file)["trials"]["running"] == 0
+
+
+def test_no_worker_outlives_a_killed_supervisor(study_file: WriteStudy) -> None:
+    file = study_file(UNPRUNED, budget=SLOW)
+    run = start("run", file.name, "--workers", 2, cwd=file.parent, log=file.parent / "log")
+    wait_for(runs_a_trial(file, 2), "two trials that run")
+    run.kill()
+    run.wait()
+    wait_for(lambda: not processes_of(run.pid), "the end of all processes")
+    assert status(file)["trials"] == {"complete": 0, "pruned": 0, "failed": 2, "running": 0, "waiting": 2}
+
+
+def test_one_more_worker_joins_from_another_terminal(study_file: WriteStudy) -> None:
+    file = study_file(UNPRUNED, budget="trials = 6\nepochs = 150")
+    hpsearch("worker", file.name, cwd=file.parent, expect=1)
+    run = start("run", file.name, "--workers", 1, cwd=file.parent, log=file.parent / "log")
+    wait_for(runs_a_trial(file), "a trial that runs")
+    worker = hpsearch("worker", file.name, "--max-trials", 1, cwd=file.parent)
+    assert "this worker had its 1 trials" in worker.stderr
+    assert run.wait(timeout=200) == 0
+    rows = json.loads(hpsearch("trials", file.name, "--json", cwd=file.parent).stdout)
+    assert len(rows) == 6
+    assert len({row["worker"] for row in rows}) == 2
+
+
+@pytest.mark.parametrize(("number", "exit_status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_signal_ends_a_worker_cleanly(study_file: WriteStudy, number: signal.Signals, exit_status: int) -> None:
+    file = study_file(UNPRUNED, budget=SLOW)
+    hpsearch("run", file.name, "--trials", 1, "--workers", 1, cwd=file.parent)
+    worker = start("worker", file.name, cwd=file.parent, log=file.parent / "log")
+    assert worker.wait(timeout=60) == 0, "the budget is spent"
+    file.write_text(file.read_text().replace("trials = 2", "trials = 3"))
+    run = start("run", file.name, "--workers", 1, cwd=file.parent, log=file.parent / "log")
+    wait_for(runs_a_trial(file), "the run's trial")
+    worker = start("worker", file.name, cwd=file.parent, log=file.parent / "worker.log")
+    wait_for(runs_a_trial(file, 2), "the worker's trial")
+    worker.send_signal(number)
+    assert worker.wait(timeout=30) == exit_status
+    assert "Traceback" not in (file.parent / "worker.log").read_text()
+    run.send_signal(signal.SIGTERM)
+    run.wait(timeout=30)
+    assert status(file)["trials"]["running"] == 0
+
+
+def test_a_terminal_gets_a_live_table_and_is_left_clean(study_file: WriteStudy) -> None:
+    file = study_file(budget="trials = 3\nepochs = 2")
+    controller, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [*HPSEARCH, "run", file.name, "--workers", "1"],
+        cwd=file.parent,
+        env=environment(TERM="xterm", COLUMNS="100"),
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+    )
+    os.close(terminal)
+    output = b""
+    while chunk := _read(controller):
+        output += chunk
+    assert process.wait(timeout=60) == 0
+    text = output.decode()
+    assert "3/3 trials" in text
+    assert "trial 0 complete" in text
+    assert text.rfind("\x1b[?25h") > text.rfind("\x1b[?25l"), "the cursor is shown again"
+
+
+def _read(controller: int) -> bytes:
+    try:
+        return os.read(controller, 4096)
+    except OSError:  # Linux reports the closed terminal so
+        return b""

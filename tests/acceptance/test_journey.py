@@ -1,0 +1,177 @@
+"""A user's whole way: check, run, status, trials, export, evaluate, predict; and the stock dashboard."""
+
+import json
+import os
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+import hpsearch as package
+from hpsearch.bundle import LOADING, PREDICTING
+from hpsearch.data import load_test
+
+from .commands import environment, hpsearch, wait_for
+
+STUDIES = Path(__file__).parents[2] / "studies"
+REAL_MNIST = Path(os.environ.get("HPSEARCH_DATA", "/nowhere")) / "MNIST" / "raw"
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the finished digits study and its bundle."""
+    folder = tmp_path_factory.mktemp("digits")
+    (folder / "studies").mkdir()
+    (folder / "studies" / "digits.toml").write_text((STUDIES / "digits.toml").read_text())
+    run = hpsearch("run", "studies/digits.toml", "--workers", 2, "--json", cwd=folder)
+    lines = [line for line in run.stderr.splitlines() if line.startswith("trial ")]
+    assert len(lines) == 30
+    assert any(" complete 0.9" in line for line in lines)
+    assert any(" pruned " in line and " epoch " in line for line in lines)
+    assert (
+        json.loads(run.stdout)["trials"]
+        == json.loads(hpsearch("status", "digits", "--json", cwd=folder).stdout)["trials"]
+    )
+    hpsearch("export", "digits", cwd=folder)
+    return folder
+
+
+def test_the_search_spends_its_budget_and_prunes(searched: Path) -> None:
+    status = json.loads(hpsearch("status", "studies/digits.toml", "--json", cwd=searched).stdout)
+    trials = status["trials"]
+    assert trials["complete"] + trials["pruned"] == 30
+    assert trials["pruned"] >= 10
+    assert trials["running"] == trials["failed"] == trials["waiting"] == 0
+    assert status["best"]["value"] > 0.95
+    assert status["epochs"]["run"] + status["epochs"]["saved"] == 30 * 9
+    text = hpsearch("status", "digits", cwd=searched).stdout
+    assert f"{status['best']['value']:.4f}" in text
+
+
+def test_the_trials_are_listed_the_best_first(searched: Path) -> None:
+    rows = json.loads(hpsearch("trials", "digits", "--sort", "value", "--limit", 5, "--json", cwd=searched).stdout)
+    values = [row["value"] for row in rows if row["state"] == "complete"]
+    assert len(rows) == 5
+    assert values == sorted(values, reverse=True)
+    table = hpsearch("trials", "digits", "--sort", "value", "--limit", 5, cwd=searched).stdout
+    assert f"{values[0]:.4f}" in table.splitlines()[2]
+
+
+def test_a_finished_study_is_not_run_again(searched: Path) -> None:
+    run = hpsearch("run", "digits", "--workers", 1, cwd=searched)
+    assert "has its 30 trials" in run.stderr
+    assert "trial " not in run.stderr.replace("trials", "")
+
+
+def test_the_exported_model_is_good_and_says_how_good(searched: Path) -> None:
+    metrics = json.loads((searched / "dist" / "digits" / "metrics.json").read_text())
+    evaluated = json.loads(hpsearch("evaluate", "dist/digits", "--json", cwd=searched).stdout)
+    assert metrics["test_accuracy"] == evaluated["accuracy"] > 0.95
+    assert metrics["confusion_matrix"] == evaluated["confusion_matrix"]
+    assert np.trace(np.array(evaluated["confusion_matrix"])) / 360 == pytest.approx(evaluated["accuracy"])
+    assert f"test accuracy {evaluated['accuracy']:.4f}" in hpsearch("evaluate", "dist/digits", cwd=searched).stdout
+
+
+def test_both_weight_files_hold_the_same_weights(searched: Path) -> None:
+    bundle = searched / "dist" / "digits"
+    pickled = torch.load(bundle / "model.pt", weights_only=True)
+    safe = safetensors.torch.load_file(bundle / "model.safetensors")
+    assert pickled.keys() == safe.keys()
+    assert all(torch.equal(pickled[name], safe[name]) for name in safe)
+
+
+def test_a_program_with_torch_alone_reproduces_the_predictions(searched: Path) -> None:
+    bundle = searched / "dist" / "digits"
+    card = (bundle / "README.md").read_text()
+    assert LOADING in card
+    assert PREDICTING in card
+    images, _ = load_test("digits")
+    np.save(searched / "images.npy", images.numpy())
+    program = (
+        "import sys; sys.modules['hpsearch'] = None\n"  # any import of hpsearch fails
+        f"{LOADING}import numpy\nimages = torch.from_numpy(numpy.load('../../images.npy'))\n"
+        f"{PREDICTING}numpy.save('../../answers.npy', probabilities.numpy())\n"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=bundle, check=True)
+    expected = package.load(bundle).predict_proba(images)
+    assert np.abs(np.load(searched / "answers.npy") - expected).max() < 1e-6
+
+
+def test_pictures_of_digits_are_recognized_in_any_size_and_ground(searched: Path) -> None:
+    images, labels = load_test("digits")
+    files = []
+    for i in range(20):
+        picture = Image.fromarray(images[i, 0].numpy())
+        if i % 2:
+            picture = picture.resize((300, 300), Image.Resampling.BICUBIC).point(lambda value: 255 - value)
+        files.append(searched / f"{i}.{'png' if i % 3 else 'jpg'}")
+        picture.convert("RGB" if i % 5 else "L").save(files[-1], quality=95)
+    rows = json.loads(hpsearch("predict", "dist/digits", *files, "--json", cwd=searched).stdout)
+    assert [row["image"] for row in rows] == [str(file) for file in files]
+    assert all(len(row["top"]) == 3 for row in rows)
+    right = sum(row["top"][0]["class"] == str(int(label)) for row, label in zip(rows, labels, strict=False))
+    assert right >= 17
+    line = hpsearch("predict", "dist/digits", files[0], cwd=searched).stdout
+    assert line.startswith(f"{files[0]}  {rows[0]['top'][0]['class']} ")
+
+
+def test_a_file_that_is_no_image_is_named_and_the_others_are_predicted(searched: Path) -> None:
+    images, _ = load_test("digits")
+    Image.fromarray(images[0, 0].numpy()).save(searched / "good.png")
+    (searched / "bad.png").write_text("no image")
+    process = hpsearch("predict", "dist/digits", "bad.png", "good.png", cwd=searched, expect=1)
+    assert process.stderr == "error: bad.png: not an image that can be read\n"
+    assert process.stdout.startswith("good.png  ")
+
+
+@pytest.fixture
+def dashboard(searched: Path) -> Iterator[str]:
+    """The address of the stock dashboard on the study."""
+    port = 18_000 + os.getpid() % 10_000
+    program = [str(Path(sys.executable).parent / "optuna-dashboard"), "sqlite:///studies/digits.db"]
+    process = subprocess.Popen(
+        [*program, "--port", str(port)], cwd=searched, env=environment(), stderr=subprocess.DEVNULL
+    )
+    yield f"http://127.0.0.1:{port}"
+    process.kill()
+    process.wait()
+
+
+def test_the_stock_dashboard_opens_the_study(dashboard: str) -> None:
+    def get(path: str) -> bytes:
+        with urllib.request.urlopen(f"{dashboard}{path}", timeout=10) as response:
+            return bytes(response.read())
+
+    def answers() -> bool:
+        try:
+            return bool(get("/dashboard/"))
+        except OSError:
+            return False
+
+    wait_for(answers, "the dashboard")
+    [study] = json.loads(get("/api/studies"))["study_summaries"]
+    assert study["study_name"] == "digits"
+    detail = json.loads(get(f"/api/studies/{study['study_id']}?after=0"))
+    assert len(detail["trials"]) == 30
+    assert detail["objective_names"] == ["validation accuracy"]
+
+
+@pytest.mark.skipif(not REAL_MNIST.is_dir(), reason="no MNIST at hand")
+@pytest.mark.timeout(600)
+def test_a_small_search_on_real_mnist_ends_in_a_good_model(tmp_path: Path) -> None:
+    text = (STUDIES / "mnist-mlp.toml").read_text()
+    text = text.replace("trials = 40", "trials = 4").replace("epochs = 9 ", "epochs = 3 ").replace("= 18", "= 4")
+    (tmp_path / "mnist-mlp.toml").write_text(text)
+    hpsearch("run", "mnist-mlp.toml", "--workers", 2, cwd=tmp_path)
+    hpsearch("export", "mnist-mlp.toml", cwd=tmp_path)
+    metrics = json.loads((tmp_path / "dist" / "mnist-mlp" / "metrics.json").read_text())
+    assert metrics["n_images"] == {"train": 60_000, "validation": 10_000, "test": 10_000}
+    assert metrics["validation_accuracy"] > 0.965
+    assert metrics["test_accuracy"] > 0.97

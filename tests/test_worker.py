@@ -1,0 +1,234 @@
+"""One worker: what it tells, when it stops, and what it does about failures and lost trials."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import torch
+from optuna.trial import TrialState
+
+from hpsearch.data import ImageData
+from hpsearch.errors import Drained, Interrupted, StorageUnavailable, TooManyFailures
+from hpsearch.storage import open_storage
+from hpsearch.study import open_study
+from hpsearch.worker import Drain, TrialEvent, Worker, worker_name
+
+from .conftest import make_definition
+
+
+class Bench:
+    """A study on SQLite, a worker on it, and what the worker said."""
+
+    def __init__(self, folder: Path, data: ImageData, **sections: Any) -> None:
+        self.definition = make_definition(f"sqlite:///{folder / 'study.db'}", **sections)
+        self.storage = open_storage(self.definition.study.storage)
+        self.study = open_study(self.definition, self.storage)
+        self.drain = Drain()
+        self.events: list[TrialEvent] = []
+        self.states_when_told: list[TrialState] = []
+        self.data = data
+
+    def worker(self, **options: Any) -> Worker:
+        storage = open_storage(self.definition.study.storage, heartbeat=1, grace=2)
+        stream = storage.join(self.study._study_id)
+        return Worker(self.definition, storage, stream, self.drain, data=self.data, emit=self._listen, **options)
+
+    def _listen(self, event: TrialEvent) -> None:
+        self.events.append(event)
+        self.states_when_told.append(self.study.trials[event.number].state)
+
+    def ends(self) -> list[str]:
+        return [event.state for event in self.events if event.state != "running"]
+
+
+@pytest.fixture
+def bench(tmp_path: Path, digits: ImageData) -> Callable[..., Bench]:
+    return lambda **sections: Bench(tmp_path, digits, **sections)
+
+
+def test_a_worker_runs_the_budget_and_names_itself_in_each_trial(bench: Callable[..., Bench]) -> None:
+    b = bench(pruner={"kind": "none"})
+    reason = b.worker().run()
+    assert "has its 4 trials" in reason
+    assert [trial.state for trial in b.study.trials] == [TrialState.COMPLETE] * 4
+    assert {trial.user_attrs["worker"] for trial in b.study.trials} == {worker_name(0)}
+
+
+def test_a_result_is_announced_after_the_storage_has_it(bench: Callable[..., Bench]) -> None:
+    b = bench(budget={"trials": 6, "epochs": 3})
+    b.worker().run()
+    told = [(e.state, s) for e, s in zip(b.events, b.states_when_told, strict=True) if e.state != "running"]
+    assert len(told) == 6
+    assert all(state.name.lower() == name for name, state in told)
+    for event in b.events:
+        if event.state == "complete":
+            assert event.value == b.study.trials[event.number].value
+            assert event.epoch == 3
+
+
+def test_epochs_are_announced_as_they_end(bench: Callable[..., Bench]) -> None:
+    b = bench(budget={"trials": 1, "epochs": 3})
+    b.worker().run()
+    assert [event.epoch for event in b.events if event.state == "running"] == [0, 1, 2, 3]
+
+
+def test_a_single_worker_repeats_a_study_of_the_same_seed(tmp_path: Path, digits: ImageData) -> None:
+    trials = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        b = Bench(tmp_path / name, digits, budget={"trials": 3})
+        b.worker().run()
+        trials.append([(trial.params, trial.value) for trial in b.study.trials])
+    assert trials[0] == trials[1]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (RuntimeError("the network\nexploded"), "exception"),
+        (MemoryError("no memory"), "out-of-memory"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "out-of-memory"),
+    ],
+)
+def test_a_failed_trial_says_why_and_the_worker_goes_on(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch, error: Exception, kind: str
+) -> None:
+    b = bench(budget={"trials": 2})
+    worker = b.worker()
+    objective, calls = worker.objective, []
+
+    def fail_once(trial: optuna.Trial) -> float:
+        calls.append(trial.number)
+        if len(calls) == 1:
+            raise error
+        return objective(trial)
+
+    fail_once.before_batch = fail_once.callbacks = None  # type: ignore[attr-defined]
+    monkeypatch.setattr(worker, "objective", fail_once)
+    worker.run()
+    first = b.study.trials[0]
+    assert first.state == TrialState.FAIL
+    assert first.user_attrs["failure"]["kind"] == kind
+    assert str(error) in first.user_attrs["failure"]["message"]
+    assert b.ends().count("failed") == 1
+    assert len([trial for trial in b.study.trials if trial.state.is_finished()]) == 3
+
+
+def test_too_many_failures_end_the_worker(bench: Callable[..., Bench]) -> None:
+    b = bench(budget={"trials": 9, "failures": 2})
+    worker = b.worker()
+    worker.objective._data = "no data"  # type: ignore[assignment]
+    with pytest.raises(TooManyFailures, match="2 trials failed, the last one by exception: AttributeError"):
+        worker.run()
+    assert len(b.study.trials) == 2
+
+
+def test_a_trial_that_was_taken_away_is_dropped_and_not_overwritten(bench: Callable[..., Bench]) -> None:
+    b = bench(budget={"trials": 1})
+    worker = b.worker()
+    thief = open_storage(b.definition.study.storage)
+
+    def steal(event: TrialEvent) -> None:
+        b._listen(event)
+        if event.epoch == 1 and event.number == 0:
+            assert thief.fail(b.study.trials[0]._trial_id, "killed", "no heartbeat", retries=2)
+
+    worker.emit = steal
+    worker.run()
+    assert b.ends() == ["dropped", "complete"]
+    assert [trial.state for trial in b.study.trials] == [TrialState.FAIL, TrialState.COMPLETE]
+    assert b.study.trials[1].params == b.study.trials[0].params
+
+
+def test_a_worker_beats_and_notices_that_its_trial_was_taken(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    b = bench(budget={"trials": 1}, recovery={"heartbeat": 1, "grace": 30})
+    worker = b.worker(max_trials=1)
+    thief = open_storage(b.definition.study.storage)
+
+    def train_for_ever(trial: optuna.Trial) -> float:
+        assert thief.fail(trial._trial_id, "killed", "gone")
+        while True:  # no report, so that only the heartbeat can notice
+            train_for_ever.before_batch()  # type: ignore[attr-defined]
+            time.sleep(0.01)
+
+    monkeypatch.setattr(worker, "objective", train_for_ever)
+    worker.run()
+    assert b.ends() == ["dropped"]
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, Drained), (signal.SIGINT, Interrupted)])
+def test_a_signal_finishes_the_batch_and_hands_the_trial_back(
+    bench: Callable[..., Bench], number: signal.Signals, error: type[Drained]
+) -> None:
+    b = bench(budget={"trials": 1, "epochs": 100_000})
+    worker = b.worker()
+    before = signal.getsignal(number)
+    try:
+        b.drain.listen(number)
+        threading.Timer(0.5, lambda: signal.pthread_kill(threading.main_thread().ident or 0, number)).start()
+        with pytest.raises(error) as caught:
+            worker.run()
+    finally:
+        signal.signal(number, before)
+    assert type(caught.value) is error
+    assert [trial.state for trial in b.study.trials] == [TrialState.FAIL, TrialState.WAITING]
+    assert b.study.trials[0].user_attrs["failure"]["kind"] == "interrupted"
+    assert b.study.trials[1].params == b.study.trials[0].params
+
+
+def test_a_second_signal_stops_at_once_and_still_hands_the_trial_back(bench: Callable[..., Bench]) -> None:
+    b = bench(budget={"trials": 1})
+    worker = b.worker()
+
+    def receive_two(event: TrialEvent) -> None:
+        if event.epoch == 1:
+            b.drain._receive(signal.SIGINT, None)
+            b.drain._receive(signal.SIGINT, None)
+
+    worker.emit = receive_two
+    with pytest.raises(KeyboardInterrupt):
+        worker.run()
+    assert [trial.state for trial in b.study.trials] == [TrialState.FAIL, TrialState.WAITING]
+
+
+def test_a_worker_ends_after_max_trials(bench: Callable[..., Bench]) -> None:
+    b = bench()
+    assert b.worker(max_trials=2).run() == "this worker had its 2 trials"
+    assert len(b.study.trials) == 2
+
+
+def test_a_worker_reaps_the_trials_of_the_dead_and_runs_them_again(bench: Callable[..., Bench]) -> None:
+    b = bench(budget={"trials": 1})
+    dead = open_storage(b.definition.study.storage)
+    dead.worker = "dead-0"
+    with pytest.warns(UserWarning, match="Heartbeat"):
+        trial = optuna.load_study(study_name="small", storage=dead).ask()
+    width = trial.suggest_int("width", 8, 32)
+    b.worker().run()  # waits until the grace of 2 s is over
+    assert b.study.trials[0].user_attrs["failure"]["message"] == "no heartbeat for 2 s"
+    assert b.study.trials[1].state == TrialState.COMPLETE
+    assert b.study.trials[1].params["width"] == width
+    assert b.ends() == ["failed", "complete"]
+
+
+def test_a_storage_that_is_gone_ends_the_worker_without_failing_the_trial(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    b = bench()
+    worker = b.worker()
+
+    def unreachable(*_: object) -> None:
+        raise StorageUnavailable
+
+    monkeypatch.setattr(worker.storage, "set_trial_intermediate_value", unreachable)
+    with pytest.raises(StorageUnavailable):
+        worker.run()
+    assert b.study.trials[0].state == TrialState.RUNNING
+    assert "failure" not in b.study.trials[0].user_attrs
