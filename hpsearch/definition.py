@@ -27,6 +27,7 @@ from hpsearch.space import (
     Table,
     check_space,
     check_try,
+    check_values,
     did_you_mean,
     explain,
 )
@@ -267,6 +268,7 @@ def _check_space(raw: Mapping[str, Any]) -> Iterator[Problem]:
         with suppress(ValidationError):  # reported with the tables' own mistakes
             search[name] = TypeAdapter(AnyDimension).validate_python(table)
     unread = _table(raw, "search").keys() - search.keys()
+    yield from check_values("search", {name: None for name in unread if name not in Hyperparameters.model_fields})
     for path, message in check_space(search, _table(raw, "fixed")):
         if path.rpartition(".")[-1] not in unread:
             yield path, message

@@ -1,5 +1,6 @@
 """N workers on this machine under one supervisor, which shares the data among them and notices when one dies."""
 
+import logging
 import multiprocessing
 import signal
 import threading
@@ -20,6 +21,8 @@ from hpsearch.objective import load_study_data
 from hpsearch.storage import Storage
 from hpsearch.study import open_study
 from hpsearch.worker import Drain, Emit, TrialEvent, Worker, count_cores, list_devices, open_worker_storage, worker_name
+
+logger = logging.getLogger(__name__)
 
 _POLL = 0.2  # seconds after which a signal to the supervisor is noticed at the latest
 _MAX_FAILED_STARTS = 3
@@ -123,6 +126,8 @@ class _Pool:
             self.members.remove(member)
             if member.end is not None:
                 self.ends.append(member.end)
+                if isinstance(member.end.error, WorkerError):
+                    self._requeue(member, "killed", member.end.reason)
                 continue
             self._bury(member)
             if not self.drain.event.is_set():
@@ -146,6 +151,7 @@ class _Pool:
                 stream,
                 devices[place % len(devices)],
                 max(1, count_cores() // n_workers),
+                logging.getLogger().getEffectiveLevel(),
                 sender,
             ),
             name=worker_name(stream),
@@ -196,6 +202,7 @@ def _work(
     stream: int,
     device: str,
     n_threads: int,
+    log_level: int,
     messages: connection.Connection,
 ) -> None:
     """The main function of a worker's process."""
@@ -203,6 +210,7 @@ def _work(
     drain = Drain().listen(signal.SIGTERM)
     threading.Thread(target=_watch_supervisor, args=(drain,), daemon=True).start()
     torch.set_num_threads(n_threads)
+    logging.basicConfig(level=log_level, format="%(message)s")
 
     def send(message: TrialEvent | End) -> None:
         try:
@@ -219,6 +227,10 @@ def _work(
         end = End("stopped", Drained())
     except HpsearchError as error:
         end = End(str(error), error)
+    except Exception as error:
+        logger.debug("the worker failed", exc_info=True)
+        reason = f"a worker failed: {type(error).__name__}: {error}"
+        end = End(reason, WorkerError(reason))
     send(end)
 
 

@@ -1,0 +1,196 @@
+"""Bundles: written whole or not at all, verified, loaded only when every file is what it was."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from hpsearch import bundle
+from hpsearch.data import ImageData, load_test
+from hpsearch.errors import BundleError, ImageError
+from hpsearch.evaluation import evaluate
+from hpsearch.network import build_network, describe_layers
+from hpsearch.space import Hyperparameters
+
+
+def make_contents(data: ImageData, kind: str = "mlp") -> bundle.Contents:
+    hyperparameters = Hyperparameters(width=8, dropout=0.1)
+    network = build_network(kind, hyperparameters, data.image_shape, 10)
+    evaluation = evaluate(np.eye(10, dtype=np.float32), np.arange(10), data.class_names)
+    config = {
+        "format_version": 1,
+        "data": "digits",
+        "kind": kind,
+        "hyperparameters": hyperparameters.model_dump(),
+        "image_shape": list(data.image_shape),
+        "mean": data.mean,
+        "std": data.std,
+        "class_names": list(data.class_names),
+        "layers": describe_layers(kind, hyperparameters, data.image_shape, 10),
+    }
+    metrics: dict[str, Any] = {
+        "study": "small",
+        "trial": 3,
+        "n_trials": 9,
+        "epochs": 2,
+        "n_parameters": 1234,
+        "validation_accuracy": 0.9,
+        "test_accuracy": 0.8,
+        "test_accuracies": {"of_each_seed": [0.8, 0.7], "mean": 0.75, "std": 0.07},
+        "n_images": {"train": 500, "validation": 200, "test": 360},
+        "per_class": evaluation.per_class,
+    }
+    return bundle.Contents(network, config, metrics, evaluation, '[study]\nname = "small"\n')
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory, digits: ImageData) -> Path:
+    target = tmp_path_factory.mktemp("dist") / "small"
+    bundle.save(make_contents(digits), target, probe=load_test("digits")[0][:8])
+    return target
+
+
+@pytest.fixture
+def copy(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+def test_a_bundle_has_the_files_of_the_design_and_nothing_beside_it(saved: Path) -> None:
+    assert {file.name for file in saved.iterdir()} == set(bundle.FILES)
+    assert [file.name for file in saved.parent.iterdir()] == ["small"]
+    modes = {file.stat().st_mode & 0o777 for file in saved.iterdir()}
+    assert len(modes) == 1, "one file is not readable for those who can read the others"
+
+
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+def test_a_loaded_classifier_predicts_what_the_network_did(digits: ImageData, tmp_path: Path, kind: str) -> None:
+    contents = make_contents(digits, kind)
+    images = load_test("digits")[0]
+    bundle.save(contents, tmp_path / "b", probe=images[:8])
+    classifier = bundle.load(tmp_path / "b")
+    probabilities = classifier.predict_proba(images)
+    assert probabilities.dtype == np.float32
+    assert probabilities.shape == (360, 10)
+    normalised = (images.float() / 255 - digits.mean) / digits.std
+    assert np.allclose(probabilities, contents.network.predict_proba(normalised).numpy(), atol=1e-6)
+
+
+def test_images_may_come_as_arrays_or_tensors_with_or_without_a_channel(saved: Path) -> None:
+    classifier = bundle.load(saved)
+    images = load_test("digits")[0][:5]
+    expected = classifier.predict_proba(images)
+    for given in (images.numpy(), images[:, 0], images[:, 0].numpy()):
+        assert np.array_equal(classifier.predict_proba(given), expected)
+    assert classifier.predict_proba(images[:0]).shape == (0, 10)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((2, 28, 28), dtype=np.float32), "must be raw pixels of type uint8, but got torch.float32"),
+        (np.zeros((2, 27, 28), dtype=np.uint8), "must have shape"),
+        (np.zeros((28, 28), dtype=np.uint8), "must have shape"),
+        (np.zeros((2, 3, 28, 28), dtype=np.uint8), "must have shape"),
+    ],
+)
+def test_images_of_another_type_or_shape_are_refused(saved: Path, images: Any, message: str) -> None:
+    with pytest.raises(ImageError, match=message):
+        bundle.load(saved).predict_proba(images)
+
+
+@pytest.mark.parametrize("name", [name for name in bundle.FILES if name != "manifest.json"])
+def test_a_damaged_or_missing_file_is_refused_by_name(copy: Path, name: str) -> None:
+    content = bytearray((copy / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (copy / name).write_bytes(content)
+    with pytest.raises(BundleError, match=f"{name} is damaged"):
+        bundle.load(copy)
+    (copy / name).unlink()
+    with pytest.raises(BundleError, match=f"{name} is missing"):
+        bundle.load(copy)
+
+
+@pytest.mark.parametrize("manifest", [None, "", "[]", '{"sha256": 3}', '{"sha256": {}}'])
+def test_a_damaged_manifest_is_refused(copy: Path, manifest: str | None) -> None:
+    (copy / "manifest.json").unlink()
+    if manifest is not None:
+        (copy / "manifest.json").write_text(manifest)
+    with pytest.raises(BundleError, match=r"manifest\.json"):
+        bundle.load(copy)
+
+
+def sign(folder: Path) -> None:
+    """Write a manifest that fits whatever the files hold now."""
+    digests = {name: bundle._digest(folder / name) for name in bundle.FILES if name != "manifest.json"}
+    (folder / "manifest.json").write_text(json.dumps({"format_version": 1, "sha256": digests}))
+
+
+def test_a_config_that_is_not_understood_is_refused(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    for change in (
+        {"format_version": 2},
+        {"std": 0.0},
+        {"kind": "rnn"},
+        {"extra": 1},
+        {"hyperparameters": {"depth": -1}},
+    ):
+        (copy / "config.json").write_text(json.dumps(config | change))
+        sign(copy)
+        with pytest.raises(BundleError, match=next(iter(change))):
+            bundle.load(copy)
+
+
+def test_weights_that_do_not_fit_the_config_are_refused(copy: Path) -> None:
+    (copy / "model.safetensors").write_bytes(safetensors.torch.save({"0.weight": torch.zeros(2)}))
+    sign(copy)
+    with pytest.raises(BundleError, match=r"model\.safetensors does not fit"):
+        bundle.load(copy)
+
+
+def test_a_mismatch_in_a_fresh_process_leaves_the_older_bundle(
+    copy: Path, digits: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (copy / "manifest.json").read_bytes()
+    contents = make_contents(digits)
+    probe = load_test("digits")[0][:8]
+    wrong = replace(contents, config=contents.config | {"mean": 0.9})
+    original = bundle._verify
+    monkeypatch.setattr(bundle, "_verify", lambda _, folder, probe: original(contents, folder, probe))
+    with pytest.raises(BundleError, match=r"model\.pt gives other probabilities when loaded again"):
+        bundle.save(wrong, copy, probe)
+    assert (copy / "manifest.json").read_bytes() == before
+    assert [file.name for file in copy.parent.iterdir()] == ["copy"]
+
+
+def test_a_bundle_that_cannot_be_loaded_leaves_nothing(tmp_path: Path, digits: ImageData) -> None:
+    contents = make_contents(digits)
+    wrong = replace(contents, config=contents.config | {"layers": [["Flatten", {}]]})
+    with pytest.raises(BundleError, match="cannot be loaded in a fresh process"):
+        bundle.save(wrong, tmp_path / "b", load_test("digits")[0][:8])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_older_bundle_is_replaced_and_anything_else_is_not(copy: Path, digits: ImageData, tmp_path: Path) -> None:
+    probe = load_test("digits")[0][:8]
+    before = (copy / "manifest.json").read_bytes()
+    bundle.save(make_contents(digits), copy, probe)
+    assert (copy / "manifest.json").read_bytes() != before
+    bundle.load(copy)
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("all my work")
+    with pytest.raises(BundleError, match="is not a bundle; move it away"):
+        bundle.save(make_contents(digits), precious, probe)
+    assert (precious / "thesis.txt").read_text() == "all my work"
+
+
+def test_the_model_card_tells_how_good_and_how_to_load(saved: Path) -> None:
+    card = (saved / "README.md").read_text()
+    for part in ("80.00%", "90.00%", "75.00%, deviation 7.00%", "1,234 parameters", "trial 3 among 9", bundle.LOADING):
+        assert part in card

@@ -1,0 +1,205 @@
+"""The command line: exit statuses, one clear message for each error, data on stdout and talk on stderr."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hpsearch import cli
+from hpsearch.console import render_trials, show, trial_line
+from hpsearch.worker import TrialEvent
+
+Run = Callable[..., tuple[int, str, str]]
+VERBS = ("check", "run", "worker", "status", "trials", "export", "evaluate", "predict")
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command in `tmp_path`; gives its exit status, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["hpsearch", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        code = caught.value.code
+        output = capfd.readouterr()
+        return int(code or 0), output.out, output.err
+
+    return call
+
+
+BAD_ARGUMENTS = [
+    (["nonsense"], "No such command 'nonsense'"),
+    (["rnu", "x"], "Did you mean 'run'"),
+    (["run"], "Missing argument 'STUDY'"),
+    (["run", "small.toml", "--wrokers", "2"], "--wrokers"),
+    (["run", "small.toml", "--workers", "0"], "--workers"),
+    (["run", "small.toml", "--workers", "two"], "valid integer"),
+    (["run", "small.toml", "--trials", "-3"], "--trials"),
+    (["run", "small.toml", "extra"], "extra"),
+    (["run", "missing.toml"], "no such study file"),
+    (["run", "."], "no such study file"),
+    (["run", "broken.toml"], "not valid TOML"),
+    (["run", "wrong.toml"], "budget.trials: must be"),
+    (["run", "small.toml", "--storage", "nonsense"], "must be a URL"),
+    (["run", "small.toml", "--storage", "mysql://me:secret@host/db"], "use SQLite or PostgreSQL"),
+    (["run", "small.toml", "--storage", "sqlite://"], "cannot be shared"),
+    (["run", "small.toml", "--storage", "sqlite:////no/such/folder/x.db"], "no folder /no/such/folder"),
+    (["worker", "small.toml", "--max-trials", "0"], "--max-trials"),
+    (["status"], "Missing argument 'STUDY'"),
+    (["trials", "small.toml", "--sort", "size"], "size"),
+    (["trials", "small.toml", "--state", "done"], "done"),
+    (["trials", "small.toml", "--limit", "0"], "--limit"),
+    (["export", "small.toml", "--trial", "best"], "--trial"),
+    (["evaluate"], "Missing argument 'BUNDLE'"),
+    (["predict", "dist/small"], "Missing argument 'IMAGE...'"),
+    (["check"], "name a study file to check"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_ARGUMENTS, ids=lambda value: "-".join(value)[:60])
+def test_a_wrong_argument_gives_one_clear_message_and_status_2(
+    run: Run, study_file: Callable[..., Path], tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    study_file()
+    (tmp_path / "broken.toml").write_text("[search")
+    (tmp_path / "wrong.toml").write_text("[budget]\ntrials = 0\n[search]\nwidth = { int = [8, 9] }")
+    before = sorted(tmp_path.iterdir())
+    code, out, err = run(*arguments)
+    assert code == 2, err
+    assert out == ""
+    assert err.startswith("error: ")
+    assert message in err
+    assert "secret" not in err
+    assert len(err.splitlines()) <= 2, err
+    assert sorted(tmp_path.iterdir()) == before, "something was written"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["status", "small.toml"], 1, "no database"),
+        (["trials", "small.toml"], 1, "no database"),
+        (["export", "small.toml"], 1, "no database"),
+        (["worker", "small.toml"], 1, "no database"),
+        (["evaluate", "dist/small"], 1, "is not a bundle"),
+        (["predict", "dist/small", "x.png"], 1, "is not a bundle"),
+        (["status", "small.toml", "--storage", "postgresql://me:secret@127.0.0.1:9/db"], 75, "cannot be reached"),
+    ],
+)
+def test_what_is_not_there_is_named(
+    run: Run, study_file: Callable[..., Path], arguments: list[str], status: int, message: str
+) -> None:
+    study_file()
+    code, out, err = run(*arguments)
+    assert (code, out) == (status, "")
+    assert message in err
+    assert "secret" not in err
+    assert len(err.splitlines()) <= 2
+
+
+def test_exporting_without_a_complete_trial_gives_status_4(run: Run, study_file: Callable[..., Path]) -> None:
+    from hpsearch.definition import load_definition
+    from hpsearch.storage import open_storage
+    from hpsearch.study import open_study
+
+    definition = load_definition(study_file())
+    open_study(definition, open_storage(definition.study.storage))
+    code, _, err = run("export", "small.toml")
+    assert code == 4
+    assert "no trial is complete yet" in err
+
+
+def test_a_changed_study_file_gives_status_2_and_names_the_keys(run: Run, study_file: Callable[..., Path]) -> None:
+    from hpsearch.definition import load_definition
+    from hpsearch.storage import open_storage
+    from hpsearch.study import open_study
+
+    file = study_file()
+    definition = load_definition(file)
+    open_study(definition, open_storage(definition.study.storage))
+    file.write_text(file.read_text().replace("depth = 2", "depth = 3"))
+    code, _, err = run("run", "small.toml")
+    assert code == 2
+    assert "fixed.depth (2 -> 3)" in err
+
+
+def test_check_prints_the_resolved_study_which_checks_again(
+    run: Run, study_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    study_file("[[try]]\nwidth = 9")
+    code, out, err = run("check", "small.toml")
+    assert (code, err) == (0, "")
+    (tmp_path / "again.toml").write_text(out)
+    assert run("check", "again.toml")[1] == out
+    document = json.loads(run("check", "small.toml", "--json")[1])
+    assert document["try"] == [{"width": 9}]
+    assert document["recovery"] == {"heartbeat": 10, "grace": 60, "retries": 2}
+    assert json.loads(run("check", "--schema")[1])["title"] == "StudyDefinition"
+
+
+def test_every_mistake_of_a_study_file_is_on_a_line_of_its_own(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "bad.toml").write_text("[budget]\ntrials = 0\nepoch = 3\n[search]\nwidht = { int = [9, 8] }")
+    code, _, err = run("check", "bad.toml")
+    assert code == 2
+    assert len([line for line in err.splitlines() if "bad.toml: " in line]) == 4
+
+
+def test_a_traceback_is_shown_only_with_debug(study_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    study_file()
+    monkeypatch.setattr(sys, "argv", ["hpsearch", "status", "missing.toml", "--debug"])
+    from hpsearch.errors import DefinitionError
+
+    with pytest.raises(DefinitionError):
+        cli.main()
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_with_an_example(run: Run, verb: str) -> None:
+    code, out, _ = run(verb, "--help")
+    assert code == 0
+    assert f"Example:  hpsearch {verb} " in " ".join(out.split("\n")).replace("   ", "  ")
+
+
+def test_help_lists_the_verbs_and_version_tells_it(run: Run) -> None:
+    code, out, _ = run("--help")
+    assert code == 0
+    assert all(verb in out for verb in VERBS)
+    assert run("--version")[1].startswith("hpsearch 0.")
+    code, _, err = run()
+    assert code == 2
+    assert "Commands:" in err
+
+
+def test_help_and_check_do_not_wait_for_torch(study_file: Callable[..., Path]) -> None:
+    for arguments in (["--help"], ["check", str(study_file())]):
+        program = (
+            "import sys; from hpsearch import cli\n"
+            f"sys.argv = ['hpsearch', *{arguments!r}]\n"
+            "try: cli.main()\n"
+            "finally: assert not {'torch', 'torchvision', 'sklearn', 'matplotlib'} & set(sys.modules)"
+        )
+        subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize(
+    ("event", "line"),
+    [
+        (TrialEvent("w", 17, "complete", 9, 0.98612), "trial 17 complete 0.9861"),
+        (TrialEvent("w", 18, "pruned", 3, 0.912), "trial 18 pruned 0.9120 epoch 3"),
+        (TrialEvent("w", 19, "failed", message="exception: a\nb"), "trial 19 failed exception: a b"),
+        (TrialEvent("w", 20, "pruned", 0, None, "the loss is nan"), "trial 20 pruned - epoch 0 the loss is nan"),
+    ],
+)
+def test_a_finished_trial_is_one_line(event: TrialEvent, line: str) -> None:
+    assert trial_line(event) == line
+
+
+def test_a_pipe_gets_tables_that_are_not_cut_off(capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"number": 1, "state": "failed", "value": None, "epoch": 0, "params": {}, "seconds": None, "note": "x" * 300}
+    show(render_trials([row]))
+    assert "x" * 300 in capsys.readouterr().out

@@ -1,0 +1,88 @@
+"""The supervisor: shares the cores out, ends with the study, and does not restart what can never work."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpsearch import pool
+from hpsearch.definition import StudyDefinition
+from hpsearch.errors import DataError, TooManyFailures, WorkerError
+from hpsearch.storage import open_storage
+from hpsearch.study import load_study
+from hpsearch.worker import Drain, TrialEvent, count_cores
+
+from .conftest import make_definition
+
+
+def define(folder: Path, **sections: Any) -> StudyDefinition:
+    return make_definition(f"sqlite:///{folder / 'study.db'}", **sections)
+
+
+def test_two_workers_share_a_study_and_tell_what_they_do(tmp_path: Path) -> None:
+    events: list[TrialEvent] = []
+    started: list[tuple[int, int]] = []
+    reason = pool.run_pool(
+        define(tmp_path), Drain(), n_workers=2, emit=events.append, on_start=lambda *counts: started.append(counts)
+    )
+    assert "has its 4 trials" in reason
+    assert started == [(0, 2)]
+    finished = sorted(event.number for event in events if event.state in ("complete", "pruned"))
+    assert finished == [0, 1, 2, 3]
+    assert len({event.worker for event in events}) == 2
+
+
+def test_one_worker_in_a_process_of_its_own_does_what_it_does_in_this_one(tmp_path: Path) -> None:
+    trials = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        definition = define(tmp_path / name)
+        pool.run_pool(definition, Drain(), n_workers=1)
+        study = load_study(definition, open_storage(definition.study.storage))
+        trials.append([(trial.params, trial.value) for trial in study.trials])
+    assert trials[0] == trials[1]
+
+
+def test_trials_that_all_fail_end_the_search_with_the_reason(tmp_path: Path) -> None:
+    definition = define(tmp_path, fixed={"batch_size": 1}, budget={"failures": 2})  # batch norm needs two images
+    with pytest.raises(TooManyFailures, match="the last one by exception: ValueError: Expected more than 1 value"):
+        pool.run_pool(definition, Drain(), n_workers=1)
+
+
+def test_an_error_outside_of_a_trial_ends_the_run_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "list_devices", lambda: ["no-such-device:99"])
+    with pytest.raises(WorkerError, match="a worker failed: RuntimeError: .*no-such-device"):
+        pool.run_pool(define(tmp_path), Drain(), n_workers=1)
+
+
+class Crash:
+    """Ends the process that unpickles it."""
+
+    def __reduce__(self) -> Any:
+        return os._exit, (3,)
+
+
+def test_workers_that_crash_before_a_trial_are_not_restarted_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "list_devices", lambda: [Crash()])
+    with pytest.raises(WorkerError, match="3 workers in a row ended with exit status 3 before their first trial"):
+        pool.run_pool(define(tmp_path), Drain(), n_workers=1)
+
+
+def test_missing_data_are_named_before_any_worker_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    definition = define(tmp_path, data={"name": "kmnist", "validation": 10_000, "train": 1000})
+    with pytest.raises(DataError, match="KMNIST can neither be read"):
+        pool.run_pool(definition, Drain(), folder=tmp_path / "data")
+
+
+def test_the_default_is_a_worker_per_core_or_per_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "list_devices", lambda: ["cpu"])
+    assert pool.default_workers() == count_cores()
+    monkeypatch.setattr(pool, "list_devices", lambda: ["cuda:0", "cuda:1", "cuda:2"])
+    assert pool.default_workers() == 3

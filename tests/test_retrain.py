@@ -1,0 +1,105 @@
+"""The best trial is trained on training and validation images, and the test set is read once, at the end."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import torch
+
+from hpsearch import retrain
+from hpsearch.data import load_test
+from hpsearch.definition import StudyDefinition
+from hpsearch.errors import BundleError, NoCompletedTrial
+from hpsearch.storage import open_storage
+from hpsearch.study import open_study
+from hpsearch.training import EpochResult, train
+
+from .conftest import make_definition
+
+
+@pytest.fixture
+def searched(tmp_path: Path) -> tuple[StudyDefinition, optuna.Study]:
+    """A study with three complete trials; trial 1 is the best."""
+    definition = make_definition(f"sqlite:///{tmp_path / 'study.db'}", retrain={"epochs": 3, "seeds": 2})
+    study = open_study(definition, open_storage(definition.study.storage))
+    for value, width in ((0.7, 8), (0.9, 16), (0.8, 32)):
+        study.enqueue_trial({"width": width, "lr": 0.02})
+        with pytest.warns(UserWarning, match="Heartbeat"):
+            trial = study.ask()
+        trial.suggest_int("width", 8, 32)
+        trial.suggest_float("lr", 1e-3, 1e-1, log=True)
+        study.tell(trial, value)
+    return definition, study
+
+
+def test_the_best_trial_is_exported_with_its_figures(
+    searched: tuple[StudyDefinition, optuna.Study], tmp_path: Path
+) -> None:
+    definition, study = searched
+    seen: list[tuple[int, int]] = []
+    metrics = retrain.export(
+        definition, study, tmp_path / "b", on_epoch=lambda seed, result: seen.append((seed, result.epoch))
+    )
+    assert metrics["trial"] == 1
+    assert metrics["validation_accuracy"] == 0.9
+    assert metrics["n_images"] == {"train": 500, "validation": 200, "test": 360}
+    assert metrics["test_accuracy"] == metrics["test_accuracies"]["of_each_seed"][0] > 0.5
+    assert len(metrics["test_accuracies"]["of_each_seed"]) == 2
+    assert seen == [(seed, epoch) for seed in (0, 1) for epoch in (1, 2, 3)]
+    assert json.loads((tmp_path / "b" / "metrics.json").read_text()) == metrics
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["hyperparameters"]["width"] == 16
+    assert definition.study.name in (tmp_path / "b" / "study.toml").read_text()
+
+
+def test_another_trial_may_be_chosen_and_an_unfinished_one_may_not(
+    searched: tuple[StudyDefinition, optuna.Study], tmp_path: Path
+) -> None:
+    definition, study = searched
+    assert retrain.export(definition, study, tmp_path / "b", number=2)["trial"] == 2
+    with pytest.raises(NoCompletedTrial, match="trial 7 is not complete"):
+        retrain.export(definition, study, tmp_path / "c", number=7)
+    assert not (tmp_path / "c").exists()
+
+
+def test_an_export_repeats_itself(searched: tuple[StudyDefinition, optuna.Study], tmp_path: Path) -> None:
+    definition, study = searched
+    weights = []
+    for name in ("one", "two"):
+        retrain.export(definition, study, tmp_path / name)
+        weights.append(torch.load(tmp_path / name / "model.pt", weights_only=True))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_the_test_set_is_read_once_and_after_all_training(
+    searched: tuple[StudyDefinition, optuna.Study], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    definition, study = searched
+    events: list[str] = []
+
+    def watched_train(*arguments: Any, **options: Any) -> EpochResult:
+        events.append(f"train on {len(arguments[1])}")
+        assert options.get("validation") is None
+        return train(*arguments, **options)
+
+    original = load_test
+
+    def watched_test(*arguments: Any) -> Any:
+        events.append("test")
+        return original(*arguments)
+
+    monkeypatch.setattr(retrain, "train", watched_train)
+    monkeypatch.setattr(retrain, "load_test", watched_test)
+    retrain.export(definition, study, tmp_path / "b")
+    assert events == ["train on 500", "train on 500", "test"]
+
+
+def test_a_target_that_is_in_the_way_is_refused_before_any_training(
+    searched: tuple[StudyDefinition, optuna.Study], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    definition, study = searched
+    (tmp_path / "precious").write_text("all my work")
+    monkeypatch.setattr(retrain, "train", None)
+    with pytest.raises(BundleError, match="move it away"):
+        retrain.export(definition, study, tmp_path / "precious")
