@@ -38,7 +38,7 @@ N_TRAINING_IMAGES = {"mnist": 60_000, "fashion-mnist": 60_000, "kmnist": 60_000,
 class Study(Table):
     name: str = Field("", pattern=r"^[A-Za-z0-9][\w.-]*$", max_length=100, description="default: the file's stem")
     storage: str = Field("", description="SQLAlchemy URL; default: sqlite:///<name>.db beside the file")
-    artifacts: str = Field("artifacts", description="folder of the checkpoints, in <artifacts>/<name>/")
+    artifacts: str = Field("artifacts", description="folder of what trials leave behind, in <artifacts>/<name>/")
     seed: int = Field(0, ge=0, lt=2**63)
 
 

@@ -6,6 +6,7 @@ import signal
 import socket
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -182,9 +183,8 @@ class Worker:
                 raise
             except (MemoryError, torch.OutOfMemoryError) as error:
                 return self._fail(trial, "out-of-memory", str(error))
-            except Exception as error:
-                logger.debug("trial %d failed", trial.number, exc_info=True)
-                return self._fail(trial, "exception", f"{type(error).__name__}: {error}")
+            except Exception as error:  # noqa: BLE001 - whatever a training raises is the failure of its trial alone
+                return self._fail(trial, "exception", f"{type(error).__name__}: {error}; {self._keep_traceback(trial)}")
         return self._tell(trial, value, state)
 
     def reap(self) -> None:
@@ -222,6 +222,16 @@ class Worker:
     def _fail(self, trial: optuna.Trial, kind: str, message: str) -> None:
         if self.storage.fail(trial._trial_id, kind, message, retries=self.definition.recovery.retries):
             self.emit(TrialEvent(self.name, trial.number, "failed", message=f"{kind}: {message}"))
+
+    def _keep_traceback(self, trial: optuna.Trial) -> str:
+        """Where the traceback of the exception in hand was written, in the folder of the study's artifacts."""
+        file = Path(self.definition.study.artifacts, self.study.study_name, f"trial-{trial.number}.txt")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(traceback.format_exc())
+        except OSError as error:
+            return f"its traceback cannot be written to {file} ({error.strerror})"
+        return f"traceback in {file}"
 
     def _drop(self, trial: optuna.Trial) -> None:
         self.emit(TrialEvent(self.name, trial.number, "dropped", message="another worker has taken it over"))

@@ -17,7 +17,8 @@ from .conftest import make_definition
 
 
 def define(folder: Path, **sections: Any) -> StudyDefinition:
-    return make_definition(f"sqlite:///{folder / 'study.db'}", **sections)
+    study = {"artifacts": str(folder / "artifacts")}
+    return make_definition(f"sqlite:///{folder / 'study.db'}", study=study, **sections)
 
 
 def test_two_workers_share_a_study_and_tell_what_they_do(tmp_path: Path) -> None:
@@ -54,7 +55,7 @@ def test_an_error_outside_of_a_trial_ends_the_run_with_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pool, "list_devices", lambda: ["no-such-device:99"])
-    with pytest.raises(WorkerError, match="a worker failed: RuntimeError: .*no-such-device"):
+    with pytest.raises(WorkerError, match=r"a worker failed: RuntimeError: .*no-such-device"):
         pool.run_pool(define(tmp_path), Drain(), n_workers=1)
 
 

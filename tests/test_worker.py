@@ -25,7 +25,8 @@ class Bench:
     """A study on SQLite, a worker on it, and what the worker said."""
 
     def __init__(self, folder: Path, data: ImageData, **sections: Any) -> None:
-        self.definition = make_definition(f"sqlite:///{folder / 'study.db'}", **sections)
+        study = {"artifacts": str(folder / "artifacts")}
+        self.definition = make_definition(f"sqlite:///{folder / 'study.db'}", study=study, **sections)
         self.storage = open_storage(self.definition.study.storage)
         self.study = open_study(self.definition, self.storage)
         self.drain = Drain()
@@ -96,7 +97,7 @@ def test_a_single_worker_repeats_a_study_of_the_same_seed(tmp_path: Path, digits
     ],
 )
 def test_a_failed_trial_says_why_and_the_worker_goes_on(
-    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch, error: Exception, kind: str
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception, kind: str
 ) -> None:
     b = bench(budget={"trials": 2})
     worker = b.worker()
@@ -116,6 +117,8 @@ def test_a_failed_trial_says_why_and_the_worker_goes_on(
     assert first.user_attrs["failure"]["kind"] == kind
     assert str(error) in first.user_attrs["failure"]["message"]
     assert b.ends().count("failed") == 1
+    tracebacks = list((tmp_path / "artifacts" / "small").glob("trial-0.txt"))
+    assert [("exploded" in file.read_text()) for file in tracebacks] == [True] * (kind == "exception")
     assert len([trial for trial in b.study.trials if trial.state.is_finished()]) == 3
 
 
