@@ -9,7 +9,7 @@ The package, to be read downwards; a file imports only from lines below its own:
     study                                 the studies in a storage: created, resumed, summarized
     objective | storage | bundle          trial to value; safe RDBStorage; what a user takes away
     definition | evaluation | training    the study file; figures; the training loop
-    space | network | data | budget
+    space | network | data | budget | database
     images                                image files to raw pixels
     errors
 

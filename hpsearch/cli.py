@@ -7,8 +7,7 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,9 +19,9 @@ from hpsearch.errors import HpsearchError, UsageError
 
 if TYPE_CHECKING:
     import optuna
+    from rich.console import RenderableType
 
     from hpsearch.definition import StudyDefinition
-    from hpsearch.storage import Storage
 
 app = typer.Typer(
     name="hpsearch",
@@ -117,7 +116,6 @@ def run(
 
     definition = _load(study, storage, trials)
     drain = Drain().listen(signal.SIGINT, signal.SIGTERM)
-    _quieten_optuna()
     with RunView(definition.budget.trials, definition.budget.epochs) as view:
         reason = run_pool(
             definition,
@@ -145,7 +143,6 @@ def worker(
 
     definition = _load(study, storage)
     drain = Drain().listen(signal.SIGINT, signal.SIGTERM)
-    _quieten_optuna()
     with RunView(definition.budget.trials, definition.budget.epochs) as view:
         reason = run_worker(definition, drain, folder=data, emit=view, max_trials=max_trials)
     say(f"done: {reason}")
@@ -154,7 +151,6 @@ def worker(
 @app.command(epilog="Example:  hpsearch status studies/mnist-mlp.toml --json")
 def status(study: StudyArgument, storage: StorageOption = None, as_json: JsonOption = False) -> None:
     """Show counts by state, the best trial, the workers, and the epochs run and saved."""
-    _quieten_optuna()
     _print_status(_load(study, storage), as_json=as_json)
 
 
@@ -168,16 +164,10 @@ def trials(
     as_json: JsonOption = False,
 ) -> None:
     """List the trials of a study."""
-    from hpsearch.console import render_trials, show
+    from hpsearch.console import render_trials
     from hpsearch.study import list_trials
 
-    _quieten_optuna()
-    with _stored(_load(study, storage)) as (_, loaded):
-        rows = list_trials(loaded, state, sort, limit)
-    if as_json:
-        print(json.dumps(rows, indent=2))
-    else:
-        show(render_trials(rows))
+    _print(list_trials(_stored(_load(study, storage)), state, sort, limit), render_trials, as_json=as_json)
 
 
 @app.command(epilog="Example:  hpsearch export studies/mnist-mlp.toml --output dist/mnist-mlp")
@@ -195,22 +185,17 @@ def export(
     from hpsearch.retrain import export as export_bundle
     from hpsearch.worker import list_devices
 
-    _quieten_optuna()
     target = output or Path("dist") / definition.study.name
-    with _stored(definition) as (_, loaded):
-        metrics = export_bundle(
-            definition,
-            loaded,
-            target,
-            number=trial,
-            folder=data,
-            device=list_devices()[0],
-            on_epoch=lambda seed, result: say(f"model {seed + 1} epoch {result.epoch} loss {result.loss:.4f}"),
-        )
-    if as_json:
-        print(json.dumps(metrics, indent=2))
-    else:
-        print(f"{target}: trial {metrics['trial']}, test accuracy {metrics['test_accuracy']:.4f}")
+    metrics = export_bundle(
+        definition,
+        _stored(definition),
+        target,
+        number=trial,
+        folder=data,
+        device=list_devices()[0],
+        on_epoch=lambda seed, result: say(f"model {seed + 1} epoch {result.epoch} loss {result.loss:.4f}"),
+    )
+    _print(metrics, lambda m: f"{target}: trial {m['trial']}, test accuracy {m['test_accuracy']:.4f}", as_json=as_json)
     say(f"next: hpsearch evaluate {target}  |  hpsearch predict {target} IMAGE")
 
 
@@ -220,13 +205,9 @@ def evaluate(bundle: BundleArgument, data: DataOption = None, as_json: JsonOptio
     from dataclasses import asdict
 
     from hpsearch.bundle import load
-    from hpsearch.console import render_evaluation, show
+    from hpsearch.console import render_evaluation
 
-    evaluation = load(bundle).evaluate(data)
-    if as_json:
-        print(json.dumps(asdict(evaluation), indent=2))
-    else:
-        show(render_evaluation(evaluation))
+    _print(asdict(load(bundle).evaluate(data)), render_evaluation, as_json=as_json)
 
 
 @app.command(epilog="Example:  hpsearch predict dist/mnist-mlp digit.png")
@@ -237,16 +218,13 @@ def predict(
 ) -> None:
     """Give the softmax probabilities of the three likeliest classes of each image."""
     from hpsearch.bundle import load, predict_files
-    from hpsearch.console import render_prediction, say, show
+    from hpsearch.console import render_predictions, say
 
     predictions = list(predict_files(load(bundle), images))
     for prediction in predictions:
         if "error" in prediction:
             say(f"error: {prediction['error']}")
-        elif not as_json:
-            show(render_prediction(prediction))
-    if as_json:
-        print(json.dumps(predictions, indent=2))
+    _print(predictions, render_predictions, as_json=as_json)
     if any("error" in prediction for prediction in predictions):
         raise typer.Exit(1)
 
@@ -278,37 +256,33 @@ def _exit_with(message: str, exit_status: int, prefix: str = "error: ") -> None:
 
 
 def _load(study: str, storage: str | None, trials: int | None = None) -> "StudyDefinition":
+    import optuna
+
     from hpsearch.definition import evolve, load_definition
 
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     definition = load_definition(study, storage=storage)
     return definition if trials is None else evolve(definition, "budget", trials=trials)
 
 
-@contextmanager
-def _stored(definition: "StudyDefinition") -> Iterator[tuple["Storage", "optuna.Study"]]:
+def _stored(definition: "StudyDefinition") -> "optuna.Study":
     from hpsearch.storage import open_storage
     from hpsearch.study import load_study
 
-    storage = open_storage(definition.study.storage, must_exist=True)
-    try:
-        yield storage, load_study(definition, storage)
-    finally:
-        storage.engine.dispose()
+    return load_study(definition, open_storage(definition.study.storage, must_exist=True))
 
 
 def _print_status(definition: "StudyDefinition", *, as_json: bool) -> None:
-    from hpsearch.console import render_status, show
+    from hpsearch.console import render_status
     from hpsearch.study import summarize
 
-    with _stored(definition) as (_, study):
-        document = summarize(definition, study)
+    _print(summarize(definition, _stored(definition)), render_status, as_json=as_json)
+
+
+def _print(document: Any, render: Callable[[Any], "RenderableType"], *, as_json: bool) -> None:
+    from hpsearch.console import show
+
     if as_json:
         print(json.dumps(document, indent=2))
     else:
-        show(render_status(document))
-
-
-def _quieten_optuna() -> None:
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+        show(render(document))

@@ -14,7 +14,6 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from hpsearch.evaluation import Evaluation
     from hpsearch.worker import TrialEvent
 
 _WIDTH_OF_A_PIPE = 10_000  # nothing is cut off where no terminal sets a width
@@ -130,24 +129,28 @@ def render_trials(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
     return table
 
 
-def render_evaluation(evaluation: "Evaluation") -> RenderableType:
+def render_evaluation(evaluation: Mapping[str, Any]) -> RenderableType:
     """Accuracy, per-class figures and the confusion matrix as tables."""
-    names = [row["name"] for row in evaluation.per_class]
+    rows = evaluation["per_class"]
     figures = Table("class", "precision", "recall", "F1", "images", box=SIMPLE_HEAD, show_edge=False)
-    for row in evaluation.per_class:
+    for row in rows:
         scores = [f"{row[key]:.4f}" for key in ("precision", "recall", "f1")]
         figures.add_row(row["name"], *scores, str(row["support"]))
-    matrix = Table("true \\ predicted", *names, box=SIMPLE_HEAD, show_edge=False)
-    for name, counts in zip(names, evaluation.confusion_matrix, strict=True):
-        matrix.add_row(name, *(str(count) if count else "." for count in counts))
-    n = sum(row["support"] for row in evaluation.per_class)
-    return Group(Text(f"test accuracy {evaluation.accuracy:.4f} on {n} images"), figures, matrix)
+    matrix = Table("true \\ predicted", *(row["name"] for row in rows), box=SIMPLE_HEAD, show_edge=False)
+    for row, counts in zip(rows, evaluation["confusion_matrix"], strict=True):
+        matrix.add_row(row["name"], *(str(count) if count else "." for count in counts))
+    n_images = sum(row["support"] for row in rows)
+    return Group(f"test accuracy {evaluation['accuracy']:.4f} on {n_images} images", "", figures, "", matrix)
 
 
-def render_prediction(prediction: Mapping[str, Any]) -> RenderableType:
-    """`digit.png  7 0.9981  9 0.0012  1 0.0003`."""
-    top = "  ".join(f"{entry['class']} {entry['probability']:.4f}" for entry in prediction["top"])
-    return Text(f"{prediction['image']}  {top}")
+def render_predictions(predictions: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """A line for each image that could be read: `digit.png  7 0.9981  9 0.0012  1 0.0003`."""
+    lines = []
+    for prediction in predictions:
+        if "top" in prediction:
+            top = [f"{entry['class']} {entry['probability']:.4f}" for entry in prediction["top"]]
+            lines.append(Text("  ".join([prediction["image"], *top])))
+    return Group(*lines)
 
 
 def _join(params: Mapping[str, Any]) -> str:

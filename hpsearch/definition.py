@@ -13,10 +13,10 @@ from typing import Annotated, Any, Literal, Self
 import tomlkit
 from pydantic import Field, TypeAdapter, ValidationError, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
-from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy.engine import make_url
 from tomlkit.items import InlineTable
 
+from hpsearch.database import check_url, show_url
 from hpsearch.errors import DefinitionError, UsageError
 from hpsearch.space import (
     AnyDimension,
@@ -208,22 +208,6 @@ def evolve(definition: StudyDefinition, section: str, **values: Any) -> StudyDef
     except ValidationError as error:
         raise UsageError("; ".join(_describe(error))) from error
     return definition.model_copy(update={section: changed})
-
-
-def show_url(url: URL | str) -> str:
-    """The URL as it may be printed, its password hidden."""
-    return make_url(url).render_as_string(hide_password=True)
-
-
-def check_url(url: str) -> str:
-    """The URL itself; raises `UsageError`, without repeating what may hold a password, where it is none."""
-    try:
-        make_url(url)
-    except ArgumentError as error:
-        raise UsageError(
-            "the storage must be a URL such as sqlite:///study.db or postgresql://user@host/name"
-        ) from error
-    return url
 
 
 def _find_study_file(name: str) -> Path:

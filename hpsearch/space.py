@@ -1,4 +1,4 @@
-"""The search table of a study file, Optuna's distributions, and the hyperparameters drawn from them.
+"""The search table of a study file, what it suggests to an Optuna trial, and the hyperparameters drawn from them.
 
 A hyperparameter has one home: a field of `Hyperparameters`. Its constraints check fixed values, the bounds of a
 search and the trials to try first alike.
@@ -8,12 +8,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, Protocol, Self
 
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import FloatDistribution
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 Scalar = bool | int | float | str
-Distribution = IntDistribution | FloatDistribution | CategoricalDistribution
 Problem = tuple[str, str]
 
 PLANNED = {"optimizer": ("muon",)}
@@ -71,10 +70,6 @@ class Dimension(Table):
         """The values that must be valid for every value between them to be valid."""
         raise NotImplementedError
 
-    @property
-    def distribution(self) -> Distribution:
-        raise NotImplementedError
-
     def suggest(self, trial: Suggests, name: str) -> Scalar:
         raise NotImplementedError
 
@@ -83,61 +78,56 @@ class Dimension(Table):
 
     def has(self, value: Any) -> bool:
         """Whether the dimension can take the value."""
-        low, high = self.ends
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return is_number and low <= value <= high
+        raise NotImplementedError
 
 
-class IntRange(Dimension):
-    range: list[int] = Field(alias="int", min_length=2, max_length=2)
+class Range(Dimension):
+    """All values between two ends, both included."""
+
+    range: list[Any]
     log: bool = False
-    step: int = Field(1, ge=1)
+    step: Any
 
     @model_validator(mode="after")
     def _check_bounds(self) -> Self:
-        _check_range(self.range, self.log, self.step != 1)
+        low, high = self.range
+        if low > high:
+            raise PydanticCustomError("bounds", "low {low} > high {high}", {"low": low, "high": high})
+        if self.log and low <= 0:
+            raise PydanticCustomError("bounds", "a log range needs low > 0, but got low {low}", {"low": low})
+        if self.log and "step" in self.model_fields_set:
+            raise PydanticCustomError("bounds", "log and step exclude each other")
         return self
 
     @property
     def ends(self) -> list[Any]:
         return self.range
 
-    @property
-    def distribution(self) -> IntDistribution:
-        low, high = self.range
-        return IntDistribution(low, high, log=self.log, step=self.step)
+
+class IntRange(Range):
+    range: list[int] = Field(alias="int", min_length=2, max_length=2)
+    step: int = Field(1, ge=1)
 
     def suggest(self, trial: Suggests, name: str) -> int:
         return trial.suggest_int(name, *self.range, log=self.log, step=self.step)
 
     def has(self, value: Any) -> bool:
-        return isinstance(value, int) and super().has(value) and (value - self.range[0]) % self.step == 0
-
-
-class FloatRange(Dimension):
-    range: list[float] = Field(alias="float", min_length=2, max_length=2)
-    log: bool = False
-    step: float | None = Field(None, gt=0)
-
-    @model_validator(mode="after")
-    def _check_bounds(self) -> Self:
-        _check_range(self.range, self.log, self.step is not None)
-        return self
-
-    @property
-    def ends(self) -> list[Any]:
-        return self.range
-
-    @property
-    def distribution(self) -> FloatDistribution:
         low, high = self.range
-        return FloatDistribution(low, high, log=self.log, step=self.step)
+        is_int = isinstance(value, int) and not isinstance(value, bool)
+        return is_int and low <= value <= high and (value - low) % self.step == 0
+
+
+class FloatRange(Range):
+    range: list[float] = Field(alias="float", min_length=2, max_length=2)
+    step: float | None = Field(None, gt=0)
 
     def suggest(self, trial: Suggests, name: str) -> float:
         return trial.suggest_float(name, *self.range, log=self.log, step=self.step)
 
     def has(self, value: Any) -> bool:
-        return super().has(value) and self.distribution._contains(float(value))
+        low, high = self.range
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return is_number and FloatDistribution(low, high, step=self.step)._contains(float(value))
 
 
 class Choice(Dimension):
@@ -152,10 +142,6 @@ class Choice(Dimension):
     @property
     def ends(self) -> list[Any]:
         return self.choice
-
-    @property
-    def distribution(self) -> CategoricalDistribution:
-        return CategoricalDistribution(self.choice)
 
     def suggest(self, trial: Suggests, name: str) -> Scalar:
         value: Scalar = trial.suggest_categorical(name, self.choice)
@@ -299,13 +285,3 @@ def _parents_first(search: Mapping[str, Dimension]) -> list[str]:
 
 def _is_among(value: Any, allowed: Iterable[Any]) -> bool:
     return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in allowed)
-
-
-def _check_range(bounds: list[Any], is_log: bool, has_step: bool) -> None:
-    low, high = bounds
-    if low > high:
-        raise PydanticCustomError("bounds", "low {low} > high {high}", {"low": low, "high": high})
-    if is_log and low <= 0:
-        raise PydanticCustomError("bounds", "a log range needs low > 0, but got low {low}", {"low": low})
-    if is_log and has_step:
-        raise PydanticCustomError("bounds", "log and step exclude each other")

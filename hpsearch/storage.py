@@ -1,4 +1,4 @@
-"""Optuna's RDBStorage made safe for parallel workers, and the studies in it.
+"""Optuna's RDBStorage made safe for parallel workers.
 
 What Optuna leaves open is closed here: every SQLite transaction starts as `BEGIN IMMEDIATE`, a trial is admitted
 against the budget, signed and given its first heartbeat in the transaction that starts it, and a trial whose worker
@@ -6,37 +6,40 @@ is gone fails and is queued again in one transaction.
 """
 
 import logging
-import sqlite3
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import datetime
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import optuna
-import sqlalchemy
 import tenacity
-from filelock import FileLock
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.storages._rdb import models
 from optuna.storages._rdb.storage import _create_scoped_session
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import DatabaseError, InterfaceError, OperationalError
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import DatabaseError, InterfaceError
 from sqlalchemy.orm import Session
 
 from hpsearch.budget import admit
-from hpsearch.definition import check_url, show_url
-from hpsearch.errors import StorageError, StorageUnavailable, StudyNotFound, UsageError
+from hpsearch.database import (
+    connect_options,
+    creation_lock,
+    harden,
+    is_transient,
+    parse_url,
+    reason,
+    show_url,
+    unavailable,
+)
+from hpsearch.errors import StorageError, StudyNotFound, UsageError
 
 logger = logging.getLogger(__name__)
 
-LOCK_TIMEOUT = 60.0  # seconds
-_WAL_IS_SAFE_FROM = (3, 51, 3)  # before, SQLite's "WAL-reset" bug can corrupt a database
 _TRIAL: Any = models.TrialModel
 
 
@@ -51,17 +54,12 @@ class Storage(RDBStorage):
         self.worker: str | None = None
         self.patience = patience
         self.giving_up = threading.Event()
-        is_sqlite = url.get_backend_name() == "sqlite"
-        options = {"connect_args": {"timeout": LOCK_TIMEOUT}} if is_sqlite else {"pool_pre_ping": True}
         # Optuna formats the URL as a template, so braces in a password would break it.
         template = url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)  # of the heartbeat
-            super().__init__(template, options, heartbeat_interval=heartbeat, grace_period=grace)
-        if is_sqlite:
-            sqlalchemy.event.listen(self.engine, "connect", _configure_sqlite)
-            sqlalchemy.event.listen(self.engine, "begin", _begin_immediate)
-            self.engine.dispose()  # the constructor connected before the listeners were there
+            super().__init__(template, connect_options(url), heartbeat_interval=heartbeat, grace_period=grace)
+        harden(self.engine)
 
     def __getstate__(self) -> dict[Any, Any]:
         raise TypeError("a storage cannot be pickled; open it again in the other process")
@@ -169,7 +167,7 @@ def _patiently(method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(method)
     def call(self: Storage, *args: Any, **kwargs: Any) -> Any:
         retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception(_is_transient),
+            retry=tenacity.retry_if_exception(is_transient),
             wait=tenacity.wait_random_exponential(multiplier=0.5, max=30),
             stop=tenacity.stop_after_delay(self.patience) | tenacity.stop_when_event_set(self.giving_up),
             sleep=tenacity.sleep_using_event(self.giving_up),
@@ -179,8 +177,8 @@ def _patiently(method: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return retrying(method, self, *args, **kwargs)
         except Exception as error:
-            if _is_transient(error):
-                raise _unavailable(self.engine.url, error) from error
+            if is_transient(error):
+                raise unavailable(self.engine.url, error) from error
             raise
 
     return call
@@ -205,7 +203,7 @@ def open_storage(
     database must exist and does not, `StorageUnavailable` where it cannot be reached, and `StorageError` where the
     file is something else.
     """
-    parsed = _parse_url(url)
+    parsed = parse_url(url)
     if parsed.get_backend_name() == "sqlite":
         file = Path(parsed.database or "")
         if not file.parent.is_dir():
@@ -216,9 +214,9 @@ def open_storage(
         with creation_lock(parsed):
             return Storage(parsed, heartbeat=heartbeat, grace=grace, patience=patience)
     except (StorageInternalError, DatabaseError, InterfaceError) as error:
-        if _is_transient(error):
-            raise _unavailable(parsed, error) from error
-        raise StorageError(f"{show_url(parsed)} is not a database of Optuna: {_reason(parsed, error)}") from error
+        if is_transient(error):
+            raise unavailable(parsed, error) from error
+        raise StorageError(f"{show_url(parsed)} is not a database of Optuna: {reason(parsed, error)}") from error
     except RuntimeError as error:  # another version of Optuna's tables
         raise StorageError(f"{show_url(parsed)}: {error}") from error
     except ImportError as error:
@@ -227,63 +225,11 @@ def open_storage(
         raise StorageError(f"{show_url(parsed)} cannot be created: {error.strerror}") from error
 
 
-def _parse_url(url: str) -> URL:
-    parsed = make_url(check_url(url))
-    backend = parsed.get_backend_name()
-    if backend == "postgresql":
-        return parsed.set(drivername="postgresql+psycopg")
-    if backend != "sqlite":
-        raise UsageError(f"{show_url(parsed)}: use SQLite or PostgreSQL, not {backend}")
-    if parsed.database in (None, "", ":memory:"):
-        raise UsageError("a SQLite database in memory cannot be shared by workers; name a file: sqlite:///study.db")
-    return parsed
-
-
-@contextmanager
-def creation_lock(url: URL) -> Iterator[None]:
-    """One process at a time creates tables or a study; the others wait."""
-    if url.get_backend_name() == "sqlite":
-        with FileLock(f"{url.database}.lock"):
-            yield
-        return
-    engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool)
-    with engine.connect() as connection:
-        connection.execute(sqlalchemy.text("SELECT pg_advisory_lock(hashtext('hpsearch'))"))
-        yield
-
-
-def _configure_sqlite(connection: sqlite3.Connection, _record: object) -> None:
-    connection.isolation_level = None  # SQLAlchemy's `begin` event starts the transactions
-    journal = "WAL" if sqlite3.sqlite_version_info >= _WAL_IS_SAFE_FROM else "TRUNCATE"
-    connection.execute(f"PRAGMA journal_mode = {journal}")
-    connection.execute("PRAGMA synchronous = FULL")
-
-
-def _begin_immediate(connection: sqlalchemy.Connection) -> None:
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-
-def _is_transient(error: BaseException) -> bool:
-    """Whether the database may answer later: locked, full, restarting or unreachable."""
-    cause = error.__cause__ if isinstance(error, StorageInternalError) else error
-    return isinstance(cause, OperationalError | InterfaceError)
-
-
-def _unavailable(url: URL, error: BaseException) -> StorageUnavailable:
-    return StorageUnavailable(f"the storage {show_url(url)} cannot be reached: {_reason(url, error)}")
-
-
-def _reason(url: URL, error: BaseException) -> str:
-    cause: Any = error.__cause__ if isinstance(error, StorageInternalError) else error
-    text = " ".join(str(getattr(cause, "orig", cause)).split())
-    return text.replace(str(url.password), "***") if url.password else text
-
-
 def _say_waiting(state: tenacity.RetryCallState) -> None:
     storage, error = state.args[0], state.outcome.exception() if state.outcome else None
     if error is not None:
-        reason = _reason(storage.engine.url, error)
-        logger.warning("the storage does not answer (%s); trying again in %.0f s", reason, state.upcoming_sleep)
+        why = reason(storage.engine.url, error)
+        logger.warning("the storage does not answer (%s); trying again in %.0f s", why, state.upcoming_sleep)
 
 
 def _retry_of(trial: FrozenTrial, kills: list[int]) -> FrozenTrial:

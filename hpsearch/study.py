@@ -10,9 +10,10 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from hpsearch.definition import StudyDefinition, show_url
+from hpsearch.database import creation_lock, show_url
+from hpsearch.definition import StudyDefinition
 from hpsearch.errors import NoCompletedTrial, StudyMismatch, StudyNotFound
-from hpsearch.storage import Storage, creation_lock
+from hpsearch.storage import Storage
 
 
 def open_study(definition: StudyDefinition, storage: Storage) -> optuna.Study:

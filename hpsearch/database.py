@@ -1,0 +1,105 @@
+"""What is particular about SQLite and PostgreSQL: URLs, creation, transactions, and errors that pass."""
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import sqlalchemy
+from filelock import FileLock
+from optuna.exceptions import StorageInternalError
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, InterfaceError, OperationalError
+
+from hpsearch.errors import StorageUnavailable, UsageError
+
+LOCK_TIMEOUT = 60.0  # seconds
+_WAL_IS_SAFE_FROM = (3, 51, 3)  # before, SQLite's "WAL-reset" bug can corrupt a database
+
+
+def show_url(url: URL | str) -> str:
+    """The URL as it may be printed, its password hidden."""
+    return make_url(url).render_as_string(hide_password=True)
+
+
+def check_url(url: str) -> str:
+    """The URL itself; raises `UsageError`, without repeating what may hold a password, where it is none."""
+    try:
+        make_url(url)
+    except ArgumentError as error:
+        raise UsageError(
+            "the storage must be a URL such as sqlite:///study.db or postgresql://user@host/name"
+        ) from error
+    return url
+
+
+def parse_url(url: str) -> URL:
+    """The URL of a database that workers can share; raises `UsageError` for any other."""
+    parsed = make_url(check_url(url))
+    backend = parsed.get_backend_name()
+    if backend == "postgresql":
+        return parsed.set(drivername="postgresql+psycopg")
+    if backend != "sqlite":
+        raise UsageError(f"{show_url(parsed)}: use SQLite or PostgreSQL, not {backend}")
+    if parsed.database in (None, "", ":memory:"):
+        raise UsageError("a SQLite database in memory cannot be shared by workers; name a file: sqlite:///study.db")
+    return parsed
+
+
+@contextmanager
+def creation_lock(url: URL) -> Iterator[None]:
+    """One process at a time creates tables or a study; the others wait."""
+    if url.get_backend_name() == "sqlite":
+        with FileLock(f"{url.database}.lock"):
+            yield
+        return
+    engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool)
+    with engine.connect() as connection:
+        connection.execute(sqlalchemy.text("SELECT pg_advisory_lock(hashtext('hpsearch'))"))
+        yield
+
+
+def connect_options(url: URL) -> dict[str, Any]:
+    """What `sqlalchemy.create_engine` needs beside the URL."""
+    is_sqlite = url.get_backend_name() == "sqlite"
+    return {"connect_args": {"timeout": LOCK_TIMEOUT}} if is_sqlite else {"pool_pre_ping": True}
+
+
+def harden(engine: sqlalchemy.Engine) -> None:
+    """Make every SQLite transaction of the engine take the lock when it starts, and be on disk when it ends."""
+    if engine.name == "sqlite":
+        sqlalchemy.event.listen(engine, "connect", _configure_sqlite)
+        sqlalchemy.event.listen(engine, "begin", _begin_immediate)
+        engine.dispose()  # connections from before do not have the listeners
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the database may answer later: locked, full, restarting or unreachable."""
+    return isinstance(_cause(error), OperationalError | InterfaceError)
+
+
+def _cause(error: BaseException) -> Any:
+    return error.__cause__ if isinstance(error, StorageInternalError) else error
+
+
+def unavailable(url: URL, error: BaseException) -> StorageUnavailable:
+    """The error that says that the database cannot be reached, and why."""
+    return StorageUnavailable(f"the storage {show_url(url)} cannot be reached: {reason(url, error)}")
+
+
+def reason(url: URL, error: BaseException) -> str:
+    """What the database's driver said, on one line, without the password."""
+    cause = _cause(error)
+    text = " ".join(str(getattr(cause, "orig", cause)).split())
+    return text.replace(str(url.password), "***") if url.password else text
+
+
+def _configure_sqlite(connection: sqlite3.Connection, _record: object) -> None:
+    connection.isolation_level = None  # SQLAlchemy's `begin` event starts the transactions
+    journal = "WAL" if sqlite3.sqlite_version_info >= _WAL_IS_SAFE_FROM else "TRUNCATE"
+    connection.execute(f"PRAGMA journal_mode = {journal}")
+    connection.execute("PRAGMA synchronous = FULL")
+
+
+def _begin_immediate(connection: sqlalchemy.Connection) -> None:
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
