@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -148,7 +149,6 @@ def save(contents: Contents, target: Path, probe: torch.Tensor) -> None:
     leaves the target as it was, if they are not.
     """
     check_target(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
         new, old = Path(temporary, "new"), Path(temporary, "old")
         new.mkdir()
@@ -160,7 +160,10 @@ def save(contents: Contents, target: Path, probe: torch.Tensor) -> None:
 
 
 def check_target(target: Path) -> None:
-    """Raise `BundleError` if something other than a bundle stands at the target: it would be overwritten."""
+    """Raise `BundleError` if a bundle cannot be written to the target, or would overwrite something else there."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(target.parent, os.W_OK):
+        raise BundleError(f"{target.parent} cannot be written to; choose another --output")
     if (
         target.exists()
         and not (target / "manifest.json").is_file()

@@ -246,6 +246,10 @@ def main() -> None:
         if type(error).__name__ == "NoArgsIsHelpError":
             _exit_with(error.format_message(), 2, prefix="")
         _exit_with(f"{error.format_message()}\nsee: {command} --help", error.exit_code)
+    except OSError as error:
+        if is_debug:
+            raise
+        _exit_with(f"{error.filename or 'input or output'}: {error.strerror or error}", 1)
     except typer.Abort:
         _exit_with("interrupted", 130)
 

@@ -61,7 +61,7 @@ class Split:
         self, batch_size: int, *, shuffle: bool = False, generator: torch.Generator | None = None
     ) -> DataLoader[tuple[Tensor, Tensor]]:
         """A DataLoader of (images, labels) batches; each batch is one indexing of the resident tensors."""
-        batches = _Batches(len(self), batch_size, shuffle=shuffle, generator=generator)
+        batches = _Batches(self, batch_size, shuffle=shuffle, generator=generator)
         return DataLoader(_Rows(self), sampler=batches, batch_size=None, generator=generator)
 
 
@@ -170,13 +170,14 @@ class _Rows(Dataset[tuple[Tensor, Tensor]]):
 
 
 class _Batches(Sampler[Tensor]):
-    """The row numbers of each batch, as int64 tensors on the CPU.
+    """The row numbers of each batch, as int64 tensors where the split is, drawn on the CPU.
 
     When shuffling, a last batch of a single image is left out: batch norm cannot train on it.
     """
 
-    def __init__(self, n_rows: int, batch_size: int, *, shuffle: bool, generator: torch.Generator | None) -> None:
-        self.n_rows, self.batch_size, self.shuffle, self.generator = n_rows, batch_size, shuffle, generator
+    def __init__(self, split: Split, batch_size: int, *, shuffle: bool, generator: torch.Generator | None) -> None:
+        self.n_rows, self.device = len(split), split.labels.device
+        self.batch_size, self.shuffle, self.generator = batch_size, shuffle, generator
 
     def __len__(self) -> int:
         drops_last = self.shuffle and self.n_rows > self.batch_size and self.n_rows % self.batch_size == 1
@@ -184,7 +185,7 @@ class _Batches(Sampler[Tensor]):
 
     def __iter__(self) -> Iterator[Tensor]:
         rows = torch.randperm(self.n_rows, generator=self.generator) if self.shuffle else torch.arange(self.n_rows)
-        yield from rows.split(self.batch_size)[: len(self)]
+        yield from rows.to(self.device).split(self.batch_size)[: len(self)]
 
 
 def _read(name: str, folder: Path | str | None, *, is_train: bool) -> tuple[Tensor, Tensor]:

@@ -53,8 +53,11 @@ def creation_lock(url: URL) -> Iterator[None]:
         with FileLock(f"{url.database}.lock"):
             yield
         return
-    engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool)
-    with engine.connect() as connection:
+    try:
+        connection = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool).connect()
+    except (OperationalError, InterfaceError) as error:
+        raise unavailable(url, error) from error
+    with connection:
         connection.execute(sqlalchemy.text("SELECT pg_advisory_lock(hashtext('hpsearch'))"))
         yield
 

@@ -68,6 +68,7 @@ def run_pool(
     study = open_study(definition, storage)
     storage.giving_up = drain.event
     data = load_study_data(definition, folder).share_memory()
+    drain.check()
     n_finished = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)))
     n_workers = n_workers or default_workers()
     on_start(n_finished, n_workers)
@@ -106,7 +107,7 @@ class _Pool:
             for member in self.members:
                 member.process.kill()
                 member.process.join()
-                self._requeue(member, "interrupted", "its run was stopped")
+                self._requeue(member, "interrupted", "its worker was stopped; queued again")
         for end in self.ends:
             if end.error and not isinstance(end.error, Drained):
                 raise end.error

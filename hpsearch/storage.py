@@ -22,7 +22,7 @@ from optuna.storages._rdb import models
 from optuna.storages._rdb.storage import _create_scoped_session
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import DatabaseError, InterfaceError
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from hpsearch.budget import admit
@@ -176,10 +176,10 @@ def _patiently(method: Callable[..., Any]) -> Callable[..., Any]:
         )
         try:
             return retrying(method, self, *args, **kwargs)
-        except Exception as error:
+        except (StorageInternalError, SQLAlchemyError) as error:
             if is_transient(error):
                 raise unavailable(self.engine.url, error) from error
-            raise
+            raise StorageError(f"{show_url(self.engine.url)}: {reason(self.engine.url, error)}") from error
 
     return call
 
@@ -213,7 +213,7 @@ def open_storage(
     try:
         with creation_lock(parsed):
             return Storage(parsed, heartbeat=heartbeat, grace=grace, patience=patience)
-    except (StorageInternalError, DatabaseError, InterfaceError) as error:
+    except (StorageInternalError, SQLAlchemyError) as error:
         if is_transient(error):
             raise unavailable(parsed, error) from error
         raise StorageError(f"{show_url(parsed)} is not a database of Optuna: {reason(parsed, error)}") from error

@@ -176,8 +176,8 @@ class Worker:
                 state = TrialState.PRUNED
             except (LeaseLost, UpdateFinishedTrialError):
                 return self._drop(trial)
-            except (Drained, KeyboardInterrupt) as error:
-                self._fail(trial, "interrupted", str(error) or "interrupted")
+            except (Drained, KeyboardInterrupt):
+                self._fail(trial, "interrupted", "its worker was stopped; queued again")
                 raise
             except StorageError:
                 raise
