@@ -4,6 +4,7 @@ from typing import Any
 
 import optuna
 import pytest
+import torch
 from optuna.trial import FixedTrial, TrialState
 
 from hpsearch.data import ImageData
@@ -121,3 +122,11 @@ def test_every_pruner_but_none_stops_hopeless_trials(kind: str, prunes: bool) ->
     states: list[Any] = [trial.state for trial in study.trials]
     assert (TrialState.PRUNED in states) == prunes
     assert states[0] == TrialState.COMPLETE
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+def test_the_objective_runs_on_a_gpu(digits: ImageData, kind: str) -> None:
+    definition = make_definition(network={"kind": kind}, fixed={"augment": 0.3}, budget={"epochs": 5})
+    trial: Any = FixedTrial(PARAMS)
+    assert Objective(definition, digits, device="cuda")(trial) > 0.3

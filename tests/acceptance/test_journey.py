@@ -50,7 +50,7 @@ def test_the_search_spends_its_budget_and_prunes(searched: Path) -> None:
     assert trials["pruned"] >= 10
     assert trials["running"] == trials["failed"] == trials["waiting"] == 0
     assert status["best"]["value"] > 0.95
-    assert status["epochs"]["run"] + status["epochs"]["saved"] == 30 * 9
+    assert status["epochs"]["run"] + status["epochs"]["saved"] == 30 * 15
     text = hpsearch("status", "digits", cwd=searched).stdout
     assert f"{status['best']['value']:.4f}" in text
 
