@@ -213,9 +213,12 @@ def _work(
     torch.set_num_threads(n_threads)
     logging.basicConfig(level=log_level, format="%(message)s")
 
+    lock = threading.Lock()  # the lease's thread sends too
+
     def send(message: TrialEvent | End) -> None:
         try:
-            messages.send(message)
+            with lock:
+                messages.send(message)
         except BrokenPipeError:
             drain.set(Drained("the supervisor is gone"))
 

@@ -193,11 +193,8 @@ class Worker:
         self._next_reap = time.monotonic() + recovery.heartbeat
         for trial_id in self.storage.reap(self.study._study_id, recovery.retries):
             trial = self.storage.get_trial(trial_id)
-            self.emit(
-                TrialEvent(
-                    self.name, trial.number, "failed", message=f"killed: {trial.user_attrs['failure']['message']}"
-                )
-            )
+            owner, failure = trial.user_attrs.get("worker", "unknown"), trial.user_attrs["failure"]
+            self.emit(TrialEvent(owner, trial.number, "failed", message=f"killed: {failure['message']}"))
 
     def _ask(self) -> optuna.Trial:
         with warnings.catch_warnings():
