@@ -14,6 +14,10 @@ from sqlalchemy.exc import ArgumentError, InterfaceError, OperationalError
 from hpsearch.errors import StorageUnavailable, UsageError
 
 LOCK_TIMEOUT = 60.0  # seconds
+_PASSING_CODES = {
+    *(sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL),
+    *(sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PROTOCOL),
+}
 _WAL_IS_SAFE_FROM = (3, 51, 3)  # before, SQLite's "WAL-reset" bug can corrupt a database
 
 
@@ -78,7 +82,9 @@ def harden(engine: sqlalchemy.Engine) -> None:
 
 def is_transient(error: BaseException) -> bool:
     """Whether the database may answer later: locked, full, restarting or unreachable."""
-    return isinstance(_cause(error), OperationalError | InterfaceError)
+    cause = _cause(error)
+    code = getattr(getattr(cause, "orig", None), "sqlite_errorcode", None)
+    return isinstance(cause, OperationalError | InterfaceError) and (code is None or code & 0xFF in _PASSING_CODES)
 
 
 def _cause(error: BaseException) -> Any:

@@ -64,9 +64,8 @@ def run_pool(
     back, and `Drained` or `Interrupted` is raised. No process outlives the call.
     """
     _preload()
-    storage = open_worker_storage(definition)
+    storage = open_worker_storage(definition, drain)
     study = open_study(definition, storage)
-    storage.giving_up = drain.event
     data = load_study_data(definition, folder).share_memory()
     drain.check()
     n_finished = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)))
@@ -224,7 +223,7 @@ def _work(
 
     try:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        storage = open_worker_storage(definition)
+        storage = open_worker_storage(definition, drain)
         worker = Worker(definition, storage, stream, drain, data=data, device=device, emit=send)
         end = End(worker.run())
     except KeyboardInterrupt:

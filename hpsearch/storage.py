@@ -216,7 +216,7 @@ def open_storage(
     except (StorageInternalError, SQLAlchemyError) as error:
         if is_transient(error):
             raise unavailable(parsed, error) from error
-        raise StorageError(f"{show_url(parsed)} is not a database of Optuna: {reason(parsed, error)}") from error
+        raise StorageError(f"{show_url(parsed)} cannot be used: {reason(parsed, error)}") from error
     except RuntimeError as error:  # another version of Optuna's tables
         raise StorageError(f"{show_url(parsed)}: {error}") from error
     except ImportError as error:

@@ -139,7 +139,6 @@ class Worker:
         self.definition, self.storage, self.drain, self.emit = definition, storage, drain, emit
         self.max_trials = max_trials
         self.name = storage.worker = worker_name(stream)
-        storage.giving_up = drain.event
         self.study = load_study(definition, storage)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of TPE's `group` and of GP
@@ -246,7 +245,7 @@ def run_worker(
     max_trials: int | None = None,
 ) -> str:
     """Why the worker ended that this process was on the definition's study, which must exist already."""
-    storage = open_worker_storage(definition, must_exist=True)
+    storage = open_worker_storage(definition, drain, must_exist=True)
     study = load_study(definition, storage)
     data = load_study_data(definition, folder)
     stream = storage.join(study._study_id)
@@ -254,16 +253,14 @@ def run_worker(
     return Worker(definition, storage, stream, drain, data=data, device=device, emit=emit, max_trials=max_trials).run()
 
 
-def open_worker_storage(definition: StudyDefinition, *, must_exist: bool = False) -> Storage:
-    """The definition's storage as workers need it: with its recovery times, and patient once it is open."""
-    recovery = definition.recovery
-    return open_storage(
-        definition.study.storage,
-        heartbeat=recovery.heartbeat,
-        grace=recovery.grace,
-        patience=PATIENCE,
-        must_exist=must_exist,
+def open_worker_storage(definition: StudyDefinition, drain: Drain, *, must_exist: bool = False) -> Storage:
+    """The definition's storage as workers need it: with its recovery times, and patient until they are drained."""
+    times = definition.recovery
+    storage = open_storage(
+        definition.study.storage, heartbeat=times.heartbeat, grace=times.grace, must_exist=must_exist
     )
+    storage.patience, storage.giving_up = PATIENCE, drain.event
+    return storage
 
 
 def worker_name(stream: int) -> str:

@@ -238,13 +238,25 @@ def test_a_storage_that_does_not_answer_is_asked_again_until_patience_ends(
     assert "database is locked" in caplog.text
 
 
-def test_giving_up_ends_the_patience_at_once(tmp_path: Path) -> None:
+def test_giving_up_ends_the_patience_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = open_storage(f"sqlite:///{tmp_path / 'study.db'}", patience=600)
+    study = open_study(make_definition(), storage)
+
+    def fail(_: sqlalchemy.orm.Session) -> None:
+        raise OperationalError("SELECT", {}, Exception("database is locked"))
+
+    monkeypatch.setattr(sqlalchemy.orm.Session, "close", fail)
+    threading.Timer(0.3, storage.giving_up.set).start()
+    with pytest.raises(StorageUnavailable, match="database is locked"):
+        storage.get_all_trials(study._study_id)
+
+
+def test_an_error_that_cannot_pass_is_not_waited_for(tmp_path: Path) -> None:
     storage = open_storage(f"sqlite:///{tmp_path / 'study.db'}", patience=600)
     study = open_study(make_definition(), storage)
     with storage.engine.begin() as connection:
         connection.execute(sqlalchemy.text("DROP TABLE trials"))
-    threading.Timer(0.3, storage.giving_up.set).start()
-    with pytest.raises(StorageUnavailable, match="trials"):
+    with pytest.raises(StorageError, match="no such table: trials"):
         storage.get_all_trials(study._study_id)
 
 
@@ -255,7 +267,7 @@ def test_giving_up_ends_the_patience_at_once(tmp_path: Path) -> None:
         ("sqlite://", UsageError, "cannot be shared by workers"),
         ("mysql://me:secret@host/db", UsageError, "use SQLite or PostgreSQL"),
         ("nonsense", UsageError, "must be a URL"),
-        ("sqlite:///{folder}/text.db", StorageError, "is not a database"),
+        ("sqlite:///{folder}/text.db", StorageError, "cannot be used: file is not a database"),
         ("postgresql://me:secret@127.0.0.1:9/db?connect_timeout=2", StorageUnavailable, "cannot be reached"),
     ],
 )
