@@ -27,6 +27,7 @@ from hpsearch.network import Network, build_network
 from hpsearch.space import Hyperparameters, Table
 
 FORMAT_VERSION = 1
+DIGITS = ("mnist", "digits")  # data sets whose images were made the way of MNIST
 TOLERANCE = 1e-5  # between probabilities of the same network in two processes
 FILES = (
     *("model.safetensors", "model.pt", "config.json", "metrics.json", "study.toml", "confusion_matrix.png"),
@@ -93,9 +94,10 @@ class Classifier:
         `images` are uint8 of shape (N, 1, H, W) or (N, H, W), as a NumPy array or a tensor; anything else raises
         `ImageError`.
         """
-        pixels = torch.as_tensor(images)
-        if pixels.dtype != torch.uint8:
-            raise ImageError(f"images must be raw pixels of type uint8, but got {pixels.dtype}")
+        array = np.array(images.numpy(force=True) if isinstance(images, torch.Tensor) else images)
+        if array.dtype != np.uint8:
+            raise ImageError(f"images must be raw pixels of type uint8, but got {array.dtype}")
+        pixels = torch.from_numpy(array)
         if pixels.ndim == 3:
             pixels = pixels.unsqueeze(1)
         if pixels.shape[1:] != self.image_shape:
@@ -103,13 +105,14 @@ class Classifier:
                              f"but got {tuple(pixels.shape)}")  # fmt: skip
         if not len(pixels):
             return np.empty((0, len(self.class_names)), dtype=np.float32)
-        inputs = normalise(pixels.cpu(), self.config.mean, self.config.std)
+        inputs = normalise(pixels, self.config.mean, self.config.std)
         probabilities: NDArray[np.float32] = self.network.predict_proba(inputs).numpy()
         return probabilities
 
     def predict_file(self, file: Path | str, top: int = 3) -> list[tuple[str, float]]:
         """The likeliest classes of an image file with their probabilities; raises `ImageError`."""
-        [probabilities] = self.predict_proba(read_image(file, self.image_shape)[np.newaxis])
+        pixels = read_image(file, self.image_shape, is_digit=self.config.data in DIGITS)
+        [probabilities] = self.predict_proba(pixels[np.newaxis])
         order = probabilities.argsort()[::-1][:top]
         return [(self.class_names[i], float(probabilities[i])) for i in order]
 
@@ -156,7 +159,12 @@ def save(contents: Contents, target: Path, probe: torch.Tensor) -> None:
         _verify(contents, new, probe)
         if target.exists():
             target.rename(old)
-        new.rename(target)
+        try:
+            new.rename(target)
+        except BaseException:
+            if old.exists():
+                old.rename(target)
+            raise
 
 
 def check_target(target: Path) -> None:

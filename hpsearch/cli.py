@@ -5,6 +5,7 @@ What a verb needs is imported inside it: torch takes seconds to import, and `--h
 
 import json
 import logging
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -127,7 +128,8 @@ def run(
         )
     say(f"done: {reason}")
     _print_status(definition, as_json=as_json)
-    say(f"next: hpsearch export {study}")
+    place = f" --storage {shlex.quote(storage)}" if storage else ""
+    say(f"next: hpsearch export {shlex.quote(study)}{place}")
 
 
 @app.command(epilog="Example:  hpsearch worker studies/mnist-mlp.toml --max-trials 5")
@@ -196,7 +198,8 @@ def export(
         on_epoch=lambda seed, result: say(f"model {seed + 1} epoch {result.epoch} loss {result.loss:.4f}"),
     )
     _print(metrics, lambda m: f"{target}: trial {m['trial']}, test accuracy {m['test_accuracy']:.4f}", as_json=as_json)
-    say(f"next: hpsearch evaluate {target}  |  hpsearch predict {target} IMAGE")
+    bundle = shlex.quote(str(target))
+    say(f"next: hpsearch evaluate {bundle}  |  hpsearch predict {bundle} IMAGE")
 
 
 @app.command(epilog="Example:  hpsearch evaluate dist/mnist-mlp")
@@ -246,12 +249,16 @@ def main() -> None:
         if type(error).__name__ == "NoArgsIsHelpError":
             _exit_with(error.format_message(), 2, prefix="")
         _exit_with(f"{error.format_message()}\nsee: {command} --help", error.exit_code)
+    except typer.Abort:
+        _exit_with("interrupted", 130)
     except OSError as error:
         if is_debug:
             raise
         _exit_with(f"{error.filename or 'input or output'}: {error.strerror or error}", 1)
-    except typer.Abort:
-        _exit_with("interrupted", 130)
+    except Exception as error:
+        if is_debug:
+            raise
+        _exit_with(f"unexpected {type(error).__name__}: {error}\nsee more with: hpsearch --debug ...", 1)
 
 
 def _exit_with(message: str, exit_status: int, prefix: str = "error: ") -> None:

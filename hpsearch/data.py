@@ -21,7 +21,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from hpsearch.errors import DataError
-from hpsearch.images import place_like_mnist
+from hpsearch.images import place
 
 CLASS_NAMES = {
     "mnist": tuple("0123456789"),
@@ -234,7 +234,7 @@ def _read_digits(*, is_train: bool) -> tuple[Tensor, Tensor]:
     from sklearn.datasets import load_digits
 
     bunch: Any = load_digits()
-    placed = np.stack([place_like_mnist(image.astype(np.float32)) for image in bunch.images])
+    placed = np.stack([place(image.astype(np.float32)) for image in bunch.images])
     images = torch.from_numpy(placed.round().astype(np.uint8)).unsqueeze(1)
     labels = torch.from_numpy(bunch.target).long()
     training, test = _stratified(labels, _N_DIGITS_TEST, None, seed=0)

@@ -1,12 +1,13 @@
 """What is particular about SQLite and PostgreSQL: URLs, creation, transactions, and errors that pass."""
 
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import sqlalchemy
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from optuna.exceptions import StorageInternalError
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, InterfaceError, OperationalError
@@ -22,24 +23,21 @@ _WAL_IS_SAFE_FROM = (3, 51, 3)  # before, SQLite's "WAL-reset" bug can corrupt a
 
 
 def show_url(url: URL | str) -> str:
-    """The URL as it may be printed, its password hidden."""
-    return make_url(url).render_as_string(hide_password=True)
-
-
-def check_url(url: str) -> str:
-    """The URL itself; raises `UsageError`, without repeating what may hold a password, where it is none."""
-    try:
-        make_url(url)
-    except ArgumentError as error:
-        raise UsageError(
-            "the storage must be a URL such as sqlite:///study.db or postgresql://user@host/name"
-        ) from error
-    return url
+    """The URL as it may be printed, its passwords hidden."""
+    parsed = make_url(url)
+    hidden = {key: "***" for key in parsed.query if "pass" in key}
+    return parsed.update_query_dict(hidden).render_as_string(hide_password=True)
 
 
 def parse_url(url: str) -> URL:
     """The URL of a database that workers can share; raises `UsageError` for any other."""
-    parsed = make_url(check_url(url))
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        # Neither the URL nor SQLAlchemy's error is repeated: a part of a password may stand anywhere in them.
+        raise UsageError(
+            "the storage must be a URL such as sqlite:///study.db or postgresql://user@host/name"
+        ) from None
     backend = parsed.get_backend_name()
     if backend == "postgresql":
         return parsed.set(drivername="postgresql+psycopg")
@@ -54,7 +52,11 @@ def parse_url(url: str) -> URL:
 def creation_lock(url: URL) -> Iterator[None]:
     """One process at a time creates tables or a study; the others wait."""
     if url.get_backend_name() == "sqlite":
-        with FileLock(f"{url.database}.lock"):
+        try:
+            lock = FileLock(f"{url.database}.lock").acquire(timeout=LOCK_TIMEOUT)
+        except Timeout as error:
+            raise StorageUnavailable(f"another process holds {url.database}.lock") from error
+        with lock:
             yield
         return
     try:
@@ -100,7 +102,10 @@ def reason(url: URL, error: BaseException) -> str:
     """What the database's driver said, on one line, without the password."""
     cause = _cause(error)
     text = " ".join(str(getattr(cause, "orig", cause)).split())
-    return text.replace(str(url.password), "***") if url.password else text
+    secrets = [url.password, *(value for key, value in url.query.items() if "pass" in key)]
+    for secret in filter(None, secrets):
+        text = text.replace(str(secret), "***")
+    return text
 
 
 def _configure_sqlite(connection: sqlite3.Connection, _record: object) -> None:
@@ -111,4 +116,6 @@ def _configure_sqlite(connection: sqlite3.Connection, _record: object) -> None:
 
 
 def _begin_immediate(connection: sqlalchemy.Connection) -> None:
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
+    # A database that may only be read can still be looked at.
+    is_writable = os.access(connection.engine.url.database or "", os.W_OK)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if is_writable else "BEGIN")

@@ -13,10 +13,9 @@ from typing import Annotated, Any, Literal, Self
 import tomlkit
 from pydantic import Field, TypeAdapter, ValidationError, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
-from sqlalchemy.engine import make_url
 from tomlkit.items import InlineTable
 
-from hpsearch.database import check_url, show_url
+from hpsearch.database import parse_url, show_url
 from hpsearch.errors import DefinitionError, UsageError
 from hpsearch.space import (
     AnyDimension,
@@ -164,10 +163,10 @@ def load_definition(path: Path | str, *, storage: str | None = None) -> StudyDef
     """
     file = _find_study_file(str(path))
     try:
-        raw = tomllib.loads(file.read_text(encoding="utf-8"))
+        raw = tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise DefinitionError(str(file), [f"cannot be read: {error.strerror}"]) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DefinitionError(str(file), [f"not valid TOML: {error}"]) from error
     definition = parse_definition(raw, str(file))
     name = definition.study.name or file.stem
@@ -183,7 +182,8 @@ def load_definition(path: Path | str, *, storage: str | None = None) -> StudyDef
     try:
         resolved = Study.model_validate(study)
     except ValidationError as error:
-        raise DefinitionError(str(file), [f"study.name: {name!r} must match {error.errors()[0]['msg']}"]) from error
+        problem = f"{next(_describe(error))} (from the file's name); set study.name in the file"
+        raise DefinitionError(str(file), [f"study.{problem}"]) from error
     return definition.model_copy(update={"study": resolved})
 
 
@@ -224,10 +224,10 @@ def _find_study_file(name: str) -> Path:
 
 
 def _relative_to(folder: Path, url: str) -> str:
-    parsed = make_url(check_url(url))
-    if parsed.get_backend_name() != "sqlite" or not parsed.database or parsed.database == ":memory:":
+    parsed = parse_url(url)
+    if parsed.get_backend_name() != "sqlite":
         return url
-    database = str(folder.resolve() / parsed.database)
+    database = str(folder.resolve() / (parsed.database or ""))
     return parsed.set(database=database).render_as_string(hide_password=False)
 
 
@@ -261,7 +261,7 @@ def _check_space(raw: Mapping[str, Any]) -> Iterator[Problem]:
     first = raw.get("try", [])
     for i, values in enumerate(first if isinstance(first, list) else []):
         if isinstance(values, Mapping):
-            yield from check_try(f"try.{i}", values, search)
+            yield from check_try(f"try.{i}", values, search, _table(raw, "fixed"))
 
 
 def _table(raw: Mapping[str, Any], section: str) -> Mapping[str, Any]:
@@ -272,6 +272,8 @@ def _table(raw: Mapping[str, Any], section: str) -> Mapping[str, Any]:
 def _describe(error: ValidationError) -> Iterator[str]:
     """Lines `path: what is wrong` for all entries of a pydantic error."""
     for entry in error.errors():
+        if entry["loc"][-1] in ("bool", "int", "float") and entry["loc"][0] == "search" and len(entry["loc"]) > 4:
+            continue  # the union of scalars complains once for each of its types
         location = tuple(part for i, part in enumerate(entry["loc"]) if not _is_tag(entry["loc"], i))
         yield f"{'.'.join(map(str, location))}: {explain(dict(entry, loc=location), _names_at)}"
 

@@ -66,12 +66,12 @@ def run_pool(
     _preload()
     storage = open_worker_storage(definition, drain)
     study = open_study(definition, storage)
-    data = load_study_data(definition, folder).share_memory()
+    data = _share(load_study_data(definition, folder))
     drain.check()
     n_finished = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)))
     n_workers = n_workers or default_workers()
     on_start(n_finished, n_workers)
-    return _Pool(definition, storage, study, data, drain, emit).run(n_workers)
+    return _Pool(definition, storage, study, data, folder, drain, emit).run(n_workers)
 
 
 def default_workers() -> int:
@@ -86,11 +86,12 @@ class _Pool:
         definition: StudyDefinition,
         storage: Storage,
         study: optuna.Study,
-        data: ImageData,
+        data: ImageData | None,
+        folder: Path | str | None,
         drain: Drain,
         emit: Emit,
     ) -> None:
-        self.definition, self.storage, self.study, self.data = definition, storage, study, data
+        self.definition, self.storage, self.study, self.data, self.folder = definition, storage, study, data, folder
         self.drain, self.emit = drain, emit
         self.members: list[Member] = []
         self.ends: list[End] = []
@@ -105,6 +106,7 @@ class _Pool:
         finally:
             for member in self.members:
                 member.process.kill()
+            for member in self.members:
                 member.process.join()
                 self._requeue(member, "interrupted", "its worker was stopped; queued again")
         for end in self.ends:
@@ -128,6 +130,7 @@ class _Pool:
                 self.ends.append(member.end)
                 if isinstance(member.end.error, WorkerError):
                     self._requeue(member, "killed", member.end.reason)
+                    raise member.end.error
                 continue
             self._bury(member)
             if not self.drain.event.is_set():
@@ -147,7 +150,7 @@ class _Pool:
             target=_work,
             args=(
                 self.definition,
-                self.data,
+                self.data or self.folder,
                 stream,
                 devices[place % len(devices)],
                 max(1, count_cores() // n_workers),
@@ -193,20 +196,36 @@ class _Pool:
 def _preload() -> None:
     """Start the process from which workers are forked, so that torch is imported once and while data are read."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(["hpsearch.worker"])
-    forkserver.ensure_running()
+    # Ctrl-C reaches the whole group; it is ignored from birth on, since the supervisor passes it on.
+    if threading.current_thread() is not threading.main_thread():
+        return forkserver.ensure_running()
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _share(data: ImageData) -> ImageData | None:
+    """The data in shared memory, or None where that is too small, as it is in a container with Docker's defaults."""
+    try:
+        return data.share_memory()
+    except RuntimeError as error:
+        logger.warning("shared memory is too small for the data, so each worker reads its own copy (%s)", error)
+        return None
 
 
 def _work(
     definition: StudyDefinition,
-    data: ImageData,
+    data: ImageData | Path | str | None,
     stream: int,
     device: str,
     n_threads: int,
     log_level: int,
     messages: connection.Connection,
 ) -> None:
-    """The main function of a worker's process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor passes it on
+    """The main function of a worker's process; `data` are shared, or the folder to read them from."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # multiprocessing gives its children Python's own handler
     drain = Drain().listen(signal.SIGTERM)
     threading.Thread(target=_watch_supervisor, args=(drain,), daemon=True).start()
     torch.set_num_threads(n_threads)
@@ -224,6 +243,8 @@ def _work(
     try:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         storage = open_worker_storage(definition, drain)
+        if not isinstance(data, ImageData):
+            data = load_study_data(definition, data)
         worker = Worker(definition, storage, stream, drain, data=data, device=device, emit=send)
         end = End(worker.run())
     except KeyboardInterrupt:

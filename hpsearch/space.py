@@ -14,7 +14,6 @@ from pydantic_core import PydanticCustomError
 
 Scalar = bool | int | float | str
 Problem = tuple[str, str]
-
 PLANNED = {"optimizer": ("muon",)}
 
 
@@ -36,7 +35,7 @@ class Hyperparameters(Table):
     lr: float = Field(1e-3, gt=0, description="learning rate, the peak one of a schedule")
     weight_decay: float = Field(0.0, ge=0)
     momentum: float = Field(0.0, ge=0, lt=1, description="of sgd and rmsprop")
-    batch_size: int = Field(128, ge=1)
+    batch_size: int = Field(128, ge=2, le=65_536, description="images; batch norm needs two")
     schedule: Literal["constant", "cosine", "onecycle"] = "constant"
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     augment: float = Field(0.0, ge=0, le=1, description="strength of random shift, rotation and scale")
@@ -97,6 +96,10 @@ class Range(Dimension):
             raise PydanticCustomError("bounds", "a log range needs low > 0, but got low {low}", {"low": low})
         if self.log and "step" in self.model_fields_set:
             raise PydanticCustomError("bounds", "log and step exclude each other")
+        n_steps = (high - low) / (self.step or 1)
+        if self.step and abs(n_steps - round(n_steps)) > 1e-6:
+            context = {"low": low, "high": high, "step": self.step}
+            raise PydanticCustomError("bounds", "step {step} does not divide the range from {low} to {high}", context)
         return self
 
     @property
@@ -135,7 +138,7 @@ class Choice(Dimension):
 
     @model_validator(mode="after")
     def _check_choices(self) -> Self:
-        if len({(type(value), value) for value in self.choice}) < len(self.choice):
+        if len({(isinstance(value, bool), value) for value in self.choice}) < len(self.choice):
             raise PydanticCustomError("choices", "choices must differ, but got {choices}", {"choices": self.choice})
         return self
 
@@ -200,10 +203,7 @@ def did_you_mean(name: object, valid: Iterable[str]) -> str:
 
 
 def explain(error: Any, valid: Callable[[tuple[Any, ...]], Iterable[str]]) -> str:
-    """One sentence for one entry of pydantic's `ValidationError.errors()`, with the value at fault.
-
-    `valid` gives the names that may stand at a path.
-    """
+    """One sentence for an entry of pydantic's `errors()`, with its value; `valid` gives the names allowed at a path."""
     kind, value, context = error["type"], error["input"], error.get("ctx", {})
     if kind == "extra_forbidden":
         return f"unknown key; {did_you_mean(error['loc'][-1], valid(error['loc'][:-1]))}"
@@ -217,6 +217,11 @@ def explain(error: Any, valid: Callable[[tuple[Any, ...]], Iterable[str]]) -> st
         return str(error["msg"])
     if kind == "string_pattern_mismatch":
         return f"must match {context['pattern']}, but got {value!r}"
+    if kind in ("dict_type", "model_type"):
+        return f"must be a table, but got {value!r}"
+    if kind in ("too_short", "too_long"):
+        least, most = context.get("min_length"), context.get("max_length")
+        return f"must have {f'at least {least}' if most is None else f'at most {most}'} entries, but got {value!r}"
     message = error["msg"].replace("Input should be ", "must be ").replace("Input should have ", "must have ")
     return f"{message}, but got {value!r}"
 
@@ -261,13 +266,19 @@ def _check_condition(
             yield path, f"{parent} is never {value!r}"
 
 
-def check_try(path: str, values: Mapping[str, Any], search: Mapping[str, Dimension]) -> Iterator[Problem]:
-    """The problems of a trial to try first: names that are not searched, values that cannot be sampled."""
+def check_try(
+    path: str, values: Mapping[str, Any], search: Mapping[str, Dimension], fixed: Mapping[str, Any]
+) -> Iterator[Problem]:
+    """The problems of a trial to try first: names that are not searched, values that cannot or would not be used."""
+    known = {**fixed, **values}
     for name, value in values.items():
         if name not in search:
             yield f"{path}.{name}", f"is not searched; {did_you_mean(name, search)}"
         elif not search[name].has(value):
             yield f"{path}.{name}", f"{value!r} is outside of what [search] gives: {search[name].ends}"
+        for parent, allowed in search[name].when.items() if name in search else ():
+            if parent in known and not _is_among(known[parent], allowed):
+                yield f"{path}.{name}", f"is not used where {parent} is {known[parent]!r}"
 
 
 def _parents_first(search: Mapping[str, Dimension]) -> list[str]:
@@ -284,4 +295,4 @@ def _parents_first(search: Mapping[str, Dimension]) -> list[str]:
 
 
 def _is_among(value: Any, allowed: Iterable[Any]) -> bool:
-    return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in allowed)
+    return any(value == other and type(value) is type(other) for other in allowed)

@@ -9,6 +9,7 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import datetime
 from functools import wraps
 from pathlib import Path
@@ -50,7 +51,7 @@ class Storage(RDBStorage):
     set; then it raises `StorageUnavailable`.
     """
 
-    def __init__(self, url: URL, *, heartbeat: int, grace: int, patience: float) -> None:
+    def __init__(self, url: URL, *, heartbeat: int, grace: int, patience: float, creates: bool) -> None:
         self.worker: str | None = None
         self.patience = patience
         self.giving_up = threading.Event()
@@ -58,7 +59,13 @@ class Storage(RDBStorage):
         template = url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)  # of the heartbeat
-            super().__init__(template, connect_options(url), heartbeat_interval=heartbeat, grace_period=grace)
+            super().__init__(
+                template,
+                connect_options(url),
+                heartbeat_interval=heartbeat,
+                grace_period=grace,
+                skip_table_creation=not creates,
+            )
         harden(self.engine)
 
     def __getstate__(self) -> dict[Any, Any]:
@@ -211,8 +218,8 @@ def open_storage(
         if must_exist and not file.exists():
             raise StudyNotFound(f"no database {file}; start the search with: hpsearch run STUDY")
     try:
-        with creation_lock(parsed):
-            return Storage(parsed, heartbeat=heartbeat, grace=grace, patience=patience)
+        with nullcontext() if must_exist else creation_lock(parsed):
+            return Storage(parsed, heartbeat=heartbeat, grace=grace, patience=patience, creates=not must_exist)
     except (StorageInternalError, SQLAlchemyError) as error:
         if is_transient(error):
             raise unavailable(parsed, error) from error
@@ -222,7 +229,7 @@ def open_storage(
     except ImportError as error:
         raise UsageError(f"no driver for {show_url(parsed)}; pip install 'hpsearch[postgres]'") from error
     except OSError as error:
-        raise StorageError(f"{show_url(parsed)} cannot be created: {error.strerror}") from error
+        raise StorageError(f"{show_url(parsed)} cannot be opened: {error.strerror}") from error
 
 
 def _say_waiting(state: tenacity.RetryCallState) -> None:

@@ -30,11 +30,11 @@ def open_study(definition: StudyDefinition, storage: Storage) -> optuna.Study:
             for values in definition.first[len(study.get_trials(deepcopy=False)) :]:
                 study.enqueue_trial(values)
             study.set_user_attr("identity", definition.identity)
-            study.set_user_attr("fingerprint", definition.fingerprint)
         study.set_user_attr("budget", definition.budget.model_dump(exclude_none=True))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             study.set_metric_names(["validation accuracy"])
+        study.set_user_attr("fingerprint", definition.fingerprint)  # the last: it marks the study as whole
     return study
 
 
@@ -48,6 +48,8 @@ def load_study(definition: StudyDefinition, storage: Storage) -> optuna.Study:
             f"no study '{name}' in {show_url(storage.engine.url)}; start it with: hpsearch run STUDY"
         ) from error
     _check_identity(definition, study)
+    if "fingerprint" not in study.user_attrs:
+        raise StudyNotFound(f"study '{name}' was not started completely; go on with: hpsearch run STUDY")
     return study
 
 

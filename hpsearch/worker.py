@@ -207,8 +207,8 @@ class Worker:
         try:
             told = self.study.tell(trial, value, state, skip_if_finished=True)
         except UpdateFinishedTrialError:
-            return self._drop(trial)
-        # A finished trial is this worker's result too if an earlier try to tell it went through unanswered.
+            # The storage repeats a call that was not answered: this may be the worker's own result.
+            told = self.storage.get_trial(trial._trial_id)
         if told.state != state or (value is not None and told.value != value):
             return self._drop(trial)
         name: Literal["complete", "pruned"] = "complete" if state == TrialState.COMPLETE else "pruned"

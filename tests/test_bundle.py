@@ -85,7 +85,10 @@ def test_images_may_come_as_arrays_or_tensors_with_or_without_a_channel(saved: P
     classifier = bundle.load(saved)
     images = load_test("digits")[0][:5]
     expected = classifier.predict_proba(images)
-    for given in (images.numpy(), images[:, 0], images[:, 0].numpy()):
+    read_only = images.numpy().copy()
+    read_only.flags.writeable = False
+    flipped_twice = images.numpy()[:, :, ::-1].copy()[:, :, ::-1]  # a view with a negative stride
+    for given in (images.numpy(), images[:, 0], images[:, 0].numpy(), read_only, flipped_twice):
         assert np.array_equal(classifier.predict_proba(given), expected)
     assert classifier.predict_proba(images[:0]).shape == (0, 10)
 
@@ -93,7 +96,8 @@ def test_images_may_come_as_arrays_or_tensors_with_or_without_a_channel(saved: P
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (np.zeros((2, 28, 28), dtype=np.float32), "must be raw pixels of type uint8, but got torch.float32"),
+        (np.zeros((2, 28, 28), dtype=np.float32), "must be raw pixels of type uint8, but got float32"),
+        (None, "must be raw pixels of type uint8, but got object"),
         (np.zeros((2, 27, 28), dtype=np.uint8), "must have shape"),
         (np.zeros((28, 28), dtype=np.uint8), "must have shape"),
         (np.zeros((2, 3, 28, 28), dtype=np.uint8), "must have shape"),
@@ -188,6 +192,23 @@ def test_an_older_bundle_is_replaced_and_anything_else_is_not(copy: Path, digits
     with pytest.raises(BundleError, match="is not a bundle; move it away"):
         bundle.save(make_contents(digits), precious, probe)
     assert (precious / "thesis.txt").read_text() == "all my work"
+
+
+def test_an_older_bundle_is_put_back_if_the_new_one_cannot_take_its_place(
+    copy: Path, digits: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (copy / "manifest.json").read_bytes()
+    rename = Path.rename
+
+    def fail_for_the_new_one(path: Path, target: Path) -> Path:
+        if path.name == "new":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail_for_the_new_one)
+    with pytest.raises(KeyboardInterrupt):
+        bundle.save(make_contents(digits), copy, load_test("digits")[0][:8])
+    assert (copy / "manifest.json").read_bytes() == before
 
 
 def test_the_model_card_tells_how_good_and_how_to_load(saved: Path) -> None:

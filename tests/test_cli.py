@@ -128,6 +128,21 @@ def test_a_changed_study_file_gives_status_2_and_names_the_keys(run: Run, study_
     assert "fixed.depth (2 -> 3)" in err
 
 
+def test_the_unexpected_is_one_message_too(
+    run: Run, study_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study_file()
+
+    def surprise(*_: object, **__: object) -> None:
+        raise KeyError("surprise")
+
+    monkeypatch.setattr("hpsearch.definition.load_definition", surprise)
+    code, out, err = run("status", "small.toml")
+    assert (code, out) == (1, "")
+    assert err.startswith("error: unexpected KeyError: 'surprise'")
+    assert "Traceback" not in err
+
+
 def test_check_prints_the_resolved_study_which_checks_again(
     run: Run, study_file: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -32,6 +32,19 @@ MISTAKES = [
     ("[search]\ndropout = { float = [0.0, 1.5] }", "search.dropout: must be less than 1, but got 1.5"),
     ("[search]\nwidth = { int = [1.5, 2] }", "search.width.int.0: must be a valid integer, but got 1.5"),
     ("[search]\nwidth = { int = [8] }", "search.width.int: "),
+    ("[search]\nwidth = { int = [8, 33], step = 8 }", "search.width: step 8 does not divide the range from 8 to 33"),
+    ("[search]\nbatch_size = { int = [1, 64] }", "search.batch_size: must be greater than or equal to 2, but got 1"),
+    ("search = 'x'", "search: must be a table, but got 'x'"),
+    ("[search]", "search: must have at least 1 entries, but got {}"),
+    (
+        "[search]\nmomentum = { float = [0.0, 0.9], when = { optimizer = ['sgd'] } }\n"
+        "optimizer = { choice = ['sgd', 'adam'] }\n[[try]]\noptimizer = 'adam'\nmomentum = 0.5",
+        "try.0.momentum: is not used where optimizer is 'adam'",
+    ),
+    (
+        "[search]\nbatch_size = { choice = [32, 64] }\n[[try]]\nbatch_size = 32.0",
+        "try.0.batch_size: 32.0 is outside of what [search] gives: [32, 64]",
+    ),
     ("[search]\nwidth = 3", "search.width: must be one of { int = [low, high] }"),
     ("[search]\nwidth = { int = [8, 9], logg = true }", "search.width.logg: unknown key; did you mean 'log'?"),
     ("[search]\noptimizer = { choice = ['adma'] }", "search.optimizer: 'adma' is not valid; did you mean 'adam'?"),
@@ -140,6 +153,15 @@ def test_a_storage_that_is_no_url_is_refused_without_repeating_it(tmp_path: Path
     with pytest.raises(UsageError, match="must be a URL") as caught:
         load_definition(file)
     assert "secret" not in str(caught.value)
+
+
+def test_a_file_name_that_makes_no_study_name_is_said_to_be_the_cause(tmp_path: Path) -> None:
+    file = tmp_path / "my study.toml"
+    file.write_text("\ufeff[search]\nwidth = { int = [8, 32] }", encoding="utf-8")  # as Windows' Notepad writes it
+    with pytest.raises(
+        DefinitionError, match=r"study\.name: must match .* but got 'my study' \(from the file's name\)"
+    ):
+        load_definition(file)
 
 
 def test_the_validation_split_is_a_sixth_by_default() -> None:

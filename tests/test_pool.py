@@ -1,12 +1,14 @@
 """The supervisor: shares the cores out, ends with the study, and does not restart what can never work."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hpsearch import pool
+from hpsearch.data import ImageData
 from hpsearch.definition import StudyDefinition
 from hpsearch.errors import DataError, TooManyFailures, WorkerError
 from hpsearch.storage import open_storage
@@ -45,10 +47,25 @@ def test_one_worker_in_a_process_of_its_own_does_what_it_does_in_this_one(tmp_pa
     assert trials[0] == trials[1]
 
 
-def test_trials_that_all_fail_end_the_search_with_the_reason(tmp_path: Path) -> None:
-    definition = define(tmp_path, fixed={"batch_size": 1}, budget={"failures": 2})  # batch norm needs two images
-    with pytest.raises(TooManyFailures, match="the last one by exception: ValueError: Expected more than 1 value"):
-        pool.run_pool(definition, Drain(), n_workers=1)
+def test_trials_that_all_fail_end_the_search_with_the_reason(
+    tmp_path: Path, digits: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = replace(digits, train=replace(digits.train, labels=digits.train.labels + 90))
+    monkeypatch.setattr(pool, "load_study_data", lambda definition, folder: broken)
+    with pytest.raises(TooManyFailures, match="2 trials failed, the last one by exception: IndexError: Target 9"):
+        pool.run_pool(define(tmp_path, budget={"failures": 2}), Drain(), n_workers=1)
+    assert "IndexError" in (tmp_path / "artifacts" / "small" / "trial-0.txt").read_text()
+
+
+def test_workers_read_the_data_themselves_where_shared_memory_is_too_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(_: ImageData) -> ImageData:
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device")
+
+    monkeypatch.setattr(ImageData, "share_memory", refuse)
+    assert "has its 4 trials" in pool.run_pool(define(tmp_path), Drain(), n_workers=1)
+    assert "each worker reads its own copy" in caplog.text
 
 
 def test_an_error_outside_of_a_trial_ends_the_run_with_one_line(

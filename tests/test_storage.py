@@ -267,6 +267,8 @@ def test_an_error_that_cannot_pass_is_not_waited_for(tmp_path: Path) -> None:
         ("sqlite://", UsageError, "cannot be shared by workers"),
         ("mysql://me:secret@host/db", UsageError, "use SQLite or PostgreSQL"),
         ("nonsense", UsageError, "must be a URL"),
+        ("postgresql://me:se/cret@host:secret/db", UsageError, "must be a URL"),
+        ("postgresql://127.0.0.1:9/db?user=me&password=secret", StorageUnavailable, "cannot be reached"),
         ("sqlite:///{folder}/text.db", StorageError, "cannot be used: file is not a database"),
         ("postgresql://me:secret@127.0.0.1:9/db?connect_timeout=2", StorageUnavailable, "cannot be reached"),
     ],
@@ -284,6 +286,16 @@ def test_a_database_that_must_exist_is_not_created(tmp_path: Path) -> None:
     with pytest.raises(StudyNotFound, match="hpsearch run"):
         open_storage(f"sqlite:///{tmp_path / 'study.db'}", must_exist=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_looking_at_a_foreign_database_writes_nothing_into_it(tmp_path: Path) -> None:
+    file = tmp_path / "music.db"
+    with sqlite3.connect(file) as connection:
+        connection.execute("CREATE TABLE albums (title TEXT)")
+    before = file.read_bytes()
+    with pytest.raises(StorageError, match="cannot be used"):
+        open_storage(f"sqlite:///{file}", must_exist=True)
+    assert file.read_bytes() == before
 
 
 def test_a_password_with_braces_and_other_signs_reaches_the_server(postgres_url: str) -> None:

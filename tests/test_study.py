@@ -83,6 +83,12 @@ def test_a_study_that_hpsearch_did_not_make_is_left_alone(storage: Storage) -> N
     assert foreign.user_attrs == {}
 
 
+def test_a_half_created_study_is_not_worked_on(storage: Storage) -> None:
+    optuna.create_study(study_name="small", storage=storage, direction="maximize")
+    with pytest.raises(StudyNotFound, match="was not started completely"):
+        load_study(make_definition(), storage)
+
+
 def test_a_missing_study_is_named(storage: Storage) -> None:
     with pytest.raises(StudyNotFound, match="no study 'small' in"):
         load_study(make_definition(), storage)

@@ -10,7 +10,9 @@ from typing import Any
 import optuna
 import pytest
 import torch
+from optuna.storages import RDBStorage
 from optuna.trial import TrialState
+from sqlalchemy.exc import OperationalError
 
 from hpsearch.data import ImageData
 from hpsearch.errors import Drained, Interrupted, StorageUnavailable, TooManyFailures
@@ -199,6 +201,29 @@ def test_a_second_signal_stops_at_once_and_still_hands_the_trial_back(bench: Cal
     with pytest.raises(KeyboardInterrupt):
         worker.run()
     assert [trial.state for trial in b.study.trials] == [TrialState.FAIL, TrialState.WAITING]
+
+
+def test_a_result_whose_acknowledgement_was_lost_counts_once(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    b = bench(budget={"trials": 1})
+    worker = b.worker()
+    original = RDBStorage.set_trial_state_values
+    lost: list[int] = []
+
+    def lose_the_answer(storage: RDBStorage, trial_id: int, state: TrialState, values: Any = None) -> bool:
+        answer = original(storage, trial_id, state, values)
+        if state == TrialState.COMPLETE and not lost:
+            lost.append(trial_id)
+            raise OperationalError("COMMIT", {}, Exception("server closed the connection"))
+        return answer
+
+    monkeypatch.setattr(RDBStorage, "set_trial_state_values", lose_the_answer)
+    worker.storage.patience = 30
+    worker.run()
+    assert len(lost) == 1
+    assert b.ends() == ["complete"]
+    assert len(b.study.trials) == 1
 
 
 def test_a_worker_ends_after_max_trials(bench: Callable[..., Bench]) -> None:
