@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hpsearch.bundle import Classifier, load
-    from hpsearch.data import ImageData, load_data, load_test
+    from hpsearch.data import ImageData, Split, load_data, load_test
     from hpsearch.definition import StudyDefinition, load_definition
     from hpsearch.errors import HpsearchError
     from hpsearch.network import build_network
@@ -42,6 +42,7 @@ _HOMES = {
     "ImageData": "data",
     "Objective": "objective",
     "PruningCallback": "objective",
+    "Split": "data",
     "StudyDefinition": "definition",
     "build_network": "network",
     "load": "bundle",
@@ -61,6 +62,7 @@ __all__ = [
     "ImageData",
     "Objective",
     "PruningCallback",
+    "Split",
     "StudyDefinition",
     "build_network",
     "load",

@@ -93,6 +93,10 @@ class ImageData:
             split.labels.share_memory_()
         return self
 
+    def split_of(self, images: Tensor, labels: Tensor) -> Split:
+        """Raw pixels (uint8) and labels, such as those of `load_test`, normalised like the training split."""
+        return Split(normalise(images, self.mean, self.std), labels)
+
     def merged(self) -> Split:
         """Training and validation images together, for the retraining of the winner."""
         return Split(

@@ -25,7 +25,7 @@ _WAL_IS_SAFE_FROM = (3, 51, 3)  # before, SQLite's "WAL-reset" bug can corrupt a
 def show_url(url: URL | str) -> str:
     """The URL as it may be printed, its passwords hidden."""
     parsed = make_url(url)
-    hidden = {key: "***" for key in parsed.query if "pass" in key}
+    hidden = {key: "hidden" for key in parsed.query if "pass" in key}
     return parsed.update_query_dict(hidden).render_as_string(hide_password=True)
 
 

@@ -11,7 +11,7 @@ import optuna
 import torch
 
 from hpsearch import bundle
-from hpsearch.data import load_test, normalise
+from hpsearch.data import load_test
 from hpsearch.definition import StudyDefinition
 from hpsearch.evaluation import evaluate
 from hpsearch.network import build_network, describe_layers
@@ -54,7 +54,7 @@ def export(
         networks.append(network)
 
     test_images, test_labels = load_test(definition.data.name, folder)
-    inputs = normalise(test_images, data.mean, data.std).to(device)
+    inputs = data.split_of(test_images, test_labels).images.to(device)
     labels = test_labels.numpy()
     evaluations = [
         evaluate(network.predict_proba(inputs).cpu().numpy(), labels, data.class_names) for network in networks

@@ -99,6 +99,15 @@ def test_an_unshuffled_loader_keeps_the_order_and_every_image(digits: ImageData)
     assert torch.equal(labels, digits.validation.labels)
 
 
+def test_the_test_set_gets_a_loader_like_the_other_two(digits: ImageData) -> None:
+    raw, labels = load_test("digits")
+    batches = list(digits.split_of(raw, labels).loader(100))
+    assert [len(images) for images, _ in batches] == [100, 100, 100, 60]
+    assert torch.equal(torch.cat([labels for _, labels in batches]), labels)
+    expected = (raw.float() / 255 - digits.mean) / digits.std
+    assert torch.allclose(torch.cat([images for images, _ in batches]), expected, atol=1e-6)
+
+
 def test_a_last_batch_of_one_image_is_left_out_of_training() -> None:
     split = Split(torch.zeros(9, 1, 2, 2), torch.zeros(9, dtype=torch.long))
     assert [len(labels) for _, labels in split.loader(4, shuffle=True)] == [4, 4]
