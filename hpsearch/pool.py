@@ -108,7 +108,7 @@ class _Pool:
                 member.process.kill()
             for member in self.members:
                 member.process.join()
-                self._requeue(member, "interrupted", "its worker was stopped; queued again")
+            self._requeue(self.members, "interrupted", "its worker was stopped; queued again")
         for end in self.ends:
             if end.error and not isinstance(end.error, Drained):
                 raise end.error
@@ -129,7 +129,7 @@ class _Pool:
             if member.end is not None:
                 self.ends.append(member.end)
                 if isinstance(member.end.error, WorkerError):
-                    self._requeue(member, "killed", member.end.reason)
+                    self._requeue([member], "killed", member.end.reason)
                     raise member.end.error
                 continue
             self._bury(member)
@@ -165,32 +165,37 @@ class _Pool:
 
     def _read(self, member: Member) -> None:
         """Pass on what the worker says; the last word of one that ends by itself is kept."""
-        try:
-            while member.messages.poll():
-                message = member.messages.recv()
-                if isinstance(message, End):
-                    member.end = message
-                    return
+        while member.end is None:
+            try:
+                message = member.messages.recv() if member.messages.poll() else None
+            except (EOFError, OSError):  # killed, possibly in the middle of a message
+                return
+            if message is None:
+                return
+            if isinstance(message, End):
+                member.end = message
+            else:
                 member.has_begun = True
                 self.n_failed_starts = 0
                 self.emit(message)
-        except (EOFError, OSError):
-            pass  # killed, possibly in the middle of a message
 
     def _bury(self, member: Member) -> None:
         code = member.process.exitcode
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit status {code}"
-        self._requeue(member, "killed", f"worker {member.name} ended {how}")
+        self._requeue([member], "killed", f"worker {member.name} ended {how}")
         self.n_failed_starts += not member.has_begun
         if self.n_failed_starts >= _MAX_FAILED_STARTS and not self.drain.event.is_set():
             raise WorkerError(f"{_MAX_FAILED_STARTS} workers in a row ended {how} before their first trial")
 
-    def _requeue(self, member: Member, kind: str, message: str) -> None:
-        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if trial.user_attrs.get("worker") == member.name and self.storage.fail(
-                trial._trial_id, kind, message, retries=self.definition.recovery.retries
-            ):
-                self.emit(TrialEvent(member.name, trial.number, "failed", message=f"{kind}: {message}"))
+    def _requeue(self, members: list[Member], kind: str, message: str) -> None:
+        """Fail the running trials of members that are no more, and queue them again."""
+        names, retries = {member.name for member in members}, self.definition.recovery.retries
+        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)) if names else []
+        theirs = [trial for trial in running if trial.user_attrs.get("worker") in names]
+        failed = [trial for trial in theirs if self.storage.fail(trial._trial_id, kind, message, retries=retries)]
+        for trial in failed:  # after all of them are safe: nobody may be listening any more
+            worker = trial.user_attrs["worker"]
+            self.emit(TrialEvent(worker, trial.number, "failed", message=f"{kind}: {message}"))
 
 
 def _preload() -> None:

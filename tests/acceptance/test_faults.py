@@ -180,3 +180,21 @@ def _read(controller: int) -> bytes:
         return os.read(controller, 4096)
     except OSError:  # Linux reports the closed terminal so
         return b""
+
+
+def test_a_reader_that_goes_away_ends_the_run_and_leaves_nothing_running(study_file: WriteStudy) -> None:
+    file = study_file(UNPRUNED, budget="trials = 50\nepochs = 10")
+    process = subprocess.Popen(
+        [*HPSEARCH, "run", file.name, "--workers", "2"],
+        cwd=file.parent,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert process.stderr is not None
+    process.stderr.readline()
+    process.stderr.close()  # what `| head -1` does
+    assert process.wait(timeout=60) == 1
+    wait_for(lambda: not processes_of(process.pid), "the end of all processes")
+    assert status(file)["trials"]["running"] == 0
