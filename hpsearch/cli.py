@@ -112,6 +112,7 @@ def run(
 ) -> None:
     """Create or resume a study and search until its budget is spent."""
     from hpsearch.console import RunView, say
+    from hpsearch.database import show_url
     from hpsearch.pool import run_pool
     from hpsearch.worker import Drain
 
@@ -128,7 +129,7 @@ def run(
         )
     say(f"done: {reason}")
     _print_status(definition, as_json=as_json)
-    place = f" --storage {shlex.quote(storage)}" if storage else ""
+    place = f" --storage {shlex.quote(show_url(storage))}" if storage else ""
     say(f"next: hpsearch export {shlex.quote(study)}{place}")
 
 

@@ -39,6 +39,8 @@ def parse_url(url: str) -> URL:
             "the storage must be a URL such as sqlite:///study.db or postgresql://user@host/name"
         ) from None
     backend = parsed.get_backend_name()
+    if "@" in (parsed.host or ""):
+        raise UsageError("the storage's URL has more than one @; write one in a password as %40")
     if backend == "postgresql":
         return parsed.set(drivername="postgresql+psycopg")
     if backend != "sqlite":
@@ -49,22 +51,31 @@ def parse_url(url: str) -> URL:
 
 
 @contextmanager
-def creation_lock(url: URL) -> Iterator[None]:
-    """One process at a time creates tables or a study; the others wait."""
+def creation_lock(url: URL, *, is_reader: bool = False) -> Iterator[None]:
+    """One process at a time creates tables or a study; the others wait.
+
+    A reader may go on where it cannot lock: in a folder that may only be read nothing is created.
+    """
     if url.get_backend_name() == "sqlite":
+        lock = FileLock(f"{url.database}.lock")
         try:
-            lock = FileLock(f"{url.database}.lock").acquire(timeout=LOCK_TIMEOUT)
+            lock.acquire(timeout=LOCK_TIMEOUT)
         except Timeout as error:
             raise StorageUnavailable(f"another process holds {url.database}.lock") from error
-        with lock:
+        except PermissionError:
+            if not is_reader:
+                raise
+        try:
             yield
+        finally:
+            lock.release()
         return
     try:
         connection = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool).connect()
+        connection.execute(sqlalchemy.text("SELECT pg_advisory_lock(hashtext('hpsearch'))"))
     except (OperationalError, InterfaceError) as error:
         raise unavailable(url, error) from error
     with connection:
-        connection.execute(sqlalchemy.text("SELECT pg_advisory_lock(hashtext('hpsearch'))"))
         yield
 
 

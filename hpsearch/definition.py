@@ -137,8 +137,10 @@ class StudyDefinition(Table):
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
 
     def to_tables(self) -> dict[str, Any]:
-        """The resolved study as plain tables, as in a study file."""
+        """The resolved study as plain tables, as in a study file, the password of its storage hidden."""
         tables = self.model_dump(by_alias=True, exclude_none=True)
+        if self.study.storage:
+            tables["study"]["storage"] = show_url(self.study.storage)
         tables["fixed"] = Hyperparameters(**self.fixed).model_dump(include=set(self.fixed))
         tables["search"] = {
             name: table.model_dump(by_alias=True, exclude_defaults=True) for name, table in self.search.items()
@@ -146,10 +148,8 @@ class StudyDefinition(Table):
         return tables
 
     def to_toml(self) -> str:
-        """The resolved study as the text of a study file, the password of its storage hidden."""
+        """The resolved study as the text of a study file."""
         tables = self.to_tables()
-        if self.study.storage:
-            tables["study"]["storage"] = show_url(self.study.storage)
         tables["search"] = {name: _inline(table) for name, table in tables["search"].items()}
         return tomlkit.dumps({key: table for key, table in tables.items() if table})
 
@@ -171,11 +171,15 @@ def load_definition(path: Path | str, *, storage: str | None = None) -> StudyDef
     definition = parse_definition(raw, str(file))
     name = definition.study.name or file.stem
     given = storage or os.environ.get("HPSEARCH_STORAGE")
+    try:
+        url = _relative_to(
+            Path() if given else file.parent, given or definition.study.storage or f"sqlite:///{name}.db"
+        )
+    except UsageError as error:
+        raise error if given else DefinitionError(str(file), [f"study.storage: {error}"]) from error
     study = {
         "name": name,
-        "storage": _relative_to(Path(), given)
-        if given
-        else _relative_to(file.parent, definition.study.storage or f"sqlite:///{name}.db"),
+        "storage": url,
         "artifacts": str(file.parent.resolve() / definition.study.artifacts),
         "seed": definition.study.seed,
     }
@@ -272,9 +276,13 @@ def _table(raw: Mapping[str, Any], section: str) -> Mapping[str, Any]:
 def _describe(error: ValidationError) -> Iterator[str]:
     """Lines `path: what is wrong` for all entries of a pydantic error."""
     for entry in error.errors():
-        if entry["loc"][-1] in ("bool", "int", "float") and entry["loc"][0] == "search" and len(entry["loc"]) > 4:
-            continue  # the union of scalars complains once for each of its types
         location = tuple(part for i, part in enumerate(entry["loc"]) if not _is_tag(entry["loc"], i))
+        if location[2:3] == ("choice",) and len(location) == 5:
+            if location[-1] != "str":
+                continue  # the union of scalars complains once for each of its types
+            location, entry["msg"] = location[:-1], "must be a finite number, string or boolean"
+        if location == ("study",) or location[:2] == ("study", "storage"):
+            entry["input"] = type(entry["input"]).__name__  # there may be a password in it
         yield f"{'.'.join(map(str, location))}: {explain(dict(entry, loc=location), _names_at)}"
 
 

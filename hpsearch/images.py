@@ -40,8 +40,10 @@ def read_image(file: Path | str, image_shape: tuple[int, int, int], *, is_digit:
 
 def _read_grey(file: Path) -> NDArray[np.float32]:
     try:
-        with warnings.catch_warnings(), Image.open(file, formats=("PNG", "JPEG")) as image:
+        with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(file, formats=("PNG", "JPEG"))
+        with image:
             upright = ImageOps.exif_transpose(image)
             if upright.mode.startswith("I"):  # 16 bits a pixel
                 return np.asarray(upright, dtype=np.float32) / np.float32(257)
@@ -68,12 +70,12 @@ def place(
     ink = pixels * (255 / max(float(pixels.max()), 16))
     # The grain of paper and of JPEG must not stretch the box, so it is found in a smoothed picture.
     smooth = Image.fromarray(ink.astype(np.uint8)).filter(ImageFilter.GaussianBlur(min(ink.shape) / 140))
-    is_ink = np.asarray(smooth) > 64
+    is_ink = np.asarray(smooth) > max(16, np.asarray(smooth).max() / 4)
     rows, columns = np.flatnonzero(is_ink.any(axis=1)), np.flatnonzero(is_ink.any(axis=0))
-    if not len(rows):
-        raise ImageError("blank, there is nothing to classify")
     ink[ink < 32] = 0
-    cropped = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    cropped = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] if len(rows) else ink[:0]
+    if not cropped.any():
+        raise ImageError("blank, there is nothing to classify")
     scale = (_BOX if is_digit else 1.0) * min(height / cropped.shape[0], width / cropped.shape[1])
     new_height, new_width = (max(1, round(side * scale)) for side in cropped.shape)
     method = Image.Resampling.BOX if scale < 1 else Image.Resampling.BILINEAR

@@ -103,16 +103,20 @@ class _Pool:
                 self._start(i, n_workers)
             while self.members:
                 self._step(n_workers)
+        except KeyboardInterrupt:
+            self.drain.check()
+            raise
         finally:
+            self.drain.ignore_signals()
             for member in self.members:
                 member.process.kill()
             for member in self.members:
                 member.process.join()
             self._requeue(self.members, "interrupted", "its worker was stopped; queued again")
         for end in self.ends:
-            if end.error and not isinstance(end.error, Drained):
+            if end.error:
                 raise end.error
-        if self.drain.event.is_set() and not (self.ends and all(end.error is None for end in self.ends)):
+        if not self.ends:
             raise self.drain.error
         return self.ends[0].reason
 
@@ -126,14 +130,14 @@ class _Pool:
                 continue
             member.process.join()
             self.members.remove(member)
-            if member.end is not None:
+            error = member.end and member.end.error
+            if member.end and not isinstance(error, Drained | WorkerError):
                 self.ends.append(member.end)
-                if isinstance(member.end.error, WorkerError):
-                    self._requeue([member], "killed", member.end.reason)
-                    raise member.end.error
                 continue
             self._bury(member)
-            if not self.drain.event.is_set():
+            if isinstance(error, WorkerError):
+                raise error
+            if not self.drain.event.is_set():  # it was killed, or somebody drained this worker alone
                 self._start(i, n_workers)
         if self.drain.event.is_set():
             for member in self.members:
@@ -180,11 +184,13 @@ class _Pool:
                 self.emit(message)
 
     def _bury(self, member: Member) -> None:
+        """Queue its trial again, if it has one still; raise if workers keep dying before they have any."""
         code = member.process.exitcode
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit status {code}"
-        self._requeue([member], "killed", f"worker {member.name} ended {how}")
+        is_drained = self.drain.event.is_set()
+        self._requeue([member], "interrupted" if is_drained else "killed", f"worker {member.name} ended {how}")
         self.n_failed_starts += not member.has_begun
-        if self.n_failed_starts >= _MAX_FAILED_STARTS and not self.drain.event.is_set():
+        if self.n_failed_starts >= _MAX_FAILED_STARTS and not is_drained:
             raise WorkerError(f"{_MAX_FAILED_STARTS} workers in a row ended {how} before their first trial")
 
     def _requeue(self, members: list[Member], kind: str, message: str) -> None:

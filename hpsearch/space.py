@@ -96,8 +96,8 @@ class Range(Dimension):
             raise PydanticCustomError("bounds", "a log range needs low > 0, but got low {low}", {"low": low})
         if self.log and "step" in self.model_fields_set:
             raise PydanticCustomError("bounds", "log and step exclude each other")
-        n_steps = (high - low) / (self.step or 1)
-        if self.step and abs(n_steps - round(n_steps)) > 1e-6:
+        rest = (high - low) % self.step if "step" in self.model_fields_set else 0
+        if min(rest, self.step - rest if rest else 0) > 1e-9:
             context = {"low": low, "high": high, "step": self.step}
             raise PydanticCustomError("bounds", "step {step} does not divide the range from {low} to {high}", context)
         return self
@@ -274,6 +274,8 @@ def check_try(
     for name, value in values.items():
         if name not in search:
             yield f"{path}.{name}", f"is not searched; {did_you_mean(name, search)}"
+        elif problems := list(check_values(path, {name: value})):
+            yield from problems
         elif not search[name].has(value):
             yield f"{path}.{name}", f"{value!r} is outside of what [search] gives: {search[name].ends}"
         for parent, allowed in search[name].when.items() if name in search else ():
@@ -295,4 +297,4 @@ def _parents_first(search: Mapping[str, Dimension]) -> list[str]:
 
 
 def _is_among(value: Any, allowed: Iterable[Any]) -> bool:
-    return any(value == other and type(value) is type(other) for other in allowed)
+    return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in allowed)

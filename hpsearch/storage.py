@@ -9,7 +9,6 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from datetime import datetime
 from functools import wraps
 from pathlib import Path
@@ -140,7 +139,9 @@ class Storage(RDBStorage):
             session.refresh(trial)
             self.check_trial_is_updatable(trial_id, trial.state)
             if trial.state != TrialState.WAITING:
-                return False
+                # It is this worker's already if an earlier try to claim it went through unanswered.
+                frozen = self._build_frozen_trial_from_trial_model(trial)
+                return frozen.user_attrs.get("worker") == self.worker
             admit(session, study_id)
             trial.state = TrialState.RUNNING
             trial.datetime_start = datetime.now()
@@ -218,11 +219,13 @@ def open_storage(
         if must_exist and not file.exists():
             raise StudyNotFound(f"no database {file}; start the search with: hpsearch run STUDY")
     try:
-        with nullcontext() if must_exist else creation_lock(parsed):
+        with creation_lock(parsed, is_reader=must_exist):
             return Storage(parsed, heartbeat=heartbeat, grace=grace, patience=patience, creates=not must_exist)
     except (StorageInternalError, SQLAlchemyError) as error:
         if is_transient(error):
             raise unavailable(parsed, error) from error
+        if must_exist and "version_info" in reason(parsed, error):
+            raise StudyNotFound(f"no study in {show_url(parsed)}; start one with: hpsearch run STUDY") from error
         raise StorageError(f"{show_url(parsed)} cannot be used: {reason(parsed, error)}") from error
     except RuntimeError as error:  # another version of Optuna's tables
         raise StorageError(f"{show_url(parsed)}: {error}") from error

@@ -30,6 +30,7 @@ from hpsearch.training import EpochResult
 logger = logging.getLogger(__name__)
 
 PATIENCE = 600.0  # seconds for which a worker waits for a storage that does not answer
+_SAME_WISH = 0.5  # seconds within which a repeated signal is the same one
 _POLL = 0.25  # seconds between two looks for room in the budget
 
 
@@ -58,15 +59,29 @@ class Drain:
     def __init__(self) -> None:
         self.event = threading.Event()
         self.error: Drained = Drained()
+        self.is_deaf = False
+        self._listens_to: tuple[signal.Signals, ...] = ()
+        self._since = 0.0
 
     def listen(self, *signals: signal.Signals) -> Self:
+        self._listens_to = signals
         for number in signals:
             signal.signal(number, self._receive)
         return self
 
     def set(self, error: Drained) -> None:
-        self.error = error
+        self.error, self._since = error, time.monotonic()
         self.event.set()
+
+    def ignore_signals(self) -> None:
+        """From now on no signal may interrupt what is done: trials are handed back, then the process exits.
+
+        What Python's own shutdown would make of a signal is ignored as well, where this thread may say so.
+        """
+        self.is_deaf = True
+        if threading.current_thread() is threading.main_thread():
+            for number in self._listens_to:
+                signal.signal(number, signal.SIG_IGN)
 
     def check(self) -> None:
         """Raise `Drained` or `Interrupted` if somebody wishes to stop."""
@@ -74,8 +89,13 @@ class Drain:
             raise self.error
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
+        if self.is_deaf:
+            return
         if self.event.is_set():
-            raise KeyboardInterrupt
+            # `timeout` and its like send a signal to the group and to its members: that is one wish, not two.
+            if time.monotonic() > self._since + _SAME_WISH:
+                raise KeyboardInterrupt
+            return
         self.set(Interrupted() if number == signal.SIGINT else Drained())
 
 
@@ -176,7 +196,9 @@ class Worker:
             except (LeaseLost, UpdateFinishedTrialError):
                 return self._drop(trial)
             except (Drained, KeyboardInterrupt):
+                self.drain.ignore_signals()
                 self._fail(trial, "interrupted", "its worker was stopped; queued again")
+                self.drain.check()
                 raise
             except StorageError:
                 raise

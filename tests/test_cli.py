@@ -157,6 +157,20 @@ def test_check_prints_the_resolved_study_which_checks_again(
     assert json.loads(run("check", "--schema")[1])["title"] == "StudyDefinition"
 
 
+def test_no_output_shows_the_password_of_the_storage(
+    run: Run, study_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study_file()
+    url = "postgresql://me:secret@127.0.0.1:9/db?sslpassword=secret"
+    monkeypatch.setattr("hpsearch.pool.run_pool", lambda *_, **__: "the study has its trials")
+    monkeypatch.setattr(cli, "_print_status", lambda *_, **__: None)
+    for arguments in (["run", "small.toml", "--storage", url], ["status", "small.toml", "--storage", url]):
+        assert "secret" not in "".join(map(str, run(*arguments)))
+    monkeypatch.setenv("HPSEARCH_STORAGE", url)
+    for arguments in (["check", "small.toml"], ["check", "small.toml", "--json"]):
+        assert "secret" not in "".join(map(str, run(*arguments)))
+
+
 def test_every_mistake_of_a_study_file_is_on_a_line_of_its_own(run: Run, tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("[budget]\ntrials = 0\nepoch = 3\n[search]\nwidht = { int = [9, 8] }")
     code, _, err = run("check", "bad.toml")

@@ -43,8 +43,10 @@ MISTAKES = [
     ),
     (
         "[search]\nbatch_size = { choice = [32, 64] }\n[[try]]\nbatch_size = 32.0",
-        "try.0.batch_size: 32.0 is outside of what [search] gives: [32, 64]",
+        "try.0.batch_size: must be a valid integer, but got 32.0",
     ),
+    ("study = 'postgresql://me:secret@host/db'", "study: must be a table, but got 'str'"),
+    ("[search]\nwidth = { choice = [8, inf] }", "search.width.choice.1: must be a finite number, string or boolean"),
     ("[search]\nwidth = 3", "search.width: must be one of { int = [low, high] }"),
     ("[search]\nwidth = { int = [8, 9], logg = true }", "search.width.logg: unknown key; did you mean 'log'?"),
     ("[search]\noptimizer = { choice = ['adma'] }", "search.optimizer: 'adma' is not valid; did you mean 'adam'?"),

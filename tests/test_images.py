@@ -120,6 +120,18 @@ def test_tiny_and_lopsided_images_are_read(tmp_path: Path) -> None:
         assert read_image(tmp_path / "a.png", SHAPE).max() > 100
 
 
+@pytest.mark.parametrize(("size", "width"), [(2480, 8), (700, 3), (280, 1), (120, 1)])
+def test_thin_strokes_on_large_pages_are_seen(tmp_path: Path, size: int, width: int) -> None:
+    image = Image.new("L", (size, size), 255)
+    corners = [(size * 0.3, size * 0.2), (size * 0.7, size * 0.2), (size * 0.4, size * 0.8)]
+    ImageDraw.Draw(image).line(corners, fill=0, width=width)
+    image.save(tmp_path / "seven.png")
+    pixels = read_image(tmp_path / "seven.png", SHAPE)[0]
+    rows, columns = np.flatnonzero(pixels.any(axis=1)), np.flatnonzero(pixels.any(axis=0))
+    assert rows[-1] - rows[0] >= 17
+    assert columns[-1] - columns[0] >= 10
+
+
 def test_files_that_are_no_image_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "empty.png").touch()

@@ -157,6 +157,16 @@ def test_a_killed_trial_is_queued_again_with_its_parameters_at_most_retries_time
     assert study.trials[2].system_attrs["retry_history"] == [0, 1]  # as Optuna's own callback writes it
 
 
+def test_a_claim_whose_acknowledgement_was_lost_is_this_workers(storage: Storage) -> None:
+    study = start_study(storage)
+    study.enqueue_trial({"width": 9})
+    trial_id = study.trials[0]._trial_id
+    assert storage.set_trial_state_values(trial_id, TrialState.RUNNING)
+    assert storage.set_trial_state_values(trial_id, TrialState.RUNNING)
+    storage.worker = "another-1"
+    assert not storage.set_trial_state_values(trial_id, TrialState.RUNNING)
+
+
 def test_an_interruption_uses_up_no_retry(storage: Storage) -> None:
     study = start_study(storage, trials=9)
     for _ in range(4):
@@ -268,6 +278,7 @@ def test_an_error_that_cannot_pass_is_not_waited_for(tmp_path: Path) -> None:
         ("mysql://me:secret@host/db", UsageError, "use SQLite or PostgreSQL"),
         ("nonsense", UsageError, "must be a URL"),
         ("postgresql://me:se/cret@host:secret/db", UsageError, "must be a URL"),
+        ("postgresql://me:pa@secret@host/db", UsageError, "write one in a password as %40"),
         ("postgresql://127.0.0.1:9/db?user=me&password=secret", StorageUnavailable, "cannot be reached"),
         ("sqlite:///{folder}/text.db", StorageError, "cannot be used: file is not a database"),
         ("postgresql://me:secret@127.0.0.1:9/db?connect_timeout=2", StorageUnavailable, "cannot be reached"),
@@ -293,7 +304,7 @@ def test_looking_at_a_foreign_database_writes_nothing_into_it(tmp_path: Path) ->
     with sqlite3.connect(file) as connection:
         connection.execute("CREATE TABLE albums (title TEXT)")
     before = file.read_bytes()
-    with pytest.raises(StorageError, match="cannot be used"):
+    with pytest.raises(StudyNotFound, match="no study in"):
         open_storage(f"sqlite:///{file}", must_exist=True)
     assert file.read_bytes() == before
 
