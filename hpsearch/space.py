@@ -1,9 +1,9 @@
-"""The search table of a study file, what it suggests to an Optuna trial, and the hyperparameters drawn from them.
+"""The search table of a study file, what it suggests to an Optuna trial, and the hyperparameters drawn from it.
 
-A hyperparameter has one home: a field of `Hyperparameters`. Its constraints check fixed values, the bounds of a
-search and the trials to try first alike.
+A hyperparameter has one home, a field of `Hyperparameters`, whose constraints check every value from anywhere.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, Protocol, Self
@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 
 Scalar = bool | int | float | str
 Problem = tuple[str, str]
+Values = Mapping[str, Any]
 PLANNED = {"optimizer": ("muon",)}
 
 
@@ -62,22 +63,23 @@ class Suggests(Protocol):
 class Dimension(Table):
     """One searched hyperparameter; `when` names the values of others that make it part of a trial."""
 
-    when: dict[str, list[Scalar]] = Field(default_factory=dict)
+    when: dict[str, list[Scalar]] = {}
 
     @property
+    @abstractmethod
     def ends(self) -> list[Any]:
         """The values that must be valid for every value between them to be valid."""
-        raise NotImplementedError
 
+    @abstractmethod
     def suggest(self, trial: Suggests, name: str) -> Scalar:
-        raise NotImplementedError
+        """The value that the trial draws."""
+
+    @abstractmethod
+    def has(self, value: Any) -> bool:
+        """Whether the dimension can take the value."""
 
     def is_active(self, values: Mapping[str, Any]) -> bool:
         return all(name in values and _is_among(values[name], allowed) for name, allowed in self.when.items())
-
-    def has(self, value: Any) -> bool:
-        """Whether the dimension can take the value."""
-        raise NotImplementedError
 
 
 class Range(Dimension):
@@ -266,34 +268,30 @@ def _check_condition(
             yield path, f"{parent} is never {value!r}"
 
 
-def check_try(
-    path: str, values: Mapping[str, Any], search: Mapping[str, Dimension], fixed: Mapping[str, Any]
-) -> Iterator[Problem]:
+def check_try(path: str, values: Values, search: Mapping[str, Dimension], fixed: Values) -> Iterator[Problem]:
     """The problems of a trial to try first: names that are not searched, values that cannot or would not be used."""
     known = {**fixed, **values}
     for name, value in values.items():
         if name not in search:
             yield f"{path}.{name}", f"is not searched; {did_you_mean(name, search)}"
-        elif problems := list(check_values(path, {name: value})):
+            continue
+        if problems := list(check_values(path, {name: value})):
             yield from problems
         elif not search[name].has(value):
             yield f"{path}.{name}", f"{value!r} is outside of what [search] gives: {search[name].ends}"
-        for parent, allowed in search[name].when.items() if name in search else ():
+        for parent, allowed in search[name].when.items():
             if parent in known and not _is_among(known[parent], allowed):
                 yield f"{path}.{name}", f"is not used where {parent} is {known[parent]!r}"
 
 
 def _parents_first(search: Mapping[str, Dimension]) -> list[str]:
     ordered: list[str] = []
-    while True:
-        ready = [
-            name
-            for name, dimension in search.items()
-            if name not in ordered and all(parent in ordered or parent not in search for parent in dimension.when)
-        ]
-        if not ready:
-            return ordered
-        ordered.append(ready[0])
+    for _ in search:  # one more name each time, if conditions do not go round in a circle
+        for name, dimension in search.items():
+            if name not in ordered and all(parent in ordered or parent not in search for parent in dimension.when):
+                ordered.append(name)
+                break
+    return ordered
 
 
 def _is_among(value: Any, allowed: Iterable[Any]) -> bool:
