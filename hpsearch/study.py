@@ -17,7 +17,7 @@ from hpsearch.storage import Storage
 
 
 def open_study(definition: StudyDefinition, storage: Storage) -> optuna.Study:
-    """The definition's study in the storage, created or resumed, with its budget and definition written into it.
+    """The definition's study in the storage, created or resumed, with its budget and identity written into it.
 
     The trials to try first are queued once. Raises `StudyMismatch`, and changes nothing, where the stored study was
     searched with another definition; budget, recovery and retrain may differ.
