@@ -3,14 +3,14 @@
 The package, to be read downwards; a file imports only from lines below its own:
 
     cli                                   the verbs; prints, exits
-    console                               live table and text rendering
-    pool                                  N workers on this machine under one supervisor
+    arguments | console                   what the verbs take; live table and text rendering
+    pool | doctor                         N workers on this machine under one supervisor; what is wrong with a study
     worker | retrain                      one worker; the best trial to a bundle
     study                                 the studies in a storage: created, resumed, summarized
     objective | storage | bundle          trial to value; safe RDBStorage; what a user takes away
     definition | evaluation | training    the study file; figures; the training loop
-    space | network | data | budget | database
-    images                                image files to raw pixels
+    checkpoint | space | network | data | budget | database
+    images | signals                      image files to raw pixels; signals to a wish to stop
     errors
 
     >>> definition = hpsearch.load_definition("studies/digits.toml")

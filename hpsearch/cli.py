@@ -9,13 +9,22 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.exceptions import TyperException
 
+from hpsearch.arguments import (
+    BundleArgument,
+    DataOption,
+    JsonOption,
+    Sort,
+    State,
+    StorageOption,
+    StudyArgument,
+    WorkersOption,
+)
 from hpsearch.errors import HpsearchError, UsageError
 
 if TYPE_CHECKING:
@@ -33,36 +42,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=True,
 )
-
-StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="A study file, or the name of one in studies/.")]
-BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that export wrote.")]
-StorageOption = Annotated[
-    str | None, typer.Option(help="SQLAlchemy URL instead of the study file's; so does HPSEARCH_STORAGE.")
-]
-DataOption = Annotated[
-    Path | None, typer.Option(help="Folder of the data sets; else HPSEARCH_DATA, else the user's cache.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-WorkersOption = Annotated[
-    int | None, typer.Option("--workers", min=1, max=1024, help="Default: one per GPU, else one per core.")
-]
-
-
-class State(StrEnum):
-    """The states of a trial."""
-
-    complete = "complete"
-    pruned = "pruned"
-    failed = "failed"
-    running = "running"
-    waiting = "waiting"
-
-
-class Sort(StrEnum):
-    """What `trials` can be sorted by."""
-
-    number = "number"
-    value = "value"
 
 
 def _print_version(wanted: bool) -> None:
@@ -114,7 +93,7 @@ def run(
     from hpsearch.console import RunView, say
     from hpsearch.database import show_url
     from hpsearch.pool import run_pool
-    from hpsearch.worker import Drain
+    from hpsearch.signals import Drain
 
     definition = _load(study, storage, trials)
     drain = Drain().listen(signal.SIGINT, signal.SIGTERM)
@@ -142,7 +121,8 @@ def worker(
 ) -> None:
     """Run one more worker on an existing study, from any terminal or machine."""
     from hpsearch.console import RunView, say
-    from hpsearch.worker import Drain, run_worker
+    from hpsearch.signals import Drain
+    from hpsearch.worker import run_worker
 
     definition = _load(study, storage)
     drain = Drain().listen(signal.SIGINT, signal.SIGTERM)

@@ -1,23 +1,32 @@
 """What is particular about SQLite and PostgreSQL: URLs, creation, transactions, and errors that pass."""
 
 import os
+import shutil
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+import psutil
 import sqlalchemy
 from filelock import FileLock, Timeout
 from optuna.exceptions import StorageInternalError
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, InterfaceError, OperationalError
 
-from hpsearch.errors import StorageUnavailable, UsageError
+from hpsearch.errors import StorageError, StorageUnavailable, UsageError
 
-LOCK_TIMEOUT = 60.0  # seconds
+LOCK_TIMEOUT = 60.0  # seconds in which another process may create a database or a study
+BUSY_TIMEOUT = 15.0  # seconds in which SQLite itself waits for a lock
 _PASSING_CODES = {
     *(sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL),
     *(sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PROTOCOL),
+}
+_NETWORK_FILE_SYSTEMS = {
+    *("nfs", "nfs4", "cifs", "smb2", "smb3", "smbfs", "sshfs", "afs", "afpfs", "davfs", "webdav", "glusterfs"),
+    *("ceph", "lustre", "beegfs", "s3fs", "rclone", "gcsfuse"),
 }
 _WAL_IS_SAFE_FROM = (3, 51, 3)  # before, SQLite's "WAL-reset" bug can corrupt a database
 
@@ -79,10 +88,63 @@ def creation_lock(url: URL, *, is_reader: bool = False) -> Iterator[None]:
         yield
 
 
+def network_file_system(path: Path) -> str | None:
+    """The kind of the network file system that a path is on; its locks cannot be trusted with a database."""
+    path = path.resolve()
+    mounts = [part for part in psutil.disk_partitions(all=True) if path.is_relative_to(part.mountpoint)]
+    kind: str = max(mounts, key=lambda part: len(part.mountpoint)).fstype if mounts else ""
+    return kind if kind.removeprefix("fuse.") in _NETWORK_FILE_SYSTEMS else None
+
+
+def check_place(url: URL) -> None:
+    """Raise `UsageError` where workers must not write a SQLite database."""
+    if url.get_backend_name() == "sqlite" and (kind := network_file_system(Path(url.database or ""))):
+        raise UsageError(
+            f"{url.database} is on a network file system ({kind}), where SQLite's locks fail and studies get damaged; "
+            "use a folder on this machine's disk, or PostgreSQL for many machines"
+        )
+
+
+def backup(url: URL, file: Path) -> None:
+    """Copy a SQLite database that may be in use to a new file, which appears once its copy is checked.
+
+    SQLite's online backup: one consistent moment of the database. Raises `UsageError` and `StorageError`.
+    """
+    if url.get_backend_name() != "sqlite":
+        raise UsageError(f"{show_url(url)} is no SQLite file; back it up with pg_dump")
+    if file.exists():
+        raise UsageError(f"{file} is there already; name a new file")
+    temporary = file.with_name(f"{file.name}.tmp")
+    try:
+        with (
+            closing(
+                sqlite3.connect(f"file:{quote(url.database or '')}?mode=rw", timeout=LOCK_TIMEOUT, uri=True)
+            ) as source,
+            closing(sqlite3.connect(temporary)) as target,
+        ):
+            source.backup(target)
+            problems = check_integrity(target)
+        if problems:
+            raise StorageError(f"{url.database} is damaged, so nothing was written: {problems}")
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        temporary.rename(file)
+    except (sqlite3.Error, OSError) as error:
+        raise StorageError(f"{url.database} cannot be copied to {file}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_integrity(connection: sqlite3.Connection) -> str:
+    """What SQLite finds wrong with a database, or nothing."""
+    found = [row[0] for row in connection.execute("PRAGMA integrity_check")]
+    return "" if found == ["ok"] else "; ".join(found)
+
+
 def connect_options(url: URL) -> dict[str, Any]:
     """What `sqlalchemy.create_engine` needs beside the URL."""
     is_sqlite = url.get_backend_name() == "sqlite"
-    return {"connect_args": {"timeout": LOCK_TIMEOUT}} if is_sqlite else {"pool_pre_ping": True}
+    return {"connect_args": {"timeout": BUSY_TIMEOUT}} if is_sqlite else {"pool_pre_ping": True}
 
 
 def harden(engine: sqlalchemy.Engine) -> None:
@@ -95,13 +157,17 @@ def harden(engine: sqlalchemy.Engine) -> None:
 
 def is_transient(error: BaseException) -> bool:
     """Whether the database may answer later: locked, full, restarting or unreachable."""
-    cause = _cause(error)
-    code = getattr(getattr(cause, "orig", None), "sqlite_errorcode", None)
-    return isinstance(cause, OperationalError | InterfaceError) and (code is None or code & 0xFF in _PASSING_CODES)
+    code = _sqlite_code(error)
+    return isinstance(_cause(error), OperationalError | InterfaceError) and (code is None or code in _PASSING_CODES)
 
 
 def _cause(error: BaseException) -> Any:
     return error.__cause__ if isinstance(error, StorageInternalError) else error
+
+
+def _sqlite_code(error: BaseException) -> int | None:
+    code = getattr(getattr(_cause(error), "orig", None), "sqlite_errorcode", None)
+    return None if code is None else code & 0xFF  # the primary one of an extended code
 
 
 def unavailable(url: URL, error: BaseException) -> StorageUnavailable:
@@ -110,12 +176,15 @@ def unavailable(url: URL, error: BaseException) -> StorageUnavailable:
 
 
 def reason(url: URL, error: BaseException) -> str:
-    """What the database's driver said, on one line, without the password."""
+    """What the database's driver said, on one line, without the password; with the free space where a disk is full."""
     cause = _cause(error)
     text = " ".join(str(getattr(cause, "orig", cause)).split())
     secrets = [url.password, *(value for key, value in url.query.items() if "pass" in key)]
     for secret in filter(None, secrets):
         text = text.replace(str(secret), "***")
+    if _sqlite_code(error) in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
+        folder = Path(url.database or "").parent
+        text += f"; {shutil.disk_usage(folder).free / 1e6:.1f} MB are free in {folder}: make room there"
     return text
 
 

@@ -86,12 +86,14 @@ class Recovery(Table):
     heartbeat: int = Field(10, ge=1, description="seconds between two signs of life")
     grace: int = Field(60, ge=2, description="seconds without one after which a worker is given up")
     retries: int = Field(2, ge=0, description="of a trial whose worker was killed")
+    checkpoint: float = Field(5.0, ge=0, description="least seconds between two checkpoints of a trial")
+    keep: int = Field(3, ge=0, description="checkpoints of finished trials that stay: those of the best")
 
     @model_validator(mode="after")
     def _check_grace(self) -> Self:
         if self.grace <= self.heartbeat:
             message = "heartbeat < grace must hold, but got (heartbeat={heartbeat}, grace={grace})"
-            raise PydanticCustomError("bounds", message, {"heartbeat": self.heartbeat, "grace": self.grace})
+            raise PydanticCustomError("bounds", message, self.model_dump(include={"heartbeat", "grace"}))
         return self
 
 
@@ -177,12 +179,8 @@ def load_definition(path: Path | str, *, storage: str | None = None) -> StudyDef
         )
     except UsageError as error:
         raise error if given else DefinitionError(str(file), [f"study.storage: {error}"]) from error
-    study = {
-        "name": name,
-        "storage": url,
-        "artifacts": str(file.parent.resolve() / definition.study.artifacts),
-        "seed": definition.study.seed,
-    }
+    artifacts = str(file.parent.resolve() / definition.study.artifacts)
+    study = definition.study.model_dump() | {"name": name, "storage": url, "artifacts": artifacts}
     try:
         resolved = Study.model_validate(study)
     except ValidationError as error:

@@ -13,6 +13,8 @@ HpsearchError                 1
 ├── BudgetInFlight            0
 ├── TooManyFailures           1
 ├── WorkerError               1
+├── RepeatedFailures          1
+├── CheckpointError           1
 ├── ImageError                1
 ├── BundleError               1
 ├── Drained                  75
@@ -92,6 +94,14 @@ class TooManyFailures(HpsearchError):
 
 class WorkerError(HpsearchError):
     """The workers cannot go on."""
+
+
+class RepeatedFailures(HpsearchError):
+    """One worker failed several trials in a row."""
+
+
+class CheckpointError(HpsearchError):
+    """The checkpoint is damaged or not a checkpoint."""
 
 
 class ImageError(HpsearchError):

@@ -6,13 +6,17 @@ from pathlib import Path
 import numpy as np
 import optuna
 import torch
+from optuna.trial import TrialState
 
+from hpsearch.checkpoint import Checkpoint
 from hpsearch.data import ImageData, load_data
 from hpsearch.definition import StudyDefinition
 from hpsearch.errors import Diverged
 from hpsearch.network import build_network
-from hpsearch.space import Suggests, suggest
-from hpsearch.training import Callback, EpochResult, seed_everything, train
+from hpsearch.space import Hyperparameters, Suggests, suggest
+from hpsearch.training import Callback, EpochResult, read_results, seed_everything, train
+
+_CHECKPOINT_FORMAT = 1
 
 
 class Objective:
@@ -20,7 +24,8 @@ class Objective:
 
     Works in plain Optuna, `study.optimize(Objective(definition), n_trials=3)`, where the data are read at the first
     trial. A trial whose loss is not finite ends as pruned. `before_batch` may raise to end the training, `callbacks`
-    are called after each epoch, before the trial may be pruned.
+    are called after each epoch, before the trial may be pruned. Where `checkpoints` names a folder, training states are
+    kept there, and a retried trial goes on from its last one.
     """
 
     def __init__(
@@ -32,8 +37,10 @@ class Objective:
         device: torch.device | str = "cpu",
         before_batch: Callable[[], None] = lambda: None,
         callbacks: Sequence[Callback] = (),
+        checkpoints: Path | None = None,
     ) -> None:
         self.definition = definition
+        self.checkpoints = checkpoints
         self.folder = folder
         self.device = device
         self.before_batch = before_batch
@@ -51,6 +58,11 @@ class Objective:
         generator = seed_everything(trial_seed(self.definition.study.seed, trial))
         kind, epochs, data = self.definition.network.kind, self.definition.budget.epochs, self.data
         network = build_network(kind, hyperparameters, data.image_shape, len(data.class_names)).to(self.device)
+        pruning = PruningCallback(trial, epochs)
+        checkpoint = self._open_checkpoint(trial, hyperparameters)
+        resumed = checkpoint.load() if checkpoint else None
+        for result in read_results(resumed) if resumed else ():
+            pruning.report(result)
         try:
             result = train(
                 network,
@@ -59,13 +71,35 @@ class Objective:
                 epochs,
                 validation=data.validation,
                 generator=generator,
-                callbacks=(*self.callbacks, PruningCallback(trial, epochs)),
+                callbacks=(*self.callbacks, pruning, lambda result: self._keep_the_best(trial, result, checkpoint)),
                 before_batch=self.before_batch,
+                checkpoint=checkpoint,
+                resumed=resumed,
             )
         except Diverged as error:
             trial.set_user_attr("diverged", str(error))
             raise optuna.TrialPruned(str(error)) from error
         return _value(result)
+
+    def _open_checkpoint(self, trial: optuna.Trial, hyperparameters: Hyperparameters) -> Checkpoint | None:
+        if self.checkpoints is None:
+            return None
+        identity = {
+            "format": _CHECKPOINT_FORMAT,
+            "study": self.definition.fingerprint,
+            "seed": trial_seed(self.definition.study.seed, trial),
+            "hyperparameters": hyperparameters.model_dump(),
+        }
+        earlier = trial.user_attrs.get("attempts", ())
+        return Checkpoint(self.checkpoints, trial.number, identity, earlier, self.definition.recovery.checkpoint)
+
+    def _keep_the_best(self, trial: optuna.Trial, result: EpochResult, checkpoint: Checkpoint | None) -> None:
+        """See to it that the last state of a trial that is about to be one of the best is written."""
+        if checkpoint and result.epoch == self.definition.budget.epochs:
+            trials = trial.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+            better = [other for other in trials if (other.value or 0.0) >= _value(result)]
+            if len(better) < self.definition.recovery.keep:
+                checkpoint.interval = 0
 
 
 class PruningCallback:
@@ -78,9 +112,13 @@ class PruningCallback:
         self.trial, self.epochs = trial, epochs
 
     def __call__(self, result: EpochResult) -> None:
-        self.trial.report(_value(result), result.epoch)
-        if result.epoch < self.epochs and self.trial.should_prune():
+        if self.report(result):
             raise optuna.TrialPruned(f"pruned in epoch {result.epoch}")
+
+    def report(self, result: EpochResult) -> bool:
+        """Whether the pruner would end the trial after this epoch; it sees the epochs of a resumed trial so, too."""
+        self.trial.report(_value(result), result.epoch)
+        return result.epoch < self.epochs and self.trial.should_prune()
 
 
 def load_study_data(definition: StudyDefinition, folder: Path | str | None = None) -> ImageData:
@@ -94,7 +132,7 @@ def trial_seed(study_seed: int, trial: Suggests, repetition: int = 0) -> int:
 
     `repetition` gives further seeds of the same trial.
     """
-    number = trial.user_attrs.get("retry_of", trial.number)
+    number = (*trial.user_attrs.get("attempts", ()), trial.number)[0]
     return int(np.random.SeedSequence([study_seed, number, repetition]).generate_state(1, np.uint64)[0])
 
 

@@ -16,11 +16,12 @@ from optuna.trial import TrialState
 
 from hpsearch.data import ImageData
 from hpsearch.definition import StudyDefinition
-from hpsearch.errors import Drained, HpsearchError, WorkerError
+from hpsearch.errors import Drained, HpsearchError, RepeatedFailures, WorkerError
 from hpsearch.objective import load_study_data
+from hpsearch.signals import Drain
 from hpsearch.storage import Storage
 from hpsearch.study import open_study
-from hpsearch.worker import Drain, Emit, TrialEvent, Worker, count_cores, list_devices, open_worker_storage, worker_name
+from hpsearch.worker import Emit, TrialEvent, Worker, count_cores, list_devices, open_worker_storage, worker_name
 
 logger = logging.getLogger(__name__)
 
@@ -113,12 +114,12 @@ class _Pool:
             for member in self.members:
                 member.process.join()
             self._requeue(self.members, "interrupted", "its worker was stopped; queued again")
-        for end in self.ends:
-            if end.error:
-                raise end.error
         if not self.ends:
             raise self.drain.error
-        return self.ends[0].reason
+        end = min(self.ends, key=lambda end: end.error is not None)  # one that saw the budget spent speaks for all
+        if end.error:
+            raise end.error
+        return end.reason
 
     def _step(self, n_workers: int) -> None:
         """Pass on what the workers say, replace those that died, and tell them when to stop."""
@@ -133,6 +134,8 @@ class _Pool:
             error = member.end and member.end.error
             if member.end and not isinstance(error, Drained | WorkerError):
                 self.ends.append(member.end)
+                if isinstance(error, RepeatedFailures) and self.members:
+                    logger.warning("%s; the other workers go on", error)
                 continue
             self._bury(member)
             if isinstance(error, WorkerError):
@@ -253,7 +256,7 @@ def _work(
 
     try:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        storage = open_worker_storage(definition, drain)
+        storage = open_worker_storage(definition, drain, must_exist=True, is_patient=True)
         if not isinstance(data, ImageData):
             data = load_study_data(definition, data)
         worker = Worker(definition, storage, stream, drain, data=data, device=device, emit=send)

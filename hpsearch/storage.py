@@ -7,6 +7,7 @@ is gone fails and is queued again in one transaction.
 
 import logging
 import threading
+import time
 import warnings
 from collections.abc import Callable
 from datetime import datetime
@@ -46,14 +47,16 @@ _TRIAL: Any = models.TrialModel
 class Storage(RDBStorage):
     """RDBStorage that admits trials against the study's budget once `worker` is set.
 
-    A call that finds the database locked or unreachable is repeated for `patience` seconds, or until `giving_up` is
-    set; then it raises `StorageUnavailable`.
+    A call that finds the database locked, full or unreachable is repeated for `patience` seconds, or until `giving_up`
+    is set; then it raises `StorageUnavailable`.
     """
 
-    def __init__(self, url: URL, *, heartbeat: int, grace: int, patience: float, creates: bool) -> None:
+    def __init__(self, url: URL, *, heartbeat: int, grace: int, creates: bool) -> None:
         self.worker: str | None = None
-        self.patience = patience
+        self.patience = 0.0
         self.giving_up = threading.Event()
+        self._last_answer = time.time()
+        self._trusts_heartbeats_from = 0.0
         # Optuna formats the URL as a template, so braces in a password would break it.
         template = url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
         with warnings.catch_warnings():
@@ -108,9 +111,15 @@ class Storage(RDBStorage):
             return True
 
     def reap(self, study_id: int, retries: int) -> list[int]:
-        """The ids of running trials that were without a heartbeat for longer than the grace period, now failed."""
+        """The ids of running trials that were without a heartbeat for longer than the grace period, now failed.
+
+        None after an outage: where the storage did not answer this worker, or the machine slept, the others could not
+        beat either, and get a grace period for it.
+        """
         message = f"no heartbeat for {self.grace_period} s"
         stale = self._get_stale_trial_ids(study_id)
+        if time.time() < self._trusts_heartbeats_from:
+            return []
         return [trial_id for trial_id in stale if self.fail(trial_id, "killed", message, retries=retries)]
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Any = None) -> bool:
@@ -129,6 +138,13 @@ class Storage(RDBStorage):
         if is_started:
             self._sign(int(trial.trial_id), session)
         return trial
+
+    def _note_answer(self) -> None:
+        """Be wary of heartbeats for a while if this answer came after a long silence (in wall-clock time)."""
+        now, interval, grace = time.time(), self.heartbeat_interval or 0, self.grace_period or 0
+        if now - self._last_answer > max(1.5 * interval, (grace - interval) / 2):
+            self._trusts_heartbeats_from = now + grace
+        self._last_answer = now
 
     def _claim(self, trial_id: int) -> bool:
         """Whether the waiting trial is this worker's now."""
@@ -170,26 +186,39 @@ class Storage(RDBStorage):
 
 
 def _patiently(method: Callable[..., Any]) -> Callable[..., Any]:
-    """The method, repeated with growing pauses while the database is locked or cannot be reached."""
+    """The method, repeated with growing pauses while the database is locked, full or cannot be reached."""
 
     @wraps(method)
     def call(self: Storage, *args: Any, **kwargs: Any) -> Any:
-        retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception(is_transient),
-            wait=tenacity.wait_random_exponential(multiplier=0.5, max=30),
-            stop=tenacity.stop_after_delay(self.patience) | tenacity.stop_when_event_set(self.giving_up),
-            sleep=tenacity.sleep_using_event(self.giving_up),
-            before_sleep=_say_waiting,
-            reraise=True,
-        )
+        url = self.engine.url
         try:
-            return retrying(method, self, *args, **kwargs)
+            answer = _retrying(url, self.patience, self.heartbeat_interval or 1, self.giving_up)(
+                method, self, *args, **kwargs
+            )
         except (StorageInternalError, SQLAlchemyError) as error:
             if is_transient(error):
-                raise unavailable(self.engine.url, error) from error
-            raise StorageError(f"{show_url(self.engine.url)}: {reason(self.engine.url, error)}") from error
+                raise unavailable(url, error) from error
+            raise StorageError(f"{show_url(url)}: {reason(url, error)}") from error
+        self._note_answer()
+        return answer
 
     return call
+
+
+def _retrying(url: URL, patience: float, longest_pause: int, giving_up: threading.Event) -> tenacity.Retrying:
+    def say_waiting(state: tenacity.RetryCallState) -> None:
+        if state.outcome and (error := state.outcome.exception()):
+            why = reason(url, error)
+            logger.warning("the storage does not answer (%s); trying again in %.0f s", why, state.upcoming_sleep)
+
+    return tenacity.Retrying(
+        retry=tenacity.retry_if_exception(is_transient),
+        wait=tenacity.wait_random_exponential(multiplier=0.5, max=longest_pause),
+        stop=tenacity.stop_after_delay(patience) | tenacity.stop_when_event_set(giving_up),
+        sleep=tenacity.sleep_using_event(giving_up),
+        before_sleep=say_waiting,
+        reraise=True,
+    )
 
 
 for _name in (
@@ -203,24 +232,34 @@ for _name in (
 
 
 def open_storage(
-    url: str, *, heartbeat: int = 10, grace: int = 60, patience: float = 0.0, must_exist: bool = False
+    url: str,
+    *,
+    heartbeat: int = 10,
+    grace: int = 60,
+    patience: float = 0.0,
+    giving_up: threading.Event | None = None,
+    must_exist: bool = False,
 ) -> Storage:
     """The storage at a SQLAlchemy URL of SQLite or PostgreSQL; its tables are created where they are missing.
 
-    `heartbeat` and `grace` are seconds. Raises `UsageError` for a URL that cannot be used, `StudyNotFound` where the
-    database must exist and does not, `StorageUnavailable` where it cannot be reached, and `StorageError` where the
-    file is something else.
+    `heartbeat`, `grace` and `patience` are seconds. Raises `UsageError` for a URL that cannot be used,
+    `StudyNotFound` where the database must exist and does not, `StorageUnavailable` where it cannot be reached, and
+    `StorageError` where the file is something else.
     """
-    parsed = parse_url(url)
+    parsed, giving_up = parse_url(url), giving_up or threading.Event()
     if parsed.get_backend_name() == "sqlite":
         file = Path(parsed.database or "")
         if not file.parent.is_dir():
             raise UsageError(f"no folder {file.parent} for the database {file.name}; create it first")
         if must_exist and not file.exists():
             raise StudyNotFound(f"no database {file}; start the search with: hpsearch run STUDY")
-    try:
+
+    def connect() -> Storage:
         with creation_lock(parsed, is_reader=must_exist):
-            return Storage(parsed, heartbeat=heartbeat, grace=grace, patience=patience, creates=not must_exist)
+            return Storage(parsed, heartbeat=heartbeat, grace=grace, creates=not must_exist)
+
+    try:
+        storage = _retrying(parsed, patience, heartbeat, giving_up)(connect)
     except (StorageInternalError, SQLAlchemyError) as error:
         if is_transient(error):
             raise unavailable(parsed, error) from error
@@ -233,25 +272,20 @@ def open_storage(
         raise UsageError(f"no driver for {show_url(parsed)}; pip install 'hpsearch[postgres]'") from error
     except OSError as error:
         raise StorageError(f"{show_url(parsed)} cannot be opened: {error.strerror}") from error
-
-
-def _say_waiting(state: tenacity.RetryCallState) -> None:
-    storage, error = state.args[0], state.outcome.exception() if state.outcome else None
-    if error is not None:
-        why = reason(storage.engine.url, error)
-        logger.warning("the storage does not answer (%s); trying again in %.0f s", why, state.upcoming_sleep)
+    storage.patience, storage.giving_up = patience, giving_up
+    return storage
 
 
 def _retry_of(trial: FrozenTrial, kills: list[int]) -> FrozenTrial:
     """A waiting trial with the parameters of one that was killed or interrupted, linked to it the way Optuna does."""
-    original = trial.user_attrs.get("retry_of", trial.number)
-    system_attrs: dict[str, Any] = {"failed_trial": original, "retry_history": kills}
+    attempts = [*trial.user_attrs.get("attempts", []), trial.number]
+    system_attrs: dict[str, Any] = {"failed_trial": attempts[0], "retry_history": kills}
     if "fixed_params" in trial.system_attrs:
         system_attrs["fixed_params"] = trial.system_attrs["fixed_params"]
     return optuna.trial.create_trial(
         state=TrialState.WAITING,
         params=trial.params,
         distributions=trial.distributions,
-        user_attrs={"retry_of": original},
+        user_attrs={"attempts": attempts},
         system_attrs=system_attrs,
     )

@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -10,6 +11,7 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from hpsearch.checkpoint import find_checkpoints
 from hpsearch.database import creation_lock, show_url
 from hpsearch.definition import StudyDefinition
 from hpsearch.errors import NoCompletedTrial, StudyMismatch, StudyNotFound
@@ -60,7 +62,28 @@ def find_best(study: optuna.Study, number: int | None = None) -> FrozenTrial:
     if not chosen:
         which = "no trial is complete yet" if number is None else f"trial {number} is not complete"
         raise NoCompletedTrial(f"study '{study.study_name}': {which}; see: hpsearch trials STUDY")
-    return max(chosen, key=lambda trial: (trial.value or 0.0, -trial.number))
+    return min(chosen, key=_by_value)
+
+
+def find_unneeded_checkpoints(definition: StudyDefinition, study: optuna.Study) -> list[Path]:
+    """The checkpoints that no trial of the study will be resumed from, and that are not of the `recovery.keep` best."""
+    # In this order: a trial is stored before it has a file, so the file of an unknown trial is of another study.
+    files = find_checkpoints(Path(definition.study.artifacts, study.study_name))
+    if not files:
+        return []
+    trials = study.get_trials(deepcopy=False)
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    needed = {trial.number for trial in sorted(complete, key=_by_value)[: definition.recovery.keep]}
+    for trial in trials:
+        if not trial.state.is_finished():
+            needed |= {trial.number, *trial.user_attrs.get("attempts", ())}
+    return [file for file, number in files.items() if number not in needed]
+
+
+def sweep_checkpoints(definition: StudyDefinition, study: optuna.Study) -> None:
+    """Remove the checkpoints that are not needed any more."""
+    for file in find_unneeded_checkpoints(definition, study):
+        file.unlink(missing_ok=True)
 
 
 def summarize(definition: StudyDefinition, study: optuna.Study) -> dict[str, Any]:
@@ -115,6 +138,11 @@ def _describe_trial(trial: FrozenTrial) -> dict[str, Any]:
         "seconds": trial.duration.total_seconds() if trial.duration else None,
         "note": f"{failure['kind']}: {failure['message']}" if failure else trial.user_attrs.get("diverged", ""),
     }
+
+
+def _by_value(trial: FrozenTrial) -> tuple[float, int]:
+    """Sorts the best trial first, and the earlier of equals before the later."""
+    return -(trial.value or 0.0), trial.number
 
 
 def _check_identity(definition: StudyDefinition, study: optuna.Study) -> None:

@@ -1,15 +1,19 @@
 """The training loop, its optimizers and schedules, and what it tells its callbacks."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass, field
+from itertools import islice
+from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR
 
+from hpsearch.checkpoint import Checkpoint, State
 from hpsearch.data import Split, augment
-from hpsearch.errors import Diverged
+from hpsearch.errors import Diverged, Drained
 from hpsearch.network import Network
 from hpsearch.space import Hyperparameters
 
@@ -26,6 +30,70 @@ class EpochResult:
 Callback = Callable[[EpochResult], None]
 
 
+@dataclass
+class Progress:
+    """How far a training has come, and all that the rest of it depends on; whole between any two batches.
+
+    `order` is the state of `generator` at the start of the running epoch, `n_batches` how many of that epoch's batches
+    are trained, and `total_loss` the sum of their losses.
+    """
+
+    network: Network
+    optimizer: torch.optim.Optimizer
+    schedule: LRScheduler
+    generator: torch.Generator
+    total_loss: Tensor
+    order: Tensor
+    n_batches: int = 0
+    results: list[EpochResult] = field(default_factory=list)
+
+    def finish_epoch(self, result: EpochResult) -> None:
+        self.results.append(result)
+        self.order = self.generator.get_state()
+        self.n_batches = 0
+        self.total_loss.zero_()
+
+    def capture(self) -> State:
+        """The state as `torch.save` takes it; `restore` continues from it bit for bit (on the CPU)."""
+        algorithm, key, *rest = np.random.get_state()
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "order": self.order,
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None,
+            "numpy": (algorithm, torch.from_numpy(key), *rest),
+            "total_loss": self.total_loss,
+            "n_batches": self.n_batches,
+            "results": [astuple(result) for result in self.results],
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.order = state["order"]
+        self.generator.set_state(self.order)
+        torch.set_rng_state(state["torch"])
+        if state["cuda"] is not None and self._device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"], self._device)
+        algorithm, key, *rest = state["numpy"]
+        np.random.set_state((algorithm, key.numpy(), *rest))
+        self.total_loss.copy_(state["total_loss"])
+        self.n_batches = state["n_batches"]
+        self.results = read_results(state)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.total_loss.device
+
+
+def read_results(state: Mapping[str, Any]) -> list[EpochResult]:
+    """The results of the epochs that a captured state has behind it."""
+    return [EpochResult(*values) for values in state["results"]]
+
+
 def train(
     network: Network,
     train_split: Split,
@@ -36,22 +104,34 @@ def train(
     generator: torch.Generator | None = None,
     callbacks: Sequence[Callback] = (),
     before_batch: Callable[[], None] = lambda: None,
+    checkpoint: Checkpoint | None = None,
+    resumed: State | None = None,
 ) -> EpochResult:
     """The result of the last epoch; the network is trained in place, on the device where it and the data are.
 
     `generator` draws the order of the images. `before_batch` is called before each batch and may raise to end the
-    training. Raises `Diverged` after an epoch whose loss is not finite.
+    training. `checkpoint` is written at the ends of epochs, and where `before_batch` raises `Drained`; `resumed` is
+    the state to continue from. Raises `Diverged` after an epoch whose loss is not finite.
     """
+    generator = generator or torch.Generator().manual_seed(int(torch.randint(2**62, ())))
     loader = train_split.loader(hyperparameters.batch_size, shuffle=True, generator=generator)
     optimizer = build_optimizer(network, hyperparameters)
     schedule = build_schedule(optimizer, hyperparameters, n_steps=epochs * len(loader))
     loss_function = nn.CrossEntropyLoss(label_smoothing=hyperparameters.label_smoothing)
+    total_loss = torch.zeros((), device=train_split.labels.device)
+    progress = Progress(network, optimizer, schedule, generator, total_loss, order=generator.get_state())
+    if resumed:
+        progress.restore(resumed)
 
-    for epoch in range(1, epochs + 1):
+    for epoch in range(len(progress.results) + 1, epochs + 1):
         network.train()
-        total = torch.zeros((), device=train_split.labels.device)
-        for images, labels in loader:
-            before_batch()
+        for images, labels in islice(loader, progress.n_batches, None):
+            try:
+                before_batch()
+            except Drained:
+                if checkpoint:
+                    checkpoint.write(progress.capture())
+                raise
             if hyperparameters.augment:
                 images = augment(images, hyperparameters.augment)
             loss = loss_function(network(images), labels)
@@ -59,16 +139,19 @@ def train(
             loss.backward()
             optimizer.step()
             schedule.step()
-            total += loss.detach()
+            total_loss += loss.detach()
+            progress.n_batches += 1
 
-        mean_loss = total.item() / len(loader)
+        mean_loss = total_loss.item() / len(loader)
         if not math.isfinite(mean_loss):
             raise Diverged(f"the training loss is {mean_loss} in epoch {epoch}")
         accuracy = None if validation is None else measure_accuracy(network, validation)
-        result = EpochResult(epoch, mean_loss, accuracy)
+        progress.finish_epoch(EpochResult(epoch, mean_loss, accuracy))
         for callback in callbacks:
-            callback(result)
-    return result
+            callback(progress.results[-1])
+        if checkpoint:
+            checkpoint.write_if_due(progress.capture)
+    return progress.results[-1]
 
 
 def measure_accuracy(network: Network, split: Split) -> float:

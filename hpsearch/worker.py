@@ -2,7 +2,6 @@
 
 import logging
 import os
-import signal
 import socket
 import threading
 import time
@@ -11,7 +10,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Literal, Self
 
 import optuna
@@ -20,18 +18,20 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
 from hpsearch.data import ImageData
+from hpsearch.database import check_place, parse_url
 from hpsearch.definition import StudyDefinition
-from hpsearch.errors import BudgetInFlight, BudgetSpent, Drained, Interrupted, StorageError
+from hpsearch.errors import BudgetInFlight, BudgetSpent, Drained, RepeatedFailures, StorageError
 from hpsearch.objective import Objective, build_pruner, build_sampler, load_study_data
+from hpsearch.signals import Drain
 from hpsearch.storage import Storage, open_storage
-from hpsearch.study import load_study
+from hpsearch.study import load_study, sweep_checkpoints
 from hpsearch.training import EpochResult
 
 logger = logging.getLogger(__name__)
 
 PATIENCE = 600.0  # seconds for which a worker waits for a storage that does not answer
-_SAME_WISH = 0.5  # seconds within which a repeated signal is the same one
 _POLL = 0.25  # seconds between two looks for room in the budget
+_MAX_FAILURES = 3  # of a worker in a row, after which something is wrong with the worker
 
 
 @dataclass(frozen=True)
@@ -51,52 +51,6 @@ class TrialEvent:
 
 
 Emit = Callable[[TrialEvent], None]
-
-
-class Drain:
-    """A wish to stop: the batch in hand is finished, the trial queued again. A second signal stops at once."""
-
-    def __init__(self) -> None:
-        self.event = threading.Event()
-        self.error: Drained = Drained()
-        self.is_deaf = False
-        self._listens_to: tuple[signal.Signals, ...] = ()
-        self._since = 0.0
-
-    def listen(self, *signals: signal.Signals) -> Self:
-        self._listens_to = signals
-        for number in signals:
-            signal.signal(number, self._receive)
-        return self
-
-    def set(self, error: Drained) -> None:
-        self.error, self._since = error, time.monotonic()
-        self.event.set()
-
-    def ignore_signals(self) -> None:
-        """From now on no signal may interrupt what is done: trials are handed back, then the process exits.
-
-        What Python's own shutdown would make of a signal is ignored as well, where this thread may say so.
-        """
-        self.is_deaf = True
-        if threading.current_thread() is threading.main_thread():
-            for number in self._listens_to:
-                signal.signal(number, signal.SIG_IGN)
-
-    def check(self) -> None:
-        """Raise `Drained` or `Interrupted` if somebody wishes to stop."""
-        if self.event.is_set():
-            raise self.error
-
-    def _receive(self, number: int, _frame: FrameType | None) -> None:
-        if self.is_deaf:
-            return
-        if self.event.is_set():
-            # `timeout` and its like send a signal to the group and to its members: that is one wish, not two.
-            if time.monotonic() > self._since + _SAME_WISH:
-                raise KeyboardInterrupt
-            return
-        self.set(Interrupted() if number == signal.SIGINT else Drained())
 
 
 class LeaseLost(Exception):
@@ -163,11 +117,17 @@ class Worker:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of TPE's `group` and of GP
             self.study.sampler, self.study.pruner = build_sampler(definition, stream), build_pruner(definition)
-        self.objective = Objective(definition, data, device=device)
+        self.artifacts = Path(definition.study.artifacts, self.study.study_name)
+        self.objective = Objective(definition, data, device=device, checkpoints=self.artifacts)
         self._next_reap = time.monotonic()
+        self._failures: list[str] = []  # in a row
 
     def run(self) -> str:
-        """Why the worker ended; raises `Drained` or `Interrupted`, `TooManyFailures` or `StorageUnavailable`."""
+        """Why the worker ended.
+
+        Raises `Drained` or `Interrupted`, `StorageUnavailable`, `TooManyFailures` where the study has too many, and
+        `RepeatedFailures` where this worker fails again and again.
+        """
         n_trials = 0
         while self.max_trials is None or n_trials < self.max_trials:
             self.drain.check()
@@ -176,6 +136,11 @@ class Worker:
             try:
                 self.run_trial()
                 n_trials += 1
+                if len(self._failures) >= _MAX_FAILURES:
+                    raise RepeatedFailures(
+                        f"{self.name} ended after {_MAX_FAILURES} failed trials in a row, the last one by "
+                        f"{self._failures[-1]}; mend the cause, then start it again"
+                    )
             except BudgetInFlight:
                 self.drain.event.wait(_POLL)
             except BudgetSpent as spent:
@@ -202,10 +167,9 @@ class Worker:
                 raise
             except StorageError:
                 raise
-            except (MemoryError, torch.OutOfMemoryError) as error:
-                return self._fail(trial, "out-of-memory", str(error))
             except Exception as error:  # noqa: BLE001 - whatever a training raises is the failure of its trial alone
-                return self._fail(trial, "exception", f"{type(error).__name__}: {error}; {self._keep_traceback(trial)}")
+                kind = "out-of-memory" if _is_out_of_memory(error) else "exception"
+                return self._fail(trial, kind, f"{type(error).__name__}: {error}; {self._keep_traceback(trial)}")
         return self._tell(trial, value, state)
 
     def reap(self) -> None:
@@ -235,15 +199,19 @@ class Worker:
             return self._drop(trial)
         name: Literal["complete", "pruned"] = "complete" if state == TrialState.COMPLETE else "pruned"
         message = str(told.user_attrs.get("diverged", ""))
-        return self.emit(TrialEvent(self.name, trial.number, name, told.last_step or 0, told.value, message))
+        self._failures.clear()
+        self.emit(TrialEvent(self.name, trial.number, name, told.last_step or 0, told.value, message))
+        return sweep_checkpoints(self.definition, self.study)
 
     def _fail(self, trial: optuna.Trial, kind: str, message: str) -> None:
+        if kind in ("exception", "out-of-memory"):
+            self._failures.append(f"{kind}: {message}")
         if self.storage.fail(trial._trial_id, kind, message, retries=self.definition.recovery.retries):
             self.emit(TrialEvent(self.name, trial.number, "failed", message=f"{kind}: {message}"))
 
     def _keep_traceback(self, trial: optuna.Trial) -> str:
         """Where the traceback of the exception in hand was written, in the folder of the study's artifacts."""
-        file = Path(self.definition.study.artifacts, self.study.study_name, f"trial-{trial.number}.txt")
+        file = self.artifacts / f"trial-{trial.number}.txt"
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(traceback.format_exc())
@@ -275,14 +243,30 @@ def run_worker(
     return Worker(definition, storage, stream, drain, data=data, device=device, emit=emit, max_trials=max_trials).run()
 
 
-def open_worker_storage(definition: StudyDefinition, drain: Drain, *, must_exist: bool = False) -> Storage:
-    """The definition's storage as workers need it: with its recovery times, and patient until they are drained."""
-    times = definition.recovery
+def open_worker_storage(
+    definition: StudyDefinition, drain: Drain, *, must_exist: bool = False, is_patient: bool = False
+) -> Storage:
+    """The definition's storage as workers need it: with its recovery times, and patient until they are drained.
+
+    Opening it is patient only where asked for: who has just typed a command should see at once that it cannot work.
+    """
+    check_place(parse_url(definition.study.storage))
     storage = open_storage(
-        definition.study.storage, heartbeat=times.heartbeat, grace=times.grace, must_exist=must_exist
+        definition.study.storage,
+        heartbeat=definition.recovery.heartbeat,
+        grace=definition.recovery.grace,
+        patience=PATIENCE if is_patient else 0.0,
+        giving_up=drain.event,
+        must_exist=must_exist,
     )
-    storage.patience, storage.giving_up = PATIENCE, drain.event
+    storage.patience = PATIENCE
     return storage
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # PyTorch's allocator for the CPU raises a plain RuntimeError.
+    is_of_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return is_of_cpu or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
 def worker_name(stream: int) -> str:

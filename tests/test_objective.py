@@ -35,7 +35,7 @@ def test_the_value_is_the_same_for_the_same_trial_and_differs_between_trials(dig
 
 def test_a_retried_trial_has_the_seed_of_the_trial_that_it_repeats() -> None:
     first, retry = FixedTrial(PARAMS, number=3), FixedTrial(PARAMS, number=9)
-    retry.set_user_attr("retry_of", 3)
+    retry.set_user_attr("attempts", [3])
     assert trial_seed(7, retry) == trial_seed(7, first)
     assert trial_seed(7, first) != trial_seed(8, first)
     assert trial_seed(7, first) != trial_seed(7, first, repetition=1)

@@ -11,9 +11,10 @@ from hpsearch import pool
 from hpsearch.data import ImageData
 from hpsearch.definition import StudyDefinition
 from hpsearch.errors import DataError, TooManyFailures, WorkerError
+from hpsearch.signals import Drain
 from hpsearch.storage import open_storage
 from hpsearch.study import load_study
-from hpsearch.worker import Drain, TrialEvent, count_cores
+from hpsearch.worker import TrialEvent, count_cores
 
 from .conftest import make_definition
 

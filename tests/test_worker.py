@@ -15,10 +15,11 @@ from optuna.trial import TrialState
 from sqlalchemy.exc import OperationalError
 
 from hpsearch.data import ImageData
-from hpsearch.errors import Drained, Interrupted, StorageUnavailable, TooManyFailures
+from hpsearch.errors import Drained, Interrupted, RepeatedFailures, StorageUnavailable, TooManyFailures
+from hpsearch.signals import Drain
 from hpsearch.storage import open_storage
 from hpsearch.study import open_study
-from hpsearch.worker import Drain, TrialEvent, Worker, worker_name
+from hpsearch.worker import TrialEvent, Worker, worker_name
 
 from .conftest import make_definition
 
@@ -94,6 +95,7 @@ def test_a_single_worker_repeats_a_study_of_the_same_seed(tmp_path: Path, digits
     ("error", "kind"),
     [
         (RuntimeError("the network\nexploded"), "exception"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 TB"), "out-of-memory"),
         (MemoryError("no memory"), "out-of-memory"),
         (torch.OutOfMemoryError("CUDA out of memory"), "out-of-memory"),
     ],
@@ -120,8 +122,17 @@ def test_a_failed_trial_says_why_and_the_worker_goes_on(
     assert str(error) in first.user_attrs["failure"]["message"]
     assert b.ends().count("failed") == 1
     tracebacks = list((tmp_path / "artifacts" / "small").glob("trial-0.txt"))
-    assert [("exploded" in file.read_text()) for file in tracebacks] == [True] * (kind == "exception")
+    assert [str(error) in file.read_text() for file in tracebacks] == [True]
     assert len([trial for trial in b.study.trials if trial.state.is_finished()]) == 3
+
+
+def test_three_failures_in_a_row_end_a_worker_and_say_what_to_do(bench: Callable[..., Bench]) -> None:
+    b = bench(budget={"trials": 9, "failures": 9})
+    worker = b.worker()
+    worker.objective._data = "no data"  # type: ignore[assignment]
+    with pytest.raises(RepeatedFailures, match=r"after 3 failed trials in a row, .* AttributeError.*; mend the cause"):
+        worker.run()
+    assert len(b.study.trials) == 3
 
 
 def test_too_many_failures_end_the_worker(bench: Callable[..., Bench]) -> None:

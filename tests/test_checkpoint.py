@@ -1,0 +1,232 @@
+"""Checkpoints are whole or absent, damage is noticed, and a training goes on from them bit for bit."""
+
+import errno
+import hashlib
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+import torch
+from optuna.trial import TrialState
+
+from hpsearch import checkpoint
+from hpsearch.checkpoint import Checkpoint, checkpoint_file, find_checkpoints
+from hpsearch.data import ImageData, Split
+from hpsearch.errors import CheckpointError, Drained
+from hpsearch.network import Network, build_network
+from hpsearch.objective import Objective
+from hpsearch.space import Hyperparameters
+from hpsearch.study import sweep_checkpoints
+from hpsearch.training import EpochResult, seed_everything, train
+
+from .conftest import make_definition
+
+EPOCHS = 4
+
+
+def stop_after(n_batches: int) -> Callable[[], None]:
+    """A `before_batch` that drains a training after so many batches."""
+    calls: list[int] = []
+
+    def before_batch() -> None:
+        if len(calls) == n_batches:
+            raise Drained
+        calls.append(1)
+
+    return before_batch
+
+
+def train_blobs(blobs: Split, hyperparameters: Hyperparameters, **options: Any) -> tuple[Network, EpochResult]:
+    generator = seed_everything(5)
+    np.random.seed(5)
+    network = build_network("cnn", hyperparameters, (1, 28, 28), 2)
+    result = train(network, blobs, hyperparameters, EPOCHS, validation=blobs, generator=generator, **options)
+    return network, result
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "schedule", "n_batches"),
+    [
+        ("adam", "onecycle", 9),
+        ("adamw", "cosine", 7),
+        ("sgd", "onecycle", 14),
+        ("rmsprop", "constant", 1),
+        ("nadam", "cosine", 27),
+    ],
+)
+def test_a_training_goes_on_bit_for_bit_from_any_batch(
+    blobs: Split, tmp_path: Path, optimizer: str, schedule: str, n_batches: int
+) -> None:
+    options: dict[str, Any] = {
+        "optimizer": optimizer,
+        "schedule": schedule,
+        "momentum": 0.5,
+        "dropout": 0.3,
+        "augment": 0.5,
+    }
+    hyperparameters = Hyperparameters(depth=2, width=2, batch_size=32, batch_norm=True, **options)
+    undisturbed, expected = train_blobs(blobs, hyperparameters)
+
+    kept = Checkpoint(tmp_path, 0, {}, interval=1000)
+    with pytest.raises(Drained):
+        train_blobs(blobs, hyperparameters, checkpoint=kept, before_batch=stop_after(n_batches))
+    torch.manual_seed(99)
+    results: list[EpochResult] = []
+    network, result = train_blobs(blobs, hyperparameters, resumed=kept.load(), callbacks=[results.append])
+    assert result == expected
+    assert [r.epoch for r in results] == list(range(n_batches // 7 + 1, EPOCHS + 1))
+    for name, tensor in undisturbed.state_dict().items():
+        assert torch.equal(tensor, network.state_dict()[name]), name
+
+
+def test_random_states_of_torch_and_numpy_and_the_order_are_restored(blobs: Split, tmp_path: Path) -> None:
+    def draw(**options: Any) -> tuple[float, float]:
+        train_blobs(blobs, Hyperparameters(width=2, dropout=0.1), **options)
+        return torch.rand(()).item(), float(np.random.rand())
+
+    expected = draw()
+    kept = Checkpoint(tmp_path, 0, {})
+    with pytest.raises(Drained):
+        train_blobs(blobs, Hyperparameters(width=2, dropout=0.1), checkpoint=kept, before_batch=stop_after(3))
+    np.random.rand(7)
+    assert draw(resumed=kept.load()) == expected
+
+
+def test_checkpoints_are_written_at_the_ends_of_epochs_but_not_more_often_than_the_interval(
+    blobs: Split, tmp_path: Path
+) -> None:
+    def count_writes(interval: float) -> int:
+        written: list[object] = []
+        kept = Checkpoint(tmp_path, 0, {}, interval=interval)
+        kept.write = written.append  # type: ignore[method-assign,assignment]
+        train_blobs(blobs, Hyperparameters(width=2), checkpoint=kept)
+        return len(written)
+
+    assert count_writes(0) == EPOCHS
+    assert count_writes(1000) == 0
+
+
+class Suicide:
+    """Ends the process that unpickles it."""
+
+    def __reduce__(self) -> Any:
+        return os._exit, (3,)
+
+
+def test_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    torch.save({"identity": Suicide()}, buffer)
+    payload = buffer.getvalue()
+    file = tmp_path / "trial-0.ckpt"
+    file.write_bytes(payload + hashlib.sha256(payload).digest())
+    with pytest.raises(CheckpointError, match="is not one of hpsearch"):
+        checkpoint.read(file)
+
+
+@pytest.mark.parametrize("content", [b"", b"short", bytes(1000)])
+def test_a_file_of_something_else_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"x is damaged"):
+        checkpoint.read(tmp_path / "x")
+
+
+def test_torch_reads_a_checkpoint_as_well(tmp_path: Path) -> None:
+    Checkpoint(tmp_path, 3, {"seed": 1}).write({"epoch": 2})
+    assert torch.load(tmp_path / "trial-3.ckpt", weights_only=True)["state"] == {"epoch": 2}
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in (0, 4):
+        Checkpoint(tmp_path, number, {}).write({"number": number})
+    retry = Checkpoint(tmp_path, 7, {}, earlier=[0, 4])
+    assert retry.load() == {"number": 4}
+    with checkpoint_file(tmp_path, 4).open("r+b") as stream:
+        stream.seek(100)
+        stream.write(b"\xff\x00")
+    assert retry.load() == {"number": 0}
+    assert "trial-4.ckpt is damaged" in caplog.text
+
+
+def test_earlier_attempts_go_once_there_is_a_newer_checkpoint(tmp_path: Path) -> None:
+    Checkpoint(tmp_path, 0, {}).write({})
+    Checkpoint(tmp_path, 4, {}, earlier=[0]).write({})
+    assert find_checkpoints(tmp_path) == {tmp_path / "trial-4.ckpt": 4}
+
+
+def test_the_checkpoint_of_another_training_is_not_resumed_from(tmp_path: Path) -> None:
+    Checkpoint(tmp_path, 0, {"lr": 0.1}).write({})
+    assert Checkpoint(tmp_path, 0, {"lr": 0.2}).load() is None
+    assert Checkpoint(tmp_path, 0, {"lr": 0.1}).load() == {}
+
+
+def test_a_full_disk_costs_a_warning_and_leaves_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = Checkpoint(tmp_path, 0, {})
+    kept.write({"epoch": 1})
+
+    def refuse(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", refuse)
+        kept.write({"epoch": 2})
+        kept.write({"epoch": 3})
+    assert kept.load() == {"epoch": 1}
+    assert list(tmp_path.iterdir()) == [kept.file]
+    assert caplog.text.count("No space left on device") == 1
+
+
+def test_an_interrupted_trial_gets_the_value_that_it_would_have_had(digits: ImageData, tmp_path: Path) -> None:
+    definition = make_definition(
+        budget={"epochs": 4}, recovery={"keep": 0}, fixed={"depth": 2, "batch_size": 64, "dropout": 0.2}
+    )
+    values: list[tuple[float, dict[int, float]]] = []
+    trained: list[int] = []
+    for n_batches in (None, 12):
+        study = optuna.create_study(direction="maximize")
+        study.enqueue_trial({"width": 16, "lr": 0.01})
+        objective = Objective(definition, digits, checkpoints=tmp_path)
+        if n_batches:
+            objective.before_batch = stop_after(n_batches)
+            first = study.ask()
+            with pytest.raises(Drained):
+                objective(first)
+            study.tell(first, state=TrialState.FAIL)
+            study.enqueue_trial({"width": 16, "lr": 0.01}, user_attrs={"attempts": [0]})
+            objective.before_batch = lambda: None
+        trained.clear()
+        objective.callbacks = (lambda result: trained.append(result.epoch),)
+        trial = study.ask()
+        value = objective(trial)
+        values.append((value, study.get_trials()[-1].intermediate_values))
+    assert values[0] == values[1], "the reports from before are there as well"
+    assert trained == [3, 4]
+
+
+def test_the_checkpoints_of_the_best_stay_and_those_that_will_be_resumed(digits: ImageData, tmp_path: Path) -> None:
+    definition = make_definition(study={"artifacts": str(tmp_path)}, recovery={"keep": 2, "checkpoint": 1000})
+    study = optuna.create_study(direction="maximize", study_name="small")
+    folder = tmp_path / "small"
+    study.optimize(Objective(definition, digits, checkpoints=folder), n_trials=5)
+    running = study.ask()
+    retried = study.ask()
+    study.tell(retried, state=TrialState.FAIL)
+    study.enqueue_trial({}, user_attrs={"attempts": [retried.number]})
+    for number in (running.number, retried.number, 17):
+        Checkpoint(folder, number, {}).write({})
+    (folder / "trial-1.ckpt.tmp").touch()
+    sweep_checkpoints(definition, study)
+    best = sorted(study.trials[:5], key=lambda trial: (-(trial.value or 0), trial.number))[:2]
+    kept = {*(trial.number for trial in best), running.number, retried.number}
+    assert {*find_checkpoints(folder).values()} == kept
+    final = checkpoint.read(checkpoint_file(folder, best[0].number))["state"]
+    assert len(final["results"]) == 2
+    assert final["results"][-1][2] == best[0].value
