@@ -2,7 +2,8 @@
 
 The package, to be read downwards; a file imports only from lines below its own:
 
-    cli                                   the verbs; prints, exits
+    __main__                              runs a verb, catches errors, exits
+    cli                                   the verbs
     arguments | console                   what the verbs take; live table and text rendering
     pool | doctor                         N workers on this machine under one supervisor; what is wrong with a study
     worker | retrain                      one worker; the best trial to a bundle

@@ -1,6 +1,49 @@
-"""`python -m hpsearch` is `hpsearch`."""
+"""The command line, as `hpsearch` or `python -m hpsearch`: runs a verb, catches `HpsearchError`, and exits."""
 
-from hpsearch.cli import main
+import logging
+import sys
+from typing import Any
+
+import typer
+from typer.exceptions import TyperException
+
+from hpsearch.cli import app
+from hpsearch.errors import HpsearchError
+
+
+def main() -> None:
+    """Run the command line; every error becomes one or two lines on stderr and an exit status."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    is_debug = len(arguments) < len(sys.argv) - 1
+    logging.basicConfig(level=logging.DEBUG if is_debug else logging.WARNING, format="%(message)s")
+    try:
+        sys.exit(app(arguments, standalone_mode=False))
+    except HpsearchError as error:
+        if is_debug:
+            raise
+        _exit_with(str(error), error.exit_status)
+    except TyperException as error:
+        context: Any = getattr(error, "ctx", None)
+        command = context.command_path if context else "hpsearch"
+        if type(error).__name__ == "NoArgsIsHelpError":
+            _exit_with(error.format_message(), 2, prefix="")
+        _exit_with(f"{error.format_message()}\nsee: {command} --help", error.exit_code)
+    except typer.Abort:
+        _exit_with("interrupted", 130)
+    except OSError as error:
+        if is_debug:
+            raise
+        _exit_with(f"{error.filename or 'input or output'}: {error.strerror or error}", 1)
+    except Exception as error:
+        if is_debug:
+            raise
+        _exit_with(f"unexpected {type(error).__name__}: {error}\nsee more with: hpsearch --debug ...", 1)
+
+
+def _exit_with(message: str, exit_status: int, prefix: str = "error: ") -> None:
+    print(f"{prefix}{message}", file=sys.stderr)
+    sys.exit(exit_status)
+
 
 if __name__ == "__main__":
     main()

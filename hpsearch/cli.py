@@ -1,19 +1,16 @@
-"""The verbs of the command line. Only this file prints results, exits and catches `HpsearchError`.
+"""The verbs of the command line: each calls one function and prints what it returns.
 
 What a verb needs is imported inside it: torch takes seconds to import, and `--help` should not.
 """
 
 import json
-import logging
 import shlex
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.exceptions import TyperException
 
 from hpsearch.arguments import (
     BundleArgument,
@@ -25,7 +22,7 @@ from hpsearch.arguments import (
     StudyArgument,
     WorkersOption,
 )
-from hpsearch.errors import HpsearchError, UsageError
+from hpsearch.errors import UsageError
 
 if TYPE_CHECKING:
     import optuna
@@ -183,6 +180,43 @@ def export(
     say(f"next: hpsearch evaluate {bundle}  |  hpsearch predict {bundle} IMAGE")
 
 
+@app.command(epilog="Example:  hpsearch doctor studies/mnist-mlp.toml --fix")
+def doctor(
+    study: StudyArgument,
+    fix: Annotated[bool, typer.Option("--fix", help="Mend what is safe to mend.")] = False,
+    storage: StorageOption = None,
+    data: DataOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check database, trials, checkpoints, disk, data, devices and threads, and say how to mend what is wrong."""
+    from dataclasses import asdict
+
+    from hpsearch.console import render_findings
+    from hpsearch.doctor import examine
+
+    findings = [asdict(finding) for finding in examine(_load(study, storage), folder=data, fix=fix)]
+    _print(findings, render_findings, as_json=as_json)
+    if not all(finding["is_ok"] for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example:  hpsearch backup studies/mnist-mlp.toml mnist-mlp-backup.db")
+def backup(
+    study: StudyArgument,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A new file: a SQLite database.")],
+    storage: StorageOption = None,
+) -> None:
+    """Copy the SQLite database of a study, which may be running, to a new file, and check the copy."""
+    from hpsearch.console import say
+    from hpsearch.database import backup as backup_database
+    from hpsearch.database import parse_url
+
+    definition = _load(study, storage)
+    _stored(definition)
+    backup_database(parse_url(definition.study.storage), file)
+    say(f"{file} is a whole copy; look at it with: hpsearch status {shlex.quote(study)} --storage sqlite:///{file}")
+
+
 @app.command(epilog="Example:  hpsearch evaluate dist/mnist-mlp")
 def evaluate(bundle: BundleArgument, data: DataOption = None, as_json: JsonOption = False) -> None:
     """Measure a bundle on the test set: accuracy, per-class figures, confusion matrix."""
@@ -211,40 +245,6 @@ def predict(
     _print(predictions, render_predictions, as_json=as_json)
     if any("error" in prediction for prediction in predictions):
         raise typer.Exit(1)
-
-
-def main() -> None:
-    """Run the command line; every error becomes one or two lines on stderr and an exit status."""
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    is_debug = len(arguments) < len(sys.argv) - 1
-    logging.basicConfig(level=logging.DEBUG if is_debug else logging.WARNING, format="%(message)s")
-    try:
-        sys.exit(app(arguments, standalone_mode=False))
-    except HpsearchError as error:
-        if is_debug:
-            raise
-        _exit_with(str(error), error.exit_status)
-    except TyperException as error:
-        context: Any = getattr(error, "ctx", None)
-        command = context.command_path if context else "hpsearch"
-        if type(error).__name__ == "NoArgsIsHelpError":
-            _exit_with(error.format_message(), 2, prefix="")
-        _exit_with(f"{error.format_message()}\nsee: {command} --help", error.exit_code)
-    except typer.Abort:
-        _exit_with("interrupted", 130)
-    except OSError as error:
-        if is_debug:
-            raise
-        _exit_with(f"{error.filename or 'input or output'}: {error.strerror or error}", 1)
-    except Exception as error:
-        if is_debug:
-            raise
-        _exit_with(f"unexpected {type(error).__name__}: {error}\nsee more with: hpsearch --debug ...", 1)
-
-
-def _exit_with(message: str, exit_status: int, prefix: str = "error: ") -> None:
-    print(f"{prefix}{message}", file=sys.stderr)
-    sys.exit(exit_status)
 
 
 def _load(study: str, storage: str | None, trials: int | None = None) -> "StudyDefinition":

@@ -1,5 +1,6 @@
 """What the command line shows: lines and a live table while a search runs, and tables of what it found."""
 
+import errno
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -20,8 +21,12 @@ _WIDTH_OF_A_PIPE = 10_000  # nothing is cut off where no terminal sets a width
 
 
 def say(message: str) -> None:
-    """Talk goes to stderr."""
-    print(message, file=sys.stderr, flush=True)
+    """Talk goes to stderr; where that is a file on a full disk, it is lost, since the search must not end by it."""
+    try:
+        print(message, file=sys.stderr, flush=True)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
 
 
 def show(renderable: RenderableType) -> None:
@@ -126,6 +131,15 @@ def render_trials(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
         seconds = "" if row["seconds"] is None else f"{row['seconds']:.1f}"
         params = [_short(row["params"].get(name, "")) for name in names]
         table.add_row(str(row["number"]), row["state"], value, str(row["epoch"]), *params, seconds, Text(row["note"]))
+    return table
+
+
+def render_findings(findings: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """A line for each check of `doctor`: `ok`, or `mend` and how."""
+    table = Table.grid(padding=(0, 2))
+    for finding in findings:
+        verdict = Text("ok", style="green") if finding["is_ok"] else Text("mend", style="bold red")
+        table.add_row(verdict, finding["check"], Text(finding["message"], overflow="fold"))
     return table
 
 

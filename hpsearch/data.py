@@ -137,6 +137,18 @@ def load_test(name: str, folder: Path | str | None = None) -> tuple[Tensor, Tens
     return _read(name, folder, is_train=False)
 
 
+def find_missing(name: str, folder: Path | str | None = None) -> list[str]:
+    """The files of a data set that are neither there unpacked nor as archives, so that they would be downloaded."""
+    if name == "digits":
+        return []
+    import torchvision
+
+    class_name = _TORCHVISION_NAMES[name]
+    raw = data_folder(folder) / class_name / "raw"
+    archives = [raw / archive for archive, _md5 in getattr(torchvision.datasets, class_name).resources]
+    return [archive.name for archive in archives if not (archive.exists() or archive.with_suffix("").exists())]
+
+
 def normalise(images: Tensor, mean: float, std: float) -> Tensor:
     """Raw pixels (uint8) as float32 with the given mean and deviation taken out, same shape."""
     from torchvision.transforms import v2

@@ -1,8 +1,10 @@
 """What is particular about SQLite and PostgreSQL: URLs, creation, transactions, and errors that pass."""
 
+import logging
 import os
 import shutil
 import sqlite3
+import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -11,12 +13,15 @@ from urllib.parse import quote
 
 import psutil
 import sqlalchemy
+import tenacity
 from filelock import FileLock, Timeout
 from optuna.exceptions import StorageInternalError
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, InterfaceError, OperationalError
 
 from hpsearch.errors import StorageError, StorageUnavailable, UsageError
+
+logger = logging.getLogger(__name__)
 
 LOCK_TIMEOUT = 60.0  # seconds in which another process may create a database or a study
 BUSY_TIMEOUT = 15.0  # seconds in which SQLite itself waits for a lock
@@ -114,6 +119,8 @@ def backup(url: URL, file: Path) -> None:
         raise UsageError(f"{show_url(url)} is no SQLite file; back it up with pg_dump")
     if file.exists():
         raise UsageError(f"{file} is there already; name a new file")
+    if not file.parent.is_dir():
+        raise UsageError(f"no folder {file.parent} for the backup; create it first")
     temporary = file.with_name(f"{file.name}.tmp")
     try:
         with (
@@ -139,6 +146,11 @@ def check_integrity(connection: sqlite3.Connection) -> str:
     """What SQLite finds wrong with a database, or nothing."""
     found = [row[0] for row in connection.execute("PRAGMA integrity_check")]
     return "" if found == ["ok"] else "; ".join(found)
+
+
+def safe_journal() -> str:
+    """The journal mode that this SQLite cannot lose data in."""
+    return "wal" if sqlite3.sqlite_version_info >= _WAL_IS_SAFE_FROM else "truncate"
 
 
 def connect_options(url: URL) -> dict[str, Any]:
@@ -170,6 +182,27 @@ def _sqlite_code(error: BaseException) -> int | None:
     return None if code is None else code & 0xFF  # the primary one of an extended code
 
 
+def retrying(url: URL, patience: float, longest_pause: int, giving_up: threading.Event) -> tenacity.Retrying:
+    """Calls a function until it raises no error that can pass, for `patience` seconds or until `giving_up` is set.
+
+    The pauses grow up to `longest_pause` seconds, and each is announced.
+    """
+
+    def say_waiting(state: tenacity.RetryCallState) -> None:
+        if state.outcome and (error := state.outcome.exception()):
+            why = reason(url, error)
+            logger.warning("the storage does not answer (%s); trying again in %.0f s", why, state.upcoming_sleep)
+
+    return tenacity.Retrying(
+        retry=tenacity.retry_if_exception(is_transient),
+        wait=tenacity.wait_random_exponential(multiplier=0.5, max=longest_pause),
+        stop=tenacity.stop_after_delay(patience) | tenacity.stop_when_event_set(giving_up),
+        sleep=tenacity.sleep_using_event(giving_up),
+        before_sleep=say_waiting,
+        reraise=True,
+    )
+
+
 def unavailable(url: URL, error: BaseException) -> StorageUnavailable:
     """The error that says that the database cannot be reached, and why."""
     return StorageUnavailable(f"the storage {show_url(url)} cannot be reached: {reason(url, error)}")
@@ -190,8 +223,7 @@ def reason(url: URL, error: BaseException) -> str:
 
 def _configure_sqlite(connection: sqlite3.Connection, _record: object) -> None:
     connection.isolation_level = None  # SQLAlchemy's `begin` event starts the transactions
-    journal = "WAL" if sqlite3.sqlite_version_info >= _WAL_IS_SAFE_FROM else "TRUNCATE"
-    connection.execute(f"PRAGMA journal_mode = {journal}")
+    connection.execute(f"PRAGMA journal_mode = {safe_journal()}")
     connection.execute("PRAGMA synchronous = FULL")
 
 

@@ -5,7 +5,6 @@ against the budget, signed and given its first heartbeat in the transaction that
 is gone fails and is queued again in one transaction.
 """
 
-import logging
 import threading
 import time
 import warnings
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-import tenacity
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.storages._rdb import models
@@ -34,12 +32,11 @@ from hpsearch.database import (
     is_transient,
     parse_url,
     reason,
+    retrying,
     show_url,
     unavailable,
 )
 from hpsearch.errors import StorageError, StudyNotFound, UsageError
-
-logger = logging.getLogger(__name__)
 
 _TRIAL: Any = models.TrialModel
 
@@ -176,13 +173,23 @@ class Storage(RDBStorage):
         self._adopt_orphans(study_id)
         return super()._get_stale_trial_ids(study_id)
 
+    def find_stuck(self, study_id: int) -> list[int]:
+        """The ids of running trials that are stale or have no heartbeat at all; nothing is changed."""
+        with _create_scoped_session(self.scoped_session) as session:
+            orphans = self._find_orphans(study_id, session)
+        return [*super()._get_stale_trial_ids(study_id), *orphans]
+
     def _adopt_orphans(self, study_id: int) -> None:
         """Give running trials without a heartbeat one, so that they become stale a grace period from now."""
         with _create_scoped_session(self.scoped_session, ignore_integrity_error=True) as session:
-            orphans = session.query(_TRIAL.trial_id).filter(
-                _TRIAL.study_id == study_id, _TRIAL.state == TrialState.RUNNING, ~_TRIAL.heartbeats.any()
-            )
-            session.add_all([models.TrialHeartbeatModel(trial_id=trial_id) for (trial_id,) in orphans])
+            orphans = self._find_orphans(study_id, session)
+            session.add_all([models.TrialHeartbeatModel(trial_id=trial_id) for trial_id in orphans])
+
+    def _find_orphans(self, study_id: int, session: Session) -> list[int]:
+        query = session.query(_TRIAL.trial_id).filter(
+            _TRIAL.study_id == study_id, _TRIAL.state == TrialState.RUNNING, ~_TRIAL.heartbeats.any()
+        )
+        return [trial_id for (trial_id,) in query]
 
 
 def _patiently(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -192,7 +199,7 @@ def _patiently(method: Callable[..., Any]) -> Callable[..., Any]:
     def call(self: Storage, *args: Any, **kwargs: Any) -> Any:
         url = self.engine.url
         try:
-            answer = _retrying(url, self.patience, self.heartbeat_interval or 1, self.giving_up)(
+            answer = retrying(url, self.patience, self.heartbeat_interval or 1, self.giving_up)(
                 method, self, *args, **kwargs
             )
         except (StorageInternalError, SQLAlchemyError) as error:
@@ -203,22 +210,6 @@ def _patiently(method: Callable[..., Any]) -> Callable[..., Any]:
         return answer
 
     return call
-
-
-def _retrying(url: URL, patience: float, longest_pause: int, giving_up: threading.Event) -> tenacity.Retrying:
-    def say_waiting(state: tenacity.RetryCallState) -> None:
-        if state.outcome and (error := state.outcome.exception()):
-            why = reason(url, error)
-            logger.warning("the storage does not answer (%s); trying again in %.0f s", why, state.upcoming_sleep)
-
-    return tenacity.Retrying(
-        retry=tenacity.retry_if_exception(is_transient),
-        wait=tenacity.wait_random_exponential(multiplier=0.5, max=longest_pause),
-        stop=tenacity.stop_after_delay(patience) | tenacity.stop_when_event_set(giving_up),
-        sleep=tenacity.sleep_using_event(giving_up),
-        before_sleep=say_waiting,
-        reraise=True,
-    )
 
 
 for _name in (
@@ -259,7 +250,7 @@ def open_storage(
             return Storage(parsed, heartbeat=heartbeat, grace=grace, creates=not must_exist)
 
     try:
-        storage = _retrying(parsed, patience, heartbeat, giving_up)(connect)
+        storage = retrying(parsed, patience, heartbeat, giving_up)(connect)
     except (StorageInternalError, SQLAlchemyError) as error:
         if is_transient(error):
             raise unavailable(parsed, error) from error

@@ -1,7 +1,6 @@
 """One worker: admitted by the storage, it asks for trials, keeps them alive, trains them and tells their results."""
 
 import logging
-import os
 import socket
 import threading
 import time
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
+import joblib
 import optuna
 import torch
 from optuna.exceptions import UpdateFinishedTrialError
@@ -275,8 +275,8 @@ def worker_name(stream: int) -> str:
 
 
 def count_cores() -> int:
-    """The processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The processor cores that this process may use, by its affinity and by its container's quota."""
+    return int(joblib.cpu_count())
 
 
 def list_devices() -> list[str]:

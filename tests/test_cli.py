@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from hpsearch import cli
+from hpsearch import __main__
 from hpsearch.console import render_trials, show, trial_line
 from hpsearch.worker import TrialEvent
 
 Run = Callable[..., tuple[int, str, str]]
-VERBS = ("check", "run", "worker", "status", "trials", "export", "evaluate", "predict")
+VERBS = ("check", "run", "worker", "status", "trials", "export", "doctor", "backup", "evaluate", "predict")
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["hpsearch", *map(str, arguments)])
         with pytest.raises(SystemExit) as caught:
-            cli.main()
+            __main__.main()
         code = caught.value.code
         output = capfd.readouterr()
         return int(code or 0), output.out, output.err
@@ -153,7 +153,7 @@ def test_check_prints_the_resolved_study_which_checks_again(
     assert run("check", "again.toml")[1] == out
     document = json.loads(run("check", "small.toml", "--json")[1])
     assert document["try"] == [{"width": 9}]
-    assert document["recovery"] == {"heartbeat": 10, "grace": 60, "retries": 2}
+    assert document["recovery"] == {"heartbeat": 10, "grace": 60, "retries": 2, "checkpoint": 5.0, "keep": 3}
     assert json.loads(run("check", "--schema")[1])["title"] == "StudyDefinition"
 
 
@@ -163,7 +163,7 @@ def test_no_output_shows_the_password_of_the_storage(
     study_file()
     url = "postgresql://me:secret@127.0.0.1:9/db?sslpassword=secret"
     monkeypatch.setattr("hpsearch.pool.run_pool", lambda *_, **__: "the study has its trials")
-    monkeypatch.setattr(cli, "_print_status", lambda *_, **__: None)
+    monkeypatch.setattr("hpsearch.cli._print_status", lambda *_, **__: None)
     for arguments in (["run", "small.toml", "--storage", url], ["status", "small.toml", "--storage", url]):
         assert "secret" not in "".join(map(str, run(*arguments)))
     monkeypatch.setenv("HPSEARCH_STORAGE", url)
@@ -184,7 +184,7 @@ def test_a_traceback_is_shown_only_with_debug(study_file: Callable[..., Path], m
     from hpsearch.errors import DefinitionError
 
     with pytest.raises(DefinitionError):
-        cli.main()
+        __main__.main()
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -207,9 +207,9 @@ def test_help_lists_the_verbs_and_version_tells_it(run: Run) -> None:
 def test_help_and_check_do_not_wait_for_torch(study_file: Callable[..., Path]) -> None:
     for arguments in (["--help"], ["check", str(study_file())]):
         program = (
-            "import sys; from hpsearch import cli\n"
+            "import sys; from hpsearch import __main__\n"
             f"sys.argv = ['hpsearch', *{arguments!r}]\n"
-            "try: cli.main()\n"
+            "try: __main__.main()\n"
             "finally: assert not {'torch', 'torchvision', 'sklearn', 'matplotlib'} & set(sys.modules)"
         )
         subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
