@@ -16,8 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hpsearch.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -99,6 +97,8 @@ def write(file: Path, content: Mapping[str, Any]) -> None:
 
     Only one process at a time may write to the same file. Raises `OSError`.
     """
+    import torch  # which takes seconds, and is not needed for looking at a study
+
     buffer = io.BytesIO()
     torch.save(dict(content), buffer)
     payload = buffer.getvalue()
@@ -121,6 +121,8 @@ def read(file: Path) -> dict[str, Any]:
 
     Reading runs no code. Raises `CheckpointError` for a file that is damaged or something else, and `OSError`.
     """
+    import torch
+
     content = file.read_bytes()
     payload, digest = content[:-_DIGEST_SIZE], content[-_DIGEST_SIZE:]
     if hashlib.sha256(payload).digest() != digest:

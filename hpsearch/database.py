@@ -5,6 +5,7 @@ import os
 import shutil
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -16,12 +17,16 @@ import sqlalchemy
 import tenacity
 from filelock import FileLock, Timeout
 from optuna.exceptions import StorageInternalError
+from optuna.storages._rdb.models import BaseModel
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, InterfaceError, OperationalError
 
 from hpsearch.errors import StorageError, StorageUnavailable, UsageError
 
 logger = logging.getLogger(__name__)
+
+_MESSAGE_INTERVAL = 30.0  # seconds between two messages about a storage that does not answer
+_next_message = 0.0
 
 LOCK_TIMEOUT = 60.0  # seconds in which another process may create a database or a study
 BUSY_TIMEOUT = 15.0  # seconds in which SQLite itself waits for a lock
@@ -153,6 +158,27 @@ def safe_journal() -> str:
     return "wal" if sqlite3.sqlite_version_info >= _WAL_IS_SAFE_FROM else "truncate"
 
 
+def check_tables(url: URL) -> None:
+    """Raise `StorageError` for a database of something else, before any table is created in it."""
+    engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool)
+    with engine.connect() as connection:
+        found = sqlalchemy.inspect(connection)
+        names = found.get_table_names()
+        if "version_info" in names:
+            return
+        # Tables of Optuna's without a version are from a creation that was killed; it is gone on with.
+        ours: dict[str, sqlalchemy.Table] = dict(BaseModel.metadata.tables)
+        foreign = [name for name in names if name not in (*ours, "alembic_version") and engine.name == "sqlite"]
+        for name in ours.keys() & {*names}:
+            if {column["name"] for column in found.get_columns(name)} != {*ours[name].columns.keys()}:
+                foreign.append(name)
+    if foreign:
+        raise StorageError(
+            f"{show_url(url)} is a database of something else, with the tables {', '.join(sorted(foreign))}; "
+            "name a new one"
+        )
+
+
 def connect_options(url: URL) -> dict[str, Any]:
     """What `sqlalchemy.create_engine` needs beside the URL."""
     is_sqlite = url.get_backend_name() == "sqlite"
@@ -185,13 +211,17 @@ def _sqlite_code(error: BaseException) -> int | None:
 def retrying(url: URL, patience: float, longest_pause: int, giving_up: threading.Event) -> tenacity.Retrying:
     """Calls a function until it raises no error that can pass, for `patience` seconds or until `giving_up` is set.
 
-    The pauses grow up to `longest_pause` seconds, and each is announced.
+    The pauses grow up to `longest_pause` seconds, and it is said now and then why.
     """
 
     def say_waiting(state: tenacity.RetryCallState) -> None:
-        if state.outcome and (error := state.outcome.exception()):
+        global _next_message
+        # The threads of a process wait for the same thing, so one of them says so, and not at each try.
+        if time.monotonic() >= _next_message and state.outcome and (error := state.outcome.exception()):
+            _next_message = time.monotonic() + _MESSAGE_INTERVAL
+            minutes = (patience - (state.seconds_since_start or 0)) / 60
             why = reason(url, error)
-            logger.warning("the storage does not answer (%s); trying again in %.0f s", why, state.upcoming_sleep)
+            logger.warning("the storage does not answer (%s); trying again for %.0f minutes", why, minutes)
 
     return tenacity.Retrying(
         retry=tenacity.retry_if_exception(is_transient),

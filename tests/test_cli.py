@@ -10,6 +10,9 @@ import pytest
 
 from hpsearch import __main__
 from hpsearch.console import render_trials, show, trial_line
+from hpsearch.definition import load_definition
+from hpsearch.storage import open_storage
+from hpsearch.study import open_study
 from hpsearch.worker import TrialEvent
 
 Run = Callable[..., tuple[int, str, str]]
@@ -204,8 +207,11 @@ def test_help_lists_the_verbs_and_version_tells_it(run: Run) -> None:
     assert "Commands:" in err
 
 
-def test_help_and_check_do_not_wait_for_torch(study_file: Callable[..., Path]) -> None:
-    for arguments in (["--help"], ["check", str(study_file())]):
+def test_verbs_that_train_nothing_do_not_wait_for_torch(study_file: Callable[..., Path]) -> None:
+    file = study_file()
+    definition = load_definition(file)
+    open_study(definition, open_storage(definition.study.storage))
+    for arguments in (["--help"], *([verb, str(file)] for verb in ("check", "status", "trials"))):
         program = (
             "import sys; from hpsearch import __main__\n"
             f"sys.argv = ['hpsearch', *{arguments!r}]\n"

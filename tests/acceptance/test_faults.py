@@ -1,4 +1,4 @@
-"""What happens to a search: killed workers, two runs at once, signals, a killed supervisor."""
+"""What happens to a search: a killed worker, signals, a second worker, a terminal and a pipe that is closed."""
 
 import json
 import os
@@ -42,25 +42,6 @@ def runs_a_trial(file: Path, n: int = 1) -> Callable[[], bool]:
         return len([worker for worker in workers if worker["epoch"] > 0]) >= n
 
     return check
-
-
-def test_eight_workers_two_runs_and_a_kill_end_with_exactly_the_budget(study_file: WriteStudy) -> None:
-    file = study_file(UNPRUNED, budget="trials = 30\nepochs = 25")
-    runs = [start("run", file.name, "--workers", 4, cwd=file.parent, log=file.parent / f"{name}.log") for name in "ab"]
-    wait_for(lambda: all(len(workers_of(run)) == 4 for run in runs), "eight workers")
-    wait_for(runs_a_trial(file, 2), "trials that run")
-    os.kill(workers_of(runs[0])[0], signal.SIGKILL)
-    for run in runs:
-        assert run.wait(timeout=200) == 0, (file.parent / "a.log").read_text() + (file.parent / "b.log").read_text()
-    document = status(file)
-    assert document["trials"]["complete"] + document["trials"]["pruned"] == 30
-    assert document["trials"]["running"] == 0
-    assert document["workers"] == []
-    rows = json.loads(hpsearch("trials", file.name, "--json", cwd=file.parent).stdout)
-    assert [row["number"] for row in rows] == list(range(len(rows)))
-    lines = "".join((file.parent / f"{name}.log").read_text() for name in "ab").splitlines()
-    announced = sorted(int(line.split()[1]) for line in lines if line.startswith("trial ") and " complete " in line)
-    assert announced == sorted(row["number"] for row in rows if row["state"] == "complete")
 
 
 def test_a_killed_workers_trial_is_retried_with_its_parameters(study_file: WriteStudy) -> None:
@@ -136,16 +117,6 @@ def test_a_signal_to_the_group_as_timeout_sends_it_is_one_wish(study_file: Write
     assert (document["running"], document["waiting"]) == (0, 2)
     rows = json.loads(hpsearch("trials", file.name, "--state", "failed", "--json", cwd=file.parent).stdout)
     assert {row["note"].split(":")[0] for row in rows} == {"interrupted"}
-
-
-def test_no_worker_outlives_a_killed_supervisor(study_file: WriteStudy) -> None:
-    file = study_file(UNPRUNED, budget=SLOW)
-    run = start("run", file.name, "--workers", 2, cwd=file.parent, log=file.parent / "log")
-    wait_for(runs_a_trial(file, 2), "two trials that run")
-    run.kill()
-    run.wait()
-    wait_for(lambda: not processes_of(run.pid), "the end of all processes")
-    assert status(file)["trials"] == {"complete": 0, "pruned": 0, "failed": 2, "running": 0, "waiting": 2}
 
 
 def test_one_more_worker_joins_from_another_terminal(study_file: WriteStudy) -> None:

@@ -1,0 +1,115 @@
+"""hpsearch's command line with workers that hurt themselves: `INJURIES=report=0.01,tell=0.05 injured.py run ...`.
+
+Each entry is a point of a worker's life and the chance that it is hit each time the worker comes by:
+
+    ask, report, heartbeat, tell    SIGKILL before, inside or after the storage's transaction
+    checkpoint                      SIGKILL while a checkpoint is written, before its renaming or after it
+    exception, memory, allocation   the training raises ValueError or MemoryError, or asks torch for 128 TB
+
+Each hit is written to the file INJURIES_LOG first. The supervisor is left alone.
+"""
+
+import os
+import random
+import signal
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+CHANCES = {name: float(chance) for name, _, chance in (i.partition("=") for i in os.environ["INJURIES"].split(","))}
+METHODS = {
+    "_create_new_trial": "ask",
+    "_claim": "ask",
+    "set_trial_intermediate_value": "report",
+    "record_heartbeat": "heartbeat",
+    "set_trial_state_values": "tell",
+}
+chance = random.Random(f"{os.environ.get('INJURIES_SEED')}-{os.getpid()}")
+
+
+def hits(point: str) -> bool:
+    if chance.random() >= CHANCES.get(point, 0):
+        return False
+    with Path(os.environ["INJURIES_LOG"]).open("a") as log:
+        log.write(f"{point}\n")
+    return True
+
+
+def die(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def injure_transactions() -> None:
+    import sqlalchemy
+
+    from hpsearch.storage import Storage
+
+    moment = None
+
+    def in_commit(_: object) -> None:
+        if moment == "inside":
+            die()
+
+    sqlalchemy.event.listen(sqlalchemy.Engine, "commit", in_commit)
+
+    def injured(method: Callable[..., Any], point: str) -> Callable[..., Any]:
+        @wraps(method)
+        def call(self: Storage, *args: Any, **kwargs: Any) -> Any:
+            nonlocal moment
+            if hits(point):
+                moment = chance.choice(["before", "inside", "after"])
+            if moment == "before":
+                die()
+            answer = method(self, *args, **kwargs)
+            if moment:
+                die()
+            return answer
+
+        return call
+
+    for name, point in METHODS.items():
+        setattr(Storage, name, injured(getattr(Storage, name), point))
+
+
+def injure_checkpoints() -> None:
+    from hpsearch import checkpoint
+
+    original = checkpoint.write
+
+    def write(*args: Any) -> None:
+        if hits("checkpoint"):
+            place, name = chance.choice([(os, "fsync"), (Path, "replace"), (checkpoint, "_sync_folder")])
+            setattr(place, name, die)
+        original(*args)
+
+    checkpoint.write = write  # type: ignore[assignment]
+
+
+def injure_trainings() -> None:
+    import torch
+
+    from hpsearch import objective
+
+    original = objective.train  # type: ignore[attr-defined]
+
+    def train(*args: Any, **options: Any) -> Any:
+        if hits("exception"):
+            raise ValueError("injured")
+        if hits("memory"):
+            raise MemoryError("injured")
+        if hits("allocation"):
+            torch.empty(2**45)
+        return original(*args, **options)
+
+    objective.train = train  # type: ignore[attr-defined]
+
+
+if __name__ == "__main__":
+    from hpsearch.__main__ import main
+
+    main()
+else:  # multiprocessing imports the main module in each worker
+    injure_transactions()
+    injure_checkpoints()
+    injure_trainings()
