@@ -89,10 +89,14 @@ def run(
     """Create or resume a study and search until its budget is spent."""
     from hpsearch.console import RunView, say
     from hpsearch.database import show_url
-    from hpsearch.pool import run_pool
     from hpsearch.signals import Drain
+    from hpsearch.storage import open_storage
+    from hpsearch.study import open_study
 
     definition = _load(study, storage, trials)
+    open_study(definition, open_storage(definition.study.storage))  # what cannot work is told before torch is loaded
+    from hpsearch.pool import run_pool
+
     drain = Drain().listen(signal.SIGINT, signal.SIGTERM)
     with RunView(definition.budget.trials, definition.budget.epochs) as view:
         reason = run_pool(

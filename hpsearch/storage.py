@@ -26,6 +26,7 @@ from sqlalchemy.orm import Session
 
 from hpsearch.budget import admit
 from hpsearch.database import (
+    check_place,
     check_tables,
     connect_options,
     creation_lock,
@@ -249,6 +250,7 @@ def open_storage(
     def connect() -> Storage:
         with creation_lock(parsed, is_reader=must_exist):
             if not must_exist:
+                check_place(parsed)
                 check_tables(parsed)
             return Storage(parsed, heartbeat=heartbeat, grace=grace, creates=not must_exist)
 

@@ -93,6 +93,9 @@ def summarize(definition: StudyDefinition, study: optuna.Study) -> dict[str, Any
     running = [trial for trial in trials if trial.state == TrialState.RUNNING]
     best = find_best(study) if counts[TrialState.COMPLETE] else None
     full = definition.budget.epochs
+    # A retried trial has the epochs of its earlier attempts.
+    begun = [trial for trial in trials if trial.state != TrialState.WAITING]
+    superseded = {number for trial in begun for number in trial.user_attrs.get("attempts", ())}
     return {
         "study": study.study_name,
         "storage": show_url(definition.study.storage),
@@ -110,7 +113,7 @@ def summarize(definition: StudyDefinition, study: optuna.Study) -> dict[str, Any
             for trial in running
         ],
         "epochs": {
-            "run": sum(trial.last_step or 0 for trial in trials),
+            "run": sum(trial.last_step or 0 for trial in trials if trial.number not in superseded),
             "saved": sum(full - (trial.last_step or 0) for trial in trials if trial.state == TrialState.PRUNED),
         },
     }

@@ -126,3 +126,15 @@ def test_trials_are_listed_by_number_or_the_best_first(storage: Storage) -> None
     assert failed["note"] == "exception: broken"
     [waiting] = list_trials(study, "waiting", "number", None)
     assert waiting["params"] == {"width": 8}
+
+
+def test_the_epochs_of_a_resumed_trial_count_once(storage: Storage) -> None:
+    study = open_study(make_definition(), storage)
+    killed = study.ask()
+    killed.report(0.5, 1)
+    storage.fail(killed._trial_id, "interrupted", "Ctrl-C")
+    assert summarize(make_definition("sqlite:///x"), study)["epochs"]["run"] == 1
+    resumed = study.ask()
+    for epoch in (1, 2):
+        resumed.report(0.5, epoch)
+    assert summarize(make_definition("sqlite:///x"), study)["epochs"]["run"] == 2

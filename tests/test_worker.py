@@ -249,7 +249,7 @@ def test_a_worker_ends_after_max_trials(bench: Callable[..., Bench]) -> None:
 
 
 def test_a_worker_reaps_the_trials_of_the_dead_and_runs_them_again(bench: Callable[..., Bench]) -> None:
-    b = bench(budget={"trials": 1})
+    b = bench(budget={"trials": 1}, recovery={"heartbeat": 1, "grace": 2})
     dead = open_storage(b.definition.study.storage)
     dead.worker = "dead-0"
     with pytest.warns(UserWarning, match="Heartbeat"):

@@ -23,6 +23,15 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import optuna
+import sqlalchemy
+
+from hpsearch import checkpoint
+from hpsearch.definition import load_definition, parse_definition
+from hpsearch.errors import BudgetInFlight, BudgetSpent, CheckpointError
+from hpsearch.storage import open_storage
+from hpsearch.study import list_trials, load_study, open_study
+
 from .commands import HPSEARCH, environment, hpsearch, processes_of, wait_for, workers_of
 
 INJURED = (HPSEARCH[0], str(Path(__file__).with_name("injured.py")))
@@ -101,8 +110,13 @@ class Search:
         return self.start("run", "--workers", n_workers, "--trials", trials or self.trials, **injuries)
 
     def rows(self) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = json.loads(hpsearch("trials", self.file, "--json", cwd=self.folder).stdout)
-        return rows
+        """What `hpsearch trials --json` prints; without a process of its own, since it is asked for often."""
+        definition = load_definition(self.file)
+        storage = open_storage(definition.study.storage, must_exist=True, patience=60)
+        try:
+            return list_trials(load_study(definition, storage), None, "number", None)
+        finally:
+            storage.engine.dispose()
 
     def count(self, state: str) -> int:
         """How many trials are in a state of Optuna's; quick, for polling."""
@@ -209,8 +223,6 @@ def kill_supervisor(folder: Path, n: int, rng: random.Random) -> str:
 
 def drain(folder: Path, n: int, rng: random.Random) -> str:
     """SIGTERM in mid-epoch: trials are handed back, and each goes on from the very batch."""
-    from hpsearch import checkpoint
-
     search, handed_back = Search(folder, trials=1, epochs=120, checkpoint=1000), 0
     while handed_back < n:
         run = search.run(trials=8)
@@ -266,9 +278,6 @@ def claim(folder: Path, n: int, rng: random.Random) -> str:
     """Eight processes claim waiting trials."""
     results = []
     for name, url in _both_databases(folder):
-        from hpsearch.storage import open_storage
-        from hpsearch.study import open_study
-
         definition = _define(url, n)
         study = open_study(definition, open_storage(url))
         for _ in range(n):
@@ -283,13 +292,8 @@ def claim(folder: Path, n: int, rng: random.Random) -> str:
 
 def reap(folder: Path, n: int, rng: random.Random) -> str:
     """Six reapers meet stale trials."""
-    import sqlalchemy
-
     results = []
     for name, url in _both_databases(folder):
-        from hpsearch.storage import open_storage
-        from hpsearch.study import open_study
-
         storage = open_storage(url)
         study = open_study(_define(url, n), storage)
         storage.worker = "dead-0"
@@ -381,9 +385,6 @@ def restart_postgresql(folder: Path, n: int, rng: random.Random, *, down: float 
 def damage_checkpoints(folder: Path, n: int, rng: random.Random) -> str:
     """`n` kills in checkpoint writing, `n` bit flips and truncations."""
     import torch
-
-    from hpsearch import checkpoint
-    from hpsearch.errors import CheckpointError
 
     file = folder / "trial-0.ckpt"
     torch.set_num_threads(1)  # no threads of torch's that a fork would lose
@@ -479,10 +480,6 @@ def come_and_go(folder: Path, n: int, rng: random.Random) -> str:
 
 def refuse(folder: Path, n: int, rng: random.Random) -> str:
     """A changed study file, a database of something else, a read-only folder: refused by name, nothing written."""
-    from hpsearch.definition import load_definition
-    from hpsearch.storage import open_storage
-    from hpsearch.study import open_study
-
     search = Search(folder, trials=1, epochs=1)
     open_study(load_definition(search.file), open_storage(f"sqlite:///{search.database}"))
     original = search.file.read_text()
@@ -498,8 +495,6 @@ def refuse(folder: Path, n: int, rng: random.Random) -> str:
     changed = original.replace("[8, 32]", "[8, 64]").replace("train = 300", "train = 301")
     refused(changed, "data.train (300 -> 301), search.width ({'int': [8, 32]} -> {'int': [8, 64]})")
     refused(original.replace("[study]", '[study]\ndirection = "minimize"'), "study.direction: unknown")
-    import optuna
-
     optuna.create_study(storage=f"sqlite:///{folder}/minimize.db", study_name="small", direction="minimize")
     refused(original, "minimizes", "--storage", f"sqlite:///{folder}/minimize.db")
     (folder / "text.db").write_text("not a database, but something precious")
@@ -604,8 +599,6 @@ def _both_databases(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def _define(url: str, trials: int) -> Any:
-    from hpsearch.definition import parse_definition
-
     tables = {
         "study": {"name": "small", "storage": url},
         "budget": {"trials": trials},
@@ -631,11 +624,6 @@ def _remember(barrier: Any) -> None:
 
 
 def _claim_all(worker: str, url: str, n: int) -> list[int]:
-    import optuna
-
-    from hpsearch.errors import BudgetInFlight, BudgetSpent
-    from hpsearch.storage import open_storage
-
     storage = open_storage(url, patience=120)
     storage.worker = worker
     study = optuna.load_study(study_name="small", storage=storage, sampler=optuna.samplers.RandomSampler())
@@ -651,10 +639,6 @@ def _claim_all(worker: str, url: str, n: int) -> list[int]:
 
 
 def _reap_all(worker: str, url: str, n: int) -> list[int]:
-    import optuna
-
-    from hpsearch.storage import open_storage
-
     storage = open_storage(url, patience=120)
     study = optuna.load_study(study_name="small", storage=storage)
     _barrier.wait(timeout=120)
