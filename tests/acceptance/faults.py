@@ -427,22 +427,19 @@ def damage_checkpoints(folder: Path, n: int, rng: random.Random) -> str:
 def fail_trainings(folder: Path, n: int, rng: random.Random) -> str:
     """NaN and infinite losses, raised exceptions, MemoryError, a failed allocation."""
     search = Search(folder, trials=n, epochs=3, lr="1e-3, 1e38")
-    points = "exception=0.1,memory=0.1,allocation=0.1"
-    run = search.run(2, injuries=points, seed=rng.randrange(10**6))
-    while (status := run.wait(timeout=300)) == 1:  # both workers had three failures in a row
-        assert "after 3 failed trials in a row" in search.text(), search.text()[-3000:]
-        run = search.run(2, injuries=points, seed=rng.randrange(10**6))
-    assert status == 0, search.text()[-3000:]
+    search.end(search.run(2, injuries="training=1"))
     rows = search.check_promises()
     kinds = Counter(row["note"].partition(":")[0] for row in rows if row["state"] == "failed")
-    hits = Counter((folder / "injuries").read_text().split())
-    assert kinds == {"exception": hits["exception"], "out-of-memory": hits["memory"] + hits["allocation"]}, kinds
+    assert {*kinds} == {"exception", "out-of-memory"}, kinds
+    assert all(
+        "injured" in row["note"] or "can't allocate memory" in row["note"] for row in rows if row["state"] == "failed"
+    )
     diverged = [row for row in rows if row["state"] == "pruned"]
+    assert diverged
     assert all(row["note"].startswith("the training loss is ") for row in diverged)
     best = json.loads(hpsearch("status", search.file, "--json", cwd=folder).stdout)["best"]
     assert math.isfinite(best["value"])
     assert rows[best["number"]]["state"] == "complete"
-    assert min(len(diverged), *kinds.values()) > 0, "nothing was tried"
     counts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
     return f"{len(diverged)} diverged, {counts}: each with its reason, none best, {n} of {n} finished"
 

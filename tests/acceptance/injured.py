@@ -4,7 +4,7 @@ Each entry is a point of a worker's life and the chance that it is hit each time
 
     ask, report, heartbeat, tell    SIGKILL before, inside or after the storage's transaction
     checkpoint                      SIGKILL while a checkpoint is written, before its renaming or after it
-    exception, memory, allocation   the training raises ValueError or MemoryError, or asks torch for 128 TB
+    training                        every other training raises ValueError or MemoryError, or asks torch for 128 TB
 
 Each hit is written to the file INJURIES_LOG first. The supervisor is left alone.
 """
@@ -14,6 +14,7 @@ import random
 import signal
 from collections.abc import Callable
 from functools import wraps
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -93,13 +94,16 @@ def injure_trainings() -> None:
 
     original = objective.train  # type: ignore[attr-defined]
 
+    pains = cycle(["", "exception", "", "memory", "", "allocation"])
+
     def train(*args: Any, **options: Any) -> Any:
-        if hits("exception"):
-            raise ValueError("injured")
-        if hits("memory"):
-            raise MemoryError("injured")
-        if hits("allocation"):
-            torch.empty(2**45)
+        match next(pains) if hits("training") else "":
+            case "exception":
+                raise ValueError("injured")
+            case "memory":
+                raise MemoryError("injured")
+            case "allocation":
+                torch.empty(2**45)
         return original(*args, **options)
 
     objective.train = train  # type: ignore[attr-defined]
