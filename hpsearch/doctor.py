@@ -17,11 +17,12 @@ import psutil
 import sqlalchemy
 import torch
 from optuna.trial import TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from hpsearch.data import data_folder, find_missing
-from hpsearch.database import check_integrity, network_file_system, parse_url, safe_journal, show_url
+from hpsearch.database import check_integrity, network_file_system, parse_url, reason, safe_journal, show_url
 from hpsearch.definition import StudyDefinition
-from hpsearch.errors import HpsearchError
+from hpsearch.errors import HpsearchError, StorageUnavailable
 from hpsearch.objective import load_study_data
 from hpsearch.storage import Storage, open_storage
 from hpsearch.study import find_unneeded_checkpoints, load_study
@@ -65,11 +66,14 @@ def _examine(definition: StudyDefinition, folder: Path | str | None, fix: bool) 
         yield Finding("study", False, str(error))
     else:
         yield Finding("study", True, f"'{study.study_name}' in {show_url(url)}")
-        yield _check_latency(storage)
-        yield _check_clock(storage)
-        yield _check_stuck(definition, storage, study, fix)
-        yield _check_checkpoints(definition, study, fix)
-        yield _check_threads(study)
+        try:
+            yield _check_latency(storage)
+            yield _check_clock(storage)
+            yield _check_stuck(definition, storage, study, fix)
+            yield _check_checkpoints(definition, study, fix)
+            yield _check_threads(study)
+        except (StorageUnavailable, SQLAlchemyError) as error:
+            yield Finding("study", False, f"the storage stopped answering: {reason(url, error)}")
     folders = {"database": file.parent if file else None, "artifacts": Path(definition.study.artifacts)}
     for name, place in folders.items():
         if place:
@@ -86,7 +90,9 @@ def _check_file(file: Path, fix: bool) -> Iterator[Finding]:
             if fix and journal == "wal" != safe_journal():
                 journal = connection.execute(f"PRAGMA journal_mode = {safe_journal()}").fetchone()[0]
         except sqlite3.Error as error:
-            yield Finding("integrity", False, f"{file}: {error}; if it is damaged, restore a backup: hpsearch backup")
+            is_locked = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY
+            advice = "a program holds it: find it with fuser, and end it" if is_locked else "restore the last backup"
+            yield Finding("integrity", False, f"{file}: {error}; {advice}")
             return
     advice = "stop the workers, restore the last backup (hpsearch backup), or try sqlite3's .recover"
     yield Finding("integrity", not problems, f"{problems}; {advice}" if problems else "ok, says SQLite")

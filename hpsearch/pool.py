@@ -26,7 +26,7 @@ from hpsearch.worker import Emit, TrialEvent, Worker, count_cores, list_devices,
 logger = logging.getLogger(__name__)
 
 _POLL = 0.2  # seconds after which a signal to the supervisor is noticed at the latest
-_MAX_FAILED_STARTS = 3
+_MAX_FAILED_STARTS = 3  # for each worker, in a row
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class _Pool:
                 if isinstance(error, RepeatedFailures) and self.members:
                     logger.warning("%s; the other workers go on", error)
                 continue
-            self._bury(member)
+            self._bury(member, n_workers)
             if isinstance(error, WorkerError):
                 raise error
             if not self.drain.event.is_set():  # it was killed, or somebody drained this worker alone
@@ -186,15 +186,15 @@ class _Pool:
                 self.n_failed_starts = 0
                 self.emit(message)
 
-    def _bury(self, member: Member) -> None:
+    def _bury(self, member: Member, n_workers: int) -> None:
         """Queue its trial again, if it has one still; raise if workers keep dying before they have any."""
         code = member.process.exitcode
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit status {code}"
         is_drained = self.drain.event.is_set()
         self._requeue([member], "interrupted" if is_drained else "killed", f"worker {member.name} ended {how}")
         self.n_failed_starts += not member.has_begun
-        if self.n_failed_starts >= _MAX_FAILED_STARTS and not is_drained:
-            raise WorkerError(f"{_MAX_FAILED_STARTS} workers in a row ended {how} before their first trial")
+        if self.n_failed_starts >= _MAX_FAILED_STARTS * n_workers and not is_drained:
+            raise WorkerError(f"{self.n_failed_starts} workers in a row ended {how} before their first trial")
 
     def _requeue(self, members: list[Member], kind: str, message: str) -> None:
         """Fail the running trials of members that are no more, and queue them again."""

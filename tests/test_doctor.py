@@ -104,6 +104,18 @@ def test_a_damaged_database_is_found(tmp_path: Path) -> None:
     assert file.read_bytes() == b"something else" * 1000
 
 
+def test_a_database_that_is_locked_is_told_from_a_damaged_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hpsearch.database.BUSY_TIMEOUT", 0.1)
+    definition = define(tmp_path)
+    open_study(definition, open_storage(definition.study.storage))
+    connection = sqlite3.connect(tmp_path / "study.db", isolation_level=None)
+    connection.execute("BEGIN EXCLUSIVE")
+    found = wrong(definition)
+    connection.close()
+    assert "database is locked; a program holds it" in found["integrity"]
+    assert "database is locked" in found["study"]
+
+
 @pytest.mark.skipif(sqlite3.sqlite_version_info >= (3, 51, 3), reason="WAL is safe with this SQLite")
 def test_a_journal_mode_that_can_lose_data_is_mended(tmp_path: Path) -> None:
     definition = define(tmp_path)

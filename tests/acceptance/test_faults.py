@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import time
@@ -11,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from hpsearch.checkpoint import read
 from hpsearch.definition import load_definition
 from hpsearch.errors import StudyNotFound
 from hpsearch.storage import open_storage
@@ -44,8 +47,11 @@ def runs_a_trial(file: Path, n: int = 1) -> Callable[[], bool]:
     return check
 
 
-def test_a_killed_workers_trial_is_retried_with_its_parameters(study_file: WriteStudy) -> None:
-    file = study_file(UNPRUNED, budget="trials = 1\nepochs = 150")
+def test_a_killed_workers_trial_goes_on_and_gets_the_value_that_it_would_have_had(study_file: WriteStudy) -> None:
+    file = study_file(f"dropout = 0.2\n{UNPRUNED}\ncheckpoint = 0", budget="trials = 1\nepochs = 120")
+    undisturbed = file.parent / "undisturbed"
+    undisturbed.mkdir()
+    shutil.copy(file, undisturbed)
     run = start("run", file.name, "--workers", 1, cwd=file.parent, log=file.parent / "log")
     wait_for(runs_a_trial(file), "a trial that runs")
     os.kill(workers_of(run)[0], signal.SIGKILL)
@@ -54,9 +60,18 @@ def test_a_killed_workers_trial_is_retried_with_its_parameters(study_file: Write
     assert failed["state"] == "failed"
     assert failed["note"].startswith("killed: worker ")
     assert "SIGKILL" in failed["note"]
-    assert retried["state"] == "complete"
-    assert retried["params"] == failed["params"]
     assert f"trial {failed['number']} failed killed: " in (file.parent / "log").read_text()
+    hpsearch("run", file.name, "--workers", 1, cwd=undisturbed)
+    [expected] = json.loads(hpsearch("trials", file.name, "--json", cwd=undisturbed).stdout)
+    for key in ("state", "params", "value"):
+        assert retried[key] == expected[key]
+    states = [
+        read(folder / "artifacts/small" / name)["state"]
+        for folder, name in [(file.parent, "trial-1.ckpt"), (undisturbed, "trial-0.ckpt")]
+    ]
+    assert states[0]["results"] == states[1]["results"]
+    weights = [state["network"] for state in states]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
 
 
 @pytest.mark.parametrize(("number", "exit_status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
@@ -98,7 +113,7 @@ def test_a_second_ctrl_c_ends_a_run_at_once_and_leaves_nothing_running(study_fil
 
 
 def test_a_worker_that_is_drained_alone_is_replaced(study_file: WriteStudy) -> None:
-    file = study_file(UNPRUNED, budget="trials = 1\nepochs = 150")
+    file = study_file(UNPRUNED, budget="trials = 1\nepochs = 80")
     run = start("run", file.name, "--workers", 1, cwd=file.parent, log=file.parent / "log")
     wait_for(runs_a_trial(file), "a trial that runs")
     os.kill(workers_of(run)[0], signal.SIGTERM)
