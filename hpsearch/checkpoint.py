@@ -26,11 +26,11 @@ _NAME = re.compile(r"trial-(\d+)\.ckpt(\.tmp)?")
 
 
 class Checkpoint:
-    """The checkpoint of one trial: found again when the trial is retried, written every few seconds while it trains.
+    """The checkpoint of one trial, written every few seconds while it trains, and found again when it is retried.
 
-    `identity` says what is trained; a file of anything else is not resumed from. `earlier` are the numbers of the
-    trial's attempts before this one, whose files are resumed from, and go once there is a newer one. `interval` is
-    the least number of seconds between two writes. A file that cannot be written costs a warning, not the trial.
+    `earlier` are the numbers of the trial's attempts before this one, whose files are resumed from, and go once there
+    is a newer one. `identity` says what is trained; a file of anything else is not resumed from. `interval` is the
+    least number of seconds between two writes. A file that cannot be written costs a warning, not the trial.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Checkpoint:
 
     def load(self) -> State | None:
         """The newest sound state of this training, if there is one; damaged files are named and passed over."""
-        for file in (self.file, *reversed(self.earlier)):
+        for file in reversed(self.earlier):
             if not file.exists():
                 continue
             try:

@@ -137,16 +137,22 @@ def load_test(name: str, folder: Path | str | None = None) -> tuple[Tensor, Tens
     return _read(name, folder, is_train=False)
 
 
-def find_missing(name: str, folder: Path | str | None = None) -> list[str]:
-    """The files of a data set that are neither there unpacked nor as archives, so that they would be downloaded."""
+def inspect_files(name: str, folder: Path | str | None = None) -> tuple[list[str], bool]:
+    """The archives that would have to be downloaded, being absent or damaged; and whether all files are unpacked.
+
+    Nothing is downloaded or unpacked.
+    """
     if name == "digits":
-        return []
+        return [], True
     import torchvision
 
     class_name = _TORCHVISION_NAMES[name]
     raw = data_folder(folder) / class_name / "raw"
-    archives = [raw / archive for archive, _md5 in getattr(torchvision.datasets, class_name).resources]
-    return [archive.name for archive in archives if not (archive.exists() or archive.with_suffix("").exists())]
+    resources = [(raw / archive, md5) for archive, md5 in getattr(torchvision.datasets, class_name).resources]
+    if all(archive.with_suffix("").exists() for archive, _ in resources):
+        return [], True
+    is_whole = torchvision.datasets.utils.check_integrity
+    return [archive.name for archive, md5 in resources if not is_whole(archive, md5)], False
 
 
 def normalise(images: Tensor, mean: float, std: float) -> Tensor:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -70,20 +71,14 @@ def parse_url(url: str) -> URL:
 
 
 @contextmanager
-def creation_lock(url: URL, *, is_reader: bool = False) -> Iterator[None]:
-    """One process at a time creates tables or a study; the others wait.
-
-    A reader may go on where it cannot lock: in a folder that may only be read nothing is created.
-    """
+def creation_lock(url: URL) -> Iterator[None]:
+    """One process at a time creates tables or a study; the others wait."""
     if url.get_backend_name() == "sqlite":
         lock = FileLock(f"{url.database}.lock")
         try:
             lock.acquire(timeout=LOCK_TIMEOUT)
         except Timeout as error:
             raise StorageUnavailable(f"another process holds {url.database}.lock") from error
-        except PermissionError:
-            if not is_reader:
-                raise
         try:
             yield
         finally:
@@ -185,10 +180,13 @@ def connect_options(url: URL) -> dict[str, Any]:
     return {"connect_args": {"timeout": BUSY_TIMEOUT}} if is_sqlite else {"pool_pre_ping": True}
 
 
-def harden(engine: sqlalchemy.Engine) -> None:
-    """Make every SQLite transaction of the engine take the lock when it starts, and be on disk when it ends."""
+def harden(engine: sqlalchemy.Engine, *, converts: bool) -> None:
+    """Make every SQLite transaction of the engine take the lock when it starts, and be on disk when it ends.
+
+    Where it `converts`, a database in another journal mode is changed to the safe one.
+    """
     if engine.name == "sqlite":
-        sqlalchemy.event.listen(engine, "connect", _configure_sqlite)
+        sqlalchemy.event.listen(engine, "connect", partial(_configure_sqlite, converts))
         sqlalchemy.event.listen(engine, "begin", _begin_immediate)
         engine.dispose()  # connections from before do not have the listeners
 
@@ -196,6 +194,8 @@ def harden(engine: sqlalchemy.Engine) -> None:
 def is_transient(error: BaseException) -> bool:
     """Whether the database may answer later: locked, full, restarting or unreachable."""
     code = _sqlite_code(error)
+    if isinstance(error, StorageUnavailable):
+        return True
     return isinstance(_cause(error), OperationalError | InterfaceError) and (code is None or code in _PASSING_CODES)
 
 
@@ -251,9 +251,12 @@ def reason(url: URL, error: BaseException) -> str:
     return text
 
 
-def _configure_sqlite(connection: sqlite3.Connection, _record: object) -> None:
+def _configure_sqlite(converts: bool, connection: sqlite3.Connection, _record: object) -> None:
     connection.isolation_level = None  # SQLAlchemy's `begin` event starts the transactions
-    connection.execute(f"PRAGMA journal_mode = {safe_journal()}")
+    # WAL is a property of the file; the other modes are of the connection.
+    is_wal = "wal" in (safe_journal(), connection.execute("PRAGMA journal_mode").fetchone()[0])
+    if converts or not is_wal:
+        connection.execute(f"PRAGMA journal_mode = {safe_journal()}")
     connection.execute("PRAGMA synchronous = FULL")
 
 

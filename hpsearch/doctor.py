@@ -19,13 +19,13 @@ import torch
 from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from hpsearch.data import data_folder, find_missing
+from hpsearch.data import data_folder, inspect_files
 from hpsearch.database import check_integrity, network_file_system, parse_url, reason, safe_journal, show_url
 from hpsearch.definition import StudyDefinition
 from hpsearch.errors import HpsearchError, StorageUnavailable
 from hpsearch.objective import load_study_data
 from hpsearch.storage import Storage, open_storage
-from hpsearch.study import find_unneeded_checkpoints, load_study
+from hpsearch.study import checkpoint_folder, find_unneeded_checkpoints, load_study, sweep_checkpoints
 from hpsearch.worker import count_cores, list_devices
 
 _MAX_LATENCY = 1.0  # seconds
@@ -74,6 +74,8 @@ def _examine(definition: StudyDefinition, folder: Path | str | None, fix: bool) 
             yield _check_threads(study)
         except (StorageUnavailable, SQLAlchemyError) as error:
             yield Finding("study", False, f"the storage stopped answering: {reason(url, error)}")
+        finally:
+            storage.engine.dispose()
     folders = {"database": file.parent if file else None, "artifacts": Path(definition.study.artifacts)}
     for name, place in folders.items():
         if place:
@@ -96,11 +98,12 @@ def _check_file(file: Path, fix: bool) -> Iterator[Finding]:
             return
     advice = "stop the workers, restore the last backup (hpsearch backup), or try sqlite3's .recover"
     yield Finding("integrity", not problems, f"{problems}; {advice}" if problems else "ok, says SQLite")
-    is_safe = journal != "wal" or safe_journal() == "wal"
-    warning = f"WAL can damage a database with SQLite {sqlite3.sqlite_version}; stop all programs on it, then use --fix"
-    yield Finding(
-        "journal", is_safe, f"mode {journal}, fit for SQLite {sqlite3.sqlite_version}" if is_safe else warning
-    )
+    version = f"SQLite {sqlite3.sqlite_version}"
+    if journal == "wal" != safe_journal():
+        advice = "stop all programs on it, then use --fix"
+        yield Finding("journal", False, f"mode WAL can damage a database with {version}; {advice}")
+    else:
+        yield Finding("journal", True, f"workers use mode {safe_journal().upper()}, which is safe with {version}")
 
 
 def _check_latency(storage: Storage) -> Finding:
@@ -129,10 +132,12 @@ def _check_clock(storage: Storage) -> Finding:
 def _check_stuck(definition: StudyDefinition, storage: Storage, study: optuna.Study, fix: bool) -> Finding:
     stuck = storage.find_stuck(study._study_id)
     if stuck and fix:
-        n_mended = len(storage.reap(study._study_id, definition.recovery.retries))
-        stuck = storage.find_stuck(study._study_id)
-        if not stuck:
+        time.sleep(definition.recovery.heartbeat)  # there may just have been an outage: who is alive beats now
+        n_stuck, n_mended = len(stuck), len(storage.reap(study._study_id, definition.recovery.retries))
+        if n_mended == n_stuck:
             return Finding("trials", True, f"mended: {n_mended} stuck trials failed, and queued again within retries")
+        advice = f"unless their workers show up; use --fix again in {definition.recovery.grace} s"
+        return Finding("trials", False, f"{n_mended} of {n_stuck} stuck trials mended; the others follow {advice}")
     numbers = ", ".join(str(storage.get_trial(trial_id).number) for trial_id in stuck)
     advice = "any worker mends that within the grace period, or use --fix now and again in a minute"
     return Finding("trials", not stuck, f"RUNNING without a worker: {numbers}; {advice}" if stuck else "none is stuck")
@@ -140,13 +145,16 @@ def _check_stuck(definition: StudyDefinition, storage: Storage, study: optuna.St
 
 def _check_checkpoints(definition: StudyDefinition, study: optuna.Study, fix: bool) -> Finding:
     files = find_unneeded_checkpoints(definition, study)
-    size = f"{len(files)} files that no trial needs, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB"
-    if fix:
-        for file in files:
-            file.unlink(missing_ok=True)
     if files and not fix:
-        return Finding("checkpoints", False, f"{size} in {files[0].parent}; remove them with --fix")
-    return Finding("checkpoints", True, f"mended: removed {size}" if files else "none is left over")
+        advice = "the next trial to finish removes them, or --fix"
+        return Finding("checkpoints", False, f"{len(files)} that no trial needs in {files[0].parent}; {advice}")
+    if fix:
+        sweep_checkpoints(definition, study)
+    own = checkpoint_folder(definition, study)
+    others = [file for file in own.parent.glob("*/trial-*.ckpt") if file.parent != own]
+    message = f"mended: removed {len(files)}" if files else "none is left over"
+    hint = f"; {len(others)} in {own.parent} are of other databases with a study of this name" if others else ""
+    return Finding("checkpoints", True, message + hint)
 
 
 def _check_threads(study: optuna.Study) -> Finding:
@@ -180,9 +188,12 @@ def _check_place(name: str, folder: Path, *, may_be_remote: bool) -> Finding:
 
 def _check_data(definition: StudyDefinition, folder: Path | str | None) -> Finding:
     name = definition.data.name
-    if missing := find_missing(name, folder):
+    missing, is_unpacked = inspect_files(name, folder)
+    if missing:
         advice = "the next run downloads them; without a network, put them there yourself"
-        return Finding("data", False, f"{name}: no {', '.join(missing)} in {data_folder(folder)}; {advice}")
+        return Finding("data", False, f"{name}: no sound {', '.join(missing)} in {data_folder(folder)}; {advice}")
+    if not is_unpacked:
+        return Finding("data", True, f"{name} is whole; the next run unpacks it")
     try:
         data = load_study_data(definition, folder)
     except HpsearchError as error:

@@ -97,7 +97,8 @@ class Objective:
         """See to it that the last state of a trial that is about to be one of the best is written."""
         if checkpoint and result.epoch == self.definition.budget.epochs:
             trials = trial.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-            better = [other for other in trials if (other.value or 0.0) >= _value(result)]
+            own = (-_value(result), trial.number)
+            better = [other for other in trials if (-(other.value or 0.0), other.number) < own]
             if len(better) < self.definition.recovery.keep:
                 checkpoint.interval = 0
 

@@ -16,12 +16,21 @@ from optuna.trial import TrialState
 
 from hpsearch.data import ImageData
 from hpsearch.definition import StudyDefinition
-from hpsearch.errors import Drained, HpsearchError, RepeatedFailures, WorkerError
+from hpsearch.errors import Drained, HpsearchError, RepeatedFailures, StorageUnavailable, WorkerError
 from hpsearch.objective import load_study_data
 from hpsearch.signals import Drain
 from hpsearch.storage import Storage
 from hpsearch.study import open_study
-from hpsearch.worker import Emit, TrialEvent, Worker, count_cores, list_devices, open_worker_storage, worker_name
+from hpsearch.worker import (
+    HAND_BACK_PATIENCE,
+    Emit,
+    TrialEvent,
+    Worker,
+    count_cores,
+    list_devices,
+    open_worker_storage,
+    worker_name,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +104,7 @@ class _Pool:
         self.definition, self.storage, self.study, self.data, self.folder = definition, storage, study, data, folder
         self.drain, self.emit = drain, emit
         self.members: list[Member] = []
+        self.left_behind: list[Member] = []  # ended without having handed their trials back
         self.ends: list[End] = []
         self.n_failed_starts = 0
 
@@ -113,13 +123,12 @@ class _Pool:
                 member.process.kill()
             for member in self.members:
                 member.process.join()
-            self._requeue(self.members, "interrupted", "its worker was stopped; queued again")
-        if not self.ends:
-            raise self.drain.error
-        end = min(self.ends, key=lambda end: end.error is not None)  # one that saw the budget spent speaks for all
-        if end.error:
-            raise end.error
-        return end.reason
+            self._hand_back()
+        for end in self.ends:
+            if end.error is None:  # it saw the budget spent, and speaks for all
+                return end.reason
+        self.drain.check()
+        raise self.ends[0].error or WorkerError
 
     def _step(self, n_workers: int) -> None:
         """Pass on what the workers say, replace those that died, and tell them when to stop."""
@@ -134,7 +143,9 @@ class _Pool:
             error = member.end and member.end.error
             if member.end and not isinstance(error, Drained | WorkerError):
                 self.ends.append(member.end)
-                if isinstance(error, RepeatedFailures) and self.members:
+                if isinstance(error, StorageUnavailable):
+                    self.left_behind.append(member)
+                if isinstance(error, RepeatedFailures | StorageUnavailable) and self.members:
                     logger.warning("%s; the other workers go on", error)
                 continue
             self._bury(member, n_workers)
@@ -195,6 +206,13 @@ class _Pool:
         self.n_failed_starts += not member.has_begun
         if self.n_failed_starts >= _MAX_FAILED_STARTS * n_workers and not is_drained:
             raise WorkerError(f"{self.n_failed_starts} workers in a row ended {how} before their first trial")
+
+    def _hand_back(self) -> None:
+        self.storage.insist(HAND_BACK_PATIENCE)
+        try:
+            self._requeue([*self.members, *self.left_behind], "interrupted", "its worker was stopped; queued again")
+        except StorageUnavailable as error:
+            logger.warning("trials could not be handed back, and will be after the grace period: %s", error)
 
     def _requeue(self, members: list[Member], kind: str, message: str) -> None:
         """Fail the running trials of members that are no more, and queue them again."""

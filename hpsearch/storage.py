@@ -55,7 +55,7 @@ class Storage(RDBStorage):
         self.patience = 0.0
         self.giving_up = threading.Event()
         self._last_answer = time.time()
-        self._trusts_heartbeats_from = 0.0
+        self.trusts_heartbeats_from = 0.0  # seconds since 1970
         # Optuna formats the URL as a template, so braces in a password would break it.
         template = url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
         with warnings.catch_warnings():
@@ -67,7 +67,7 @@ class Storage(RDBStorage):
                 grace_period=grace,
                 skip_table_creation=not creates,
             )
-        harden(self.engine)
+        harden(self.engine, converts=creates)
 
     def __getstate__(self) -> dict[Any, Any]:
         raise TypeError("a storage cannot be pickled; open it again in the other process")
@@ -106,8 +106,15 @@ class Storage(RDBStorage):
             trial.state = TrialState.FAIL
             trial.datetime_complete = datetime.now()
             if is_retried:
+                # Else ASHA and Hyperband would count one training twice.
+                rungs = models.TrialSystemAttributeModel.key.startswith("completed_rung_")
+                session.query(models.TrialSystemAttributeModel).filter_by(trial_id=trial_id).filter(rungs).delete(False)
                 self._get_prepared_new_trial(study_id, _retry_of(frozen, kills), session)
             return True
+
+    def insist(self, seconds: float) -> None:
+        """From now on wait so long for the storage, whoever gives up: trials are handed back."""
+        self.patience, self.giving_up = seconds, threading.Event()
 
     def reap(self, study_id: int, retries: int) -> list[int]:
         """The ids of running trials that were without a heartbeat for longer than the grace period, now failed.
@@ -117,7 +124,7 @@ class Storage(RDBStorage):
         """
         message = f"no heartbeat for {self.grace_period} s"
         stale = self._get_stale_trial_ids(study_id)
-        if time.time() < self._trusts_heartbeats_from:
+        if time.time() < self.trusts_heartbeats_from:
             return []
         return [trial_id for trial_id in stale if self.fail(trial_id, "killed", message, retries=retries)]
 
@@ -142,7 +149,7 @@ class Storage(RDBStorage):
         """Be wary of heartbeats for a while if this answer came after a long silence (in wall-clock time)."""
         now, interval, grace = time.time(), self.heartbeat_interval or 0, self.grace_period or 0
         if now - self._last_answer > max(1.5 * interval, (grace - interval) / 2):
-            self._trusts_heartbeats_from = now + grace
+            self.trusts_heartbeats_from = now + grace
         self._last_answer = now
 
     def _claim(self, trial_id: int) -> bool:
@@ -248,11 +255,12 @@ def open_storage(
             raise StudyNotFound(f"no database {file}; start the search with: hpsearch run STUDY")
 
     def connect() -> Storage:
-        with creation_lock(parsed, is_reader=must_exist):
-            if not must_exist:
-                check_place(parsed)
-                check_tables(parsed)
-            return Storage(parsed, heartbeat=heartbeat, grace=grace, creates=not must_exist)
+        if must_exist:
+            return Storage(parsed, heartbeat=heartbeat, grace=grace, creates=False)
+        check_place(parsed)
+        with creation_lock(parsed):
+            check_tables(parsed)
+            return Storage(parsed, heartbeat=heartbeat, grace=grace, creates=True)
 
     try:
         storage = retrying(parsed, patience, heartbeat, giving_up)(connect)

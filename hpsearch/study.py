@@ -1,6 +1,8 @@
 """The studies in a storage: created or resumed, guarded against mixing two searches, summarized."""
 
 import json
+import logging
+import uuid
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -17,6 +19,8 @@ from hpsearch.definition import StudyDefinition
 from hpsearch.errors import NoCompletedTrial, StudyMismatch, StudyNotFound
 from hpsearch.storage import Storage
 
+logger = logging.getLogger(__name__)
+
 
 def open_study(definition: StudyDefinition, storage: Storage) -> optuna.Study:
     """The definition's study in the storage, created or resumed, with its budget and identity written into it.
@@ -32,6 +36,8 @@ def open_study(definition: StudyDefinition, storage: Storage) -> optuna.Study:
             for values in definition.first[len(study.get_trials(deepcopy=False)) :]:
                 study.enqueue_trial(values)
             study.set_user_attr("identity", definition.identity)
+        if "id" not in study.user_attrs:
+            study.set_user_attr("id", uuid.uuid4().hex[:8])
         study.set_user_attr("budget", definition.budget.model_dump(exclude_none=True))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
@@ -65,25 +71,33 @@ def find_best(study: optuna.Study, number: int | None = None) -> FrozenTrial:
     return min(chosen, key=_by_value)
 
 
+def checkpoint_folder(definition: StudyDefinition, study: optuna.Study) -> Path:
+    """Where the study's checkpoints are: apart from those of a study of the same name in another storage."""
+    return Path(definition.study.artifacts, study.study_name, study.user_attrs.get("id", ""))
+
+
 def find_unneeded_checkpoints(definition: StudyDefinition, study: optuna.Study) -> list[Path]:
     """The checkpoints that no trial of the study will be resumed from, and that are not of the `recovery.keep` best."""
-    # In this order: a trial is stored before it has a file, so the file of an unknown trial is of another study.
-    files = find_checkpoints(Path(definition.study.artifacts, study.study_name))
+    # In this order: a trial is stored before it has a file.
+    files = find_checkpoints(checkpoint_folder(definition, study))
     if not files:
         return []
     trials = study.get_trials(deepcopy=False)
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-    needed = {trial.number for trial in sorted(complete, key=_by_value)[: definition.recovery.keep]}
-    for trial in trials:
-        if not trial.state.is_finished():
-            needed |= {trial.number, *trial.user_attrs.get("attempts", ())}
+    best = sorted(complete, key=_by_value)[: definition.recovery.keep]
+    needed = set[int]()
+    for trial in (*best, *(trial for trial in trials if not trial.state.is_finished())):
+        needed |= {trial.number, *trial.user_attrs.get("attempts", ())}
     return [file for file, number in files.items() if number not in needed]
 
 
 def sweep_checkpoints(definition: StudyDefinition, study: optuna.Study) -> None:
     """Remove the checkpoints that are not needed any more."""
     for file in find_unneeded_checkpoints(definition, study):
-        file.unlink(missing_ok=True)
+        try:
+            file.unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning("%s is not needed any more, but cannot be removed (%s)", file, error.strerror)
 
 
 def summarize(definition: StudyDefinition, study: optuna.Study) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, O
 
 from hpsearch.checkpoint import Checkpoint, State
 from hpsearch.data import Split, augment
-from hpsearch.errors import Diverged, Drained
+from hpsearch.errors import Diverged, Drained, StorageUnavailable
 from hpsearch.network import Network
 from hpsearch.space import Hyperparameters
 
@@ -110,8 +110,9 @@ def train(
     """The result of the last epoch; the network is trained in place, on the device where it and the data are.
 
     `generator` draws the order of the images. `before_batch` is called before each batch and may raise to end the
-    training. `checkpoint` is written at the ends of epochs, and where `before_batch` raises `Drained`; `resumed` is
-    the state to continue from. Raises `Diverged` after an epoch whose loss is not finite.
+    training. `checkpoint` is written at the ends of epochs, and where the training ends by `Drained` or
+    `StorageUnavailable`; `resumed` is the state to continue from. Raises `Diverged` after an epoch whose loss is not
+    finite.
     """
     generator = generator or torch.Generator().manual_seed(int(torch.randint(2**62, ())))
     loader = train_split.loader(hyperparameters.batch_size, shuffle=True, generator=generator)
@@ -123,34 +124,34 @@ def train(
     if resumed:
         progress.restore(resumed)
 
-    for epoch in range(len(progress.results) + 1, epochs + 1):
-        network.train()
-        for images, labels in islice(loader, progress.n_batches, None):
-            try:
+    try:
+        for epoch in range(len(progress.results) + 1, epochs + 1):
+            network.train()
+            for images, labels in islice(loader, progress.n_batches, None):
                 before_batch()
-            except Drained:
-                if checkpoint:
-                    checkpoint.write(progress.capture())
-                raise
-            if hyperparameters.augment:
-                images = augment(images, hyperparameters.augment)
-            loss = loss_function(network(images), labels)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            total_loss += loss.detach()
-            progress.n_batches += 1
+                if hyperparameters.augment:
+                    images = augment(images, hyperparameters.augment)
+                loss = loss_function(network(images), labels)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                total_loss += loss.detach()
+                progress.n_batches += 1
 
-        mean_loss = total_loss.item() / len(loader)
-        if not math.isfinite(mean_loss):
-            raise Diverged(f"the training loss is {mean_loss} in epoch {epoch}")
-        accuracy = None if validation is None else measure_accuracy(network, validation)
-        progress.finish_epoch(EpochResult(epoch, mean_loss, accuracy))
-        for callback in callbacks:
-            callback(progress.results[-1])
+            mean_loss = total_loss.item() / len(loader)
+            if not math.isfinite(mean_loss):
+                raise Diverged(f"the training loss is {mean_loss} in epoch {epoch}")
+            accuracy = None if validation is None else measure_accuracy(network, validation)
+            progress.finish_epoch(EpochResult(epoch, mean_loss, accuracy))
+            for callback in callbacks:
+                callback(progress.results[-1])
+            if checkpoint:
+                checkpoint.write_if_due(progress.capture)
+    except (Drained, StorageUnavailable):  # raised between two batches, by `before_batch` or by a callback
         if checkpoint:
-            checkpoint.write_if_due(progress.capture)
+            checkpoint.write(progress.capture())
+        raise
     return progress.results[-1]
 
 

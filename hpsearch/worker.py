@@ -15,21 +15,21 @@ import joblib
 import optuna
 import torch
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from hpsearch.data import ImageData
-from hpsearch.database import check_place, parse_url
 from hpsearch.definition import StudyDefinition
 from hpsearch.errors import BudgetInFlight, BudgetSpent, Drained, RepeatedFailures, StorageError
 from hpsearch.objective import Objective, build_pruner, build_sampler, load_study_data
 from hpsearch.signals import Drain
 from hpsearch.storage import Storage, open_storage
-from hpsearch.study import load_study, sweep_checkpoints
+from hpsearch.study import checkpoint_folder, load_study, sweep_checkpoints
 from hpsearch.training import EpochResult
 
 logger = logging.getLogger(__name__)
 
 PATIENCE = 600.0  # seconds for which a worker waits for a storage that does not answer
+HAND_BACK_PATIENCE = 15.0  # and for which one that is stopped tries to hand its trial back
 _POLL = 0.25  # seconds between two looks for room in the budget
 _MAX_FAILURES = 3  # of a worker in a row, after which something is wrong with the worker
 
@@ -118,16 +118,23 @@ class Worker:
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of TPE's `group` and of GP
             self.study.sampler, self.study.pruner = build_sampler(definition, stream), build_pruner(definition)
         self.artifacts = Path(definition.study.artifacts, self.study.study_name)
-        self.objective = Objective(definition, data, device=device, checkpoints=self.artifacts)
+        checkpoints = checkpoint_folder(definition, self.study)
+        self.objective = Objective(definition, data, device=device, checkpoints=checkpoints)
         self._next_reap = time.monotonic()
         self._failures: list[str] = []  # in a row
 
     def run(self) -> str:
-        """Why the worker ended.
+        """Why it ended; raises `Drained`, `StorageUnavailable`, `TooManyFailures` or `RepeatedFailures`."""
+        try:
+            return self._run()
+        except (Drained, KeyboardInterrupt, StorageError) as error:
+            if isinstance(error, StorageError) and not self.drain.event.is_set():
+                raise
+            self._hand_back()
+            self.drain.check()
+            raise
 
-        Raises `Drained` or `Interrupted`, `StorageUnavailable`, `TooManyFailures` where the study has too many, and
-        `RepeatedFailures` where this worker fails again and again.
-        """
+    def _run(self) -> str:
         n_trials = 0
         while self.max_trials is None or n_trials < self.max_trials:
             self.drain.check()
@@ -160,17 +167,23 @@ class Worker:
                 state = TrialState.PRUNED
             except (LeaseLost, UpdateFinishedTrialError):
                 return self._drop(trial)
-            except (Drained, KeyboardInterrupt):
-                self.drain.ignore_signals()
-                self._fail(trial, "interrupted", "its worker was stopped; queued again")
-                self.drain.check()
-                raise
-            except StorageError:
+            except (Drained, StorageError):
                 raise
             except Exception as error:  # noqa: BLE001 - whatever a training raises is the failure of its trial alone
                 kind = "out-of-memory" if _is_out_of_memory(error) else "exception"
                 return self._fail(trial, kind, f"{type(error).__name__}: {error}; {self._keep_traceback(trial)}")
         return self._tell(trial, value, state)
+
+    def _hand_back(self) -> None:
+        """Queue the trial again that this worker still has, if it has one."""
+        self.drain.ignore_signals()
+        self.storage.insist(HAND_BACK_PATIENCE)
+        try:
+            for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+                if trial.user_attrs.get("worker") == self.name:
+                    self._fail(trial, "interrupted", "its worker was stopped; queued again")
+        except StorageError as error:
+            logger.warning("a trial could not be handed back, and will be after the grace period: %s", error)
 
     def reap(self) -> None:
         """Fail the trials whose workers give no sign of life, and queue them again."""
@@ -203,7 +216,7 @@ class Worker:
         self.emit(TrialEvent(self.name, trial.number, name, told.last_step or 0, told.value, message))
         return sweep_checkpoints(self.definition, self.study)
 
-    def _fail(self, trial: optuna.Trial, kind: str, message: str) -> None:
+    def _fail(self, trial: optuna.Trial | FrozenTrial, kind: str, message: str) -> None:
         if kind in ("exception", "out-of-memory"):
             self._failures.append(f"{kind}: {message}")
         if self.storage.fail(trial._trial_id, kind, message, retries=self.definition.recovery.retries):
@@ -250,7 +263,6 @@ def open_worker_storage(
 
     Opening it is patient only where asked for: who has just typed a command should see at once that it cannot work.
     """
-    check_place(parse_url(definition.study.storage))
     storage = open_storage(
         definition.study.storage,
         heartbeat=definition.recovery.heartbeat,
@@ -260,6 +272,8 @@ def open_worker_storage(
         must_exist=must_exist,
     )
     storage.patience = PATIENCE
+    # There may just have been an outage for all: whoever is alive beats within the grace period.
+    storage.trusts_heartbeats_from = time.time() + definition.recovery.grace
     return storage
 
 

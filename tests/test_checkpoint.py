@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import io
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,8 @@ from hpsearch.errors import CheckpointError, Drained
 from hpsearch.network import Network, build_network
 from hpsearch.objective import Objective
 from hpsearch.space import Hyperparameters
-from hpsearch.study import sweep_checkpoints
+from hpsearch.storage import open_storage
+from hpsearch.study import checkpoint_folder, open_study, sweep_checkpoints
 from hpsearch.training import EpochResult, seed_everything, train
 
 from .conftest import make_definition
@@ -39,6 +41,10 @@ def stop_after(n_batches: int) -> Callable[[], None]:
         calls.append(1)
 
     return before_batch
+
+
+def retry_of(kept: Checkpoint) -> Checkpoint:
+    return Checkpoint(kept.file.parent, 9, json.loads(kept.identity), earlier=[0])
 
 
 def train_blobs(blobs: Split, hyperparameters: Hyperparameters, **options: Any) -> tuple[Network, EpochResult]:
@@ -77,7 +83,8 @@ def test_a_training_goes_on_bit_for_bit_from_any_batch(
         train_blobs(blobs, hyperparameters, checkpoint=kept, before_batch=stop_after(n_batches))
     torch.manual_seed(99)
     results: list[EpochResult] = []
-    network, result = train_blobs(blobs, hyperparameters, resumed=kept.load(), callbacks=[results.append])
+    resumed = retry_of(kept).load()
+    network, result = train_blobs(blobs, hyperparameters, resumed=resumed, callbacks=[results.append])
     assert result == expected
     assert [r.epoch for r in results] == list(range(n_batches // 7 + 1, EPOCHS + 1))
     for name, tensor in undisturbed.state_dict().items():
@@ -94,7 +101,7 @@ def test_random_states_of_torch_and_numpy_and_the_order_are_restored(blobs: Spli
     with pytest.raises(Drained):
         train_blobs(blobs, Hyperparameters(width=2, dropout=0.1), checkpoint=kept, before_batch=stop_after(3))
     np.random.rand(7)
-    assert draw(resumed=kept.load()) == expected
+    assert draw(resumed=retry_of(kept).load()) == expected
 
 
 def test_checkpoints_are_written_at_the_ends_of_epochs_but_not_more_often_than_the_interval(
@@ -162,8 +169,9 @@ def test_earlier_attempts_go_once_there_is_a_newer_checkpoint(tmp_path: Path) ->
 
 def test_the_checkpoint_of_another_training_is_not_resumed_from(tmp_path: Path) -> None:
     Checkpoint(tmp_path, 0, {"lr": 0.1}).write({})
-    assert Checkpoint(tmp_path, 0, {"lr": 0.2}).load() is None
-    assert Checkpoint(tmp_path, 0, {"lr": 0.1}).load() == {}
+    assert Checkpoint(tmp_path, 1, {"lr": 0.2}, earlier=[0]).load() is None
+    assert Checkpoint(tmp_path, 1, {"lr": 0.1}, earlier=[0]).load() == {}
+    assert Checkpoint(tmp_path, 0, {"lr": 0.1}).load() is None, "what is there before the first attempt is not its own"
 
 
 def test_a_full_disk_costs_a_warning_and_leaves_the_last_checkpoint(
@@ -179,7 +187,7 @@ def test_a_full_disk_costs_a_warning_and_leaves_the_last_checkpoint(
         patch.setattr(os, "fsync", refuse)
         kept.write({"epoch": 2})
         kept.write({"epoch": 3})
-    assert kept.load() == {"epoch": 1}
+    assert retry_of(kept).load() == {"epoch": 1}
     assert list(tmp_path.iterdir()) == [kept.file]
     assert caplog.text.count("No space left on device") == 1
 
@@ -214,7 +222,7 @@ def test_an_interrupted_trial_gets_the_value_that_it_would_have_had(digits: Imag
 def test_the_checkpoints_of_the_best_stay_and_those_that_will_be_resumed(digits: ImageData, tmp_path: Path) -> None:
     definition = make_definition(study={"artifacts": str(tmp_path)}, recovery={"keep": 2, "checkpoint": 1000})
     study = optuna.create_study(direction="maximize", study_name="small")
-    folder = tmp_path / "small"
+    folder = checkpoint_folder(definition, study)
     study.optimize(Objective(definition, digits, checkpoints=folder), n_trials=5)
     running = study.ask()
     retried = study.ask()
@@ -230,3 +238,48 @@ def test_the_checkpoints_of_the_best_stay_and_those_that_will_be_resumed(digits:
     final = checkpoint.read(checkpoint_file(folder, best[0].number))["state"]
     assert len(final["results"]) == 2
     assert final["results"][-1][2] == best[0].value
+
+
+def test_of_equal_trials_the_earlier_ones_keep_their_checkpoints(tmp_path: Path) -> None:
+    definition = make_definition(study={"artifacts": str(tmp_path)}, recovery={"keep": 2})
+    study = optuna.create_study(direction="maximize", study_name="small")
+    trials = [study.ask() for _ in range(4)]
+    for trial in trials:
+        Checkpoint(checkpoint_folder(definition, study), trial.number, {}).write({})
+        study.tell(trial, 0.5)
+    sweep_checkpoints(definition, study)
+    assert [*find_checkpoints(checkpoint_folder(definition, study)).values()] == [0, 1]
+
+
+def test_a_kept_trial_keeps_the_file_that_it_was_resumed_from(tmp_path: Path) -> None:
+    definition = make_definition(study={"artifacts": str(tmp_path)})
+    study = optuna.create_study(direction="maximize", study_name="small")
+    study.tell(study.ask(), state=TrialState.FAIL)
+    study.enqueue_trial({}, user_attrs={"attempts": [0]})
+    Checkpoint(checkpoint_folder(definition, study), 0, {}).write({})  # killed between its last epoch and its result
+    study.tell(study.ask(), 0.5)
+    sweep_checkpoints(definition, study)
+    assert [*find_checkpoints(checkpoint_folder(definition, study)).values()] == [0]
+
+
+def test_studies_of_one_name_in_two_databases_have_checkpoints_of_their_own(tmp_path: Path) -> None:
+    definition = make_definition(study={"artifacts": str(tmp_path)})
+    studies = [open_study(definition, open_storage(f"sqlite:///{tmp_path / name}.db")) for name in "ab"]
+    first, second = (checkpoint_folder(definition, study) for study in studies)
+    assert first != second
+    assert first.parent == second.parent == tmp_path / "small"
+
+
+def test_a_checkpoint_that_cannot_be_removed_costs_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    definition = make_definition(study={"artifacts": str(tmp_path)})
+    study = optuna.create_study(direction="maximize", study_name="small")
+    Checkpoint(checkpoint_folder(definition, study), 7, {}).write({})
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    sweep_checkpoints(definition, study)
+    assert "trial-7.ckpt is not needed any more, but cannot be removed (Permission denied)" in caplog.text

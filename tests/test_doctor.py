@@ -1,7 +1,6 @@
 """The doctor finds what is wrong, says how to mend it, writes nothing unless asked, and mends what is safe."""
 
 import gzip
-import shutil
 import sqlite3
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +16,7 @@ from hpsearch.checkpoint import Checkpoint
 from hpsearch.definition import StudyDefinition
 from hpsearch.doctor import examine
 from hpsearch.storage import open_storage
-from hpsearch.study import open_study
+from hpsearch.study import checkpoint_folder, open_study
 
 from .conftest import make_definition
 
@@ -53,7 +52,7 @@ def test_a_missing_study_is_said_and_the_rest_is_checked(tmp_path: Path) -> None
 
 
 def test_a_stuck_trial_is_found_and_queued_again_when_asked(url: str, tmp_path: Path) -> None:
-    definition = make_definition(url, study={"artifacts": str(tmp_path)})
+    definition = make_definition(url, study={"artifacts": str(tmp_path)}, recovery={"heartbeat": 1, "grace": 2})
     storage = open_storage(url)
     study = open_study(definition, storage)
     storage.worker = "host-0"
@@ -67,12 +66,12 @@ def test_a_stuck_trial_is_found_and_queued_again_when_asked(url: str, tmp_path: 
 
 
 def test_a_running_trial_without_a_heartbeat_is_given_a_grace_period(tmp_path: Path) -> None:
-    definition = define(tmp_path)
+    definition = define(tmp_path, recovery={"heartbeat": 1, "grace": 2})
     storage = open_storage(definition.study.storage)
     study = open_study(definition, storage)
     study.ask()
     assert "RUNNING without a worker: 0" in wrong(definition)["trials"]
-    assert "trials" not in wrong(definition, fix=True)
+    assert "0 of 1 stuck trials mended; the others follow" in wrong(definition, fix=True)["trials"]
     assert study.trials[0].state == TrialState.RUNNING
 
 
@@ -80,11 +79,16 @@ def test_checkpoints_that_no_trial_needs_are_found_and_removed_when_asked(tmp_pa
     definition = define(tmp_path)
     study = open_study(definition, open_storage(definition.study.storage))
     trial = study.ask()
+    folder = checkpoint_folder(definition, study)
     for number in (trial.number, 7):
-        Checkpoint(tmp_path / "artifacts" / "small", number, {}).write({})
-    assert wrong(definition)["checkpoints"].startswith("1 files that no trial needs")
+        Checkpoint(folder, number, {}).write({})
+    Checkpoint(folder.parent / "another", 0, {}).write({})
+    assert wrong(definition)["checkpoints"].startswith("1 that no trial needs")
     assert "checkpoints" not in wrong(definition, fix=True)
-    assert [file.name for file in (tmp_path / "artifacts" / "small").iterdir()] == ["trial-0.ckpt"]
+    assert [file.name for file in folder.iterdir()] == ["trial-0.ckpt"]
+    assert [file.name for file in (folder.parent / "another").iterdir()] == ["trial-0.ckpt"]
+    messages = [finding.message for finding in examine(definition) if finding.check == "checkpoints"]
+    assert "none is left over; 1 in " in messages[0]
 
 
 def test_a_damaged_database_is_found(tmp_path: Path) -> None:
@@ -125,11 +129,9 @@ def test_a_journal_mode_that_can_lose_data_is_mended(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "study.db") as connection:
         connection.execute("PRAGMA journal_mode = WAL")
     connection.close()
-    assert (
-        "WAL can damage"
-        in {f.check: f.message for f in doctor._check_file(tmp_path / "study.db", fix=False)}["journal"]
-    )
+    assert "WAL can damage" in wrong(definition)["journal"], "looking changes nothing"
     assert "journal" not in wrong(definition, fix=True)
+    assert "journal" not in wrong(definition)
 
 
 def test_a_slow_lock_a_wrong_clock_a_full_disk_and_a_busy_machine_are_named(
@@ -165,6 +167,7 @@ def test_missing_and_damaged_data_are_named_and_nothing_is_downloaded(tmp_path: 
     raw.mkdir(parents=True)
     for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
         (raw / f"{name}-ubyte.gz").write_bytes(gzip.compress(b"something else"))
-        (raw / f"{name}-ubyte").write_bytes(b"damaged")
+    assert "no sound train-images-idx3-ubyte.gz" in wrong(definition, folder=tmp_path)["data"]
+    for archive in list(raw.iterdir()):
+        archive.with_suffix("").write_bytes(b"damaged")
     assert "is damaged" in wrong(definition, folder=tmp_path)["data"]
-    shutil.rmtree(raw)

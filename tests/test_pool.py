@@ -10,10 +10,10 @@ import pytest
 from hpsearch import pool
 from hpsearch.data import ImageData
 from hpsearch.definition import StudyDefinition
-from hpsearch.errors import DataError, TooManyFailures, WorkerError
+from hpsearch.errors import DataError, Interrupted, RepeatedFailures, TooManyFailures, WorkerError
 from hpsearch.signals import Drain
 from hpsearch.storage import open_storage
-from hpsearch.study import load_study
+from hpsearch.study import load_study, open_study
 from hpsearch.worker import TrialEvent, count_cores
 
 from .conftest import make_definition
@@ -75,6 +75,17 @@ def test_an_error_outside_of_a_trial_ends_the_run_with_one_line(
     monkeypatch.setattr(pool, "list_devices", lambda: ["no-such-device:99"])
     with pytest.raises(WorkerError, match=r"a worker failed: RuntimeError: .*no-such-device"):
         pool.run_pool(define(tmp_path), Drain(), n_workers=1)
+
+
+def test_a_signal_decides_the_exit_status_even_if_a_worker_had_failed_before(tmp_path: Path) -> None:
+    definition = define(tmp_path)
+    storage = open_storage(definition.study.storage)
+    drain = Drain()
+    drain.set(Interrupted())
+    members = pool._Pool(definition, storage, open_study(definition, storage), None, None, drain, lambda event: None)
+    members.ends = [pool.End("three failures", RepeatedFailures())]
+    with pytest.raises(Interrupted):
+        members.run(0)
 
 
 class Crash:

@@ -329,3 +329,26 @@ def test_a_password_with_braces_and_other_signs_reaches_the_server(postgres_url:
 def test_a_storage_is_not_pickled_since_that_would_carry_the_password(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="open it again"):
         pickle.dumps(open_storage(f"sqlite:///{tmp_path / 'study.db'}"))
+
+
+def test_opening_is_as_patient_as_it_is_asked_to_be(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "_next_message", 0.0)
+    with pytest.raises(StorageUnavailable, match="cannot be reached"):
+        open_storage("postgresql://me:secret@127.0.0.1:9/db")
+    assert caplog.text == ""
+    with pytest.raises(StorageUnavailable, match="cannot be reached"):
+        open_storage("postgresql://me:secret@127.0.0.1:9/db", patience=1)
+    assert "the storage does not answer" in caplog.text
+    assert "secret" not in caplog.text
+
+
+def test_the_rungs_of_an_attempt_that_is_retried_are_not_counted_twice(storage: Storage) -> None:
+    study = start_study(storage)
+    trial = study.ask()
+    for key in ("completed_rung_0", "another"):
+        storage.set_trial_system_attr(trial._trial_id, key, 0.9)
+    storage.fail(trial._trial_id, "interrupted", "Ctrl-C")
+    assert "completed_rung_0" not in study.trials[0].system_attrs
+    assert "another" in study.trials[0].system_attrs

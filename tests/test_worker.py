@@ -9,17 +9,19 @@ from typing import Any
 
 import optuna
 import pytest
+import sqlalchemy
 import torch
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from sqlalchemy.exc import OperationalError
 
+from hpsearch.checkpoint import find_checkpoints, read
 from hpsearch.data import ImageData
 from hpsearch.errors import Drained, Interrupted, RepeatedFailures, StorageUnavailable, TooManyFailures
 from hpsearch.signals import Drain
 from hpsearch.storage import open_storage
-from hpsearch.study import open_study
-from hpsearch.worker import TrialEvent, Worker, worker_name
+from hpsearch.study import checkpoint_folder, open_study
+from hpsearch.worker import TrialEvent, Worker, open_worker_storage, worker_name
 
 from .conftest import make_definition
 
@@ -217,6 +219,61 @@ def test_a_second_signal_stops_at_once_and_still_hands_the_trial_back(bench: Cal
         worker.run()
     b.drain._receive(signal.SIGINT, None)  # handing back is not interrupted
     assert [trial.state for trial in b.study.trials] == [TrialState.FAIL, TrialState.WAITING]
+
+
+@pytest.mark.parametrize("error", [Drained, Interrupted])
+def test_a_worker_that_is_stopped_in_an_outage_hands_its_trial_back_with_a_checkpoint(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch, error: type[Drained]
+) -> None:
+    b = bench(budget={"trials": 1, "epochs": 9})
+    worker = b.worker()
+    report = worker.storage.set_trial_intermediate_value
+
+    def stop_in_epoch_two(trial_id: int, step: int, value: float) -> None:
+        if step == 2:
+            b.drain.set(error())
+            raise StorageUnavailable
+        report(trial_id, step, value)
+
+    monkeypatch.setattr(worker.storage, "set_trial_intermediate_value", stop_in_epoch_two)
+    with pytest.raises(error) as caught:
+        worker.run()
+    assert type(caught.value) is error
+    assert [trial.state for trial in b.study.trials] == [TrialState.FAIL, TrialState.WAITING]
+    [file] = find_checkpoints(checkpoint_folder(b.definition, b.study))
+    assert len(read(file)["state"]["results"]) == 2
+
+
+def test_a_worker_that_starts_after_an_outage_gives_the_others_a_grace_period(bench: Callable[..., Bench]) -> None:
+    b = bench(recovery={"heartbeat": 1, "grace": 2})
+    b.storage.worker = "alive-0"
+    with pytest.warns(UserWarning, match="Heartbeat"):
+        b.study.ask()
+    with b.storage.engine.begin() as connection:
+        connection.execute(sqlalchemy.text("UPDATE trial_heartbeats SET heartbeat = '2026-01-01'"))
+    storage = open_worker_storage(b.definition, b.drain)
+    assert storage.reap(b.study._study_id, 2) == []
+    storage.trusts_heartbeats_from = 0.0
+    assert len(storage.reap(b.study._study_id, 2)) == 1
+
+
+def test_nobody_is_judged_right_after_a_silence_of_the_storage(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    b = bench()
+    storage = open_storage(b.definition.study.storage, heartbeat=1, grace=4)
+    storage.worker = "me-0"
+    with pytest.warns(UserWarning, match="Heartbeat"):
+        optuna.load_study(study_name="small", storage=storage).ask()
+    with storage.engine.begin() as connection:
+        connection.execute(sqlalchemy.text("UPDATE trial_heartbeats SET heartbeat = '2026-01-01'"))
+    now = time.time()
+    monkeypatch.setattr("hpsearch.storage.time.time", lambda: now + 3)  # an outage, or a laptop that slept
+    assert storage.reap(b.study._study_id, 2) == []
+    for seconds in (4, 5, 6, 7):
+        monkeypatch.setattr("hpsearch.storage.time.time", lambda seconds=seconds: now + seconds)
+        storage.get_all_trials(b.study._study_id)
+    assert storage.reap(b.study._study_id, 2) == [1]
 
 
 def test_a_result_whose_acknowledgement_was_lost_counts_once(

@@ -172,6 +172,7 @@ class Search:
                 announced += 1
         assert announced <= finished, "a result was announced twice"
         assert "Traceback" not in self.text(), self.text()[-5000:]
+        assert "the other workers go on" not in self.text(), "a worker ended early"
         if self.is_sqlite:
             with sqlite3.connect(self.database) as connection:
                 assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
@@ -237,8 +238,9 @@ def drain(folder: Path, n: int, rng: random.Random) -> str:
         interrupted = [row for row in rows if row["state"] == "failed"][n_before:]
         for row in interrupted:
             assert row["note"].startswith("interrupted: "), row["note"]
-            file = checkpoint.checkpoint_file(folder / "artifacts" / "small", row["number"])
-            if row["epoch"] or file.exists():
+            found = [*(folder / "artifacts").glob(f"small/*/trial-{row['number']}.ckpt")]
+            if row["epoch"] or found:
+                [file] = found
                 saved = len(checkpoint.read(file)["state"]["results"])
                 assert saved >= row["epoch"], f"trial {row['number']} reported {row['epoch']} epochs, {saved} are saved"
         handed_back += len(interrupted)

@@ -66,7 +66,7 @@ def test_a_killed_workers_trial_goes_on_and_gets_the_value_that_it_would_have_ha
     for key in ("state", "params", "value"):
         assert retried[key] == expected[key]
     states = [
-        read(folder / "artifacts/small" / name)["state"]
+        read(next((folder / "artifacts/small").glob(f"*/{name}")))["state"]
         for folder, name in [(file.parent, "trial-1.ckpt"), (undisturbed, "trial-0.ckpt")]
     ]
     assert states[0]["results"] == states[1]["results"]
