@@ -47,7 +47,9 @@ def test_every_command_and_program_of_the_readme_runs(tmp_path: Path) -> None:
             text=True,
             check=False,
         )
-        assert process.returncode == (124 if is_server else 0), f"{command}\n{process.stdout}\n{process.stderr}"
+        # The doctor may find that other tests keep the cores busy.
+        expected = {124} if is_server else {0, 1} if command.startswith("hpsearch doctor") else {0}
+        assert process.returncode in expected, f"{command}\n{process.stdout}\n{process.stderr}"
         if command == "scripts/quickstart":
             assert "MNIST can be neither found nor downloaded" in process.stderr
             assert "test accuracy 0.9" in process.stdout

@@ -57,7 +57,7 @@ optimizer = "sgd"
 kind = "none"
 [recovery]
 heartbeat = 1
-grace = 4
+grace = {grace}
 retries = 100000
 checkpoint = {checkpoint}
 """
@@ -81,12 +81,13 @@ class Search:
         epochs: int = 40,
         checkpoint: float = 0,
         lr: str = "1e-3, 1e-1",
+        grace: int = 4,
         url: str | None = None,
     ) -> None:
         self.folder, self.trials, self.epochs = folder, trials, epochs
         self.database = folder / "small.db"
         self.file = folder / "small.toml"
-        values = {"trials": trials, "epochs": epochs, "checkpoint": checkpoint, "lr": lr}
+        values = {"trials": trials, "epochs": epochs, "checkpoint": checkpoint, "lr": lr, "grace": grace}
         self.file.write_text(STUDY.format(url=url or f"sqlite:///{self.database}", **values))
         self.logs: list[Path] = []
         self.is_sqlite = url is None
@@ -313,7 +314,7 @@ def reap(folder: Path, n: int, rng: random.Random) -> str:
 
 def lock(folder: Path, n: int, rng: random.Random) -> str:
     """Another process holds an exclusive lock on the database for `n` seconds."""
-    search = Search(folder, trials=4, epochs=100)
+    search = Search(folder, trials=4, epochs=100, grace=10)
     run = search.run()
     wait_for(search.trains(4), "four trials that run")
     workers = {*workers_of(run)}
@@ -332,7 +333,7 @@ def lock(folder: Path, n: int, rng: random.Random) -> str:
 def fill_disk(folder: Path, n: int, rng: random.Random) -> str:
     """The disk of the database and of the checkpoints is full for `n` seconds."""
     with _small_disk(folder / "disk") as disk:
-        search = Search(folder, trials=4, epochs=100, url=f"sqlite:///{disk / 'small.db'}")
+        search = Search(folder, trials=4, epochs=100, grace=10, url=f"sqlite:///{disk / 'small.db'}")
         search.database, search.is_sqlite = disk / "small.db", True
         search.file.write_text(search.file.read_text().replace("[study]", f'[study]\nartifacts = "{disk}/artifacts"'))
         run = search.run()
@@ -356,7 +357,7 @@ def fill_disk(folder: Path, n: int, rng: random.Random) -> str:
 def restart_postgresql(folder: Path, n: int, rng: random.Random, *, down: float = 60) -> str:
     """PostgreSQL restarts `n` times under a search, every other time by a crash, and is once down for long."""
     with _postgresql(folder / "pg") as server:
-        search = Search(folder, trials=4, epochs=150, url=server.get_uri())
+        search = Search(folder, trials=4, epochs=150, grace=10, url=server.get_uri())
         trials, run = search.trials, search.run()
         wait_for(lambda: len(workers_of(run)) == 4 and any(row["epoch"] for row in search.rows()), "trials that run")
         workers = {*workers_of(run)}
