@@ -47,7 +47,7 @@ def test_the_search_spends_its_budget_and_prunes(searched: Path) -> None:
     status = json.loads(hpsearch("status", "studies/digits.toml", "--json", cwd=searched).stdout)
     trials = status["trials"]
     assert trials["complete"] + trials["pruned"] == 30
-    assert trials["pruned"] >= 10
+    assert trials["pruned"] >= 5
     assert trials["running"] == trials["failed"] == trials["waiting"] == 0
     assert status["best"]["value"] > 0.95
     assert status["epochs"]["run"] + status["epochs"]["saved"] == 30 * 15
