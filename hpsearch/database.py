@@ -155,7 +155,7 @@ def safe_journal() -> str:
 
 def check_tables(url: URL) -> None:
     """Raise `StorageError` for a database of something else, before any table is created in it."""
-    engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool)
+    engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, **connect_options(url))
     with engine.connect() as connection:
         found = sqlalchemy.inspect(connection)
         names = found.get_table_names()

@@ -331,6 +331,24 @@ def test_a_storage_is_not_pickled_since_that_would_carry_the_password(tmp_path: 
         pickle.dumps(open_storage(f"sqlite:///{tmp_path / 'study.db'}"))
 
 
+def test_a_database_with_other_tables_of_those_names_is_refused_and_left_alone(url: str) -> None:
+    driver_url = url.replace("postgresql:", "postgresql+psycopg:")
+    engine = sqlalchemy.create_engine(driver_url, poolclass=sqlalchemy.NullPool)
+    with engine.begin() as connection:
+        connection.execute(sqlalchemy.text("CREATE TABLE trials (precious INTEGER)"))
+    with pytest.raises(StorageError, match="a database of something else, with the tables trials; name a new one"):
+        open_storage(url)
+    with engine.connect() as connection:
+        assert sqlalchemy.inspect(connection).get_table_names() == ["trials"]
+
+
+def test_a_creation_that_was_killed_among_its_tables_is_gone_on_with(url: str) -> None:
+    engine = sqlalchemy.create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
+    models.BaseModel.metadata.tables["studies"].create(engine)
+    engine.dispose()
+    assert open_study(make_definition(), open_storage(url)).trials == []
+
+
 def test_opening_is_as_patient_as_it_is_asked_to_be(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
