@@ -94,7 +94,10 @@ def run(
     from hpsearch.study import open_study
 
     definition = _load(study, storage, trials)
-    open_study(definition, open_storage(definition.study.storage))  # what cannot work is told before torch is loaded
+    # What cannot work is told before torch is loaded.
+    opened = open_storage(definition.study.storage)
+    open_study(definition, opened)
+    opened.engine.dispose()
     from hpsearch.pool import run_pool
 
     drain = Drain().listen(signal.SIGINT, signal.SIGTERM)
@@ -218,7 +221,8 @@ def backup(
     definition = _load(study, storage)
     _stored(definition)
     backup_database(parse_url(definition.study.storage), file)
-    say(f"{file} is a whole copy; look at it with: hpsearch status {shlex.quote(study)} --storage sqlite:///{file}")
+    place = shlex.quote(f"sqlite:///{file}")
+    say(f"{file} is a whole copy; look at it with: hpsearch status {shlex.quote(study)} --storage {place}")
 
 
 @app.command(epilog="Example:  hpsearch evaluate dist/mnist-mlp")
