@@ -71,7 +71,7 @@ def _minutes_searched(session: Session, study_id: int) -> float:
 
 
 def _final_failures(session: Session, study_id: int) -> list[str]:
-    """`kind: message` of each failed trial that was not queued again, in the order of the trials."""
+    """`kind: message`, on one line, of each failed trial that was not queued again, in the order of the trials."""
     attribute: Any = models.TrialUserAttributeModel
     rows = (
         session.query(attribute.value_json)
@@ -81,4 +81,5 @@ def _final_failures(session: Session, study_id: int) -> list[str]:
         .order_by(_TRIAL.trial_id)
     )
     failures = [json.loads(text) if text else {"kind": "unknown", "message": ""} for (text,) in rows]
-    return [f"{failure['kind']}: {failure['message']}" for failure in failures if not failure.get("retried")]
+    lines = [f"{failure['kind']}: {failure['message']}" for failure in failures if not failure.get("retried")]
+    return [" ".join(line.split()) for line in lines]

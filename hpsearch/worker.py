@@ -218,7 +218,7 @@ class Worker:
 
     def _fail(self, trial: optuna.Trial | FrozenTrial, kind: str, message: str) -> None:
         if kind in ("exception", "out-of-memory"):
-            self._failures.append(f"{kind}: {message}")
+            self._failures.append(" ".join(f"{kind}: {message}".split()))
         if self.storage.fail(trial._trial_id, kind, message, retries=self.definition.recovery.retries):
             self.emit(TrialEvent(self.name, trial.number, "failed", message=f"{kind}: {message}"))
 
