@@ -1,6 +1,7 @@
 """The command line: exit statuses, one clear message for each error, data on stdout and talk on stderr."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hpsearch import __main__
-from hpsearch.console import render_trials, show, trial_line
+from hpsearch.console import render_trials, say, show, trial_line
 from hpsearch.definition import load_definition
 from hpsearch.storage import open_storage
 from hpsearch.study import open_study
@@ -188,6 +189,17 @@ def test_a_traceback_is_shown_only_with_debug(study_file: Callable[..., Path], m
 
     with pytest.raises(DefinitionError):
         __main__.main()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full, the disk that is always full")
+def test_talk_into_a_file_on_a_full_disk_ends_nothing_but_a_closed_pipe_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", os.fdopen(os.open("/dev/full", os.O_WRONLY), "w", closefd=False))
+    say("trial 3 complete 0.9")
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(sys, "stderr", os.fdopen(writer, "w", closefd=False))
+    with pytest.raises(BrokenPipeError):
+        say("trial 3 complete 0.9")
 
 
 @pytest.mark.parametrize("verb", VERBS)
