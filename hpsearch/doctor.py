@@ -46,7 +46,7 @@ class Finding:
 def examine(definition: StudyDefinition, *, folder: Path | str | None = None, fix: bool = False) -> list[Finding]:
     """The findings of all checks; with `fix`, what is safe to mend is mended, and the findings say so.
 
-    Without `fix` nothing is written or downloaded.
+    Without `fix` nothing of the study is changed, and nothing is downloaded in any case.
     """
     return list(_examine(definition, folder, fix))
 
