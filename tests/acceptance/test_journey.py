@@ -30,7 +30,8 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("digits")
     (folder / "studies").mkdir()
     (folder / "studies" / "digits.toml").write_text((STUDIES / "digits.toml").read_text())
-    run = hpsearch("run", "studies/digits.toml", "--workers", 2, "--json", cwd=folder)
+    # One worker: with more, what is pruned depends on which trial is quicker.
+    run = hpsearch("run", "studies/digits.toml", "--workers", 1, "--json", cwd=folder)
     lines = [line for line in run.stderr.splitlines() if line.startswith("trial ")]
     assert len(lines) == 30
     assert any(" complete 0.9" in line for line in lines)
@@ -47,7 +48,7 @@ def test_the_search_spends_its_budget_and_prunes(searched: Path) -> None:
     status = json.loads(hpsearch("status", "studies/digits.toml", "--json", cwd=searched).stdout)
     trials = status["trials"]
     assert trials["complete"] + trials["pruned"] == 30
-    assert trials["pruned"] >= 5
+    assert trials["pruned"] >= 10
     assert trials["running"] == trials["failed"] == trials["waiting"] == 0
     assert status["best"]["value"] > 0.95
     assert status["epochs"]["run"] + status["epochs"]["saved"] == 30 * 15
