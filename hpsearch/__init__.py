@@ -10,6 +10,7 @@ The package, to be read downwards; a file imports only from lines below its own:
     study                                 the studies in a storage: created, resumed, summarized
     objective | storage | bundle          trial to value; safe RDBStorage; what a user takes away
     definition | evaluation | training    the study file; figures; the training loop
+    gradients                             of a training step, by autograd or written out
     checkpoint | space | network | data | budget | database
     images | signals                      image files to raw pixels; signals to a wish to stop
     errors

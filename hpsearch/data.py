@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,7 +19,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, IterableDataset
 
 from hpsearch.errors import DataError
 from hpsearch.images import place
@@ -61,8 +62,7 @@ class Split:
         self, batch_size: int, *, shuffle: bool = False, generator: torch.Generator | None = None
     ) -> DataLoader[tuple[Tensor, Tensor]]:
         """A DataLoader of (images, labels) batches; each batch is one indexing of the resident tensors."""
-        batches = _Batches(self, batch_size, shuffle=shuffle, generator=generator)
-        return DataLoader(_Rows(self), sampler=batches, batch_size=None, generator=generator)
+        return _Loader(_Batches(self, batch_size, shuffle=shuffle, generator=generator), batch_size=None)
 
 
 @dataclass(frozen=True)
@@ -177,33 +177,36 @@ def augment(images: Tensor, strength: float) -> Tensor:
     return functional.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
-class _Rows(Dataset[tuple[Tensor, Tensor]]):
-    """A split indexed by a whole batch of rows at once."""
-
-    def __init__(self, split: Split) -> None:
-        self.split = split
-
-    def __getitem__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        return self.split.images.index_select(0, rows), self.split.labels.index_select(0, rows)
-
-
-class _Batches(Sampler[Tensor]):
-    """The row numbers of each batch, as int64 tensors where the split is, drawn on the CPU.
+class _Batches(IterableDataset[tuple[Tensor, Tensor]]):
+    """A split in batches, each gathered from the resident tensors at once; their order is drawn on the CPU.
 
     When shuffling, a last batch of a single image is left out: batch norm cannot train on it.
     """
 
     def __init__(self, split: Split, batch_size: int, *, shuffle: bool, generator: torch.Generator | None) -> None:
-        self.n_rows, self.device = len(split), split.labels.device
-        self.batch_size, self.shuffle, self.generator = batch_size, shuffle, generator
+        self.split, self.batch_size, self.shuffle, self.generator = split, batch_size, shuffle, generator
 
     def __len__(self) -> int:
-        drops_last = self.shuffle and self.n_rows > self.batch_size and self.n_rows % self.batch_size == 1
-        return -(-self.n_rows // self.batch_size) - drops_last
+        n_rows = len(self.split)
+        drops_last = self.shuffle and n_rows > self.batch_size and n_rows % self.batch_size == 1
+        return -(-n_rows // self.batch_size) - drops_last
 
-    def __iter__(self) -> Iterator[Tensor]:
-        rows = torch.randperm(self.n_rows, generator=self.generator) if self.shuffle else torch.arange(self.n_rows)
-        yield from rows.to(self.device).split(self.batch_size)[: len(self)]
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        images, labels, n_rows = self.split.images, self.split.labels, len(self.split)
+        if self.shuffle:
+            rows = torch.randperm(n_rows, generator=self.generator).to(labels.device)
+            labels = labels.index_select(0, rows)
+            image_batches = (images.index_select(0, batch) for batch in rows.split(self.batch_size))
+        else:
+            image_batches = iter(images.split(self.batch_size))
+        return islice(zip(image_batches, labels.split(self.batch_size), strict=True), len(self))
+
+
+class _Loader(DataLoader[tuple[Tensor, Tensor]]):
+    """A DataLoader of ready batches; in a process of its own, torch's loop around them would only take time."""
+
+    def __iter__(self) -> Any:
+        return iter(self.dataset)
 
 
 def _read(name: str, folder: Path | str | None, *, is_train: bool) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,27 @@ class Network(nn.Sequential):
         return probabilities
 
 
+class Dropout(nn.Dropout):
+    """torch's dropout with other random numbers: 16 bits an element, several times quicker to draw on a CPU."""
+
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__(p)
+        self._n_dropped = min(round(p * 2**16), 2**16 - 1)  # of 65,536
+        self._bits = torch.empty(0, dtype=torch.int64)
+
+    def forward(self, values: Tensor) -> Tensor:
+        return values * self.draw_mask(values) if self.training else values
+
+    def draw_mask(self, values: Tensor) -> Tensor:
+        """A factor for each value: 0 with probability `p`, else the one that keeps the mean."""
+        n_words = -(-values.numel() // 4)
+        if len(self._bits) != n_words or self._bits.device != values.device:
+            self._bits = torch.empty(n_words, dtype=torch.int64, device=values.device)
+        numbers = self._bits.random_(-(2**63), None).view(torch.int16)[: values.numel()].view_as(values)
+        mask = torch.empty_like(values)
+        return torch.ge(numbers, self._n_dropped - 2**15, out=mask).mul_(2**16 / (2**16 - self._n_dropped))
+
+
 def build_network(
     kind: str, hyperparameters: "Hyperparameters", image_shape: tuple[int, int, int], n_classes: int
 ) -> Network:
@@ -38,7 +59,7 @@ def build_network(
 
 def from_layers(layers: list[Layer]) -> Network:
     """The network that a list of (name in torch.nn, keyword arguments) describes."""
-    return Network(*(getattr(nn, name)(**arguments) for name, arguments in layers))
+    return Network(*((Dropout if name == "Dropout" else getattr(nn, name))(**arguments) for name, arguments in layers))
 
 
 def describe_layers(

@@ -16,7 +16,7 @@ from hpsearch.network import build_network
 from hpsearch.space import Hyperparameters, Suggests, suggest
 from hpsearch.training import Callback, EpochResult, read_results, seed_everything, train
 
-_CHECKPOINT_FORMAT = 1
+_CHECKPOINT_FORMAT = 2
 
 
 class Objective:

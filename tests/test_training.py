@@ -100,7 +100,7 @@ def test_label_smoothing_raises_the_lowest_loss(blobs: Split) -> None:
 
 def rates(schedule: str, n_steps: int) -> list[float]:
     network, hyperparameters = small_network(schedule=schedule, lr=0.1)
-    optimizer = build_optimizer(network, hyperparameters)
+    optimizer = build_optimizer(network.parameters(), hyperparameters)
     scheduler: LRScheduler = build_schedule(optimizer, hyperparameters, n_steps)
     used = []
     for _ in range(n_steps):
@@ -129,7 +129,7 @@ def test_schedules_survive_the_shortest_trainings(schedule: str, n_steps: int) -
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "rmsprop", "nadam"])
 def test_optimizers_get_their_hyperparameters(name: str) -> None:
     network, hyperparameters = small_network(optimizer=name, lr=0.02, weight_decay=0.3, momentum=0.7)
-    optimizer = build_optimizer(network, hyperparameters)
+    optimizer = build_optimizer(network.parameters(), hyperparameters)
     group = optimizer.param_groups[0]
     assert type(optimizer).__name__.lower() == name
     assert (group["lr"], group["weight_decay"]) == (0.02, 0.3)
