@@ -9,9 +9,10 @@ The package, to be read downwards; a file imports only from lines below its own:
     worker | retrain                      one worker; the best trial to a bundle
     study                                 the studies in a storage: created, resumed, summarized
     objective | storage | bundle          trial to value; safe RDBStorage; what a user takes away
+    recovery                              RDBStorage that outlasts outages and the ends of workers
     definition | evaluation | training    the study file; figures; the training loop
     gradients                             of a training step, by autograd or written out
-    checkpoint | space | network | data | budget | database
+    checkpoint | space | network | data | budget | database | rows
     images | signals                      image files to raw pixels; signals to a wish to stop
     errors
 

@@ -1,6 +1,6 @@
 """The budget of a study, counted in the transaction that starts a trial, so that it is exact.
 
-All functions work inside a transaction that holds the lock on the study's row (on SQLite: on the database).
+Other transactions that start trials of the study wait for the end of this one.
 """
 
 import json
@@ -15,17 +15,31 @@ from sqlalchemy.orm import Session
 from hpsearch.errors import BudgetInFlight, BudgetSpent, TooManyFailures
 
 _TRIAL: Any = models.TrialModel
+_STUDIES: Any = models.StudyModel.__table__
+_ATTRIBUTES: Any = models.StudyUserAttributeModel.__table__
+_LOCK_STUDY = (
+    sqlalchemy.select(_ATTRIBUTES.c.value_json)
+    .select_from(_STUDIES)
+    .outerjoin(_ATTRIBUTES, (_ATTRIBUTES.c.study_id == _STUDIES.c.study_id) & (_ATTRIBUTES.c.key == "budget"))
+    .where(_STUDIES.c.study_id == sqlalchemy.bindparam("study_id"))
+    .with_for_update(of=_STUDIES)
+)
+_COUNT_TRIALS = (
+    sqlalchemy.select(_TRIAL.state, sqlalchemy.func.count())
+    .where(_TRIAL.study_id == sqlalchemy.bindparam("study_id"))
+    .group_by(_TRIAL.state)
+)
 
 
-def admit(session: Session, study_id: int) -> None:
-    """Raise unless the study's budget has room for one more running trial.
+def admit(session: Session, study_id: int) -> int:
+    """The number of the study's trials, if its budget has room for one more that runs; else this raises.
 
     `BudgetSpent` and `TooManyFailures` are final; `BudgetInFlight` means that running trials may use up the rest, or
     fail and leave room.
     """
     budget = _read_budget(session, study_id)
-    rows = session.query(_TRIAL.state, sqlalchemy.func.count()).filter(_TRIAL.study_id == study_id)
-    counts: dict[TrialState, int] = dict(rows.group_by(_TRIAL.state).all())
+    rows: Any = session.connection().execute(_COUNT_TRIALS, {"study_id": study_id})
+    counts: dict[TrialState, int] = dict(rows.all())
     n_finished = counts.get(TrialState.COMPLETE, 0) + counts.get(TrialState.PRUNED, 0)
     if "trials" in budget and n_finished >= budget["trials"]:
         raise BudgetSpent(f"the study has its {budget['trials']} trials; raise budget.trials for more")
@@ -42,12 +56,13 @@ def admit(session: Session, study_id: int) -> None:
             )
     if "trials" in budget and n_finished + counts.get(TrialState.RUNNING, 0) >= budget["trials"]:
         raise BudgetInFlight
+    return sum(counts.values())
 
 
 def _read_budget(session: Session, study_id: int) -> dict[str, Any]:
-    model: Any = models.StudyUserAttributeModel
-    text = session.query(model.value_json).filter(model.study_id == study_id, model.key == "budget").scalar()
-    return {} if text is None else json.loads(text)
+    """The study's budget; the row of the study is locked."""
+    row = session.connection().execute(_LOCK_STUDY, {"study_id": study_id}).scalar()
+    return {} if row is None else json.loads(row)
 
 
 def _best_value(session: Session, study_id: int) -> float:

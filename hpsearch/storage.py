@@ -1,36 +1,32 @@
-"""Optuna's RDBStorage made safe for parallel workers.
+"""Optuna's RDBStorage made safe and quick for parallel workers.
 
-What Optuna leaves open is closed here: every SQLite transaction starts as `BEGIN IMMEDIATE`, a trial is admitted
-against the budget, signed and given its first heartbeat in the transaction that starts it, and a trial whose worker
-is gone fails and is queued again in one transaction.
+What Optuna leaves open is closed here: every SQLite transaction starts as `BEGIN IMMEDIATE`; a trial is admitted
+against the budget, signed and given its first heartbeat in the transaction that starts it; and what is new of a running
+trial is written together.
 """
 
 import threading
 import time
-import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
-import optuna
-from optuna.exceptions import ExperimentalWarning, StorageInternalError
-from optuna.storages import RDBStorage
-from optuna.storages._rdb import models
+from optuna.distributions import BaseDistribution, check_distribution_compatibility
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages._rdb.storage import _create_scoped_session
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.engine import URL
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy import Connection
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
+from hpsearch import rows
 from hpsearch.budget import admit
 from hpsearch.database import (
     check_place,
     check_tables,
-    connect_options,
     creation_lock,
-    harden,
     is_transient,
     parse_url,
     reason,
@@ -39,196 +35,188 @@ from hpsearch.database import (
     unavailable,
 )
 from hpsearch.errors import StorageError, StudyNotFound, UsageError
+from hpsearch.recovery import RecoveringStorage, patiently
+from hpsearch.rows import HeldTrial
 
-_TRIAL: Any = models.TrialModel
 
+class Storage(RecoveringStorage):
+    """A RecoveringStorage that admits trials against the study's budget and holds them, once `worker` is set.
 
-class Storage(RDBStorage):
-    """RDBStorage that admits trials against the study's budget once `worker` is set.
-
-    A call that finds the database locked, full or unreachable is repeated for `patience` seconds, or until `giving_up`
-    is set; then it raises `StorageUnavailable`.
+    What is new of a held trial is written when it is due and `store` is called, and in the transaction that ends it.
     """
 
-    def __init__(self, url: URL, *, heartbeat: int, grace: int, creates: bool) -> None:
+    def __init__(self, *args: Any, **options: Any) -> None:
         self.worker: str | None = None
-        self.patience = 0.0
-        self.giving_up = threading.Event()
-        self._last_answer = time.time()
-        self.trusts_heartbeats_from = 0.0  # seconds since 1970
-        # Optuna formats the URL as a template, so braces in a password would break it.
-        template = url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)  # of the heartbeat
-            super().__init__(
-                template,
-                connect_options(url),
-                heartbeat_interval=heartbeat,
-                grace_period=grace,
-                skip_table_creation=not creates,
-            )
-        harden(self.engine, converts=creates)
+        self._held: dict[int, HeldTrial] = {}
+        self._ended: dict[int, HeldTrial] = {}  # the last one
+        super().__init__(*args, **options)
 
-    def __getstate__(self) -> dict[Any, Any]:
-        raise TypeError("a storage cannot be pickled; open it again in the other process")
+    def store(self, trial_id: int) -> None:
+        """Write what is new of a held trial, if it is due; raises `UpdateFinishedTrialError` if it was taken away."""
+        held = self._held.get(trial_id)
+        if held and time.monotonic() >= held.is_due_at:
+            self._store(held)
 
-    def join(self, study_id: int) -> int:
-        """How many workers joined the study before this one; no two get the same number."""
+    @patiently
+    def beat(self, trial_id: int) -> bool:
+        """Whether the trial is still running, and has a new heartbeat therefore."""
         with _create_scoped_session(self.scoped_session) as session:
-            study = models.StudyModel.find_or_raise_by_id(study_id, session, for_update=True)
-            attribute = models.StudyUserAttributeModel.find_by_study_and_key(study, "workers", session)
-            if attribute is None:
-                attribute = models.StudyUserAttributeModel(study_id=study_id, key="workers", value_json="0")
-                session.add(attribute)
-            n_before = int(attribute.value_json)
-            attribute.value_json = str(n_before + 1)
-            return n_before
+            is_running = rows.lock_trial(session.connection(), trial_id) == TrialState.RUNNING
+            if is_running:
+                rows.beat(session.connection(), trial_id)
+            return is_running
 
     def fail(self, trial_id: int, kind: str, message: str, *, retries: int = 0) -> bool:
-        """Whether the trial was running and has failed now, with the reason in its user attribute `failure`.
+        has_failed = super().fail(trial_id, kind, message, retries=retries)
+        self._held.pop(trial_id, None)
+        return has_failed
 
-        In the same transaction a trial of the kind "interrupted", or of the kind "killed" that was killed at most
-        `retries` times, is queued again with the parameters it has.
-        """
-        with _create_scoped_session(self.scoped_session) as session:
-            study_id = _TRIAL.find_or_raise_by_id(trial_id, session).study_id
-            # The lock on the study keeps trial numbers apart; it is always taken before that on a trial.
-            models.StudyModel.find_or_raise_by_id(study_id, session, for_update=True)
-            trial: Any = _TRIAL.find_or_raise_by_id(trial_id, session, for_update=True)
-            session.refresh(trial)
-            if trial.state != TrialState.RUNNING:
-                return False
-            frozen = self._build_frozen_trial_from_trial_model(trial)
-            kills = [*frozen.system_attrs.get("retry_history", []), *([frozen.number] if kind == "killed" else [])]
-            is_retried = kind == "interrupted" or (kind == "killed" and len(kills) <= retries)
-            failure = {"kind": kind, "message": message, "retried": is_retried}
-            self._set_user_attr(session, trial_id, "failure", failure)
-            trial.state = TrialState.FAIL
-            trial.datetime_complete = datetime.now()
-            if is_retried:
-                # Else ASHA and Hyperband would count one training twice.
-                rungs = models.TrialSystemAttributeModel.key.startswith("completed_rung_")
-                session.query(models.TrialSystemAttributeModel).filter_by(trial_id=trial_id).filter(rungs).delete(False)
-                self._get_prepared_new_trial(study_id, _retry_of(frozen, kills), session)
-            return True
-
-    def insist(self, seconds: float) -> None:
-        """From now on wait so long for the storage, whoever gives up: trials are handed back."""
-        self.patience, self.giving_up = seconds, threading.Event()
-
-    def reap(self, study_id: int, retries: int) -> list[int]:
-        """The ids of running trials that were without a heartbeat for longer than the grace period, now failed.
-
-        None after an outage: where the storage did not answer this worker, or the machine slept, the others could not
-        beat either, and get a grace period for it.
-        """
-        message = f"no heartbeat for {self.grace_period} s"
-        stale = self._get_stale_trial_ids(study_id)
-        if time.time() < self.trusts_heartbeats_from:
-            return []
-        return [trial_id for trial_id in stale if self.fail(trial_id, "killed", message, retries=retries)]
+    def get_trial(self, trial_id: int) -> FrozenTrial:
+        if held := self._held.get(trial_id) or self._ended.get(trial_id):
+            return held.snapshot()
+        trial: FrozenTrial = self._read_trial(trial_id)
+        return trial
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Any = None) -> bool:
         if state == TrialState.RUNNING and self.worker:
-            return self._claim(trial_id)
+            return bool(self._claim(trial_id))
+        if held := self._held.get(trial_id):
+            self._end(held, state, values or ())
+            return True
         return super().set_trial_state_values(trial_id, state, values)
 
-    def _get_prepared_new_trial(
-        self, study_id: int, template_trial: FrozenTrial | None, session: Session
-    ) -> "models.TrialModel":
-        # Optuna calls this with the study's row locked, in the transaction that creates a trial.
-        is_started = template_trial is None and self.worker is not None
-        if is_started:
-            admit(session, study_id)
-        trial = super()._get_prepared_new_trial(study_id, template_trial, session)
-        if is_started:
-            self._sign(int(trial.trial_id), session)
-        return trial
+    def set_trial_intermediate_value(self, trial_id: int, step: int, intermediate_value: float) -> None:
+        if held := self._held.get(trial_id):
+            held.report(step, intermediate_value)
+            return self.store(trial_id)
+        return super().set_trial_intermediate_value(trial_id, step, intermediate_value)
 
-    def _note_answer(self) -> None:
-        """Be wary of heartbeats for a while if this answer came after a long silence (in wall-clock time)."""
-        now, interval, grace = time.time(), self.heartbeat_interval or 0, self.grace_period or 0
-        if now - self._last_answer > max(1.5 * interval, (grace - interval) / 2):
-            self.trusts_heartbeats_from = now + grace
-        self._last_answer = now
+    def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
+        if held := self._held.get(trial_id):
+            return held.set_user_attr(key, value)
+        return super().set_trial_user_attr(trial_id, key, value)
 
-    def _claim(self, trial_id: int) -> bool:
-        """Whether the waiting trial is this worker's now."""
+    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
+        if held := self._held.get(trial_id):
+            return held.set_system_attr(key, value)
+        return super().set_trial_system_attr(trial_id, key, value)
+
+    def _set_trial_param(
+        self,
+        trial_id: int,
+        param_name: str,
+        param_value_internal: float,
+        distribution: BaseDistribution,
+        previous_distribution: BaseDistribution | None,
+    ) -> None:
+        if held := self._held.get(trial_id):
+            if previous_distribution is not None:
+                check_distribution_compatibility(previous_distribution, distribution)
+            return held.set_param(param_name, param_value_internal, distribution)
+        return super()._set_trial_param(trial_id, param_name, param_value_internal, distribution, previous_distribution)
+
+    def _create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> FrozenTrial:
+        if template_trial is None and self.worker:
+            trial: FrozenTrial = self._start(study_id)
+            return trial
+        return super()._create_new_trial(study_id, template_trial)
+
+    @patiently
+    def _get_trials(
+        self, study_id: int, states: Any, included_trial_ids: set[int], trial_id_greater_than: int
+    ) -> list[FrozenTrial]:
+        ids = {trial_id for trial_id in included_trial_ids if trial_id <= trial_id_greater_than}
         with _create_scoped_session(self.scoped_session) as session:
-            study_id = _TRIAL.find_or_raise_by_id(trial_id, session).study_id
-            models.StudyModel.find_or_raise_by_id(study_id, session, for_update=True)
-            trial: Any = _TRIAL.find_or_raise_by_id(trial_id, session, for_update=True)
-            session.refresh(trial)
-            self.check_trial_is_updatable(trial_id, trial.state)
-            if trial.state != TrialState.WAITING:
-                # It is this worker's already if an earlier try to claim it went through unanswered.
-                frozen = self._build_frozen_trial_from_trial_model(trial)
-                return frozen.user_attrs.get("worker") == self.worker
-            admit(session, study_id)
-            trial.state = TrialState.RUNNING
-            trial.datetime_start = datetime.now()
-            self._sign(trial_id, session)
-            return True
-
-    def _sign(self, trial_id: int, session: Session) -> None:
-        """Write whose trial it is, and its first heartbeat: there is no moment without one."""
-        self._set_user_attr(session, trial_id, "worker", self.worker)
-        session.add(models.TrialHeartbeatModel(trial_id=trial_id))
-
-    def _set_user_attr(self, session: Session, trial_id: int, key: str, value: Any) -> None:
-        self._set_trial_attr_without_commit(session, models.TrialUserAttributeModel, trial_id, key, value)
-
-    def _get_stale_trial_ids(self, study_id: int) -> list[int]:
-        self._adopt_orphans(study_id)
-        return super()._get_stale_trial_ids(study_id)
-
-    def find_stuck(self, study_id: int) -> list[int]:
-        """The ids of running trials that are stale or have no heartbeat at all; nothing is changed."""
-        with _create_scoped_session(self.scoped_session) as session:
-            orphans = self._find_orphans(study_id, session)
-        return [*super()._get_stale_trial_ids(study_id), *orphans]
-
-    def _adopt_orphans(self, study_id: int) -> None:
-        """Give running trials without a heartbeat one, so that they become stale a grace period from now."""
-        with _create_scoped_session(self.scoped_session, ignore_integrity_error=True) as session:
-            orphans = self._find_orphans(study_id, session)
-            session.add_all([models.TrialHeartbeatModel(trial_id=trial_id) for trial_id in orphans])
-
-    def _find_orphans(self, study_id: int, session: Session) -> list[int]:
-        query = session.query(_TRIAL.trial_id).filter(
-            _TRIAL.study_id == study_id, _TRIAL.state == TrialState.RUNNING, ~_TRIAL.heartbeats.any()
-        )
-        return [trial_id for (trial_id,) in query]
-
-
-def _patiently(method: Callable[..., Any]) -> Callable[..., Any]:
-    """The method, repeated with growing pauses while the database is locked, full or cannot be reached."""
-
-    @wraps(method)
-    def call(self: Storage, *args: Any, **kwargs: Any) -> Any:
-        url = self.engine.url
-        try:
-            answer = retrying(url, self.patience, self.heartbeat_interval or 1, self.giving_up)(
-                method, self, *args, **kwargs
+            trials = rows.read_trials(
+                session.connection(),
+                study_id=study_id,
+                above=trial_id_greater_than,
+                ids=ids,
+                known=self._held | self._ended,
             )
-        except (StorageInternalError, SQLAlchemyError) as error:
-            if is_transient(error):
-                raise unavailable(url, error) from error
-            raise StorageError(f"{show_url(url)}: {reason(url, error)}") from error
-        self._note_answer()
-        return answer
+        return [trial for trial in trials if states is None or trial.state in states]
 
-    return call
+    @patiently
+    def _read_trial(self, trial_id: int) -> FrozenTrial:
+        with _create_scoped_session(self.scoped_session) as session:
+            return rows.read_trial(session.connection(), trial_id)
 
+    @patiently
+    def _start(self, study_id: int) -> FrozenTrial:
+        """A new running trial: admitted, signed, with a heartbeat, and held."""
+        with _create_scoped_session(self.scoped_session) as session:
+            number, connection = admit(session, study_id), session.connection()
+            held = HeldTrial(rows.insert_trial(connection, study_id, number, datetime.now()))
+            self._sign(held, connection)
+        self._hold(held)
+        return held.snapshot()
 
-for _name in (
-    *("create_new_study", "delete_study", "get_all_studies", "get_study_id_from_name", "get_study_name_from_id"),
-    *("get_study_directions", "get_study_user_attrs", "get_study_system_attrs", "set_study_user_attr"),
-    *("set_study_system_attr", "_create_new_trial", "_set_trial_param", "set_trial_state_values", "get_trial"),
-    *("set_trial_intermediate_value", "set_trial_user_attr", "set_trial_system_attr", "_get_trials"),
-    *("_get_best_trial_id", "record_heartbeat", "_get_stale_trial_ids", "join", "fail"),
-):
-    setattr(Storage, _name, _patiently(getattr(Storage, _name)))
+    @patiently
+    def _claim(self, trial_id: int) -> bool:
+        """Whether the waiting trial is this worker's now: admitted, signed, with a heartbeat, and held."""
+        with _create_scoped_session(self.scoped_session) as session:
+            connection = session.connection()
+            held = HeldTrial(rows.read_trial(connection, trial_id))
+            trial = held.trial
+            self.check_trial_is_updatable(trial_id, trial.state)
+            if trial.state == TrialState.WAITING:
+                admit(session, rows.find_study(connection, trial_id))
+                trial.state, trial.datetime_start = TrialState.RUNNING, datetime.now()
+                if not rows.change_state(connection, trial, before=TrialState.WAITING):
+                    return False  # while this waited to be admitted
+                self._sign(held, connection)
+            elif trial.user_attrs.get("worker") != self.worker:
+                return False
+            # Else an earlier try to claim it went through unanswered.
+        self._hold(held)
+        return True
+
+    def _sign(self, held: HeldTrial, connection: Connection) -> None:
+        """Write whose trial it is, and its first heartbeat: there is no moment without one."""
+        held.set_user_attr("worker", self.worker)
+        held.write(connection)
+        rows.beat(connection, held.trial._trial_id)
+
+    def _hold(self, held: HeldTrial) -> None:
+        held.forget_rows()
+        self._held[held.trial._trial_id] = held
+        self._ended = {}
+
+    @patiently
+    def _store(self, held: HeldTrial) -> None:
+        with self._writing(held) as connection:
+            state = rows.lock_trial(connection, held.trial._trial_id)
+            self.check_trial_is_updatable(held.trial._trial_id, state)
+            held.write(connection)
+
+    @patiently
+    def _end(self, held: HeldTrial, state: TrialState, values: Any) -> None:
+        """Write what is new of the trial, its values and its final state."""
+        ended = held.snapshot()
+        ended.state, ended.datetime_complete = state, datetime.now()
+        held.set_values(values)
+        with self._writing(held) as connection:
+            if not rows.change_state(connection, ended, before=TrialState.RUNNING):
+                self.check_trial_is_updatable(ended._trial_id, rows.lock_trial(connection, ended._trial_id))
+            held.write(connection)
+        held.trial.state, held.trial.datetime_complete = state, ended.datetime_complete
+        del self._held[ended._trial_id]
+        self._ended = {ended._trial_id: held}
+
+    @contextmanager
+    def _writing(self, held: HeldTrial) -> Iterator[Connection]:
+        """A transaction of a held trial, which is held no longer if it has been taken away."""
+        try:
+            with _create_scoped_session(self.scoped_session) as session:
+                yield session.connection()
+        except UpdateFinishedTrialError:
+            self._held.pop(held.trial._trial_id, None)
+            raise
+        held.forget_rows()
+
+    def _write_held(self, trial_id: int, session: Session) -> None:
+        if held := self._held.get(trial_id):
+            held.write(session.connection())
 
 
 def open_storage(
@@ -256,7 +244,10 @@ def open_storage(
 
     def connect() -> Storage:
         if must_exist:
-            return Storage(parsed, heartbeat=heartbeat, grace=grace, creates=False)
+            try:
+                return Storage(parsed, heartbeat=heartbeat, grace=grace, creates=False)
+            except IntegrityError:  # another process is creating it at this moment
+                return Storage(parsed, heartbeat=heartbeat, grace=grace, creates=False)
         check_place(parsed)
         with creation_lock(parsed):
             check_tables(parsed)
@@ -278,18 +269,3 @@ def open_storage(
         raise StorageError(f"{show_url(parsed)} cannot be opened: {error.strerror}") from error
     storage.patience, storage.giving_up = patience, giving_up
     return storage
-
-
-def _retry_of(trial: FrozenTrial, kills: list[int]) -> FrozenTrial:
-    """A waiting trial with the parameters of one that was killed or interrupted, linked to it the way Optuna does."""
-    attempts = [*trial.user_attrs.get("attempts", []), trial.number]
-    system_attrs: dict[str, Any] = {"failed_trial": attempts[0], "retry_history": kills}
-    if "fixed_params" in trial.system_attrs:
-        system_attrs["fixed_params"] = trial.system_attrs["fixed_params"]
-    return optuna.trial.create_trial(
-        state=TrialState.WAITING,
-        params=trial.params,
-        distributions=trial.distributions,
-        user_attrs={"attempts": attempts},
-        system_attrs=system_attrs,
-    )

@@ -66,17 +66,17 @@ class Lease(threading.Thread):
         self.ended, self.lost = threading.Event(), threading.Event()
 
     def check(self) -> None:
-        """Raise if the trial must not go on: it is not this worker's any more, or somebody wishes to stop."""
+        """Store what is new; raise if the trial is not this worker's any more, or somebody wishes to stop."""
         self.worker.drain.check()
         if self.lost.is_set():
             raise LeaseLost
+        self.worker.storage.store(self.trial_id)
 
     def run(self) -> None:
         storage = self.worker.storage
         while not self.ended.wait(self.worker.definition.recovery.heartbeat):
             try:
-                storage.record_heartbeat(self.trial_id)
-                if storage.get_trial(self.trial_id).state != TrialState.RUNNING:
+                if not storage.beat(self.trial_id):
                     self.lost.set()
                     return
                 self.worker.reap()

@@ -3,7 +3,8 @@
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,16 @@ import optuna
 import pytest
 import sqlalchemy
 import torch
-from optuna.storages import RDBStorage
 from optuna.trial import TrialState
+from sqlalchemy import Connection
 from sqlalchemy.exc import OperationalError
 
 from hpsearch.checkpoint import find_checkpoints, read
 from hpsearch.data import ImageData
 from hpsearch.errors import Drained, Interrupted, RepeatedFailures, StorageUnavailable, TooManyFailures
+from hpsearch.rows import HeldTrial
 from hpsearch.signals import Drain
-from hpsearch.storage import open_storage
+from hpsearch.storage import Storage, open_storage
 from hpsearch.study import checkpoint_folder, open_study
 from hpsearch.worker import TrialEvent, Worker, open_worker_storage, worker_name
 
@@ -283,17 +285,18 @@ def test_a_result_whose_acknowledgement_was_lost_counts_once(
 ) -> None:
     b = bench(budget={"trials": 1})
     worker = b.worker()
-    original = RDBStorage.set_trial_state_values
+    original = Storage._writing
     lost: list[int] = []
 
-    def lose_the_answer(storage: RDBStorage, trial_id: int, state: TrialState, values: Any = None) -> bool:
-        answer = original(storage, trial_id, state, values)
-        if state == TrialState.COMPLETE and not lost:
-            lost.append(trial_id)
+    @contextmanager
+    def lose_the_answer(storage: Storage, held: HeldTrial) -> Iterator[Connection]:
+        with original(storage, held) as connection:
+            yield connection
+        if not lost and storage._read_trial(held.trial._trial_id).state == TrialState.COMPLETE:
+            lost.append(held.trial._trial_id)
             raise OperationalError("COMMIT", {}, Exception("server closed the connection"))
-        return answer
 
-    monkeypatch.setattr(RDBStorage, "set_trial_state_values", lose_the_answer)
+    monkeypatch.setattr(Storage, "_writing", lose_the_answer)
     worker.storage.patience = 30
     worker.run()
     assert len(lost) == 1
@@ -314,6 +317,7 @@ def test_a_worker_reaps_the_trials_of_the_dead_and_runs_them_again(bench: Callab
     with pytest.warns(UserWarning, match="Heartbeat"):
         trial = optuna.load_study(study_name="small", storage=dead).ask()
     width = trial.suggest_int("width", 8, 32)
+    dead.store(trial._trial_id)  # as a worker does before the first batch
     b.worker().run()  # waits until the grace of 2 s is over
     assert b.study.trials[0].user_attrs["failure"]["message"] == "no heartbeat for 2 s"
     assert b.study.trials[1].state == TrialState.COMPLETE

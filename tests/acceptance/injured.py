@@ -20,11 +20,11 @@ from typing import Any
 
 CHANCES = {name: float(chance) for name, _, chance in (i.partition("=") for i in os.environ["INJURIES"].split(","))}
 METHODS = {
-    "_create_new_trial": "ask",
+    "_start": "ask",
     "_claim": "ask",
-    "set_trial_intermediate_value": "report",
-    "record_heartbeat": "heartbeat",
-    "set_trial_state_values": "tell",
+    "_store": "report",
+    "beat": "heartbeat",
+    "_end": "tell",
 }
 chance = random.Random(f"{os.environ.get('INJURIES_SEED')}-{os.getpid()}")
 

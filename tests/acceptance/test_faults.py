@@ -23,7 +23,7 @@ from hpsearch.study import load_study, summarize
 from .commands import HPSEARCH, environment, hpsearch, processes_of, start, wait_for, workers_of
 
 WriteStudy = Callable[..., Path]
-SLOW = "trials = 2\nepochs = 400"  # a trial takes long enough to be interrupted
+SLOW = "trials = 2\nepochs = 1500"  # a trial takes long enough to be interrupted
 UNPRUNED = '[pruner]\nkind = "none"\n[recovery]\nheartbeat = 1\ngrace = 4'
 
 

@@ -1,0 +1,257 @@
+"""The rows of trials, read and written in few statements.
+
+Optuna's RDBStorage reads and writes each row as an object, and each in a transaction of its own: some 20 of them a
+trial, and each has to wait for the disk. A trial that this process runs is `HeldTrial` in its memory; what is new of it
+is written together.
+"""
+
+import copy
+import json
+import time
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from datetime import UTC, datetime
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Any
+
+import sqlalchemy
+from optuna.distributions import BaseDistribution, distribution_to_json, json_to_distribution
+from optuna.storages._rdb import models
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import Connection
+from sqlalchemy.dialects import postgresql, sqlite
+
+WRITE_INTERVAL = 0.5  # seconds that a report may wait for others before it is written
+_MAX_VARIABLES = 500  # of a statement; SQLite's default limit is higher
+
+TRIALS: Any = models.TrialModel.__table__
+VALUES: Any = models.TrialValueModel.__table__
+PARAMS: Any = models.TrialParamModel.__table__
+REPORTS: Any = models.TrialIntermediateValueModel.__table__
+USER_ATTRS: Any = models.TrialUserAttributeModel.__table__
+SYSTEM_ATTRS: Any = models.TrialSystemAttributeModel.__table__
+HEARTBEATS: Any = models.TrialHeartbeatModel.__table__
+_KEYS = {VALUES: "objective", PARAMS: "param_name", REPORTS: "step", USER_ATTRS: "key", SYSTEM_ATTRS: "key"}
+
+
+class HeldTrial:
+    """A running trial in the memory of the process that runs it, with the rows that are not written yet."""
+
+    def __init__(self, trial: FrozenTrial) -> None:
+        self.trial = trial
+        self.rows: dict[Any, list[dict[str, Any]]] = defaultdict(list)
+        self.is_due_at = float("inf")  # in the time of `time.monotonic`
+
+    def set_param(self, name: str, internal_value: float, distribution: BaseDistribution) -> None:
+        self.trial.params[name] = distribution.to_external_repr(internal_value)
+        self.trial.distributions[name] = distribution
+        text = distribution_to_json(distribution)
+        self._add(PARAMS, 0.0, param_name=name, param_value=internal_value, distribution_json=text)
+
+    def report(self, step: int, value: float) -> None:
+        self.trial.intermediate_values[step] = value
+        stored, kind = models.TrialIntermediateValueModel.intermediate_value_to_stored_repr(value)
+        self._add(REPORTS, WRITE_INTERVAL, step=step, intermediate_value=stored, intermediate_value_type=kind)
+
+    def set_user_attr(self, key: str, value: Any) -> None:
+        self.trial.user_attrs[key] = value
+        self._add(USER_ATTRS, WRITE_INTERVAL, key=key, value_json=json.dumps(value))
+
+    def set_system_attr(self, key: str, value: Any) -> None:
+        self.trial.system_attrs[key] = value
+        self._add(SYSTEM_ATTRS, WRITE_INTERVAL, key=key, value_json=json.dumps(value))
+
+    def set_values(self, values: Iterable[float]) -> None:
+        self.trial.values = list(values)
+        for objective, value in enumerate(values):
+            stored, kind = models.TrialValueModel.value_to_stored_repr(value)
+            self._add(VALUES, 0.0, objective=objective, value=stored, value_type=kind)
+
+    def write(self, connection: Connection) -> None:
+        """Write the new rows in the connection's transaction; once it is committed, call `forget_rows`."""
+        for table, rows in self.rows.items():
+            connection.execute(_upsert(table, connection.dialect.name), rows)
+
+    def forget_rows(self) -> None:
+        self.rows.clear()
+        self.is_due_at = float("inf")
+
+    def snapshot(self) -> FrozenTrial:
+        """The trial as it is now, to be kept or changed by the caller."""
+        taken = copy.copy(self.trial)
+        for name in ("params", "distributions", "user_attrs", "system_attrs", "intermediate_values"):
+            setattr(taken, name, dict(getattr(self.trial, name)))
+        return taken
+
+    def _add(self, table: Any, delay: float, **columns: Any) -> None:
+        self.rows[table].append({"trial_id": self.trial._trial_id, **columns})
+        self.is_due_at = min(self.is_due_at, time.monotonic() + delay)
+
+
+def lock_trial(connection: Connection, trial_id: int) -> TrialState:
+    """The trial's state, which no other transaction can change now; raises `KeyError` where there is no such trial."""
+    state: TrialState | None = connection.execute(_SELECT_STATE, {"trial_id": trial_id}).scalar()
+    if state is None:
+        raise KeyError(f"no trial with id {trial_id}")
+    return state
+
+
+def find_study(connection: Connection, trial_id: int) -> int:
+    """The id of the trial's study."""
+    query = sqlalchemy.select(TRIALS.c.study_id).where(TRIALS.c.trial_id == trial_id)
+    study_id: int = connection.execute(query).scalar_one()
+    return study_id
+
+
+def insert_trial(connection: Connection, study_id: int, number: int, start: datetime) -> FrozenTrial:
+    """A new running trial of the study, whose row must be locked."""
+    columns = {"study_id": study_id, "number": number, "state": TrialState.RUNNING, "datetime_start": _to_utc(start)}
+    result: Any = connection.execute(sqlalchemy.insert(TRIALS), columns)
+    return _new_trial(result.inserted_primary_key[0], number, TrialState.RUNNING, start)
+
+
+def change_state(connection: Connection, trial: FrozenTrial, before: TrialState) -> bool:
+    """Whether the trial was in the state `before`; if so, its new state is written, and since when it is in it."""
+    values = {
+        "id": trial._trial_id,
+        "before": before,
+        "after": trial.state,
+        "start": _to_utc(trial.datetime_start),
+        "complete": _to_utc(trial.datetime_complete),
+    }
+    return connection.execute(_CHANGE_STATE, values).rowcount == 1
+
+
+def beat(connection: Connection, trial_id: int) -> None:
+    """Give the trial a heartbeat of now."""
+    connection.execute(_upsert(HEARTBEATS, connection.dialect.name), {"trial_id": trial_id})
+
+
+def read_trials(
+    connection: Connection,
+    *,
+    study_id: int | None = None,
+    above: int | None = None,
+    ids: Collection[int] = (),
+    known: Mapping[int, HeldTrial] = MappingProxyType({}),
+) -> list[FrozenTrial]:
+    """The trials of those ids, and those of the study whose ids are above a number, in the order of ids.
+
+    Of trials that are `known`, and in that state still, no more is read.
+    """
+    found: list[Any] = []
+    if above is not None:
+        found += connection.execute(_SELECT_ABOVE, {"study_id": study_id, "above": above}).all()
+    for some in _in_groups(sorted(ids)):
+        found += connection.execute(_SELECT_TRIALS, {"ids": some}).all()
+    found.sort(key=lambda row: row.trial_id)
+    trials: dict[int, FrozenTrial] = {}
+    to_read: list[int] = []
+    for row in found:
+        held = known.get(row.trial_id)
+        if held and held.trial.state == row.state:
+            trials[row.trial_id] = held.snapshot()
+        else:
+            moments = _to_local(row.datetime_start), _to_local(row.datetime_complete)
+            trials[row.trial_id] = _new_trial(row.trial_id, row.number, row.state, *moments)
+            to_read.append(row.trial_id)
+    for some in _in_groups(to_read):
+        _read_children(connection, trials, some)
+    return list(trials.values())
+
+
+def _read_children(connection: Connection, trials: Mapping[int, FrozenTrial], ids: list[int]) -> None:
+    for row in connection.execute(_select_children(PARAMS), {"ids": ids}):
+        trial, distribution = trials[row.trial_id], _parse_distribution(row.distribution_json)
+        trial.distributions[row.param_name] = distribution
+        trial.params[row.param_name] = distribution.to_external_repr(row.param_value)
+    for row in connection.execute(_select_children(VALUES), {"ids": ids}):
+        trial = trials[row.trial_id]
+        value = models.TrialValueModel.stored_repr_to_value(row.value, row.value_type)
+        trial.values = [*(trial.values or ()), value]
+    for row in connection.execute(_select_children(REPORTS), {"ids": ids}):
+        trials[row.trial_id].intermediate_values[row.step] = (
+            models.TrialIntermediateValueModel.stored_repr_to_intermediate_value(
+                row.intermediate_value, row.intermediate_value_type
+            )
+        )
+    for row in connection.execute(_select_children(USER_ATTRS), {"ids": ids}):
+        trials[row.trial_id].user_attrs[row.key] = json.loads(row.value_json)
+    for row in connection.execute(_select_children(SYSTEM_ATTRS), {"ids": ids}):
+        trials[row.trial_id].system_attrs[row.key] = json.loads(row.value_json)
+
+
+def read_trial(connection: Connection, trial_id: int) -> FrozenTrial:
+    """The trial with the id; raises `KeyError` where there is none."""
+    for trial in read_trials(connection, ids=[trial_id]):
+        return trial
+    raise KeyError(f"no trial with id {trial_id}")
+
+
+def _new_trial(
+    trial_id: int, number: int, state: TrialState, start: datetime | None, complete: datetime | None = None
+) -> FrozenTrial:
+    return FrozenTrial(
+        number=number,
+        state=state,
+        value=None,
+        datetime_start=start,
+        datetime_complete=complete,
+        params={},
+        distributions={},
+        user_attrs={},
+        system_attrs={},
+        intermediate_values={},
+        trial_id=trial_id,
+    )
+
+
+def _in_groups(ids: list[int]) -> Iterable[list[int]]:
+    return (ids[i : i + _MAX_VARIABLES] for i in range(0, len(ids), _MAX_VARIABLES))
+
+
+_IDS: Any = sqlalchemy.bindparam("ids", expanding=True)
+_SELECT_STATE = (
+    sqlalchemy.select(TRIALS.c.state).where(TRIALS.c.trial_id == sqlalchemy.bindparam("trial_id")).with_for_update()
+)
+_CHANGE_STATE = (
+    sqlalchemy.update(TRIALS)
+    .where(TRIALS.c.trial_id == sqlalchemy.bindparam("id"), TRIALS.c.state == sqlalchemy.bindparam("before"))
+    .values(
+        state=sqlalchemy.bindparam("after"),
+        datetime_start=sqlalchemy.bindparam("start"),
+        datetime_complete=sqlalchemy.bindparam("complete"),
+    )
+)
+_SELECT_TRIALS = sqlalchemy.select(TRIALS).where(TRIALS.c.trial_id.in_(_IDS))
+_SELECT_ABOVE = sqlalchemy.select(TRIALS).where(
+    TRIALS.c.study_id == sqlalchemy.bindparam("study_id"), TRIALS.c.trial_id > sqlalchemy.bindparam("above")
+)
+
+
+@lru_cache
+def _select_children(table: Any) -> Any:
+    primary_key = table.primary_key.columns[0]  # in the order in which they were written
+    return sqlalchemy.select(table).where(table.c.trial_id.in_(_IDS)).order_by(primary_key)
+
+
+@lru_cache
+def _upsert(table: Any, dialect: str) -> Any:
+    insert: Any = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}[dialect](table)
+    keys = ["trial_id", *([_KEYS[table]] if table in _KEYS else [])]
+    columns = [column.name for column in table.c if not column.primary_key and column.name not in keys]
+    return insert.on_conflict_do_update(index_elements=keys, set_={name: insert.excluded[name] for name in columns})
+
+
+@lru_cache
+def _parse_distribution(text: str) -> BaseDistribution:
+    return json_to_distribution(text)
+
+
+def _to_utc(local: datetime | None) -> datetime | None:
+    return local and local.astimezone(UTC).replace(tzinfo=None)
+
+
+def _to_local(utc: datetime | None) -> datetime | None:
+    return utc and utc.replace(tzinfo=UTC).astimezone().replace(tzinfo=None)
