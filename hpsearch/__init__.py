@@ -13,7 +13,7 @@ The package, to be read downwards; a file imports only from lines below its own:
     definition | evaluation | training    the study file; figures; the training loop
     gradients                             of a training step, by autograd or written out
     checkpoint | space | network | data | budget | database | rows
-    images | signals                      image files to raw pixels; signals to a wish to stop
+    forking | images | signals            what workers are forked from; image files to pixels; a wish to stop
     errors
 
     >>> definition = hpsearch.load_definition("studies/digits.toml")

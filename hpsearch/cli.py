@@ -89,11 +89,14 @@ def run(
     """Create or resume a study and search until its budget is spent."""
     from hpsearch.console import RunView, say
     from hpsearch.database import show_url
+    from hpsearch.forking import start_fork_server
     from hpsearch.signals import Drain
+
+    definition = _load(study, storage, trials)
+    start_fork_server()
     from hpsearch.storage import open_storage
     from hpsearch.study import open_study
 
-    definition = _load(study, storage, trials)
     # What cannot work is told before torch is loaded.
     opened = open_storage(definition.study.storage)
     open_study(definition, opened)

@@ -212,22 +212,27 @@ class _Loader(DataLoader[tuple[Tensor, Tensor]]):
 def _read(name: str, folder: Path | str | None, *, is_train: bool) -> tuple[Tensor, Tensor]:
     if name == "digits":
         return _read_digits(is_train=is_train)
-    images, labels = _read_torchvision(_TORCHVISION_NAMES[name], data_folder(folder), is_train=is_train)
+    images, labels = _read_idx(_TORCHVISION_NAMES[name], data_folder(folder), is_train=is_train)
     return images.unsqueeze(1), labels
 
 
-def _read_torchvision(class_name: str, root: Path, *, is_train: bool) -> tuple[Tensor, Tensor]:
-    import torchvision
-
+def _read_idx(class_name: str, root: Path, *, is_train: bool) -> tuple[Tensor, Tensor]:
+    """The images (N, H, W) and labels of an MNIST-like data set, which torchvision fetches and unpacks if need be."""
     raw = root / class_name / "raw"
+    part = "train" if is_train else "t10k"
+    files = [raw / f"{part}-images-idx3-ubyte", raw / f"{part}-labels-idx1-ubyte"]
     try:
         raw.mkdir(parents=True, exist_ok=True)
         # A second process would read half-unpacked files; and torchvision prints on stdout, which belongs to data.
         with FileLock(raw.parent / ".lock"), redirect_stdout(None):
             _check_unpacked(raw)
-            dataset: Any = getattr(torchvision.datasets, class_name)(root, train=is_train, download=True)
-        if not len(dataset.data) == len(dataset.targets) == (60_000 if is_train else 10_000):
-            raise ValueError(f"it has {len(dataset.data)} images and {len(dataset.targets)} labels")
+            if not all(file.exists() for file in files):
+                import torchvision  # takes as long to import as torch
+
+                getattr(torchvision.datasets, class_name)(root, train=is_train, download=True)
+        images, labels = (_parse_idx(file.read_bytes()) for file in files)
+        if not len(images) == len(labels) == (60_000 if is_train else 10_000):
+            raise ValueError(f"it has {len(images)} images and {len(labels)} labels")
     except (RuntimeError, OSError, EOFError, zlib.error, ValueError, AssertionError, TypeError) as error:
         # torchvision asserts what a file's header says, and torch raises RuntimeError for too few bytes.
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -236,7 +241,17 @@ def _read_torchvision(class_name: str, root: Path, *, is_train: bool) -> tuple[T
             "(*-ubyte.gz), and nothing else, into that folder, name another data folder with --data or HPSEARCH_DATA, "
             'or use data.name = "digits", which needs no download'
         ) from error
-    return dataset.data, dataset.targets
+    return images, labels.long()
+
+
+def _parse_idx(content: bytes) -> Tensor:
+    """An array of bytes in the format of http://yann.lecun.com/exdb/mnist: magic number, sizes, values."""
+    n_dimensions = content[3]
+    header = 4 + 4 * n_dimensions
+    if content[:3] != b"\0\0\x08":
+        raise ValueError("an unpacked file is not in the IDX format")
+    shape = np.frombuffer(content[4:header], ">i4")
+    return torch.from_numpy(np.frombuffer(content[header:], np.uint8).reshape(shape).copy())
 
 
 def _check_unpacked(raw: Path) -> None:

@@ -6,7 +6,7 @@ import signal
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing import connection, forkserver
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from optuna.trial import TrialState
 from hpsearch.data import ImageData
 from hpsearch.definition import StudyDefinition
 from hpsearch.errors import Drained, HpsearchError, RepeatedFailures, StorageUnavailable, WorkerError
+from hpsearch.forking import start_fork_server
 from hpsearch.objective import load_study_data
 from hpsearch.signals import Drain
 from hpsearch.storage import Storage
@@ -73,7 +74,7 @@ def run_pool(
     them. A worker that dies is replaced, and its trial queued again. When drained, all workers hand their trials
     back, and `Drained` or `Interrupted` is raised. No process outlives the call.
     """
-    _preload()
+    start_fork_server()
     storage = open_worker_storage(definition, drain)
     study = open_study(definition, storage)
     data = _share(load_study_data(definition, folder))
@@ -223,19 +224,6 @@ class _Pool:
         for trial in failed:  # after all of them are safe: nobody may be listening any more
             worker = trial.user_attrs["worker"]
             self.emit(TrialEvent(worker, trial.number, "failed", message=f"{kind}: {message}"))
-
-
-def _preload() -> None:
-    """Start the process from which workers are forked, so that torch is imported once and while data are read."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["hpsearch.worker"])
-    # Ctrl-C reaches the whole group; it is ignored from birth on, since the supervisor passes it on.
-    if threading.current_thread() is not threading.main_thread():
-        return forkserver.ensure_running()
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def _share(data: ImageData) -> ImageData | None:

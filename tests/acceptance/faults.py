@@ -449,7 +449,7 @@ def fail_trainings(folder: Path, n: int, rng: random.Random) -> str:
 
 def come_and_go(folder: Path, n: int, rng: random.Random) -> str:
     """Eight workers of two runs and of single commands join, leave and are killed; the budget is `n`."""
-    search = Search(folder, trials=n, epochs=150)
+    search = Search(folder, trials=n, epochs=60)
     runs, events = [search.run(3)], Counter[str]()
     wait_for(search.trains(), "a trial that runs")
     while search.count("COMPLETE") < n:

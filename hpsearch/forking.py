@@ -1,0 +1,25 @@
+"""The process from which workers are forked, with everything imported that they need."""
+
+import multiprocessing
+import signal
+import threading
+from multiprocessing import forkserver
+
+_PRELOADED = [
+    "hpsearch.worker",
+    "torch._dynamo",  # which the first optimizer imports, and which takes as long as torch itself
+    *("alembic.command", "alembic.script"),  # and these the first RDBStorage
+]
+
+
+def start_fork_server() -> None:
+    """Start that process, if it is not there yet; its imports go on beside those of this process."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOADED)
+    # Ctrl-C reaches the whole group; it is ignored from birth on, since the supervisor passes it on.
+    if threading.current_thread() is not threading.main_thread():
+        return forkserver.ensure_running()
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, previous)
