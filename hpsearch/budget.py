@@ -18,11 +18,12 @@ _TRIAL: Any = models.TrialModel
 _STUDIES: Any = models.StudyModel.__table__
 _ATTRIBUTES: Any = models.StudyUserAttributeModel.__table__
 _LOCK_STUDY = (
-    sqlalchemy.select(_ATTRIBUTES.c.value_json)
-    .select_from(_STUDIES)
-    .outerjoin(_ATTRIBUTES, (_ATTRIBUTES.c.study_id == _STUDIES.c.study_id) & (_ATTRIBUTES.c.key == "budget"))
+    sqlalchemy.select(_STUDIES.c.study_id)
     .where(_STUDIES.c.study_id == sqlalchemy.bindparam("study_id"))
-    .with_for_update(of=_STUDIES)
+    .with_for_update()
+)
+_SELECT_BUDGET = sqlalchemy.select(_ATTRIBUTES.c.value_json).where(
+    _ATTRIBUTES.c.study_id == sqlalchemy.bindparam("study_id"), _ATTRIBUTES.c.key == "budget"
 )
 _COUNT_TRIALS = (
     sqlalchemy.select(_TRIAL.state, sqlalchemy.func.count())
@@ -35,9 +36,10 @@ def admit(session: Session, study_id: int) -> int:
     """The number of the study's trials, if its budget has room for one more that runs; else this raises.
 
     `BudgetSpent` and `TooManyFailures` are final; `BudgetInFlight` means that running trials may use up the rest, or
-    fail and leave room.
+    fail and leave room. `KeyError` is raised where there is no such study.
     """
-    budget = _read_budget(session, study_id)
+    lock_study(session, study_id)
+    budget = _read_budget(session, study_id)  # in a statement that has not waited for the lock
     rows: Any = session.connection().execute(_COUNT_TRIALS, {"study_id": study_id})
     counts: dict[TrialState, int] = dict(rows.all())
     n_finished = counts.get(TrialState.COMPLETE, 0) + counts.get(TrialState.PRUNED, 0)
@@ -59,10 +61,18 @@ def admit(session: Session, study_id: int) -> int:
     return sum(counts.values())
 
 
+def lock_study(session: Session, study_id: int) -> None:
+    """Keep other transactions from starting trials of the study; taken before the lock on a trial.
+
+    Raises `KeyError` where there is no such study.
+    """
+    if session.connection().execute(_LOCK_STUDY, {"study_id": study_id}).scalar() is None:
+        raise KeyError(f"no study with id {study_id}")
+
+
 def _read_budget(session: Session, study_id: int) -> dict[str, Any]:
-    """The study's budget; the row of the study is locked."""
-    row = session.connection().execute(_LOCK_STUDY, {"study_id": study_id}).scalar()
-    return {} if row is None else json.loads(row)
+    text = session.connection().execute(_SELECT_BUDGET, {"study_id": study_id}).scalar()
+    return {} if text is None else json.loads(text)
 
 
 def _best_value(session: Session, study_id: int) -> float:

@@ -246,10 +246,9 @@ def _read_idx(class_name: str, root: Path, *, is_train: bool) -> tuple[Tensor, T
 
 def _parse_idx(content: bytes) -> Tensor:
     """An array of bytes in the format of http://yann.lecun.com/exdb/mnist: magic number, sizes, values."""
-    n_dimensions = content[3]
-    header = 4 + 4 * n_dimensions
-    if content[:3] != b"\0\0\x08":
+    if content[:3] != b"\0\0\x08" or len(content) < 4:
         raise ValueError("an unpacked file is not in the IDX format")
+    header = 4 + 4 * content[3]
     shape = np.frombuffer(content[4:header], ">i4")
     return torch.from_numpy(np.frombuffer(content[header:], np.uint8).reshape(shape).copy())
 

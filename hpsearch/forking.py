@@ -1,6 +1,8 @@
 """The process from which workers are forked, with everything imported that they need."""
 
+import atexit
 import multiprocessing
+import os
 import signal
 import threading
 from multiprocessing import forkserver
@@ -15,6 +17,7 @@ _PRELOADED = [
 def start_fork_server() -> None:
     """Start that process, if it is not there yet; its imports go on beside those of this process."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOADED)
+    atexit.register(_stop_fork_server)  # by itself it would notice this process's end after its imports only
     # Ctrl-C reaches the whole group; it is ignored from birth on, since the supervisor passes it on.
     if threading.current_thread() is not threading.main_thread():
         return forkserver.ensure_running()
@@ -23,3 +26,12 @@ def start_fork_server() -> None:
         forkserver.ensure_running()
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+def _stop_fork_server() -> None:
+    pid = getattr(forkserver, "_forkserver")._forkserver_pid  # noqa: B009 - not in the types of the standard library
+    if pid is not None:
+        try:
+            os.kill(pid, signal.SIGTERM)
+        except ProcessLookupError:
+            return

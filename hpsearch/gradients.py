@@ -41,7 +41,8 @@ def choose_gradients(network: Network, label_smoothing: float) -> Gradients:
 
     The parameters must have their `.grad`, as `join_parameters` leaves them.
     """
-    if all(type(layer) in _RULES for layer in network):
+    is_perceptron = [type(layer) for layer in network][:2] == [nn.Flatten, nn.Linear]
+    if is_perceptron and all(type(layer) in _RULES for layer in network):
         return WrittenOut(network, label_smoothing)
     return Autograd(network, label_smoothing)
 

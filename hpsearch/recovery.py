@@ -41,14 +41,15 @@ def patiently(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(method)
     def call(self: "RecoveringStorage", *args: Any, **kwargs: Any) -> Any:
-        url = self.engine.url
+        url, start = self.engine.url, time.monotonic()
         try:
             try:
                 answer = method(self, *args, **kwargs)
             except (StorageInternalError, SQLAlchemyError) as error:
-                if not is_transient(error) or self.patience == 0:
+                patience = self.patience - (time.monotonic() - start)
+                if not is_transient(error) or patience <= 0 or self.giving_up.is_set():
                     raise
-                again = retrying(url, self.patience, self.heartbeat_interval or 1, self.giving_up)
+                again = retrying(url, patience, self.heartbeat_interval or 1, self.giving_up)
                 answer = again(method, self, *args, **kwargs)
         except (StorageInternalError, SQLAlchemyError) as error:
             if is_transient(error):

@@ -9,7 +9,7 @@ import copy
 import json
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
 from types import MappingProxyType
@@ -61,12 +61,6 @@ class HeldTrial:
     def set_system_attr(self, key: str, value: Any) -> None:
         self.trial.system_attrs[key] = value
         self._add(SYSTEM_ATTRS, WRITE_INTERVAL, key=key, value_json=json.dumps(value))
-
-    def set_values(self, values: Iterable[float]) -> None:
-        self.trial.values = list(values)
-        for objective, value in enumerate(values):
-            stored, kind = models.TrialValueModel.value_to_stored_repr(value)
-            self._add(VALUES, 0.0, objective=objective, value=stored, value_type=kind)
 
     def write(self, connection: Connection) -> None:
         """Write the new rows in the connection's transaction; once it is committed, call `forget_rows`."""
@@ -121,6 +115,14 @@ def change_state(connection: Connection, trial: FrozenTrial, before: TrialState)
         "complete": _to_utc(trial.datetime_complete),
     }
     return connection.execute(_CHANGE_STATE, values).rowcount == 1
+
+
+def write_values(connection: Connection, trial_id: int, values: Sequence[float]) -> None:
+    """Write the trial's final values."""
+    for objective, value in enumerate(values):
+        stored, kind = models.TrialValueModel.value_to_stored_repr(value)
+        columns = {"trial_id": trial_id, "objective": objective, "value": stored, "value_type": kind}
+        connection.execute(_upsert(VALUES, connection.dialect.name), columns)
 
 
 def beat(connection: Connection, trial_id: int) -> None:

@@ -22,7 +22,7 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from hpsearch import rows
-from hpsearch.budget import admit
+from hpsearch.budget import admit, lock_study
 from hpsearch.database import (
     check_place,
     check_tables,
@@ -66,9 +66,13 @@ class Storage(RecoveringStorage):
                 rows.beat(session.connection(), trial_id)
             return is_running
 
+    def release(self, trial_id: int) -> None:
+        """Hold a trial no longer that was taken away; what was not written of it yet is dropped."""
+        self._held.pop(trial_id, None)
+
     def fail(self, trial_id: int, kind: str, message: str, *, retries: int = 0) -> bool:
         has_failed = super().fail(trial_id, kind, message, retries=retries)
-        self._held.pop(trial_id, None)
+        self.release(trial_id)
         return has_failed
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
@@ -81,7 +85,7 @@ class Storage(RecoveringStorage):
         if state == TrialState.RUNNING and self.worker:
             return bool(self._claim(trial_id))
         if held := self._held.get(trial_id):
-            self._end(held, state, values or ())
+            self._end(held, state, values)
             return True
         return super().set_trial_state_values(trial_id, state, values)
 
@@ -156,14 +160,15 @@ class Storage(RecoveringStorage):
         """Whether the waiting trial is this worker's now: admitted, signed, with a heartbeat, and held."""
         with _create_scoped_session(self.scoped_session) as session:
             connection = session.connection()
+            study_id = rows.find_study(connection, trial_id)
+            lock_study(session, study_id)
             held = HeldTrial(rows.read_trial(connection, trial_id))
             trial = held.trial
             self.check_trial_is_updatable(trial_id, trial.state)
             if trial.state == TrialState.WAITING:
-                admit(session, rows.find_study(connection, trial_id))
+                admit(session, study_id)
                 trial.state, trial.datetime_start = TrialState.RUNNING, datetime.now()
-                if not rows.change_state(connection, trial, before=TrialState.WAITING):
-                    return False  # while this waited to be admitted
+                rows.change_state(connection, trial, before=TrialState.WAITING)
                 self._sign(held, connection)
             elif trial.user_attrs.get("worker") != self.worker:
                 return False
@@ -193,13 +198,13 @@ class Storage(RecoveringStorage):
     def _end(self, held: HeldTrial, state: TrialState, values: Any) -> None:
         """Write what is new of the trial, its values and its final state."""
         ended = held.snapshot()
-        ended.state, ended.datetime_complete = state, datetime.now()
-        held.set_values(values)
+        ended.state, ended.values, ended.datetime_complete = state, values, datetime.now()
         with self._writing(held) as connection:
             if not rows.change_state(connection, ended, before=TrialState.RUNNING):
                 self.check_trial_is_updatable(ended._trial_id, rows.lock_trial(connection, ended._trial_id))
             held.write(connection)
-        held.trial.state, held.trial.datetime_complete = state, ended.datetime_complete
+            rows.write_values(connection, ended._trial_id, values or ())
+        held.trial = ended
         del self._held[ended._trial_id]
         self._ended = {ended._trial_id: held}
 
@@ -210,7 +215,7 @@ class Storage(RecoveringStorage):
             with _create_scoped_session(self.scoped_session) as session:
                 yield session.connection()
         except UpdateFinishedTrialError:
-            self._held.pop(held.trial._trial_id, None)
+            self.release(held.trial._trial_id)
             raise
         held.forget_rows()
 

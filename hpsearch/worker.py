@@ -233,6 +233,7 @@ class Worker:
         return f"traceback in {file}"
 
     def _drop(self, trial: optuna.Trial) -> None:
+        self.storage.release(trial._trial_id)
         self.emit(TrialEvent(self.name, trial.number, "dropped", message="another worker has taken it over"))
 
     def _emit_epoch(self, trial: optuna.Trial, result: EpochResult) -> None:

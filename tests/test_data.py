@@ -177,6 +177,16 @@ def test_data_that_cannot_be_had_say_where_they_were_sought_and_what_to_do(
     assert "digits" in message
 
 
+@pytest.mark.parametrize("content", [b"", b"\0\0\x08", b"<html>not found</html>", b"\0\0\x08\x03" + b"\0" * 9])
+def test_an_unpacked_file_of_something_else_is_refused(tmp_path: Path, content: bytes) -> None:
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"):
+        (raw / name).write_bytes(content)
+    with pytest.raises(DataError, match="can neither be read from"):
+        load_data("mnist", tmp_path, validation=10)
+
+
 def test_a_damaged_archive_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")

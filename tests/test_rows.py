@@ -162,3 +162,32 @@ def test_a_claimed_trial_draws_the_values_that_it_was_queued_with(url: str) -> N
     told = seen_by_others(url, trial)
     assert (told.params, told.value, told.user_attrs) == ({"width": 11}, 0.5, {"worker": "host-0"})
     assert storage.get_trial(trial._trial_id).state == TrialState.COMPLETE
+
+
+def test_a_trial_that_is_pruned_before_its_first_report_has_no_value(url: str) -> None:
+    study, _ = open_worker(url)
+    trial = study.ask()
+    told = study.tell(trial, state=TrialState.PRUNED)
+    assert (told.value, told.values) == (None, None)
+    assert text_of(told) == text_of(seen_by_others(url, trial))
+
+
+def test_a_result_that_could_not_be_told_leaves_no_value_with_the_failed_trial(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, storage = open_worker(url)
+    trial = study.ask()
+    with monkeypatch.context() as broken:
+        broken.setattr(rows, "change_state", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("gone")))
+        with pytest.raises(ConnectionError):
+            study.tell(trial, 0.7)
+    storage.fail(trial._trial_id, "interrupted", "Ctrl-C")
+    failed = seen_by_others(url, trial)
+    assert (failed.state, failed.values) == (TrialState.FAIL, None)
+
+
+def test_no_trial_starts_in_a_study_that_was_deleted(url: str) -> None:
+    study, _ = open_worker(url)
+    optuna.delete_study(study_name="small", storage=open_storage(url))
+    with pytest.raises(KeyError):
+        study.ask()

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -339,3 +340,14 @@ def test_a_storage_that_is_gone_ends_the_worker_without_failing_the_trial(
         worker.run()
     assert b.study.trials[0].state == TrialState.RUNNING
     assert "failure" not in b.study.trials[0].user_attrs
+
+
+def test_a_trial_that_diverges_in_its_first_epoch_is_pruned_and_the_search_goes_on(
+    bench: Callable[..., Bench], digits: ImageData
+) -> None:
+    b = bench(budget={"trials": 2})
+    b.data = replace(digits, train=replace(digits.train, images=digits.train.images * float("inf")))
+    b.worker().run()
+    assert [trial.state for trial in b.study.trials] == [TrialState.PRUNED] * 2
+    assert [event.state for event in b.events if event.state != "running"] == ["pruned"] * 2
+    assert all(trial.value is None and "nan" in trial.user_attrs["diverged"] for trial in b.study.trials)

@@ -1,0 +1,1 @@
+"""`scripts/benchmark`: hpsearch side by side with what one would use instead."""

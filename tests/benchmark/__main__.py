@@ -1,0 +1,54 @@
+"""The command line of the benchmark."""
+
+import argparse
+import logging
+import os
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import optuna
+
+from hpsearch.data import data_folder, load_test
+from tests.benchmark import pieces, quality, searches
+from tests.benchmark.report import Options, Row, show
+
+PARTS = {
+    "throughput": searches.throughput,
+    "full": searches.full_fidelity,
+    "storage": pieces.storage,
+    "loader": pieces.loader,
+    "quality": quality.quality,
+    "startup": searches.start_up,
+    "scaling": searches.scaling,
+    "gpu": searches.gpu,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="scripts/benchmark", description="Measure hpsearch side by side.")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each kind, in turn (default: 3)")
+    parser.add_argument("--output", type=Path, default=Path("dist/benchmark.json"), help="default: dist/benchmark.json")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
+    options = parser.parse_args()
+    if unknown := {*options.parts} - PARTS.keys():
+        parser.error(f"no such part: {', '.join(sorted(unknown))}")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.filterwarnings("ignore", "Heartbeat of storage is supposed to be used with Study.optimize")
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    load_test("mnist")  # downloads and unpacks what is missing
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    settings = Options(options.repeats, data_folder(), options.output.parent)
+    os.environ["HPSEARCH_DATA"] = str(settings.data.absolute())
+    rows: list[Row] = []
+    for name, measure in PARTS.items():
+        if not options.parts or name in options.parts:
+            print(f"{name} ...", file=sys.stderr, flush=True)
+            with tempfile.TemporaryDirectory(prefix=f"benchmark-{name}-") as folder:
+                rows += measure(Path(folder), settings)
+            show(rows, options.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""The best accuracy over the epochs and the time that a search has spent, for several samplers and pruners."""
+
+import subprocess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import optuna
+from optuna.trial import TrialState
+
+from hpsearch.definition import StudyDefinition, load_definition, parse_definition
+from tests.acceptance.commands import HPSEARCH, environment
+from tests.benchmark.report import Options, Row, summarize
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "random, no pruning": {"sampler": {"kind": "random"}, "pruner": {"kind": "none"}},
+    "TPE, median": {"sampler": {"kind": "tpe"}, "pruner": {"kind": "median"}},
+    "TPE, ASHA (default)": {"sampler": {"kind": "tpe"}, "pruner": {"kind": "asha"}},
+    "TPE, Hyperband": {"sampler": {"kind": "tpe"}, "pruner": {"kind": "hyperband"}},
+}
+_N_TRIALS = 30  # of a search without pruning
+_N_EPOCHS = 9 * _N_TRIALS  # that each search may spend
+
+
+class Course(NamedTuple):
+    """After each complete trial: the epochs of all trials so far, the seconds, and the best validation accuracy."""
+
+    epochs: list[int]
+    seconds: list[float]
+    best: list[float]
+
+    def epochs_to(self, accuracy: float) -> float:
+        """The epochs after which the accuracy was reached; infinite if it was not."""
+        return next((n for n, best in zip(self.epochs, self.best, strict=True) if best >= accuracy), float("inf"))
+
+
+def define(seed: int, n_trials: int, variant: dict[str, Any]) -> StudyDefinition:
+    """`mnist-mlp` on 5,000 images, without its first guess."""
+    tables = load_definition("mnist-mlp").to_tables()
+    tables.pop("try", None)
+    tables["study"] = {"name": "quality", "storage": "sqlite:///quality.db", "seed": seed}
+    tables["budget"] |= {"trials": n_trials}
+    tables["data"] |= {"train": 5_000, "validation": 10_000}
+    return parse_definition(tables | variant)
+
+
+def search(folder: Path, definition: StudyDefinition) -> Course:
+    file, database = folder / "quality.toml", folder / "quality.db"
+    database.unlink(missing_ok=True)
+    file.write_text(definition.to_toml())
+    command = [*HPSEARCH, "run", str(file), "--workers", "2", "--storage", f"sqlite:///{database}"]
+    subprocess.run(command, check=True, capture_output=True, env=environment())
+    trials = optuna.load_study(study_name="quality", storage=f"sqlite:///{database}").trials
+    start = min(trial.datetime_start.timestamp() for trial in trials if trial.datetime_start)
+    n_epochs, best, course = 0, 0.0, Course([], [], [])
+    for trial in sorted(trials, key=lambda trial: trial.datetime_complete.timestamp()):  # type: ignore[union-attr]
+        n_epochs += trial.last_step or 0
+        if n_epochs > _N_EPOCHS or trial.datetime_complete is None:
+            break
+        if trial.state == TrialState.COMPLETE:
+            best = max(best, trial.values[0])
+            course.epochs.append(n_epochs)
+            course.seconds.append(trial.datetime_complete.timestamp() - start)
+            course.best.append(best)
+    return course
+
+
+def quality(folder: Path, options: Options) -> list[Row]:
+    courses: dict[str, list[Course]] = {name: [] for name in VARIANTS}
+    for seed in range(options.repeats):
+        for name, variant in VARIANTS.items():
+            n_trials = _N_TRIALS if variant["pruner"]["kind"] == "none" else 3 * _N_TRIALS
+            courses[name].append(search(folder, define(seed, n_trials, variant)))
+    references, *_ = courses.values()
+    rows = []
+    for name, runs in courses.items():
+        goal = "3x / 8x" if "default" in name else ""
+        rows.append(summarize("quality", f"{name}: best accuracy", "", [run.best[-1] for run in runs]))
+        fewer = [r.epochs_to(r.best[-1]) / run.epochs_to(r.best[-1]) for r, run in zip(references, runs, strict=True)]
+        if runs is not references:
+            rows.append(summarize("quality", f"{name}: fewer epochs to random's best accuracy", "x", fewer, goal))
+    target = float(np.mean([reference.best[-1] for reference in references]))
+    draw(courses, target, options.output / "quality.svg")
+    return rows
+
+
+def draw(courses: dict[str, list[Course]], target: float, file: Path) -> None:
+    """The median error of the best trial so far over epochs and over seconds, with the range of the seeds."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasSVG(figure)
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axes, column, label in ((left, 0, "epochs trained, all trials"), (right, 1, "seconds, two workers")):
+        end = max(run[column][-1] for runs in courses.values() for run in runs)
+        grid = np.linspace(0, end, 400)
+        for name, runs in courses.items():
+            errors = np.array([_errors_at(grid, run[column], run.best) for run in runs])
+            known = ~np.isnan(errors).any(axis=0)
+            [line] = axes.plot(grid[known], np.median(errors[:, known], axis=0), label=name)
+            axes.fill_between(
+                grid[known], errors[:, known].min(0), errors[:, known].max(0), color=line.get_color(), alpha=0.12
+            )
+        axes.axhline(100 * (1 - target), color="grey", linewidth=0.8, linestyle="--")
+        axes.set(xlabel=label, xlim=(0, end))
+        axes.grid(alpha=0.3)
+    left.set(ylabel="validation error of the best trial, %", yscale="log")
+    left.yaxis.set_major_formatter("{x:.3g}")
+    left.yaxis.set_minor_formatter("{x:.3g}")
+    left.legend(frameon=False)
+    with mpl.rc_context({"svg.hashsalt": "hpsearch"}):
+        figure.savefig(file, metadata={"Date": None})
+
+
+def _errors_at(grid: np.ndarray[Any, Any], times: list[Any], best: list[float]) -> np.ndarray[Any, Any]:
+    """The error in percent of the best trial at each time, NaN before the first."""
+    places = np.searchsorted(times, grid, side="right") - 1
+    return np.where(places >= 0, 100 * (1 - np.array(best))[np.maximum(places, 0)], np.nan)

@@ -1,0 +1,218 @@
+"""Whole searches through the real command line: trials per minute, start-up, workers, memory."""
+
+import os
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+import psutil
+import torch
+
+from hpsearch.definition import StudyDefinition, parse_definition
+from hpsearch.space import suggest
+from tests.acceptance.commands import HPSEARCH, environment, wait_for, workers_of
+from tests.benchmark import textbook
+from tests.benchmark.report import Options, Row, ratios, summarize
+from tests.benchmark.textbook import Outcome
+
+SPACE = {
+    "depth": {"int": [1, 3]},
+    "width": {"int": [4, 128]},
+    "dropout": {"float": [0.2, 0.5]},
+    "lr": {"float": [1e-5, 1e-1], "log": True},
+    "optimizer": {"choice": ["adam", "rmsprop", "sgd"]},
+}
+_N_TRIALS = 4  # that the textbook way runs; hpsearch runs them several times, so that its measurement lasts as long
+
+
+def define(
+    trials: list[dict[str, Any]], *, kind: str = "mlp", batch_size: int = 128, batch_norm: bool = False, **budget: Any
+) -> StudyDefinition:
+    """A study without pruning that tries the given trials, of `train` and `validation` images and `epochs`."""
+    train, validation, epochs = budget["train"], budget["validation"], budget["epochs"]
+    return parse_definition(
+        {
+            "study": {"name": "speed", "storage": "sqlite:///speed.db"},
+            "budget": {"trials": max(len(trials), 1), "epochs": epochs},
+            "data": {"name": "mnist", "train": train, "validation": validation},
+            "network": {"kind": kind},
+            "search": SPACE | budget.get("search", {}),
+            "fixed": {"batch_size": batch_size, "batch_norm": batch_norm},
+            "try": trials,
+            "pruner": {"kind": "none"},
+        }
+    )
+
+
+def draw_trials(n: int) -> list[dict[str, Any]]:
+    """Points of the space, drawn at random with a fixed seed."""
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    space = define([], train=3840, validation=1280, epochs=10).space
+    trials = [study.ask() for _ in range(n)]
+    for trial in trials:
+        suggest(trial, space)
+    return [trial.params for trial in trials]
+
+
+def run_hpsearch(folder: Path, definition: StudyDefinition, n_workers: int) -> Outcome:
+    """The definition's search in a new database."""
+    file, database = folder / "speed.toml", folder / "speed.db"
+    database.unlink(missing_ok=True)
+    file.write_text(definition.to_toml())
+    command = [*HPSEARCH, "run", str(file), "--workers", str(n_workers), "--storage", f"sqlite:///{database}"]
+    start = time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True, env=environment())
+    whole = time.perf_counter() - start
+    trials = optuna.load_study(study_name="speed", storage=f"sqlite:///{database}").trials
+    starts = [trial.datetime_start.timestamp() for trial in trials if trial.datetime_start]
+    ends = [trial.datetime_complete.timestamp() for trial in trials if trial.datetime_complete]
+    batch_size, n_train = definition.fixed["batch_size"], definition.data.train or 0
+    n_steps = sum(trial.last_step or 0 for trial in trials) * -(-n_train // batch_size)
+    seconds = max(ends) - min(starts)
+    return Outcome(seconds, [trial.values[0] for trial in trials], n_steps, start_up=whole - seconds)
+
+
+def compare(
+    part: str, folder: Path, options: Options, make: Callable[[int], StudyDefinition], n: int, times: int, goal: str
+) -> list[Row]:
+    """hpsearch with 2 workers over the textbook ways, with a check that all did the same work equally well."""
+    ways: dict[str, Callable[[], Outcome]] = {
+        "hpsearch, 2 workers": lambda: run_hpsearch(folder, make(times), 2),
+        "textbook, n_jobs=1": lambda: textbook.run_optuna(make(1), options.data, n, 1),
+        "textbook, n_jobs=2": lambda: textbook.run_optuna(make(1), options.data, n, 2),
+    }
+    if textbook.has_ray():
+        ways["Ray Tune, 2 at a time"] = lambda: textbook.run_ray(make(1), options.data, n)
+    outcomes: dict[str, list[Outcome]] = {name: [] for name in ways}
+    for _ in range(options.repeats):
+        for name, run in ways.items():
+            outcomes[name].append(run())
+            print(f"  {name}: {outcomes[name][-1].per_minute:.1f} trials/min", file=sys.stderr, flush=True)
+    rows = [
+        summarize(part, f"{name}: trials a minute", "", [run.per_minute for run in runs])
+        for name, runs in outcomes.items()
+    ]
+    ours, *others = outcomes.values()
+    best = [max(run.per_minute for run in runs) for runs in zip(*others, strict=True)]
+    rows.append(summarize(part, "over the best other way", "x", ratios([run.per_minute for run in ours], best), goal))
+    whole = [60 * len(run.accuracies) / (run.seconds + run.start_up) for run in ours]
+    what = f"the same, our start-up counted (of {len(ours[0].accuracies)} trials)"
+    rows.append(summarize(part, what, "x", ratios(whole, best)))
+    steps = {run.n_steps / len(run.accuracies) for runs in outcomes.values() for run in runs}
+    if len(steps) > 1:
+        raise RuntimeError(f"the ways made different numbers of optimizer steps a trial: {sorted(steps)}")
+    [n_steps] = steps
+    for name, runs in outcomes.items():
+        accuracies = [sum(run.accuracies) / len(run.accuracies) for run in runs]
+        rows.append(summarize(part, f"{name}: mean accuracy after {n_steps:g} steps", "", accuracies))
+    return rows
+
+
+def throughput(folder: Path, options: Options) -> list[Row]:
+    trials = draw_trials(_N_TRIALS)
+
+    def make(times: int) -> StudyDefinition:
+        return define(trials * times, train=3840, validation=1280, epochs=10)
+
+    return compare("throughput", folder, options, make, len(trials), 8, "15x / 40x")
+
+
+def full_fidelity(folder: Path, options: Options) -> list[Row]:
+    mlp = {"depth": 2, "width": 256, "lr": 1e-3, "optimizer": "adam", "dropout": 0.2}
+    cnn = {"depth": 5, "width": 16, "lr": 1e-2, "optimizer": "adam", "dropout": 0.2}
+    wide: dict[str, Any] = {"search": {"depth": {"int": [1, 5]}, "width": {"int": [4, 256]}}}
+    wide |= {"train": 50_000, "validation": 10_000, "epochs": 1}
+    return [
+        *compare("full: MLP", folder, options, lambda n: define([mlp] * 2 * n, **wide), 2, 4, "8x / 12x"),
+        *compare(
+            *("full: CNN", folder, options),
+            lambda n: define([cnn] * 2 * n, kind="cnn", batch_size=256, batch_norm=True, **wide),
+            *(2, 2, "3x / 5x"),
+        ),
+    ]
+
+
+def start_up(folder: Path, options: Options) -> list[Row]:
+    """Seconds of `--help` and of `check`, and from `run` to its first batch (its parameters are stored just before)."""
+    file, database = folder / "speed.toml", folder / "speed.db"
+    file.write_text(define(draw_trials(1), train=3840, validation=1280, epochs=1).to_toml())
+
+    def time_command(*arguments: str) -> float:
+        start = time.perf_counter()
+        subprocess.run([*HPSEARCH, *arguments], check=True, capture_output=True, env=environment())
+        return time.perf_counter() - start
+
+    def has_parameters() -> bool:
+        try:
+            with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as connection:
+                return bool(connection.execute("SELECT count(*) FROM trial_params").fetchone()[0])
+        except sqlite3.OperationalError:  # not there yet
+            return False
+
+    def time_first_batch() -> float:
+        database.unlink(missing_ok=True)
+        start = time.perf_counter()
+        command = [*HPSEARCH, "run", str(file), "--workers", "2", "--storage", f"sqlite:///{database}"]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment()):
+            wait_for(has_parameters, "the first batch")
+            return time.perf_counter() - start
+
+    measured: dict[str, list[float]] = {"--help": [], "check": [], "first batch after run": []}
+    for _ in range(options.repeats + 1):  # the first fills the caches of the file system
+        measured["--help"].append(time_command("--help"))
+        measured["check"].append(time_command("check", str(file)))
+        measured["first batch after run"].append(time_first_batch())
+    goals = {"--help": "0.5 s / 0.2 s", "first batch after run": "8 s / 4 s"}
+    return [summarize("start-up", name, "s", times[1:], goals.get(name, "")) for name, times in measured.items()]
+
+
+def scaling(folder: Path, options: Options) -> list[Row]:
+    """Trials a minute of more workers over one, and the memory that one more worker has for itself."""
+    definition = define(draw_trials(_N_TRIALS) * 5, train=3840, validation=1280, epochs=10)
+    counts = [n for n in (1, 2, 4, 8, 16) if n <= (psutil.cpu_count(logical=False) or 1)]
+    rates: dict[int, list[float]] = {n: [] for n in counts}
+    for _ in range(options.repeats):
+        for n, measured in rates.items():
+            measured.append(run_hpsearch(folder, definition, n).per_minute)
+    rows = [
+        summarize("scaling", f"{n} workers over 1", "x", ratios(rates[n], rates[1]), "1.8x / 1.95x" if n == 2 else "")
+        for n in counts[1:]
+    ]
+    memory = [_measure_memory(folder, definition) for _ in range(options.repeats)]
+    return [*rows, summarize("scaling", "memory of a further worker", "MB", memory, "500 MB / 300 MB")]
+
+
+def _measure_memory(folder: Path, definition: StudyDefinition) -> float:
+    """The largest memory, in MB, that a worker shares with no other process."""
+    file, database = folder / "speed.toml", folder / "speed.db"
+    database.unlink(missing_ok=True)
+    file.write_text(definition.to_toml())
+    largest = 0.0
+    command = [*HPSEARCH, "run", str(file), "--workers", "2", "--storage", f"sqlite:///{database}"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment()) as run:
+        while run.poll() is None:
+            for pid in workers_of(run):
+                try:
+                    largest = max(largest, psutil.Process(pid).memory_full_info().uss / 1e6)
+                except psutil.Error:  # it has just ended
+                    continue
+            time.sleep(0.2)
+    return largest
+
+
+def gpu(folder: Path, options: Options) -> list[Row]:
+    """Trials a minute of 1 to 16 workers on one device."""
+    if not torch.cuda.is_available():
+        return []
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    rows = []
+    for n in (1, 2, 4, 8, 16):
+        definition = define(draw_trials(_N_TRIALS) * 2 * n, train=50_000, validation=10_000, epochs=2)
+        rates = [run_hpsearch(folder, definition, n).per_minute for _ in range(options.repeats)]
+        rows.append(summarize("gpu", f"{n} workers: trials a minute", "", rates))
+    return rows

@@ -1,0 +1,46 @@
+"""The benchmark compares equal work, and its parts run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.benchmark import pieces, searches, textbook
+from tests.benchmark.report import Row, show, summarize
+
+needs_mnist = pytest.mark.skipif("HPSEARCH_DATA" not in os.environ, reason="no MNIST at hand")
+
+
+@needs_mnist
+def test_the_textbook_way_and_hpsearch_make_the_same_steps(tmp_path: Path) -> None:
+    trials = searches.draw_trials(2)
+    definition = searches.define(trials, train=300, validation=128, epochs=2)
+    ours = searches.run_hpsearch(tmp_path, definition, 1)
+    theirs = textbook.run_optuna(definition, Path(os.environ["HPSEARCH_DATA"]), 2, 1)
+    assert ours.n_steps == theirs.n_steps == 2 * 3 * 2
+    assert len(ours.accuracies) == len(theirs.accuracies) == 2
+    assert ours.seconds > 0 < theirs.per_minute
+
+
+def test_the_cost_of_a_trial_in_the_storage_is_measured(tmp_path: Path) -> None:
+    assert pieces._measure_cost(f"sqlite:///{tmp_path}/cost.db", 2, n_before=5, n_trials=3) > 0
+
+
+def test_rows_are_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = summarize("loader", "ours over X[rows]", "x", [2.0, 1.0, 4.0], "1.15x")
+    assert row == Row("loader", "ours over X[rows]", "x", 2.0, 1.0, 4.0, 3, "1.15x")
+    show([row], tmp_path / "benchmark.json")
+    assert "ours over X[rows]" in capsys.readouterr().out
+    written = json.loads((tmp_path / "benchmark.json").read_text())
+    assert written["rows"][0]["median"] == 2.0
+    assert written["machine"]["cores"]
+
+
+def test_an_unknown_part_is_refused_by_name() -> None:
+    command = [sys.executable, "-m", "tests.benchmark", "sped"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert answer.returncode == 2
+    assert "no such part: sped" in answer.stderr
