@@ -207,7 +207,7 @@ def kill_workers(folder: Path, n: int, rng: random.Random) -> str:
 
 def kill_supervisor(folder: Path, n: int, rng: random.Random) -> str:
     """Kill -9 of the supervisor: its workers go, and another run goes on."""
-    search, slowest = Search(folder, trials=1, epochs=80), 0.0
+    search, slowest = Search(folder, trials=1, epochs=240), 0.0
     for _ in range(n):
         run = search.run(trials=4)
         wait_for(search.trains(2), "trials that run")
@@ -225,7 +225,7 @@ def kill_supervisor(folder: Path, n: int, rng: random.Random) -> str:
 
 def drain(folder: Path, n: int, rng: random.Random) -> str:
     """SIGTERM in mid-epoch: trials are handed back, and each goes on from the very batch."""
-    search, handed_back = Search(folder, trials=1, epochs=120, checkpoint=1000), 0
+    search, handed_back = Search(folder, trials=1, epochs=360, checkpoint=1000), 0
     while handed_back < n:
         run = search.run(trials=8)
         wait_for(search.trains(3), "trials that run")
@@ -252,7 +252,7 @@ def drain(folder: Path, n: int, rng: random.Random) -> str:
 
 def stop_and_continue(folder: Path, n: int, rng: random.Random) -> str:
     """SIGSTOP until the trial is given to another worker, then SIGCONT."""
-    search, taken = Search(folder, trials=4, epochs=150), 0
+    search, taken = Search(folder, trials=4, epochs=400), 0
     trials, run = search.trials, search.run()
     wait_for(search.trains(4), "four trials that run")
     workers = {*workers_of(run)}
@@ -314,7 +314,7 @@ def reap(folder: Path, n: int, rng: random.Random) -> str:
 
 def lock(folder: Path, n: int, rng: random.Random) -> str:
     """Another process holds an exclusive lock on the database for `n` seconds."""
-    search = Search(folder, trials=4, epochs=100, grace=10)
+    search = Search(folder, trials=4, epochs=300, grace=10)
     run = search.run()
     wait_for(search.trains(4), "four trials that run")
     workers = {*workers_of(run)}
@@ -333,7 +333,7 @@ def lock(folder: Path, n: int, rng: random.Random) -> str:
 def fill_disk(folder: Path, n: int, rng: random.Random) -> str:
     """The disk of the database and of the checkpoints is full for `n` seconds."""
     with _small_disk(folder / "disk") as disk:
-        search = Search(folder, trials=4, epochs=100, grace=10, url=f"sqlite:///{disk / 'small.db'}")
+        search = Search(folder, trials=4, epochs=300, grace=10, url=f"sqlite:///{disk / 'small.db'}")
         search.database, search.is_sqlite = disk / "small.db", True
         search.file.write_text(search.file.read_text().replace("[study]", f'[study]\nartifacts = "{disk}/artifacts"'))
         run = search.run()
@@ -357,7 +357,7 @@ def fill_disk(folder: Path, n: int, rng: random.Random) -> str:
 def restart_postgresql(folder: Path, n: int, rng: random.Random, *, down: float = 60) -> str:
     """PostgreSQL restarts `n` times under a search, every other time by a crash, and is once down for long."""
     with _postgresql(folder / "pg") as server:
-        search = Search(folder, trials=4, epochs=150, grace=10, url=server.get_uri())
+        search = Search(folder, trials=4, epochs=400, grace=10, url=server.get_uri())
         trials, run = search.trials, search.run()
         wait_for(lambda: len(workers_of(run)) == 4 and any(row["epoch"] for row in search.rows()), "trials that run")
         workers = {*workers_of(run)}
