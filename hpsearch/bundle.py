@@ -181,7 +181,9 @@ def check_target(target: Path) -> None:
 
 
 def _write(contents: Contents, folder: Path) -> None:
-    state = {name: tensor.contiguous() for name, tensor in contents.network.state_dict().items()}
+    # After training, parameters share one memory, which `torch.save` would write whole.
+    layout = torch.contiguous_format
+    state = {name: tensor.clone(memory_format=layout) for name, tensor in contents.network.state_dict().items()}
     (folder / "model.safetensors").write_bytes(to_safetensors(state))
     torch.save(state, folder / "model.pt")
     (folder / "config.json").write_text(json.dumps(contents.config, indent=2) + "\n")

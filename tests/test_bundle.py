@@ -17,6 +17,7 @@ from hpsearch.errors import BundleError, ImageError
 from hpsearch.evaluation import evaluate
 from hpsearch.network import build_network, describe_layers
 from hpsearch.space import Hyperparameters
+from hpsearch.training import train
 
 
 def make_contents(data: ImageData, kind: str = "mlp") -> bundle.Contents:
@@ -66,6 +67,20 @@ def test_a_bundle_has_the_files_of_the_design_and_nothing_beside_it(saved: Path)
     assert [file.name for file in saved.parent.iterdir()] == ["small"]
     modes = {file.stat().st_mode & 0o777 for file in saved.iterdir()}
     assert len(modes) == 1, "one file is not readable for those who can read the others"
+
+
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+def test_the_files_of_a_trained_network_hold_each_parameter_once(digits: ImageData, tmp_path: Path, kind: str) -> None:
+    contents = make_contents(digits, kind)
+    wide = Hyperparameters(width=32)
+    network = build_network(kind, wide, digits.image_shape, 10)
+    train(network, digits.train, wide, 1)
+    layers = describe_layers(kind, wide, digits.image_shape, 10)
+    config = contents.config | {"hyperparameters": wide.model_dump(), "layers": layers}
+    bundle.save(replace(contents, network=network, config=config), tmp_path / "b", probe=load_test("digits")[0][:8])
+    n_bytes = 4 * sum(parameter.numel() for parameter in network.parameters())
+    for name in ("model.pt", "model.safetensors"):
+        assert n_bytes < (tmp_path / "b" / name).stat().st_size < 1.1 * n_bytes + 10_000
 
 
 @pytest.mark.parametrize("kind", ["mlp", "cnn"])
