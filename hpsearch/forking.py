@@ -17,7 +17,6 @@ _PRELOADED = [
 def start_fork_server() -> None:
     """Start that process, if it is not there yet; its imports go on beside those of this process."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOADED)
-    atexit.register(_stop_fork_server)  # by itself it would notice this process's end after its imports only
     # Ctrl-C reaches the whole group; it is ignored from birth on, since the supervisor passes it on.
     if threading.current_thread() is not threading.main_thread():
         return forkserver.ensure_running()
@@ -28,7 +27,9 @@ def start_fork_server() -> None:
         signal.signal(signal.SIGINT, previous)
 
 
+@atexit.register
 def _stop_fork_server() -> None:
+    """End that process with this one; by itself it would notice that only after its imports."""
     pid = getattr(forkserver, "_forkserver")._forkserver_pid  # noqa: B009 - not in the types of the standard library
     if pid is not None:
         try:

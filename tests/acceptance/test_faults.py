@@ -18,7 +18,7 @@ from hpsearch.checkpoint import read
 from hpsearch.definition import load_definition
 from hpsearch.errors import StudyNotFound
 from hpsearch.storage import open_storage
-from hpsearch.study import load_study, summarize
+from hpsearch.study import load_study, open_study, summarize
 
 from .commands import HPSEARCH, environment, hpsearch, processes_of, start, wait_for, workers_of
 
@@ -132,6 +132,17 @@ def test_a_signal_to_the_group_as_timeout_sends_it_is_one_wish(study_file: Write
     assert (document["running"], document["waiting"]) == (0, 2)
     rows = json.loads(hpsearch("trials", file.name, "--state", "failed", "--json", cwd=file.parent).stdout)
     assert {row["note"].split(":")[0] for row in rows} == {"interrupted"}
+
+
+def test_a_run_that_is_refused_leaves_no_process_that_still_imports(study_file: WriteStudy) -> None:
+    file = study_file(UNPRUNED)
+    open_study(load_definition(file), open_storage(f"sqlite:///{file.with_suffix('.db')}"))
+    study_file(f"dropout = 0.5\n{UNPRUNED}")
+    run = start("run", file.name, cwd=file.parent, log=file.parent / "log")
+    assert run.wait(timeout=60) == 2
+    wait_for(lambda: not processes_of(run.pid), "the end of all processes", seconds=1)
+    [line] = (file.parent / "log").read_text().splitlines()
+    assert "was searched with other values of" in line
 
 
 def test_one_more_worker_joins_from_another_terminal(study_file: WriteStudy) -> None:
