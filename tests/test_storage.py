@@ -263,6 +263,20 @@ def test_giving_up_ends_the_patience_at_once(tmp_path: Path, monkeypatch: pytest
         storage.get_all_trials(study._study_id)
 
 
+@pytest.mark.parametrize("name", ["get_all_trials", "get_trial", "record_heartbeat", "beat", "join", "fail"])
+def test_every_call_tells_an_outage_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    storage = open_storage(f"sqlite:///{tmp_path / 'study.db'}")
+    open_study(make_definition(), storage).ask()
+
+    def fail(_: sqlalchemy.orm.Session) -> None:
+        raise OperationalError("SELECT", {}, Exception("database is locked"))
+
+    monkeypatch.setattr(sqlalchemy.orm.Session, "close", fail)
+    details = ("killed", "gone") if name == "fail" else ()
+    with pytest.raises(StorageUnavailable, match="database is locked"):
+        getattr(storage, name)(1, *details)
+
+
 def test_an_error_that_cannot_pass_is_not_waited_for(tmp_path: Path) -> None:
     storage = open_storage(f"sqlite:///{tmp_path / 'study.db'}", patience=600)
     study = open_study(make_definition(), storage)
