@@ -203,7 +203,7 @@ class _Batches(IterableDataset[tuple[Tensor, Tensor]]):
 
 
 class _Loader(DataLoader[tuple[Tensor, Tensor]]):
-    """A DataLoader of ready batches; in a process of its own, torch's loop around them would only take time."""
+    """A DataLoader that hands out ready batches; without worker processes, torch's own loop would only take time."""
 
     def __iter__(self) -> Any:
         return iter(self.dataset)

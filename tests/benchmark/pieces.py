@@ -89,7 +89,8 @@ def _measure_cost(
 
 
 def _time_worker(arguments: tuple[str, str, int, int, float]) -> float:
-    url, sampler, stream, n_trials, rows.WRITE_INTERVAL = arguments
+    url, sampler, stream, n_trials, interval = arguments
+    rows.WRITE_INTERVAL = interval  # of this process
     definition = define(url, sampler)
     opened = open_storage(url, patience=60)
     study = load_study(definition, opened)
