@@ -8,7 +8,8 @@ The package, to be read downwards; a file imports only from lines below its own:
     pool | doctor                         N workers on this machine under one supervisor; what is wrong with a study
     worker | retrain                      one worker; the best trial to a bundle
     study                                 the studies in a storage: created, resumed, summarized
-    objective | storage | bundle          trial to value; safe RDBStorage; what a user takes away
+    objective | strategy                  trial to value; sampler and pruner
+    storage | bundle                      safe RDBStorage; what a user takes away
     recovery                              RDBStorage that outlasts outages and the ends of workers
     definition | evaluation | training    the study file; figures; the training loop
     gradients                             of a training step, by autograd or written out

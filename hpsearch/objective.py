@@ -137,37 +137,6 @@ def trial_seed(study_seed: int, trial: Suggests, repetition: int = 0) -> int:
     return int(np.random.SeedSequence([study_seed, number, repetition]).generate_state(1, np.uint64)[0])
 
 
-def build_sampler(definition: StudyDefinition, stream: int) -> optuna.samplers.BaseSampler:
-    """The study's sampler with its own stream of random numbers, one for each worker."""
-    seed = int(np.random.SeedSequence([definition.study.seed, stream]).generate_state(1)[0])
-    startup = definition.sampler.startup
-    match definition.sampler.kind:
-        case "random":
-            return optuna.samplers.RandomSampler(seed=seed)
-        case "tpe":
-            return optuna.samplers.TPESampler(
-                n_startup_trials=startup, seed=seed, multivariate=True, group=definition.space.is_conditional
-            )
-        case "gp":
-            return optuna.samplers.GPSampler(n_startup_trials=startup, seed=seed, deterministic_objective=False)
-        case "cmaes":
-            return optuna.samplers.CmaEsSampler(n_startup_trials=startup, seed=seed, warn_independent_sampling=False)
-
-
-def build_pruner(definition: StudyDefinition) -> optuna.pruners.BasePruner:
-    """The study's pruner; its resource is the epoch."""
-    epochs = definition.budget.epochs
-    match definition.pruner.kind:
-        case "asha":
-            return optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
-        case "hyperband":
-            return optuna.pruners.HyperbandPruner(min_resource=1, max_resource=epochs, reduction_factor=3)
-        case "median":
-            return optuna.pruners.MedianPruner(n_startup_trials=definition.sampler.startup, n_warmup_steps=1)
-        case "none":
-            return optuna.pruners.NopPruner()
-
-
 def _value(result: EpochResult) -> float:
     if result.accuracy is None:
         raise ValueError("a search needs a validation split")

@@ -20,9 +20,10 @@ from optuna.trial import FrozenTrial, TrialState
 from hpsearch.data import ImageData
 from hpsearch.definition import StudyDefinition
 from hpsearch.errors import BudgetInFlight, BudgetSpent, Drained, RepeatedFailures, StorageError
-from hpsearch.objective import Objective, build_pruner, build_sampler, load_study_data
+from hpsearch.objective import Objective, load_study_data
 from hpsearch.signals import Drain
 from hpsearch.storage import Storage, open_storage
+from hpsearch.strategy import build_pruner, build_sampler
 from hpsearch.study import checkpoint_folder, load_study, sweep_checkpoints
 from hpsearch.training import EpochResult
 

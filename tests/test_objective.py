@@ -8,7 +8,7 @@ import torch
 from optuna.trial import FixedTrial, TrialState
 
 from hpsearch.data import ImageData
-from hpsearch.objective import Objective, PruningCallback, build_pruner, build_sampler, trial_seed
+from hpsearch.objective import Objective, PruningCallback, trial_seed
 from hpsearch.training import EpochResult
 
 from .conftest import make_definition
@@ -66,62 +66,6 @@ def test_pruning_reports_first_and_spares_a_trial_after_its_last_epoch() -> None
         callback(EpochResult(1, 0.1, 0.7))
     callback(EpochResult(2, 0.1, 0.8))
     assert study.get_trials()[0].intermediate_values == {1: 0.7, 2: 0.8}
-
-
-@pytest.mark.parametrize("kind", ["tpe", "random", "gp", "cmaes"])
-@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
-def test_every_sampler_searches_a_conditional_space(kind: str) -> None:
-    definition = make_definition(
-        sampler={"kind": kind, "startup": 2},
-        search={
-            "lr": {"float": [1e-3, 1e-1], "log": True},
-            "width": {"int": [8, 32]},
-            "optimizer": {"choice": ["adam", "sgd"]},
-            "momentum": {"float": [0.1, 0.9], "when": {"optimizer": ["sgd"]}},
-        },
-    )
-    from hpsearch.space import suggest
-
-    study = optuna.create_study(direction="maximize", sampler=build_sampler(definition, stream=0))
-    study.optimize(lambda trial: suggest(trial, definition.space).lr, n_trials=6)
-    assert len({trial.params["width"] for trial in study.trials}) > 1
-    assert {"momentum" in trial.params for trial in study.trials if trial.params["optimizer"] == "adam"} <= {False}
-    assert all("momentum" in trial.params for trial in study.trials if trial.params["optimizer"] == "sgd")
-
-
-@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
-@pytest.mark.parametrize("kind", ["tpe", "random", "gp", "cmaes"])
-def test_workers_draw_from_different_streams_and_a_stream_repeats(kind: str) -> None:
-    definition = make_definition(sampler={"kind": kind})
-
-    def first_lr(stream: int) -> float:
-        study = optuna.create_study(sampler=build_sampler(definition, stream))
-        return study.ask().suggest_float("lr", 0, 1)
-
-    assert first_lr(0) == first_lr(0)
-    assert first_lr(0) != first_lr(1)
-
-
-@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
-@pytest.mark.parametrize(("kind", "prunes"), [("asha", True), ("hyperband", True), ("median", True), ("none", False)])
-def test_every_pruner_but_none_stops_hopeless_trials(kind: str, prunes: bool) -> None:
-    definition = make_definition(pruner={"kind": kind}, sampler={"startup": 4}, budget={"epochs": 9})
-    study = optuna.create_study(
-        direction="maximize", pruner=build_pruner(definition), sampler=optuna.samplers.RandomSampler(seed=0)
-    )
-
-    def objective(trial: optuna.Trial) -> float:
-        value = 1.0 - trial.number * 0.01  # each is worse than all before
-        for epoch in range(1, 10):
-            trial.report(value, epoch)
-            if trial.should_prune():
-                raise optuna.TrialPruned
-        return value
-
-    study.optimize(objective, n_trials=30)
-    states: list[Any] = [trial.state for trial in study.trials]
-    assert (TrialState.PRUNED in states) == prunes
-    assert states[0] == TrialState.COMPLETE
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

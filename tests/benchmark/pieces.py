@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader
 from hpsearch import rows
 from hpsearch.data import load_data
 from hpsearch.definition import StudyDefinition, parse_definition
-from hpsearch.objective import build_pruner, build_sampler
 from hpsearch.space import suggest
 from hpsearch.storage import Storage, open_storage
+from hpsearch.strategy import build_pruner, build_sampler
 from hpsearch.study import load_study, open_study
 from tests.benchmark.report import Options, Row, ratios, summarize
 from tests.benchmark.searches import SPACE

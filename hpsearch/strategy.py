@@ -1,0 +1,87 @@
+"""How a study searches: the sampler that chooses hyperparameters, and the pruner that ends hopeless trials.
+
+The defaults, TPE and ASHA, and their settings were chosen with `scripts/benchmark quality`; README says what it showed.
+"""
+
+from collections.abc import Container
+from heapq import nlargest
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.trial import FrozenTrial, TrialState
+
+from hpsearch.definition import StudyDefinition
+
+_N_BEST, _N_LATEST = 25, 75  # trials that TPE looks at; it takes 25 of all at the most for good ones
+
+
+def build_sampler(definition: StudyDefinition, stream: int) -> optuna.samplers.BaseSampler:
+    """The study's sampler with its own stream of random numbers, one for each worker."""
+    seed = int(np.random.SeedSequence([definition.study.seed, stream]).generate_state(1)[0])
+    startup = definition.sampler.startup
+    match definition.sampler.kind:
+        case "random":
+            return optuna.samplers.RandomSampler(seed=seed)
+        case "tpe":
+            return WindowedTPESampler(
+                n_startup_trials=startup, seed=seed, multivariate=True, group=definition.space.is_conditional
+            )
+        case "gp":
+            return optuna.samplers.GPSampler(n_startup_trials=startup, seed=seed, deterministic_objective=False)
+        case "cmaes":
+            return optuna.samplers.CmaEsSampler(n_startup_trials=startup, seed=seed, warn_independent_sampling=False)
+
+
+def build_pruner(definition: StudyDefinition) -> optuna.pruners.BasePruner:
+    """The study's pruner; its resource is the epoch.
+
+    ASHA keeps the best quarter of the trials after epochs 1, 4, 16 and so on (Li et al. 2020,
+    https://arxiv.org/abs/1810.05934, take a quarter as well).
+    """
+    epochs = definition.budget.epochs
+    match definition.pruner.kind:
+        case "asha":
+            return optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=4)
+        case "hyperband":
+            return optuna.pruners.HyperbandPruner(min_resource=1, max_resource=epochs, reduction_factor=3)
+        case "median":
+            return optuna.pruners.MedianPruner(n_startup_trials=definition.sampler.startup, n_warmup_steps=1)
+        case "none":
+            return optuna.pruners.NopPruner()
+
+
+class WindowedTPESampler(optuna.samplers.TPESampler):
+    """Optuna's TPE over the best complete trials and the latest of all, so that its time does not grow with the study.
+
+    TPE by itself gives older trials ever less weight, but computes with all of them.
+    """
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return super().infer_relative_search_space(_Window(study), trial)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return super().sample_relative(_Window(study), trial, search_space)
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        return super().sample_independent(_Window(study), trial, param_name, param_distribution)
+
+
+class _Window(optuna.Study):
+    """A study of which its sampler sees the best complete trials and the latest of all, in the order of numbers."""
+
+    def __init__(self, study: optuna.Study) -> None:
+        self.__dict__ = study.__dict__
+
+    def _get_trials(
+        self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False
+    ) -> list[FrozenTrial]:
+        trials = super()._get_trials(deepcopy, states, use_cache)
+        older = [trial for trial in trials[:-_N_LATEST] if trial.state == TrialState.COMPLETE]
+        best = nlargest(_N_BEST, older, key=lambda trial: trial.values[0])
+        return [*sorted(best, key=lambda trial: trial.number), *trials[-_N_LATEST:]]
