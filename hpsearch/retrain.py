@@ -18,7 +18,7 @@ from hpsearch.network import build_network, describe_layers
 from hpsearch.objective import load_study_data, trial_seed
 from hpsearch.space import suggest
 from hpsearch.study import find_best
-from hpsearch.training import EpochResult, seed_everything, train
+from hpsearch.training import EpochResult, keep_freed_memory, seed_everything, train
 
 
 def export(
@@ -37,6 +37,7 @@ def export(
     model is exported. The test set is read after all training is done, so nothing can be chosen on it. Raises
     `NoCompletedTrial`, `DataError` and `BundleError`; a bundle that cannot be verified leaves nothing behind.
     """
+    keep_freed_memory()
     trial = find_best(study, number)
     bundle.check_target(target)
     hyperparameters = suggest(trial, definition.space)

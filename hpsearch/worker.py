@@ -8,6 +8,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, Self
 
@@ -25,7 +26,7 @@ from hpsearch.signals import Drain
 from hpsearch.storage import Storage, open_storage
 from hpsearch.strategy import build_pruner, build_sampler
 from hpsearch.study import checkpoint_folder, load_study, sweep_checkpoints
-from hpsearch.training import EpochResult
+from hpsearch.training import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +122,7 @@ class Worker:
         self.artifacts = Path(definition.study.artifacts, self.study.study_name)
         checkpoints = checkpoint_folder(definition, self.study)
         self.objective = Objective(definition, data, device=device, checkpoints=checkpoints)
+        keep_freed_memory()
         self._next_reap = time.monotonic()
         self._failures: list[str] = []  # in a row
 
@@ -161,7 +163,8 @@ class Worker:
         value, state = None, TrialState.COMPLETE
         with Lease(self, trial) as lease:
             self.objective.before_batch = lease.check
-            self.objective.callbacks = (lambda result: self._emit_epoch(trial, result),)
+            running = partial(TrialEvent, self.name, trial.number, "running")
+            self.objective.callbacks = (lambda result: self.emit(running(result.epoch, result.accuracy)),)
             try:
                 value = self.objective(trial)
             except optuna.TrialPruned:
@@ -236,9 +239,6 @@ class Worker:
     def _drop(self, trial: optuna.Trial) -> None:
         self.storage.release(trial._trial_id)
         self.emit(TrialEvent(self.name, trial.number, "dropped", message="another worker has taken it over"))
-
-    def _emit_epoch(self, trial: optuna.Trial, result: EpochResult) -> None:
-        self.emit(TrialEvent(self.name, trial.number, "running", result.epoch, result.accuracy))
 
 
 def run_worker(

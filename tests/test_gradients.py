@@ -1,5 +1,6 @@
 """The quick gradients are those of autograd, and so are the trainings that follow them."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -100,3 +101,31 @@ def test_dropout_drops_the_share_that_was_asked_for_and_keeps_the_mean(p: float)
     assert len(dropped.unique()) == (2 if p else 1)
     assert not torch.equal(dropped[:500] == 0, dropped[500:1000] == 0) or p == 0
     assert torch.equal(Dropout(p).eval()(torch.ones(3, 5)), torch.ones(3, 5))
+
+
+@pytest.mark.parametrize(("width", "expected"), [(12, "highest"), (256, "medium")])
+def test_large_networks_alone_multiply_in_torchs_quickest_way(blobs: Split, width: int, expected: str) -> None:
+    network, hyperparameters = make_network(width=width)
+    seen = set()
+
+    def stop() -> None:
+        seen.add(torch.get_float32_matmul_precision())
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(network, blobs, hyperparameters, 1, before_batch=stop)
+    assert seen == {expected}
+    assert torch.get_float32_matmul_precision() == "highest"  # as it was before
+
+
+def test_quick_products_lead_to_the_learning_curve_of_plain_ones(blobs: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    def learn() -> list[float]:
+        network, hyperparameters = make_network(width=256)
+        losses: list[float] = []
+        generator = seed_everything(3)
+        train(network, blobs, hyperparameters, 3, generator=generator, callbacks=[lambda r: losses.append(r.loss)])
+        return losses
+
+    quick = learn()
+    monkeypatch.setattr(hpsearch.training, "quick_products", lambda n_parameters: nullcontext())
+    assert quick == pytest.approx(learn(), rel=0.05 if torch.cpu.get_capabilities().get("amx_bf16") else 1e-3)
