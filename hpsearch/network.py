@@ -20,7 +20,7 @@ class Network(nn.Sequential):
     """A sequence of layers; takes normalised images (N, C, H, W), `forward` gives logits (N, classes)."""
 
     @torch.inference_mode()
-    def predict_proba(self, images: Tensor, batch_size: int = 4096) -> Tensor:
+    def predict_proba(self, images: Tensor, batch_size: int = 512) -> Tensor:
         """Softmax probabilities (N, classes) of normalised images, computed in evaluation mode."""
         was_training = self.training
         self.eval()

@@ -10,6 +10,7 @@ import pytest
 
 from tests.benchmark import pieces, searches, textbook
 from tests.benchmark.report import Row, show, summarize
+from tests.benchmark.textbook import Outcome
 
 needs_mnist = pytest.mark.skipif("HPSEARCH_DATA" not in os.environ, reason="no MNIST at hand")
 
@@ -23,6 +24,18 @@ def test_the_textbook_way_and_hpsearch_make_the_same_steps(tmp_path: Path) -> No
     assert ours.n_steps == theirs.n_steps == 2 * 3 * 2
     assert len(ours.accuracies) == len(theirs.accuracies) == 2
     assert ours.seconds > 0 < theirs.per_minute
+
+
+def test_unequal_work_is_refused() -> None:
+    def run(accuracies: list[float], n_steps: int = 40) -> list[Outcome]:
+        return [Outcome(1.0, accuracies, n_steps * len(accuracies))]
+
+    ours = run([0.90, 0.50, 0.91, 0.52])  # two points, twice each
+    searches.check_fairness({"ours": ours, "theirs": run([0.91, 0.49])}, 2)
+    with pytest.raises(RuntimeError, match=r"theirs reached another accuracy by 0\.13"):
+        searches.check_fairness({"ours": ours, "theirs": run([0.98, 0.70])}, 2)
+    with pytest.raises(RuntimeError, match="different numbers of optimizer steps"):
+        searches.check_fairness({"ours": ours, "theirs": run([0.91, 0.49], n_steps=41)}, 2)
 
 
 def test_the_cost_of_a_trial_in_the_storage_is_measured(tmp_path: Path) -> None:

@@ -2,10 +2,11 @@
 
 import os
 import sqlite3
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,14 +104,30 @@ def compare(
     whole = [60 * len(run.accuracies) / (run.seconds + run.start_up) for run in ours]
     what = f"the same, our start-up counted (of {len(ours[0].accuracies)} trials)"
     rows.append(summarize(part, what, "x", ratios(whole, best)))
-    steps = {run.n_steps / len(run.accuracies) for runs in outcomes.values() for run in runs}
-    if len(steps) > 1:
-        raise RuntimeError(f"the ways made different numbers of optimizer steps a trial: {sorted(steps)}")
-    [n_steps] = steps
+    check_fairness(outcomes, n)
     for name, runs in outcomes.items():
-        accuracies = [sum(run.accuracies) / len(run.accuracies) for run in runs]
+        accuracies = [statistics.mean(run.accuracies) for run in runs]
+        n_steps = runs[0].n_steps / len(runs[0].accuracies)
         rows.append(summarize(part, f"{name}: mean accuracy after {n_steps:g} steps", "", accuracies))
     return rows
+
+
+def check_fairness(outcomes: Mapping[str, Sequence[Outcome]], n_points: int) -> None:
+    """Raise `RuntimeError` unless all ways made the same steps and reached the accuracy of the first within noise.
+
+    A run's trials go round the `n_points` points; the noise is that of the first way's trials of the same point. The
+    allowed difference of the means is 4 standard errors.
+    """
+    steps = {name: {run.n_steps / len(run.accuracies) for run in runs} for name, runs in outcomes.items()}
+    if len(set.union(*steps.values())) > 1:
+        raise RuntimeError(f"the ways made different numbers of optimizer steps a trial: {steps}")
+    ours, *others = ([accuracy for run in runs for accuracy in run.accuracies] for runs in outcomes.values())
+    noise = statistics.mean(statistics.variance(ours[i::n_points]) for i in range(n_points))
+    for name, theirs in zip(list(outcomes)[1:], others, strict=True):
+        difference = statistics.mean(theirs) - statistics.mean(ours)
+        error = (noise * (1 / len(theirs) + 1 / len(ours))) ** 0.5
+        if abs(difference) > 4 * error:
+            raise RuntimeError(f"{name} reached another accuracy by {difference:.4f}, standard error {error:.4f}")
 
 
 def throughput(folder: Path, options: Options) -> list[Row]:
@@ -132,7 +149,7 @@ def full_fidelity(folder: Path, options: Options) -> list[Row]:
         *compare(
             *("full: CNN", folder, options),
             lambda n: define([cnn] * 2 * n, kind="cnn", batch_size=256, batch_norm=True, **wide),
-            *(2, 2, "3x / 5x"),
+            *(2, 4, "3x / 5x"),
         ),
     ]
 
