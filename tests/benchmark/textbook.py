@@ -5,6 +5,7 @@ The dataset is opened in each trial and its images are transformed one by one by
 
 import importlib.util
 import random
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -105,14 +106,15 @@ def run_ray(definition: StudyDefinition, folder: Path, n_trials: int) -> Outcome
         return {"accuracy": accuracy, "n_steps": n_steps}
 
     ray.init(ignore_reinit_error=True, log_to_driver=False, configure_logging=False)
-    tuner = tune.Tuner(
-        tune.with_resources(trainable, {"cpu": 1}),
-        param_space={"trial": tune.grid_search(list(range(len(first))))},
-        tune_config=tune.TuneConfig(metric="accuracy", mode="max"),
-        run_config=tune.RunConfig(verbose=0),
-    )
-    start = time.perf_counter()
-    results = list(tuner.fit())
-    seconds = time.perf_counter() - start
+    with tempfile.TemporaryDirectory(prefix="benchmark-ray-") as results_folder:
+        tuner = tune.Tuner(
+            tune.with_resources(trainable, {"cpu": 1}),
+            param_space={"trial": tune.grid_search(list(range(len(first))))},
+            tune_config=tune.TuneConfig(metric="accuracy", mode="max"),
+            run_config=tune.RunConfig(verbose=0, storage_path=results_folder),
+        )
+        start = time.perf_counter()
+        results = list(tuner.fit())
+        seconds = time.perf_counter() - start
     accuracies = [result.metrics["accuracy"] for result in results]
     return Outcome(seconds, accuracies, sum(result.metrics["n_steps"] for result in results))
