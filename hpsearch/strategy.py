@@ -3,7 +3,6 @@
 The defaults, TPE and ASHA, and their settings were chosen with `scripts/benchmark quality`; README says what it showed.
 """
 
-from collections.abc import Container
 from heapq import nlargest
 from typing import Any
 
@@ -59,29 +58,35 @@ class WindowedTPESampler(optuna.samplers.TPESampler):
     """
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return super().infer_relative_search_space(_Window(study), trial)
+        return super().infer_relative_search_space(_window(study), trial)
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        return super().sample_relative(_Window(study), trial, search_space)
+        return super().sample_relative(_window(study), trial, search_space)
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        return super().sample_independent(_Window(study), trial, param_name, param_distribution)
+        return super().sample_independent(_window(study), trial, param_name, param_distribution)
 
 
-class _Window(optuna.Study):
+class _Window:
     """A study of which its sampler sees the best complete trials and the latest of all, in the order of numbers."""
 
     def __init__(self, study: optuna.Study) -> None:
-        self.__dict__ = study.__dict__
+        self._study = study  # or, with Hyperband, a bracket of it
 
-    def _get_trials(
-        self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False
-    ) -> list[FrozenTrial]:
-        trials = super()._get_trials(deepcopy, states, use_cache)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._study, name)
+
+    def _get_trials(self, *arguments: Any, **options: Any) -> list[FrozenTrial]:
+        trials = self._study._get_trials(*arguments, **options)
         older = [trial for trial in trials[:-_N_LATEST] if trial.state == TrialState.COMPLETE]
         best = nlargest(_N_BEST, older, key=lambda trial: trial.values[0])
         return [*sorted(best, key=lambda trial: trial.number), *trials[-_N_LATEST:]]
+
+
+def _window(study: optuna.Study) -> Any:
+    """The window as what stands in for a study."""
+    return _Window(study)

@@ -68,6 +68,27 @@ def test_every_pruner_but_none_stops_hopeless_trials(kind: str, prunes: bool) ->
 
 
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+@pytest.mark.parametrize("sampler", ["tpe", "random", "gp", "cmaes"])
+@pytest.mark.parametrize("pruner", ["asha", "hyperband", "median", "none"])
+def test_every_sampler_goes_with_every_pruner(sampler: str, pruner: str) -> None:
+    definition = make_definition(pruner={"kind": pruner}, sampler={"kind": sampler, "startup": 2}, budget={"epochs": 4})
+    study = optuna.create_study(
+        direction="maximize", pruner=build_pruner(definition), sampler=build_sampler(definition, stream=0)
+    )
+
+    def objective(trial: optuna.Trial) -> float:
+        lr = suggest(trial, definition.space).lr
+        for epoch in range(1, 5):
+            trial.report(lr * epoch, epoch)
+            if trial.should_prune():
+                raise optuna.TrialPruned
+        return lr
+
+    study.optimize(objective, n_trials=6)
+    assert {trial.state for trial in study.trials} <= {TrialState.COMPLETE, TrialState.PRUNED}
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 @pytest.mark.parametrize("has_conditions", [True, False])
 def test_tpe_chooses_as_optunas_own_does_while_the_study_is_small(has_conditions: bool) -> None:
     def objective(trial: optuna.Trial) -> float:

@@ -1,15 +1,20 @@
 """The best accuracy over the epochs and the time that a search has spent, for several samplers and pruners."""
 
+import sqlite3
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import optuna
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from hpsearch.definition import StudyDefinition, load_definition, parse_definition
+from hpsearch.errors import Drained
 from tests.acceptance.commands import HPSEARCH, environment
 from tests.benchmark.report import Options, Row, summarize
 
@@ -19,7 +24,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "TPE, ASHA (default)": {"sampler": {"kind": "tpe"}, "pruner": {"kind": "asha"}},
     "TPE, Hyperband": {"sampler": {"kind": "tpe"}, "pruner": {"kind": "hyperband"}},
 }
-_TIMES = {"none": 1, "median": 1.5, "asha": 3.5, "hyperband": 2}  # as many trials where pruning saves epochs
 
 
 class Course(NamedTuple):
@@ -35,32 +39,56 @@ class Course(NamedTuple):
 
 
 def define(seed: int, variant: dict[str, Any]) -> StudyDefinition:
-    """`mnist-mlp` without its first guess, and with more trials where they are shorter."""
+    """`mnist-mlp` without its first guess, and with any number of trials."""
     tables = load_definition("mnist-mlp").to_tables()
     tables.pop("try", None)
     tables["study"] = {"name": "quality", "storage": "sqlite:///quality.db", "seed": seed}
-    tables["budget"]["trials"] = int(tables["budget"]["trials"] * _TIMES[variant["pruner"]["kind"]])
+    tables["budget"]["trials"] = 1_000_000
     return parse_definition(tables | variant)
 
 
 def search(folder: Path, definition: StudyDefinition, n_epochs: int) -> Course:
-    """The course of a search by two workers, as far as it spent `n_epochs`."""
+    """The course of a search by two workers, which is stopped when it has spent `n_epochs`."""
     file, database = folder / "quality.toml", folder / "quality.db"
     database.unlink(missing_ok=True)
     file.write_text(definition.to_toml())
     command = [*HPSEARCH, "run", str(file), "--workers", "2", "--storage", f"sqlite:///{database}"]
-    subprocess.run(command, check=True, capture_output=True, env=environment())
-    trials = optuna.load_study(study_name="quality", storage=f"sqlite:///{database}").trials
-    start = min(trial.datetime_start.timestamp() for trial in trials if trial.datetime_start)
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment()) as run:
+        while run.poll() is None and _count_epochs(database) < n_epochs:
+            time.sleep(0.5)
+        run.terminate()
+    if run.returncode != Drained.exit_status:  # drained with budget left
+        raise RuntimeError(f"a search ended with exit status {run.returncode}; its study file was\n{file.read_text()}")
+    study = optuna.load_study(study_name="quality", storage=f"sqlite:///{database}")
+    return follow(study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED)), n_epochs)
+
+
+def _count_epochs(database: Path) -> int:
+    """The epochs of all finished trials."""
+    query = """SELECT count(*) FROM trial_intermediate_values JOIN trials USING (trial_id)
+               WHERE state IN ('COMPLETE', 'PRUNED')"""
+    try:
+        with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
+            return int(connection.execute(query).fetchone()[0])
+    except sqlite3.OperationalError:  # not there yet
+        return 0
+
+
+def follow(trials: Sequence[FrozenTrial], n_epochs: int) -> Course:
+    """The course of finished trials up to `n_epochs`."""
+    starts = [trial.datetime_start.timestamp() for trial in trials if trial.datetime_start]
+    ends = sorted((trial.datetime_complete.timestamp(), trial.number) for trial in trials if trial.datetime_complete)
+    by_number = {trial.number: trial for trial in trials}
     n_spent, best, course = 0, 0.0, Course([], [], [])
-    for trial in sorted(trials, key=lambda trial: trial.datetime_complete.timestamp()):  # type: ignore[union-attr]
+    for end, number in ends:
+        trial = by_number[number]
         n_spent += trial.last_step or 0
-        if n_spent > n_epochs or trial.datetime_complete is None:
+        if n_spent > n_epochs:
             break
         if trial.state == TrialState.COMPLETE:
             best = max(best, trial.values[0])
             course.epochs.append(n_spent)
-            course.seconds.append(trial.datetime_complete.timestamp() - start)
+            course.seconds.append(end - min(starts))
             course.best.append(best)
     return course
 
