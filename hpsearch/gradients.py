@@ -17,6 +17,7 @@ Gradients = Callable[[Tensor, Tensor], Tensor]
 """From normalised images (N, C, H, W) and labels (N,) to the mean loss; leaves the gradients in `.grad`."""
 
 _aten: Any = torch.ops.aten
+_GAINS_FROM = 2**16  # parameters; in smaller perceptrons oneDNN's longer way to a product outweighs it
 
 
 def join_parameters(network: nn.Module) -> nn.Parameter:
@@ -42,10 +43,10 @@ def quick_products(n_parameters: int) -> Iterator[None]:
     """While entered, a network of that size multiplies matrices of float32 in torch's quickest way.
 
     With AVX-512 that is oneDNN, still in float32, and about twice as quick as MKL on AMD's processors; with AMX or on a
-    GPU the products are rounded (`torch.set_float32_matmul_precision`). Small networks measured slower with it.
+    GPU the products are rounded (`torch.set_float32_matmul_precision`). The setting is the whole process's.
     """
     previous = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if n_parameters >= 2**16 else previous)
+    torch.set_float32_matmul_precision("medium" if n_parameters >= _GAINS_FROM else previous)
     try:
         yield
     finally:

@@ -21,7 +21,10 @@ class Network(nn.Sequential):
 
     @torch.inference_mode()
     def predict_proba(self, images: Tensor, batch_size: int = 512) -> Tensor:
-        """Softmax probabilities (N, classes) of normalised images, computed in evaluation mode."""
+        """Softmax probabilities (N, classes) of normalised images, computed in evaluation mode.
+
+        The batches are small enough for a processor's caches.
+        """
         was_training = self.training
         self.eval()
         probabilities = torch.cat([self(batch).softmax(dim=1) for batch in images.split(batch_size)])

@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from itertools import islice
@@ -130,10 +131,10 @@ def train(
     if resumed:
         progress.restore(resumed)
 
-    with quick_products(joined.numel()):
-        try:
-            for epoch in range(len(progress.results) + 1, epochs + 1):
-                network.train()
+    try:
+        for epoch in range(len(progress.results) + 1, epochs + 1):
+            network.train()
+            with quick_products(joined.numel()):
                 for images, labels in islice(loader, progress.n_batches, None):
                     before_batch()
                     if hyperparameters.augment:
@@ -143,19 +144,19 @@ def train(
                     schedule.step()
                     progress.n_batches += 1
 
-                mean_loss = total_loss.item() / len(loader)
-                if not math.isfinite(mean_loss):
-                    raise Diverged(f"the training loss is {mean_loss} in epoch {epoch}")
-                accuracy = None if validation is None else measure_accuracy(network, validation)
-                progress.finish_epoch(EpochResult(epoch, mean_loss, accuracy))
-                for callback in callbacks:
-                    callback(progress.results[-1])
-                if checkpoint:
-                    checkpoint.write_if_due(progress.capture)
-        except (Drained, StorageUnavailable):  # raised between two batches, by `before_batch` or by a callback
+            mean_loss = total_loss.item() / len(loader)
+            if not math.isfinite(mean_loss):
+                raise Diverged(f"the training loss is {mean_loss} in epoch {epoch}")
+            accuracy = None if validation is None else measure_accuracy(network, validation)
+            progress.finish_epoch(EpochResult(epoch, mean_loss, accuracy))
+            for callback in callbacks:
+                callback(progress.results[-1])
             if checkpoint:
-                checkpoint.write(progress.capture())
-            raise
+                checkpoint.write_if_due(progress.capture)
+    except (Drained, StorageUnavailable):  # raised between two batches, by `before_batch` or by a callback
+        if checkpoint:
+            checkpoint.write(progress.capture())
+        raise
     return progress.results[-1]
 
 
@@ -205,12 +206,12 @@ def seed_everything(seed: int) -> torch.Generator:
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep the memory of freed tensors for the next ones, where its C library is glibc.
+    """Let this process keep the memory of freed tensors for the next ones, where Linux's C library is glibc.
 
     By default large blocks go back to the system after each use, and each of their pages is cleared again at the next:
     on two busy cores a fifth of a CNN's step.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
         mallopt(_M_MMAP_THRESHOLD, 2**25)  # the most that older versions take
         mallopt(_M_TRIM_THRESHOLD, 2**30)

@@ -47,10 +47,12 @@ def retry_of(kept: Checkpoint) -> Checkpoint:
     return Checkpoint(kept.file.parent, 9, json.loads(kept.identity), earlier=[0])
 
 
-def train_blobs(blobs: Split, hyperparameters: Hyperparameters, **options: Any) -> tuple[Network, EpochResult]:
+def train_blobs(
+    blobs: Split, hyperparameters: Hyperparameters, kind: str = "cnn", **options: Any
+) -> tuple[Network, EpochResult]:
     generator = seed_everything(5)
     np.random.seed(5)
-    network = build_network("cnn", hyperparameters, (1, 28, 28), 2)
+    network = build_network(kind, hyperparameters, (1, 28, 28), 2)
     result = train(network, blobs, hyperparameters, EPOCHS, validation=blobs, generator=generator, **options)
     return network, result
 
@@ -65,8 +67,9 @@ def train_blobs(blobs: Split, hyperparameters: Hyperparameters, **options: Any) 
         ("nadam", "cosine", 27),
     ],
 )
+@pytest.mark.parametrize(("kind", "width"), [("cnn", 2), ("mlp", 256)])  # the larger with the quick matrix products
 def test_a_training_goes_on_bit_for_bit_from_any_batch(
-    blobs: Split, tmp_path: Path, optimizer: str, schedule: str, n_batches: int
+    blobs: Split, tmp_path: Path, optimizer: str, schedule: str, n_batches: int, kind: str, width: int
 ) -> None:
     options: dict[str, Any] = {
         "optimizer": optimizer,
@@ -75,16 +78,16 @@ def test_a_training_goes_on_bit_for_bit_from_any_batch(
         "dropout": 0.3,
         "augment": 0.5,
     }
-    hyperparameters = Hyperparameters(depth=2, width=2, batch_size=32, batch_norm=True, **options)
-    undisturbed, expected = train_blobs(blobs, hyperparameters)
+    hyperparameters = Hyperparameters(depth=2, width=width, batch_size=32, batch_norm=True, **options)
+    undisturbed, expected = train_blobs(blobs, hyperparameters, kind)
 
     kept = Checkpoint(tmp_path, 0, {}, interval=1000)
     with pytest.raises(Drained):
-        train_blobs(blobs, hyperparameters, checkpoint=kept, before_batch=stop_after(n_batches))
+        train_blobs(blobs, hyperparameters, kind, checkpoint=kept, before_batch=stop_after(n_batches))
     torch.manual_seed(99)
     results: list[EpochResult] = []
     resumed = retry_of(kept).load()
-    network, result = train_blobs(blobs, hyperparameters, resumed=resumed, callbacks=[results.append])
+    network, result = train_blobs(blobs, hyperparameters, kind, resumed=resumed, callbacks=[results.append])
     assert result == expected
     assert [r.epoch for r in results] == list(range(n_batches // 7 + 1, EPOCHS + 1))
     for name, tensor in undisturbed.state_dict().items():

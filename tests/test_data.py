@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from hpsearch.data import ImageData, Split, augment, data_folder, load_data, load_test, normalise
@@ -127,6 +128,18 @@ def test_augmentation_moves_each_image_differently_and_keeps_the_shape() -> None
 def test_augmentation_of_strength_zero_changes_nothing() -> None:
     images = torch.rand(4, 1, 28, 28)
     assert torch.allclose(augment(images, 0.0), images, atol=1e-5)
+
+
+def test_augmentation_is_the_affine_map_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, drawn = torch.rand(3, 1, 20, 28), torch.rand(4, 3)
+    monkeypatch.setattr(torch, "rand", lambda *size, device: drawn)
+    angle, scale, x, y = (drawn * 2 - 1) * 0.7
+    angle, scale = angle * torch.pi / 9, 1 + 0.2 * scale
+    cosine, sine = angle.cos() / scale, angle.sin() / scale
+    matrices = torch.stack([cosine, -sine, x * 2 / 7, sine, cosine, y * 2 / 7], dim=1).view(3, 2, 3)
+    grid = functional.affine_grid(matrices, [3, 1, 20, 28], align_corners=False)
+    expected = functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    torch.testing.assert_close(augment(images, 0.7), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_augmentation_shifts_by_at_most_a_seventh(monkeypatch: pytest.MonkeyPatch) -> None:

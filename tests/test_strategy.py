@@ -103,6 +103,14 @@ def test_tpe_chooses_as_optunas_own_does_while_the_study_is_small(has_conditions
     assert search(WindowedTPESampler) == search(optuna.samplers.TPESampler)
 
 
+def add_trials(study: optuna.Study, n: int) -> None:
+    """Complete trials whose best is in the middle."""
+    distributions: Any = {"lr": FloatDistribution(0, 1)}
+    for number in range(n):
+        value = 1 - abs(number - n / 2) / n
+        study.add_trial(create_trial(params={"lr": number / n}, distributions=distributions, value=value))
+
+
 def test_tpe_computes_with_the_best_and_the_latest_trials_of_a_large_study(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[set[int]] = []
     original = optuna.samplers.TPESampler._build_parzen_estimator
@@ -113,12 +121,29 @@ def test_tpe_computes_with_the_best_and_the_latest_trials_of_a_large_study(monke
 
     monkeypatch.setattr(optuna.samplers.TPESampler, "_build_parzen_estimator", build)
     study = optuna.create_study(direction="maximize", sampler=WindowedTPESampler(seed=0))
-    distributions: Any = {"lr": FloatDistribution(0, 1)}
-    for number in range(1_000):
-        params = {"lr": number / 1_000}
-        study.add_trial(create_trial(params=params, distributions=distributions, value=1 - abs(number - 500) / 500))
+    running = study.ask().number
+    add_trials(study, 1_000)
     lr = study.ask().suggest_float("lr", 0, 1)
     below, above = seen
-    assert below <= set(range(488, 513))  # the best of all, though they are not the latest
-    assert below | above == {*range(488, 513), *range(926, 1_000)}  # trial 1,000 is the latest and its own
+    best, latest = set(range(496, 506)), set(range(911, 1_001))  # numbers start with 1, after the running trial
+    assert below == best
+    assert above == latest | {running}
     assert 0.4 < lr < 0.6
+
+
+def test_tpe_begins_to_learn_after_any_number_of_startup_trials() -> None:
+    study = optuna.create_study(direction="maximize", sampler=WindowedTPESampler(seed=0, n_startup_trials=150))
+    add_trials(study, 300)
+    chosen = [study.ask().suggest_float("lr", 0, 1) for _ in range(20)]
+    assert sum(0.3 < lr < 0.7 for lr in chosen) >= 16  # eight of them by chance
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_tpe_goes_with_the_brackets_of_hyperband_in_a_large_study() -> None:
+    definition = make_definition(pruner={"kind": "hyperband"}, budget={"epochs": 9})
+    study = optuna.create_study(
+        direction="maximize", pruner=build_pruner(definition), sampler=build_sampler(definition, stream=0)
+    )
+    add_trials(study, 300)
+    chosen = [study.ask().suggest_float("lr", 0, 1) for _ in range(20)]
+    assert sum(0.3 < lr < 0.7 for lr in chosen) >= 16  # eight of them by chance
