@@ -53,12 +53,16 @@ def search(folder: Path, definition: StudyDefinition, n_epochs: int) -> Course:
     database.unlink(missing_ok=True)
     file.write_text(definition.to_toml())
     command = [*HPSEARCH, "run", str(file), "--workers", "2", "--storage", f"sqlite:///{database}"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment()) as run:
+    with (
+        Path(folder, "talk").open("w+") as talk,
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=talk, env=environment()) as run,
+    ):
         while run.poll() is None and _count_epochs(database) < n_epochs:
             time.sleep(0.5)
         run.terminate()
-    if run.returncode != Drained.exit_status:  # drained with budget left
-        raise RuntimeError(f"a search ended with exit status {run.returncode}; its study file was\n{file.read_text()}")
+        if run.wait() != Drained.exit_status:
+            talk.seek(0)
+            raise RuntimeError(f"a search ended with exit status {run.returncode}: {talk.read()[-2000:]}")
     study = optuna.load_study(study_name="quality", storage=f"sqlite:///{database}")
     return follow(study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED)), n_epochs)
 
@@ -82,7 +86,7 @@ def follow(trials: Sequence[FrozenTrial], n_epochs: int) -> Course:
     n_spent, best, course = 0, 0.0, Course([], [], [])
     for end, number in ends:
         trial = by_number[number]
-        n_spent += trial.last_step or 0
+        n_spent += (trial.last_step or 0) + ("diverged" in trial.user_attrs)  # that epoch has no report
         if n_spent > n_epochs:
             break
         if trial.state == TrialState.COMPLETE:
@@ -108,7 +112,7 @@ def quality(folder: Path, options: Options) -> list[Row]:
     for name, runs in courses.items():
         goal = "3x / 8x" if "default" in name else ""
         rows.append(summarize("quality", f"{name}: best accuracy", "", [run.best[-1] for run in runs]))
-        fewer = [n_epochs / run.epochs_to(target) for run in runs]
+        fewer = [n_epochs / run.epochs_to(target) for run in runs]  # 0 where it is not reached
         rows.append(summarize("quality", f"{name}: fewer epochs than {n_epochs} to {target:.4f}", "x", fewer, goal))
     draw(courses, target, options.output / "quality.svg")
     return rows
@@ -145,6 +149,7 @@ def draw(courses: dict[str, list[Course]], target: float, file: Path) -> None:
 
 
 def _errors_at(grid: np.ndarray[Any, Any], times: list[Any], best: list[float]) -> np.ndarray[Any, Any]:
-    """The error in percent of the best trial at each time, NaN before the first."""
+    """The error in percent of the best trial at each time, NaN before the first trial and after the last."""
     places = np.searchsorted(times, grid, side="right") - 1
-    return np.where(places >= 0, 100 * (1 - np.array(best))[np.maximum(places, 0)], np.nan)
+    is_known = (places >= 0) & (grid <= times[-1])
+    return np.where(is_known, 100 * (1 - np.array(best))[np.maximum(places, 0)], np.nan)

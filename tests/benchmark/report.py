@@ -13,18 +13,23 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+UNFAIR = "NOT FAIR"
+
 
 @dataclass(frozen=True)
 class Row:
-    """A figure: the median of several runs, the lowest and the highest of them; and what is accepted and wanted."""
+    """A figure: the median of several runs, the lowest and the highest of them; and what is accepted and wanted.
+
+    Without runs it is a remark, such as one that begins with `UNFAIR`.
+    """
 
     part: str
     what: str
-    unit: str
-    median: float
-    low: float
-    high: float
-    n: int
+    unit: str = ""
+    median: float | None = None
+    low: float | None = None
+    high: float | None = None
+    n: int = 0
     goal: str = ""
 
 
@@ -49,7 +54,7 @@ def ratios(over: Sequence[float], under: Sequence[float]) -> list[float]:
 def show(rows: Sequence[Row], file: Path) -> None:
     table = Table("part", "figure", "median", "low", "high", "runs", "accept / want", box=SIMPLE_HEAD, show_edge=False)
     for row in rows:
-        figures = [f"{value:.3g} {row.unit}" for value in (row.median, row.low, row.high)]
+        figures = ["" if value is None else f"{value:.3g} {row.unit}" for value in (row.median, row.low, row.high)]
         table.add_row(*map(escape, (row.part, row.what, *figures, str(row.n), row.goal)))
     Console(width=140).print(table)
     machine = {

@@ -4,14 +4,15 @@ The dataset is opened in each trial and its images are transformed one by one by
 """
 
 import importlib.util
-import random
 import tempfile
 import time
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import optuna
 import torch
+from sklearn.model_selection import train_test_split
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
@@ -25,7 +26,7 @@ _OPTIMIZERS = {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD", "rmsprop": "RMSpr
 class Outcome(NamedTuple):
     """Seconds from the first trial's start to the last one's end, the accuracy of each trial, and the steps of all.
 
-    `start_up` are the seconds that the command took beside.
+    `start_up` are the seconds that the command took beside. Ray starts a process for each trial; that is in `seconds`.
     """
 
     seconds: float
@@ -63,9 +64,7 @@ def train_trial(definition: StudyDefinition, hyperparameters: Hyperparameters, f
     data = definition.data
     transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))])
     dataset = datasets.MNIST(str(folder), train=True, transform=transform)
-    rows = random.Random(0).sample(range(len(dataset)), len(dataset))
-    n_train = data.train or len(dataset) - data.validation
-    train_rows, validation_rows = rows[:n_train], rows[n_train : n_train + data.validation]
+    train_rows, validation_rows = _split(tuple(dataset.targets.tolist()), data.train, data.validation)
     train_loader = DataLoader(Subset(dataset, train_rows), hyperparameters.batch_size, shuffle=True)
     validation_loader = DataLoader(Subset(dataset, validation_rows), hyperparameters.batch_size)
 
@@ -88,6 +87,15 @@ def train_trial(definition: StudyDefinition, hyperparameters: Hyperparameters, f
                 n_right += int((network(images).argmax(dim=1) == labels).sum())
         accuracy = n_right / len(validation_rows)
     return accuracy, n_steps
+
+
+@lru_cache
+def _split(labels: tuple[int, ...], n_train: int | None, n_validation: int) -> list[list[int]]:
+    """The rows that hpsearch trains on and those that it validates on."""
+    split = train_test_split(
+        range(len(labels)), train_size=n_train, test_size=n_validation, stratify=labels, random_state=0
+    )
+    return [sorted(rows) for rows in split]
 
 
 def has_ray() -> bool:
