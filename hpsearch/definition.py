@@ -79,7 +79,7 @@ class Sampler(Table):
 
 
 class Pruner(Table):
-    kind: Literal["asha", "hyperband", "median", "none"] = "asha"
+    kind: Literal["asha", "hyperband", "median", "none"] = "median"
 
 
 class Recovery(Table):
