@@ -36,9 +36,9 @@ def build_sampler(definition: StudyDefinition, stream: int) -> optuna.samplers.B
 def build_pruner(definition: StudyDefinition) -> optuna.pruners.BasePruner:
     """The study's pruner; its resource is the epoch.
 
-    After five complete trials the median pruner ends those whose best epoch is below the median of the others at the
-    same epoch, from the second on. ASHA keeps the best quarter of the trials after epochs 1, 4, 16 and so on (Li et al.
-    2020, https://arxiv.org/abs/1810.05934, take a quarter as well).
+    After `sampler.startup` complete trials the median pruner ends those whose best epoch is below the median of the
+    others at the same epoch, from the second on. ASHA keeps the best quarter of the trials after epochs 1, 4, 16 and so
+    on (Li et al. 2020, https://arxiv.org/abs/1810.05934, take a quarter as well).
     """
     epochs = definition.budget.epochs
     match definition.pruner.kind:
@@ -47,7 +47,7 @@ def build_pruner(definition: StudyDefinition) -> optuna.pruners.BasePruner:
         case "hyperband":
             return optuna.pruners.HyperbandPruner(min_resource=1, max_resource=epochs, reduction_factor=3)
         case "median":
-            return optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1)
+            return optuna.pruners.MedianPruner(n_startup_trials=definition.sampler.startup, n_warmup_steps=1)
         case "none":
             return optuna.pruners.NopPruner()
 
