@@ -23,7 +23,7 @@ from hpsearch.study import load_study, open_study, summarize
 from .commands import HPSEARCH, environment, hpsearch, processes_of, start, wait_for, workers_of
 
 WriteStudy = Callable[..., Path]
-SLOW = "trials = 2\nepochs = 1500"  # a trial takes long enough to be interrupted
+SLOW = "trials = 2\nepochs = 100_000"  # a trial never ends by itself while a test looks
 UNPRUNED = '[pruner]\nkind = "none"\n[recovery]\nheartbeat = 1\ngrace = 4'
 
 
@@ -31,8 +31,8 @@ def status(file: Path) -> Any:
     return json.loads(hpsearch("status", file.name, "--json", cwd=file.parent).stdout)
 
 
-def runs_a_trial(file: Path, n: int = 1) -> Callable[[], bool]:
-    """Whether `n` workers have finished an epoch of their trials."""
+def runs_a_trial(file: Path, n: int = 1, above: int = 0) -> Callable[[], bool]:
+    """Whether `n` workers have finished an epoch of their trials, and more than `above`."""
 
     def check() -> bool:
         definition = load_definition(file)
@@ -42,13 +42,13 @@ def runs_a_trial(file: Path, n: int = 1) -> Callable[[], bool]:
         except StudyNotFound:
             return False
         storage.engine.dispose()
-        return len([worker for worker in workers if worker["epoch"] > 0]) >= n
+        return len([worker for worker in workers if worker["epoch"] > above]) >= n
 
     return check
 
 
 def test_a_killed_workers_trial_goes_on_and_gets_the_value_that_it_would_have_had(study_file: WriteStudy) -> None:
-    file = study_file(f"dropout = 0.2\n{UNPRUNED}\ncheckpoint = 0", budget="trials = 1\nepochs = 120")
+    file = study_file(f"dropout = 0.2\n{UNPRUNED}\ncheckpoint = 0", budget="trials = 1\nepochs = 600")
     undisturbed = file.parent / "undisturbed"
     undisturbed.mkdir()
     shutil.copy(file, undisturbed)
@@ -92,8 +92,11 @@ def test_a_signal_ends_a_run_cleanly_and_the_next_run_goes_on(
     log = (file.parent / "log").read_text()
     assert "Traceback" not in log
     assert log.splitlines()[-1].startswith("error: ")
-    hpsearch("run", file.name, "--trials", 1, "--workers", 1, cwd=file.parent)
-    assert status(file)["trials"]["complete"] == 1
+    reached = {row["epoch"] for row in json.loads(hpsearch("trials", file.name, "--json", cwd=file.parent).stdout)}
+    run = start("run", file.name, "--workers", 2, cwd=file.parent, log=file.parent / "log")
+    wait_for(runs_a_trial(file, 2, above=max(reached)), "both trials that go on from there")
+    run.terminate()
+    assert run.wait(timeout=30) == 75
 
 
 def test_a_second_ctrl_c_ends_a_run_at_once_and_leaves_nothing_running(study_file: WriteStudy) -> None:
@@ -113,7 +116,7 @@ def test_a_second_ctrl_c_ends_a_run_at_once_and_leaves_nothing_running(study_fil
 
 
 def test_a_worker_that_is_drained_alone_is_replaced(study_file: WriteStudy) -> None:
-    file = study_file(UNPRUNED, budget="trials = 1\nepochs = 80")
+    file = study_file(UNPRUNED, budget="trials = 1\nepochs = 600")
     run = start("run", file.name, "--workers", 1, cwd=file.parent, log=file.parent / "log")
     wait_for(runs_a_trial(file), "a trial that runs")
     os.kill(workers_of(run)[0], signal.SIGTERM)
@@ -146,7 +149,7 @@ def test_a_run_that_is_refused_leaves_no_process_that_still_imports(study_file: 
 
 
 def test_one_more_worker_joins_from_another_terminal(study_file: WriteStudy) -> None:
-    file = study_file(UNPRUNED, budget="trials = 4\nepochs = 80")
+    file = study_file(UNPRUNED, budget="trials = 4\nepochs = 500")
     hpsearch("worker", file.name, cwd=file.parent, expect=1)
     run = start("run", file.name, "--workers", 1, cwd=file.parent, log=file.parent / "log")
     wait_for(runs_a_trial(file), "a trial that runs")

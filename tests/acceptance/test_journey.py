@@ -168,7 +168,7 @@ def test_the_stock_dashboard_opens_the_study(dashboard: str) -> None:
 @pytest.mark.timeout(600)
 def test_a_small_search_on_real_mnist_ends_in_a_good_model(tmp_path: Path) -> None:
     text = (STUDIES / "mnist-mlp.toml").read_text()
-    text = text.replace("trials = 40", "trials = 4").replace("epochs = 9 ", "epochs = 3 ").replace("= 18", "= 4")
+    text = text.replace("trials = 40", "trials = 4").replace("epochs = 9\n", "epochs = 3\n").replace("= 18", "= 4")
     (tmp_path / "mnist-mlp.toml").write_text(text)
     hpsearch("run", "mnist-mlp.toml", "--workers", 2, cwd=tmp_path)
     hpsearch("export", "mnist-mlp.toml", cwd=tmp_path)
