@@ -189,7 +189,7 @@ def start_up(folder: Path, options: Options) -> list[Row]:
 
 def scaling(folder: Path, options: Options) -> list[Row]:
     """Trials a minute of more workers over one, and the memory that one more worker has for itself."""
-    definition = define(draw_trials(_N_TRIALS) * 5, train=3840, validation=1280, epochs=10)
+    definition = define(draw_trials(_N_TRIALS) * 25, train=3840, validation=1280, epochs=10)
     counts = [n for n in (1, 2, 4, 8, 16) if n <= (psutil.cpu_count(logical=False) or 1)]
     rates: dict[int, list[float]] = {n: [] for n in counts}
     for _ in range(options.repeats):
