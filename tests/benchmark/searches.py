@@ -60,14 +60,15 @@ def draw_trials(n: int) -> list[dict[str, Any]]:
     return [trial.params for trial in trials]
 
 
-def run_hpsearch(folder: Path, definition: StudyDefinition, n_workers: int) -> Outcome:
-    """The definition's search in a new database."""
+def run_hpsearch(folder: Path, definition: StudyDefinition, n_workers: int, cores: Sequence[int] = ()) -> Outcome:
+    """The definition's search in a new database, on some cores or on all."""
     file, database = folder / "speed.toml", folder / "speed.db"
     database.unlink(missing_ok=True)
     file.write_text(definition.to_toml())
     command = [*HPSEARCH, "run", str(file), "--workers", str(n_workers), "--storage", f"sqlite:///{database}"]
+    pinned = [*(("taskset", "--cpu-list", ",".join(map(str, cores))) if cores else ()), *command]
     start = time.perf_counter()
-    subprocess.run(command, check=True, capture_output=True, env=environment())
+    subprocess.run(pinned, check=True, capture_output=True, env=environment())
     whole = time.perf_counter() - start
     trials = optuna.load_study(study_name="speed", storage=f"sqlite:///{database}").trials
     starts = [trial.datetime_start.timestamp() for trial in trials if trial.datetime_start]
@@ -188,17 +189,25 @@ def start_up(folder: Path, options: Options) -> list[Row]:
 
 
 def scaling(folder: Path, options: Options) -> list[Row]:
-    """Trials a minute of more workers over one, and the memory that one more worker has for itself."""
+    """Trials a minute of more workers, each with a core, over one with a core; and the memory of one more worker.
+
+    A worker alone on the machine trains with all cores; that is the other row.
+    """
     definition = define(draw_trials(_N_TRIALS) * 25, train=3840, validation=1280, epochs=10)
-    counts = [n for n in (1, 2, 4, 8, 16) if n <= (psutil.cpu_count(logical=False) or 1)]
+    cores = sorted(psutil.Process().cpu_affinity() or [])
+    counts = [n for n in (1, 2, 4, 8, 16) if n <= len(cores)]
     rates: dict[int, list[float]] = {n: [] for n in counts}
+    alone: list[float] = []
     for _ in range(options.repeats):
         for n, measured in rates.items():
-            measured.append(run_hpsearch(folder, definition, n).per_minute)
+            measured.append(run_hpsearch(folder, definition, n, cores[:n]).per_minute)
+        alone.append(run_hpsearch(folder, definition, 1).per_minute)
     rows = [
         summarize("scaling", f"{n} workers over 1", "x", ratios(rates[n], rates[1]), "1.8x / 1.95x" if n == 2 else "")
         for n in counts[1:]
     ]
+    most = f"{counts[-1]} workers over 1 that has all cores"
+    rows.append(summarize("scaling", most, "x", ratios(rates[counts[-1]], alone)))
     memory = [_measure_memory(folder, definition) for _ in range(options.repeats)]
     return [*rows, summarize("scaling", "memory of a further worker", "MB", memory, "500 MB / 300 MB")]
 
