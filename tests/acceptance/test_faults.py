@@ -48,7 +48,7 @@ def runs_a_trial(file: Path, n: int = 1, above: int = 0) -> Callable[[], bool]:
 
 
 def test_a_killed_workers_trial_goes_on_and_gets_the_value_that_it_would_have_had(study_file: WriteStudy) -> None:
-    file = study_file(f"dropout = 0.2\n{UNPRUNED}\ncheckpoint = 0", budget="trials = 1\nepochs = 600")
+    file = study_file(f"dropout = 0.2\n{UNPRUNED}\ncheckpoint = 0", budget="trials = 1\nepochs = 120")
     undisturbed = file.parent / "undisturbed"
     undisturbed.mkdir()
     shutil.copy(file, undisturbed)
@@ -116,7 +116,7 @@ def test_a_second_ctrl_c_ends_a_run_at_once_and_leaves_nothing_running(study_fil
 
 
 def test_a_worker_that_is_drained_alone_is_replaced(study_file: WriteStudy) -> None:
-    file = study_file(UNPRUNED, budget="trials = 1\nepochs = 600")
+    file = study_file(UNPRUNED, budget="trials = 1\nepochs = 200")
     run = start("run", file.name, "--workers", 1, cwd=file.parent, log=file.parent / "log")
     wait_for(runs_a_trial(file), "a trial that runs")
     os.kill(workers_of(run)[0], signal.SIGTERM)
@@ -149,7 +149,7 @@ def test_a_run_that_is_refused_leaves_no_process_that_still_imports(study_file: 
 
 
 def test_one_more_worker_joins_from_another_terminal(study_file: WriteStudy) -> None:
-    file = study_file(UNPRUNED, budget="trials = 4\nepochs = 500")
+    file = study_file(UNPRUNED, budget="trials = 4\nepochs = 250")
     hpsearch("worker", file.name, cwd=file.parent, expect=1)
     run = start("run", file.name, "--workers", 1, cwd=file.parent, log=file.parent / "log")
     wait_for(runs_a_trial(file), "a trial that runs")
