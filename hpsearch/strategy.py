@@ -53,7 +53,7 @@ def build_pruner(definition: StudyDefinition) -> optuna.pruners.BasePruner:
 
 
 class WindowedTPESampler(optuna.samplers.TPESampler):
-    """Optuna's TPE over the best complete trials and the latest of all, so that its time does not grow with the study.
+    """Optuna's TPE over the best complete trials and the latest of all, so that its time hardly grows with the study.
 
     TPE by itself gives older trials ever less weight, but computes with all of them.
     """

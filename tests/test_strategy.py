@@ -1,4 +1,4 @@
-"""How a study searches: samplers and pruners do what they are for, and TPE's time does not grow with the study."""
+"""How a study searches: samplers and pruners do what they are for, and TPE computes with a part of a large study."""
 
 from typing import Any
 
