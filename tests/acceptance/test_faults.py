@@ -97,6 +97,7 @@ def test_a_signal_ends_a_run_cleanly_and_the_next_run_goes_on(
     wait_for(runs_a_trial(file, 2, above=max(reached)), "both trials that go on from there")
     run.terminate()
     assert run.wait(timeout=30) == 75
+    assert status(file)["trials"] == {"complete": 0, "pruned": 0, "failed": 4, "running": 0, "waiting": 2}
 
 
 def test_a_second_ctrl_c_ends_a_run_at_once_and_leaves_nothing_running(study_file: WriteStudy) -> None:
