@@ -69,3 +69,14 @@ def test_an_unknown_part_is_refused_by_name() -> None:
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     assert answer.returncode == 2
     assert "no such part: sped" in answer.stderr
+
+
+def test_without_mnist_the_benchmark_says_so_in_one_line_and_measures_nothing(tmp_path: Path) -> None:
+    (tmp_path / "MNIST").write_text("in the way of the folder")
+    command = [sys.executable, "-m", "tests.benchmark", "--output", str(tmp_path / "out" / "b.json"), "loader"]
+    environment = os.environ | {"HPSEARCH_DATA": str(tmp_path)}
+    answer = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert answer.returncode == 1
+    [line] = answer.stderr.splitlines()
+    assert line.startswith("error: MNIST can neither be read from")
+    assert not (tmp_path / "out").exists()

@@ -11,6 +11,7 @@ from pathlib import Path
 import optuna
 
 from hpsearch.data import data_folder, load_test
+from hpsearch.errors import HpsearchError
 from tests.benchmark import pieces, quality, searches
 from tests.benchmark.report import UNFAIR, Options, Row, show
 
@@ -37,7 +38,10 @@ def main() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", "Heartbeat of storage is supposed to be used with Study.optimize")
     logging.getLogger("ray").setLevel(logging.ERROR)
-    load_test("mnist")  # downloads and unpacks what is missing
+    try:
+        load_test("mnist")  # downloads and unpacks what is missing
+    except HpsearchError as error:
+        sys.exit(f"error: {error}")
     options.output.parent.mkdir(parents=True, exist_ok=True)
     settings = Options(options.repeats, data_folder(), options.output.parent)
     os.environ["HPSEARCH_DATA"] = str(settings.data.absolute())
