@@ -3,8 +3,10 @@
 The package, to be read downwards; a file imports only from lines below its own:
 
     __main__                              runs a verb, catches errors, exits
-    cli                                   the verbs
-    arguments | console                   what the verbs take; live table and text rendering
+    cli                                   the verbs that search and look after a study
+    cli_winner                            the verbs for what was found
+    arguments                             what the verbs take
+    console                               live table and text rendering
     pool | doctor                         N workers on this machine under one supervisor; what is wrong with a study
     worker | retrain                      one worker; the best trial to a bundle
     study                                 the studies in a storage: created, resumed, summarized

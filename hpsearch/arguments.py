@@ -1,10 +1,18 @@
-"""The arguments and options that several verbs share."""
+"""The arguments and options that several verbs share, what they stand for, and how a verb's answer is printed."""
 
+import json
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    import optuna
+    from rich.console import RenderableType
+
+    from hpsearch.definition import StudyDefinition
 
 StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="A study file, or the name of one in studies/.")]
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that export wrote.")]
@@ -35,3 +43,32 @@ class Sort(StrEnum):
 
     number = "number"
     value = "value"
+
+
+def load_definition_of(study: str, storage: str | None, trials: int | None = None) -> "StudyDefinition":
+    """The study that the argument names; `trials` replaces that of its budget."""
+    import optuna
+
+    from hpsearch.definition import evolve, load_definition
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    definition = load_definition(study, storage=storage)
+    return definition if trials is None else evolve(definition, "budget", trials=trials)
+
+
+def load_study_of(definition: "StudyDefinition") -> "optuna.Study":
+    """The stored study of a definition; nothing is created."""
+    from hpsearch.storage import open_storage
+    from hpsearch.study import load_study
+
+    return load_study(definition, open_storage(definition.study.storage, must_exist=True))
+
+
+def print_document(document: Any, render: Callable[[Any], "RenderableType"], *, as_json: bool) -> None:
+    """Print a verb's answer on stdout, as JSON or as text."""
+    from hpsearch.console import show
+
+    if as_json:
+        print(json.dumps(document, indent=2))
+    else:
+        show(render(document))

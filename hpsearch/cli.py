@@ -6,14 +6,12 @@ What a verb needs is imported inside it: torch takes seconds to import, and `--h
 import json
 import shlex
 import signal
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hpsearch.arguments import (
-    BundleArgument,
     DataOption,
     JsonOption,
     Sort,
@@ -21,13 +19,14 @@ from hpsearch.arguments import (
     StorageOption,
     StudyArgument,
     WorkersOption,
+    load_definition_of,
+    load_study_of,
+    print_document,
 )
+from hpsearch.cli_winner import app as winner_app
 from hpsearch.errors import UsageError
 
 if TYPE_CHECKING:
-    import optuna
-    from rich.console import RenderableType
-
     from hpsearch.definition import StudyDefinition
 
 app = typer.Typer(
@@ -92,7 +91,7 @@ def run(
     from hpsearch.forking import start_fork_server
     from hpsearch.signals import Drain
 
-    definition = _load(study, storage, trials)
+    definition = load_definition_of(study, storage, trials)
     start_fork_server()
     from hpsearch.storage import open_storage
     from hpsearch.study import open_study
@@ -131,7 +130,7 @@ def worker(
     from hpsearch.signals import Drain
     from hpsearch.worker import run_worker
 
-    definition = _load(study, storage)
+    definition = load_definition_of(study, storage)
     drain = Drain().listen(signal.SIGINT, signal.SIGTERM)
     with RunView(definition.budget.trials, definition.budget.epochs) as view:
         reason = run_worker(definition, drain, folder=data, emit=view, max_trials=max_trials)
@@ -141,7 +140,7 @@ def worker(
 @app.command(epilog="Example:  hpsearch status studies/mnist-mlp.toml --json")
 def status(study: StudyArgument, storage: StorageOption = None, as_json: JsonOption = False) -> None:
     """Show counts by state, the best trial, the workers, and the epochs run and saved."""
-    _print_status(_load(study, storage), as_json=as_json)
+    _print_status(load_definition_of(study, storage), as_json=as_json)
 
 
 @app.command(epilog="Example:  hpsearch trials studies/mnist-mlp.toml --sort value --limit 5")
@@ -157,37 +156,11 @@ def trials(
     from hpsearch.console import render_trials
     from hpsearch.study import list_trials
 
-    _print(list_trials(_stored(_load(study, storage)), state, sort, limit), render_trials, as_json=as_json)
-
-
-@app.command(epilog="Example:  hpsearch export studies/mnist-mlp.toml --output dist/mnist-mlp")
-def export(
-    study: StudyArgument,
-    trial: Annotated[int | None, typer.Option(min=0, help="Another trial than the best.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Default: dist/<name of the study>.")] = None,
-    storage: StorageOption = None,
-    data: DataOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Retrain the best trial, measure it once on the test set, and write it as a bundle."""
-    definition = _load(study, storage)
-    from hpsearch.console import say
-    from hpsearch.retrain import export as export_bundle
-    from hpsearch.worker import list_devices
-
-    target = output or Path("dist") / definition.study.name
-    metrics = export_bundle(
-        definition,
-        _stored(definition),
-        target,
-        number=trial,
-        folder=data,
-        device=list_devices()[0],
-        on_epoch=lambda seed, result: say(f"model {seed + 1} epoch {result.epoch} loss {result.loss:.4f}"),
+    print_document(
+        list_trials(load_study_of(load_definition_of(study, storage)), state, sort, limit),
+        render_trials,
+        as_json=as_json,
     )
-    _print(metrics, lambda m: f"{target}: trial {m['trial']}, test accuracy {m['test_accuracy']:.4f}", as_json=as_json)
-    bundle = shlex.quote(str(target))
-    say(f"next: hpsearch evaluate {bundle}  |  hpsearch predict {bundle} IMAGE")
 
 
 @app.command(epilog="Example:  hpsearch doctor studies/mnist-mlp.toml --fix")
@@ -204,8 +177,8 @@ def doctor(
     from hpsearch.console import render_findings
     from hpsearch.doctor import examine
 
-    findings = [asdict(finding) for finding in examine(_load(study, storage), folder=data, fix=fix)]
-    _print(findings, render_findings, as_json=as_json)
+    findings = [asdict(finding) for finding in examine(load_definition_of(study, storage), folder=data, fix=fix)]
+    print_document(findings, render_findings, as_json=as_json)
     if not all(finding["is_ok"] for finding in findings):
         raise typer.Exit(1)
 
@@ -221,71 +194,18 @@ def backup(
     from hpsearch.database import backup as backup_database
     from hpsearch.database import parse_url
 
-    definition = _load(study, storage)
-    _stored(definition)
+    definition = load_definition_of(study, storage)
+    load_study_of(definition)
     backup_database(parse_url(definition.study.storage), file)
     place = shlex.quote(f"sqlite:///{file}")
     say(f"{file} is a whole copy; look at it with: hpsearch status {shlex.quote(study)} --storage {place}")
 
 
-@app.command(epilog="Example:  hpsearch evaluate dist/mnist-mlp")
-def evaluate(bundle: BundleArgument, data: DataOption = None, as_json: JsonOption = False) -> None:
-    """Measure a bundle on the test set: accuracy, per-class figures, confusion matrix."""
-    from dataclasses import asdict
-
-    from hpsearch.bundle import load
-    from hpsearch.console import render_evaluation
-
-    _print(asdict(load(bundle).evaluate(data)), render_evaluation, as_json=as_json)
-
-
-@app.command(epilog="Example:  hpsearch predict dist/mnist-mlp digit.png")
-def predict(
-    bundle: BundleArgument,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="PNG or JPEG files of any size.")],
-    as_json: JsonOption = False,
-) -> None:
-    """Give the softmax probabilities of the three likeliest classes of each image."""
-    from hpsearch.bundle import load, predict_files
-    from hpsearch.console import render_predictions, say
-
-    predictions = list(predict_files(load(bundle), images))
-    for prediction in predictions:
-        if "error" in prediction:
-            say(f"error: {prediction['error']}")
-    _print(predictions, render_predictions, as_json=as_json)
-    if any("error" in prediction for prediction in predictions):
-        raise typer.Exit(1)
-
-
-def _load(study: str, storage: str | None, trials: int | None = None) -> "StudyDefinition":
-    import optuna
-
-    from hpsearch.definition import evolve, load_definition
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    definition = load_definition(study, storage=storage)
-    return definition if trials is None else evolve(definition, "budget", trials=trials)
-
-
-def _stored(definition: "StudyDefinition") -> "optuna.Study":
-    from hpsearch.storage import open_storage
-    from hpsearch.study import load_study
-
-    return load_study(definition, open_storage(definition.study.storage, must_exist=True))
+app.add_typer(winner_app)
 
 
 def _print_status(definition: "StudyDefinition", *, as_json: bool) -> None:
     from hpsearch.console import render_status
     from hpsearch.study import summarize
 
-    _print(summarize(definition, _stored(definition)), render_status, as_json=as_json)
-
-
-def _print(document: Any, render: Callable[[Any], "RenderableType"], *, as_json: bool) -> None:
-    from hpsearch.console import show
-
-    if as_json:
-        print(json.dumps(document, indent=2))
-    else:
-        show(render(document))
+    print_document(summarize(definition, load_study_of(definition)), render_status, as_json=as_json)

@@ -5,7 +5,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+
+from hpsearch.data import load_data
+from hpsearch.network import build_network
+from hpsearch.space import Hyperparameters
+from hpsearch.training import train
 
 HPSEARCH = (sys.executable, "-m", "hpsearch")
 
@@ -34,6 +40,22 @@ def start(*arguments: object, cwd: Path, log: Path) -> "subprocess.Popen[bytes]"
 
 def environment(**changes: str) -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key != "HPSEARCH_STORAGE"} | changes
+
+
+def epochs_of(seconds: float) -> int:
+    """How many epochs of the small studies take about so long on this machine, however quick it is."""
+    return max(1, round(seconds * _epochs_per_second()))
+
+
+@cache
+def _epochs_per_second(n: int = 100) -> float:
+    data = load_data("digits", validation=200, train=300)
+    hyperparameters = Hyperparameters(width=32, lr=1e-3, batch_size=64)
+    for epochs in (10, n):  # the first to warm up
+        network = build_network("mlp", hyperparameters, data.image_shape, n_classes=10)
+        start = time.perf_counter()
+        train(network, data.train, hyperparameters, epochs, validation=data.validation)
+    return n / (time.perf_counter() - start)
 
 
 def wait_for(condition: Callable[[], bool], what: str, seconds: float = 90) -> None:

@@ -32,7 +32,7 @@ from hpsearch.errors import BudgetInFlight, BudgetSpent, CheckpointError
 from hpsearch.storage import open_storage
 from hpsearch.study import list_trials, load_study, open_study
 
-from .commands import HPSEARCH, environment, hpsearch, processes_of, wait_for, workers_of
+from .commands import HPSEARCH, environment, epochs_of, hpsearch, processes_of, wait_for, workers_of
 
 INJURED = (HPSEARCH[0], str(Path(__file__).with_name("injured.py")))
 STUDY = """
@@ -78,16 +78,17 @@ class Search:
         folder: Path,
         *,
         trials: int,
-        epochs: int = 40,
+        seconds: float = 0.2,
+        epochs: int | None = None,
         checkpoint: float = 0,
         lr: str = "1e-3, 1e-1",
         grace: int = 4,
         url: str | None = None,
     ) -> None:
-        self.folder, self.trials, self.epochs = folder, trials, epochs
+        self.folder, self.trials, self.epochs = folder, trials, epochs or epochs_of(seconds)
         self.database = folder / "small.db"
         self.file = folder / "small.toml"
-        values = {"trials": trials, "epochs": epochs, "checkpoint": checkpoint, "lr": lr, "grace": grace}
+        values = {"trials": trials, "epochs": self.epochs, "checkpoint": checkpoint, "lr": lr, "grace": grace}
         self.file.write_text(STUDY.format(url=url or f"sqlite:///{self.database}", **values))
         self.logs: list[Path] = []
         self.is_sqlite = url is None
@@ -184,7 +185,7 @@ class Search:
 def kill_workers(folder: Path, n: int, rng: random.Random) -> str:
     """Kill -9 of random workers, half of them at random moments, half where it hurts most."""
     search = Search(folder, trials=max(8, n // 4))
-    points = "ask=0.08,report=0.0025,heartbeat=0.05,tell=0.1,checkpoint=0.0025"
+    points = f"ask=0.08,report=0.05,heartbeat=0.05,tell=0.1,checkpoint={0.1 / search.epochs}"
     aimed = folder / "injuries"
     aimed.touch()
     trials, run, killed = search.trials, search.run(injuries=points, seed=rng.randrange(10**6)), 0
@@ -194,7 +195,7 @@ def kill_workers(folder: Path, n: int, rng: random.Random) -> str:
             trials += 8
             run = search.run(trials=trials, injuries=points, seed=rng.randrange(10**6))
         workers = workers_of(run)
-        if workers and killed < n // 2 and search.trains()():
+        if workers and killed < n // 2 and search.count("RUNNING"):
             killed += _kill(rng.choice(workers), signal.SIGKILL)
         time.sleep(rng.uniform(0, 0.6))
     search.end(run, 600)
@@ -207,7 +208,7 @@ def kill_workers(folder: Path, n: int, rng: random.Random) -> str:
 
 def kill_supervisor(folder: Path, n: int, rng: random.Random) -> str:
     """Kill -9 of the supervisor: its workers go, and another run goes on."""
-    search, slowest = Search(folder, trials=1, epochs=240), 0.0
+    search, slowest = Search(folder, trials=1, seconds=1.5), 0.0
     for _ in range(n):
         run = search.run(trials=4)
         wait_for(search.trains(2), "trials that run")
@@ -225,7 +226,7 @@ def kill_supervisor(folder: Path, n: int, rng: random.Random) -> str:
 
 def drain(folder: Path, n: int, rng: random.Random) -> str:
     """SIGTERM in mid-epoch: trials are handed back, and each goes on from the very batch."""
-    search, handed_back = Search(folder, trials=1, epochs=360, checkpoint=1000), 0
+    search, handed_back = Search(folder, trials=1, seconds=1.5, checkpoint=1000), 0
     while handed_back < n:
         run = search.run(trials=8)
         wait_for(search.trains(3), "trials that run")
@@ -252,7 +253,7 @@ def drain(folder: Path, n: int, rng: random.Random) -> str:
 
 def stop_and_continue(folder: Path, n: int, rng: random.Random) -> str:
     """SIGSTOP until the trial is given to another worker, then SIGCONT."""
-    search, taken = Search(folder, trials=4, epochs=400), 0
+    search, taken = Search(folder, trials=4, seconds=2), 0
     trials, run = search.trials, search.run()
     wait_for(search.trains(4), "four trials that run")
     workers = {*workers_of(run)}
@@ -314,7 +315,7 @@ def reap(folder: Path, n: int, rng: random.Random) -> str:
 
 def lock(folder: Path, n: int, rng: random.Random) -> str:
     """Another process holds an exclusive lock on the database for `n` seconds."""
-    search = Search(folder, trials=4, epochs=300, grace=10)
+    search = Search(folder, trials=4, seconds=2, grace=10)
     run = search.run()
     wait_for(search.trains(4), "four trials that run")
     workers = {*workers_of(run)}
@@ -333,7 +334,7 @@ def lock(folder: Path, n: int, rng: random.Random) -> str:
 def fill_disk(folder: Path, n: int, rng: random.Random) -> str:
     """The disk of the database and of the checkpoints is full for `n` seconds."""
     with _small_disk(folder / "disk") as disk:
-        search = Search(folder, trials=4, epochs=300, grace=10, url=f"sqlite:///{disk / 'small.db'}")
+        search = Search(folder, trials=4, seconds=2, grace=10, url=f"sqlite:///{disk / 'small.db'}")
         search.database, search.is_sqlite = disk / "small.db", True
         search.file.write_text(search.file.read_text().replace("[study]", f'[study]\nartifacts = "{disk}/artifacts"'))
         run = search.run()
@@ -357,7 +358,7 @@ def fill_disk(folder: Path, n: int, rng: random.Random) -> str:
 def restart_postgresql(folder: Path, n: int, rng: random.Random, *, down: float = 60) -> str:
     """PostgreSQL restarts `n` times under a search, every other time by a crash, and is once down for long."""
     with _postgresql(folder / "pg") as server:
-        search = Search(folder, trials=4, epochs=400, grace=10, url=server.get_uri())
+        search = Search(folder, trials=4, seconds=2, grace=10, url=server.get_uri())
         trials, run = search.trials, search.run()
         wait_for(lambda: len(workers_of(run)) == 4 and any(row["epoch"] for row in search.rows()), "trials that run")
         workers = {*workers_of(run)}
@@ -449,7 +450,7 @@ def fail_trainings(folder: Path, n: int, rng: random.Random) -> str:
 
 def come_and_go(folder: Path, n: int, rng: random.Random) -> str:
     """Eight workers of two runs and of single commands join, leave and are killed; the budget is `n`."""
-    search = Search(folder, trials=n, epochs=60)
+    search = Search(folder, trials=n, seconds=0.3)
     runs, events = [search.run(3)], Counter[str]()
     wait_for(search.trains(), "a trial that runs")
     while search.count("COMPLETE") < n:

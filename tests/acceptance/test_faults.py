@@ -20,7 +20,7 @@ from hpsearch.errors import StudyNotFound
 from hpsearch.storage import open_storage
 from hpsearch.study import load_study, open_study, summarize
 
-from .commands import HPSEARCH, environment, hpsearch, processes_of, start, wait_for, workers_of
+from .commands import HPSEARCH, environment, epochs_of, hpsearch, processes_of, start, wait_for, workers_of
 
 WriteStudy = Callable[..., Path]
 SLOW = "trials = 2\nepochs = 100_000"  # a trial never ends by itself while a test looks
@@ -48,7 +48,9 @@ def runs_a_trial(file: Path, n: int = 1, above: int = 0) -> Callable[[], bool]:
 
 
 def test_a_killed_workers_trial_goes_on_and_gets_the_value_that_it_would_have_had(study_file: WriteStudy) -> None:
-    file = study_file(f"dropout = 0.2\n{UNPRUNED}\ncheckpoint = 0", budget="trials = 1\nepochs = 120")
+    file = study_file(
+        f"dropout = 0.2\n{UNPRUNED}\ncheckpoint = 0", budget=f"trials = 1\nepochs = {epochs_of(seconds=2)}"
+    )
     undisturbed = file.parent / "undisturbed"
     undisturbed.mkdir()
     shutil.copy(file, undisturbed)
@@ -117,7 +119,7 @@ def test_a_second_ctrl_c_ends_a_run_at_once_and_leaves_nothing_running(study_fil
 
 
 def test_a_worker_that_is_drained_alone_is_replaced(study_file: WriteStudy) -> None:
-    file = study_file(UNPRUNED, budget="trials = 1\nepochs = 200")
+    file = study_file(UNPRUNED, budget=f"trials = 1\nepochs = {epochs_of(seconds=2)}")
     run = start("run", file.name, "--workers", 1, cwd=file.parent, log=file.parent / "log")
     wait_for(runs_a_trial(file), "a trial that runs")
     os.kill(workers_of(run)[0], signal.SIGTERM)
@@ -150,7 +152,7 @@ def test_a_run_that_is_refused_leaves_no_process_that_still_imports(study_file: 
 
 
 def test_one_more_worker_joins_from_another_terminal(study_file: WriteStudy) -> None:
-    file = study_file(UNPRUNED, budget="trials = 4\nepochs = 250")
+    file = study_file(UNPRUNED, budget=f"trials = 4\nepochs = {epochs_of(seconds=2)}")
     hpsearch("worker", file.name, cwd=file.parent, expect=1)
     run = start("run", file.name, "--workers", 1, cwd=file.parent, log=file.parent / "log")
     wait_for(runs_a_trial(file), "a trial that runs")
