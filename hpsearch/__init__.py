@@ -9,14 +9,17 @@ The package, to be read downwards; a file imports only from lines below its own:
     console                               live table and text rendering
     pool | doctor                         N workers on this machine under one supervisor; what is wrong with a study
     worker | retrain                      one worker; the best trial to a bundle
+    confirm | replay                      the best few from fresh seeds; a trial once more from its own
     study                                 the studies in a storage: created, resumed, summarized
     objective | strategy                  trial to value; sampler and pruner
     storage | bundle                      safe RDBStorage; what a user takes away
     recovery                              RDBStorage that outlasts outages and the ends of workers
     definition | evaluation | training    the study file; figures; the training loop
+    formats                               the files that hold a model, each verified in a fresh process
     gradients                             of a training step, by autograd or written out
     checkpoint | space | network | data | budget | database | rows
     forking | images | signals            what workers are forked from; image files to pixels; a wish to stop
+    sealed                                a folder that is read only if its files are what they were
     errors
 
     >>> definition = hpsearch.load_definition("studies/digits.toml")

@@ -12,6 +12,7 @@ from hpsearch.arguments import (
     JsonOption,
     StorageOption,
     StudyArgument,
+    WorkersOption,
     load_definition_of,
     load_study_of,
     print_document,
@@ -20,36 +21,104 @@ from hpsearch.arguments import (
 app = typer.Typer()
 
 
-@app.command(epilog="Example:  hpsearch export studies/mnist-mlp.toml --output dist/mnist-mlp")
-def export(
+@app.command(epilog="Example:  hpsearch confirm studies/mnist-mlp.toml --top 3 --seeds 3")
+def confirm(
     study: StudyArgument,
-    trial: Annotated[int | None, typer.Option(min=0, help="Another trial than the best.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Default: dist/<name of the study>.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="How many of the best trials.")] = 3,
+    seeds: Annotated[int, typer.Option(min=2, max=100, help="Trainings of each, from fresh seeds.")] = 3,
+    workers: WorkersOption = None,
     storage: StorageOption = None,
     data: DataOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Retrain the best trial, measure it once on the test set, and write it as a bundle."""
+    """Train the best few trials again from fresh seeds, and say which wins on validation; export takes the winner."""
     definition = load_definition_of(study, storage)
-    from hpsearch.console import say
+    stored = load_study_of(definition)
+    from hpsearch.confirm import confirm as confirm_trials
+    from hpsearch.console import render_confirmation, say
+    from hpsearch.pool import default_workers
+    from hpsearch.worker import list_devices
+
+    confirmation = confirm_trials(
+        definition,
+        stored,
+        top=top,
+        seeds=seeds,
+        n_workers=workers or default_workers(),
+        folder=data,
+        device=list_devices()[0],
+        on_run=lambda trial, run, accuracy: say(f"trial {trial} training {run + 1} of {seeds} {accuracy:.4f}"),
+    )
+    print_document(confirmation, render_confirmation, as_json=as_json)
+    say(f"next: hpsearch export {shlex.quote(study)}")
+
+
+@app.command(epilog="Example:  hpsearch export studies/mnist-mlp.toml --onnx --output dist/mnist-mlp")
+def export(
+    study: StudyArgument,
+    trial: Annotated[int | None, typer.Option(min=0, help="Another trial than the confirmed or the best one.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Default: dist/<name of the study>.")] = None,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Write model.onnx, too (needs the extra onnx).")] = False,
+    torch_export: Annotated[bool, typer.Option("--torch-export", help="Write model.pt2, too.")] = False,
+    storage: StorageOption = None,
+    data: DataOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Retrain the confirmed or best trial, measure it once on the test set, and write it as a bundle."""
+    definition = load_definition_of(study, storage)
+    stored = load_study_of(definition)
+    from hpsearch.console import render_export, say
     from hpsearch.retrain import export as export_bundle
+    from hpsearch.study import explain_choice
     from hpsearch.worker import list_devices
 
     target = output or Path("dist") / definition.study.name
+    if trial is None:
+        say(explain_choice(stored))
     metrics = export_bundle(
         definition,
-        load_study_of(definition),
+        stored,
         target,
         number=trial,
+        onnx=onnx,
+        torch_export=torch_export,
         folder=data,
         device=list_devices()[0],
         on_epoch=lambda seed, result: say(f"model {seed + 1} epoch {result.epoch} loss {result.loss:.4f}"),
     )
-    print_document(
-        metrics, lambda m: f"{target}: trial {m['trial']}, test accuracy {m['test_accuracy']:.4f}", as_json=as_json
-    )
+    print_document(metrics, lambda document: render_export(str(target), document), as_json=as_json)
     bundle = shlex.quote(str(target))
-    say(f"next: hpsearch evaluate {bundle}  |  hpsearch predict {bundle} IMAGE")
+    say(
+        f"next: hpsearch evaluate {bundle}  |  hpsearch predict {bundle} IMAGE  |  hpsearch report {shlex.quote(study)}"
+    )
+
+
+@app.command(epilog="Example:  hpsearch replay studies/mnist-mlp.toml --trial 17")
+def replay(
+    study: StudyArgument,
+    trial: Annotated[int, typer.Option(min=0, help="A trial that has finished an epoch.")],
+    storage: StorageOption = None,
+    data: DataOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a finished trial again from its seed, and say whether it gives the same learning curve."""
+    definition = load_definition_of(study, storage)
+    stored = load_study_of(definition)
+    from hpsearch.console import render_replay, say
+    from hpsearch.replay import replay as replay_trial
+    from hpsearch.worker import list_devices
+
+    document = replay_trial(
+        definition,
+        stored,
+        trial,
+        folder=data,
+        device=list_devices()[0],
+        on_epoch=lambda result: say(f"epoch {result.epoch} loss {result.loss:.4f} accuracy {result.accuracy:.4f}"),
+    )
+    print_document(document, render_replay, as_json=as_json)
+    if not document["identical"]:
+        raise typer.Exit(1)
 
 
 @app.command(epilog="Example:  hpsearch evaluate dist/mnist-mlp")

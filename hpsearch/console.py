@@ -143,6 +143,63 @@ def render_findings(findings: Sequence[Mapping[str, Any]]) -> RenderableType:
     return table
 
 
+def render_confirmation(confirmation: Mapping[str, Any]) -> RenderableType:
+    """The document of `confirm --json`: a row for each candidate, and the verdict."""
+    table = Table(box=SIMPLE_HEAD, show_edge=False)
+    for heading in ("trial", "search", "mean", "95% interval", "lowest", "highest", "parameters"):
+        table.add_column(heading, justify="right")
+    candidates = {candidate["number"]: candidate for candidate in confirmation["candidates"]}
+    for number, candidate in candidates.items():
+        low, high = candidate["interval"]
+        values = candidate["accuracies"]
+        figures = [f"{value:.4f}" for value in (candidate["search_value"], candidate["mean"])]
+        ends = [f"{value:.4f}" for value in (min(values), max(values))]
+        row = [str(number), *figures, f"{low:.4f} to {high:.4f}", *ends, f"{candidate['n_parameters']:,}"]
+        table.add_row(*row, style="bold" if number == confirmation["winner"] else None)
+    winner, seeds = candidates[confirmation["winner"]], confirmation["seeds"]
+    verdict = f"trial {winner['number']} wins, with a mean of {winner['mean']:.4f} over {seeds} seeds"
+    if confirmation["is_tie"]:
+        verdict = f"a tie, the differences are within chance; so the smallest network among equals, and {verdict}"
+    optimism = confirmation["optimism"]
+    side = "above" if optimism >= 0 else "below"
+    luck = f"optimism of the selection: {optimism:+.4f}; the search's best value lies {side} its trial's mean"
+    return Group(table, "", Text(verdict, style="bold"), Text(luck))
+
+
+def render_export(target: str, metrics: Mapping[str, Any]) -> RenderableType:
+    """Where the bundle is, how good it is, and how its files agree."""
+    low, high = metrics["test_interval"]
+    n_images, several, readings = metrics["n_images"]["test"], metrics["test_accuracies"], metrics["test_reads"]
+    lines = [
+        f"{target}: trial {metrics['trial']}, test accuracy {metrics['test_accuracy']:.4f} "
+        f"(95% interval {low:.4f} to {high:.4f}) on {n_images} images; reading {readings} of them for this study"
+    ]
+    if several["std"] is not None:
+        n_models = len(several["of_each_seed"])
+        lines.append(
+            f"{n_models} models from different seeds: mean {several['mean']:.4f}, deviation {several['std']:.4f}"
+        )
+    table = Table("file", "largest difference of a probability", "test accuracy", box=SIMPLE_HEAD, show_edge=False)
+    for name, seen in metrics["verified"].items():
+        table.add_row(name, f"{seen['difference']:.1e}", f"{seen['accuracy']:.4f}")
+    return Group(*(Text(line) for line in lines), "", table)
+
+
+def render_replay(document: Mapping[str, Any]) -> RenderableType:
+    """Identical, or by how much not, and why."""
+    trial = f"trial {document['trial']} ({document['state']}, {document['epochs']} epochs)"
+    if document["identical"]:
+        return Text(f"{trial} is identical: {document['value']:.4f} after the last epoch, as every epoch before it")
+    replayed = document["replayed_value"]
+    again = "the training diverged before" if replayed is None else f"{replayed:.4f} now"
+    lines = [
+        f"{trial} differs, by up to {document['largest_difference']:.4f} (in epoch {document['epoch']}); "
+        f"after the last one {document['value']:.4f} then, {again}",
+        *(f"  {reason}" for reason in document["reasons"]),
+    ]
+    return Group(*(Text(line) for line in lines))
+
+
 def render_evaluation(evaluation: Mapping[str, Any]) -> RenderableType:
     """Accuracy, per-class figures and the confusion matrix as tables."""
     rows = evaluation["per_class"]
