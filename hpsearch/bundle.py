@@ -21,9 +21,10 @@ from safetensors.torch import save as to_safetensors
 
 from hpsearch.data import load_test, normalise
 from hpsearch.errors import BundleError, ImageError
-from hpsearch.evaluation import Evaluation, draw_confusion_matrix, evaluate
+from hpsearch.evaluation import Evaluation, evaluate
 from hpsearch.images import read_image
 from hpsearch.network import Network, build_network
+from hpsearch.pictures import draw_confusion_matrix
 from hpsearch.space import Hyperparameters, Table
 
 FORMAT_VERSION = 1
