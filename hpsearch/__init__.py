@@ -13,7 +13,7 @@ The package, to be read downwards; a file imports only from lines below its own:
     study                                 the studies in a storage: created, resumed, summarized
     objective | strategy                  trial to value; sampler and pruner
     storage | bundle                      safe RDBStorage; what a user takes away
-    recovery                              RDBStorage that outlasts outages and the ends of workers
+    recovery | pictures                   RDBStorage that outlasts outages and the ends of workers; figures drawn
     definition | evaluation | training    the study file; figures; the training loop
     formats                               the files that hold a model, each verified in a fresh process
     gradients                             of a training step, by autograd or written out

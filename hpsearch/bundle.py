@@ -18,9 +18,10 @@ from safetensors.torch import load as from_safetensors
 from hpsearch import formats
 from hpsearch.data import load_test, normalise
 from hpsearch.errors import BundleError, ImageError
-from hpsearch.evaluation import Evaluation, draw_confusion_matrix, evaluate
+from hpsearch.evaluation import Evaluation, evaluate
 from hpsearch.images import read_image
 from hpsearch.network import Network, describe_layers, from_layers
+from hpsearch.pictures import draw_calibration, draw_confusion_matrix, draw_mistakes
 from hpsearch.sealed import SealedFolder, parse, replacing, seal
 from hpsearch.space import Hyperparameters, Table
 
@@ -176,6 +177,8 @@ def save(
         _write_json(contents.config, new / "config.json")
         (new / "study.toml").write_text(contents.study_toml)
         draw_confusion_matrix(contents.evaluation, new / "confusion_matrix.png")
+        draw_calibration(contents.evaluation, new / "calibration.png")
+        draw_mistakes(contents.evaluation, images, new / "mistakes.png")
         _write_texts(contents, new, {})
         verified = formats.verify_models(contents.network, contents.config, new, images, labels)
         _write_texts(contents, new, verified)

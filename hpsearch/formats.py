@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,14 +134,14 @@ def verify_models(
     """
     expected = network.predict_proba(normalise(images, config["mean"], config["std"])).numpy()
     found: dict[str, dict[str, float]] = {}
-    with tempfile.TemporaryDirectory() as temporary:
+    kinds = [kind for kind in FORMATS if (folder / kind.name).exists()]
+    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor() as pool:
         pixels = Path(temporary, "images.npy")
         np.save(pixels, images.numpy())
-        for kind in FORMATS:
-            if not (folder / kind.name).exists():
-                continue
+        answers = {kind: pool.submit(_predict, kind, folder, pixels) for kind in kinds}
+        for kind, answer in answers.items():
             try:
-                found[kind.name] = _compare(kind, _predict(kind, folder, pixels), expected, labels)
+                found[kind.name] = _compare(kind, answer.result(), expected, labels)
             except BundleError as error:
                 if kind.name != "model.pt2":
                     raise
@@ -151,7 +152,7 @@ def verify_models(
 
 def _predict(kind: Format, folder: Path, pixels: Path) -> NDArray[np.float32]:
     """The probabilities that a fresh process gets from a file of the folder."""
-    answers = pixels.with_name("probabilities.npy")
+    answers = pixels.with_name(f"{kind.name}.npy")
     before = "import sys, numpy\nimages = numpy.load(sys.argv[1])\n"
     before += "import torch\nimages = torch.from_numpy(images)\n" if kind.has_tensors else ""
     after = "numpy.save(sys.argv[2], numpy.asarray(probabilities))\n"

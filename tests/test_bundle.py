@@ -1,7 +1,12 @@
 """Bundles: written whole or not at all, verified, loaded only when every file is what it was."""
 
 import json
+import os
+import re
 import shutil
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -241,5 +246,73 @@ def test_an_older_bundle_is_put_back_if_the_new_one_cannot_take_its_place(
 
 def test_the_model_card_tells_how_good_and_how_to_load(saved: Path) -> None:
     card = (saved / "README.md").read_text()
-    for part in ("80.00%", "90.00%", "75.00%, deviation 7.00%", "1,234 parameters", "trial 3 among 9", bundle.LOADING):
+    for part in ("80.00%", "90.00%", "75.00%, deviation 7.00%", "1,234 parameters", "trial 3 among 9", formats.LOADING):
         assert part in card
+
+
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+def test_every_format_gives_the_same_probabilities_from_the_lines_of_the_model_card_alone(
+    digits: ImageData, tmp_path: Path, kind: str
+) -> None:
+    contents = make_contents(digits, kind)
+    train(contents.network, digits.train, Hyperparameters(width=8), 1)
+    verified = save(contents, tmp_path / "b", n=100, onnx=True, torch_export=True)
+    assert [*verified] == ["model.safetensors", "model.pt", "model.onnx", "model.pt2"]
+    assert all(seen["difference"] < 1e-5 for seen in verified.values())
+    assert len({seen["accuracy"] for seen in verified.values()}) == 1
+    assert json.loads((tmp_path / "b" / "metrics.json").read_text())["verified"] == verified
+    images = load_test("digits")[0][:7]
+    expected = bundle.load(tmp_path / "b").predict_proba(images)
+    np.save(tmp_path / "images.npy", images.numpy())
+    programs = re.findall(r"```python\n(.*?)```", (tmp_path / "b" / "README.md").read_text(), re.DOTALL)
+    from_torch = "import torch, numpy\nimages = torch.from_numpy(numpy.load('../images.npy'))\n"
+    from_numpy = "import numpy\nimages = numpy.load('../images.npy')\n"
+    for before, program, allowed in (
+        (from_torch, programs[0] + programs[1], ("torch", "numpy")),
+        (from_numpy, programs[2], ("onnxruntime", "numpy")),
+        (from_torch, programs[3], ("torch", "numpy")),
+    ):
+        blocked = {"hpsearch", "torch", "onnx", "onnxruntime", "optuna", "safetensors", "sklearn"} - {*allowed}
+        guard = f"import sys\nfor name in {blocked!r}: sys.modules[name] = None\n"
+        after = "numpy.save('../answers.npy', numpy.asarray(probabilities))\n"
+        subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", guard + before + program + after], cwd=tmp_path / "b", check=True
+        )
+        assert np.allclose(np.load(tmp_path / "answers.npy"), expected, atol=1e-6)
+
+
+def test_no_file_of_a_bundle_tells_where_it_was_made(digits: ImageData, tmp_path: Path) -> None:
+    save(make_contents(digits), tmp_path / "b", onnx=True, torch_export=True)
+    here = str(Path(bundle.__file__).parent).encode()
+    assert [file.name for file in (tmp_path / "b").iterdir() if here in file.read_bytes()] == []
+
+
+def test_a_program_that_torch_cannot_load_again_is_left_out(
+    digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.export, "save", lambda program, file: file.write_bytes(b"nothing"))
+    verified = save(make_contents(digits), tmp_path / "b", torch_export=True)
+    assert "model.pt2" not in verified
+    assert "model.pt2 cannot be loaded in a fresh process" in caplog.text
+    bundle.load(tmp_path / "b")
+    assert not (tmp_path / "b" / "model.pt2").exists()
+
+
+def test_what_killed_exports_left_behind_is_removed_by_the_next_one(digits: ImageData, tmp_path: Path) -> None:
+    host = socket.gethostname()
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for pid in (dead.pid, os.getpid()):
+        (tmp_path / f".b-{host}-{pid}-abc" / "new").mkdir(parents=True)
+    save(make_contents(digits), tmp_path / "b")
+    assert {file.name for file in tmp_path.iterdir()} == {"b", f".b-{host}-{os.getpid()}-abc"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can exchange two folders")
+def test_an_older_bundle_is_there_at_every_moment(
+    copy: Path, digits: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "rename", None)  # two renamings would leave a gap
+    before = (copy / "manifest.json").read_bytes()
+    save(make_contents(digits), copy)
+    assert (copy / "manifest.json").read_bytes() != before
