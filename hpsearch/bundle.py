@@ -22,7 +22,7 @@ from hpsearch.evaluation import Evaluation, evaluate
 from hpsearch.images import read_image
 from hpsearch.network import Network, describe_layers, from_layers
 from hpsearch.pictures import draw_calibration, draw_confusion_matrix, draw_mistakes
-from hpsearch.sealed import SealedFolder, parse, replacing, seal
+from hpsearch.sealed import MAX_BYTES, SealedFolder, parse, replacing, seal
 from hpsearch.space import Hyperparameters, Table
 
 FORMAT_VERSION = 1
@@ -33,6 +33,8 @@ REQUIRED = (
 )
 OPTIONAL = ("model.onnx", "model.pt2", "mistakes.png", "calibration.png")
 FILES = (*REQUIRED, "manifest.json")
+
+_MAX_MODEL_BYTES = 2**32
 
 _Name = Annotated[str, StringConstraints(max_length=100)]
 _Side = Annotated[int, Field(ge=1, le=4096)]
@@ -118,14 +120,14 @@ def load(path: Path | str) -> Classifier:
         config = parse(Config, files.read("config.json"), folder / "config.json")
         outline = _outline(config, folder)
         n_bytes = sum(tensor.numel() * tensor.element_size() for tensor in outline.values())
-        bound = n_bytes + n_bytes // 4 + 2**22  # names and graphs take some room
-        contents = {name: files.read(name, bound) for name in files.names if name.startswith("model.")}
+        bound = min(n_bytes + n_bytes // 4 + 2**22, _MAX_MODEL_BYTES)  # names and graphs take some room
         for name in files.names:
-            if not name.startswith("model."):
-                files.read(name)
+            content = files.read(name, bound if name.startswith("model.") else MAX_BYTES)
+            if name == "model.safetensors":
+                weights = content
     except OSError as error:
         raise BundleError(f"{error.filename or folder} cannot be read: {error.strerror}") from error
-    network = _restore_network(config, outline, contents["model.safetensors"], folder / "model.safetensors")
+    network = _restore_network(config, outline, weights, folder / "model.safetensors")
     return Classifier(network, config)
 
 

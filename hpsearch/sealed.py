@@ -84,20 +84,18 @@ def parse(model: type[_Model], content: bytes, file: Path) -> _Model:
 
 def _read(file: Path, max_bytes: int) -> bytes:
     """The bytes of a regular file; a pipe is not waited for and a link is not followed."""
-    if file.is_symlink():
-        raise BundleError(f"{file} is a link; a bundle has files only")
     try:
+        mode = file.lstat().st_mode
+        if not stat.S_ISREG(mode):
+            raise BundleError(f"{file} is {'a link' if stat.S_ISLNK(mode) else 'not a file'}; a bundle has files only")
         descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     except FileNotFoundError as error:
         raise BundleError(f"{file} is missing") from error
     with os.fdopen(descriptor, "rb") as stream:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise BundleError(f"{file} is not a file")
-        content = stream.read(max_bytes + 1) if status.st_size <= max_bytes else b""
-    if max(status.st_size, len(content)) > max_bytes:
-        raise BundleError(f"{file} is too large: {status.st_size:,} bytes where at most {max_bytes:,} can be")
-    return content
+        n_bytes = os.fstat(descriptor).st_size
+        if n_bytes > max_bytes:
+            raise BundleError(f"{file} is too large: {n_bytes:,} bytes where at most {max_bytes:,} can be")
+        return stream.read(n_bytes + 1)  # one more, lest a file that grows be taken for whole
 
 
 def seal(folder: Path) -> None:
