@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -274,13 +274,3 @@ def _model_card_lines(config: dict[str, Any], metrics: dict[str, Any]) -> Iterat
     yield f"\nThen, for raw pixels `images`, a uint8 tensor of shape (N, {shape}):\n\n```python\n{PREDICTING}```"
     yield "\nOr with hpsearch, which checks every file first: `hpsearch.load(folder).predict_proba(images)`."
     yield "\n`study.toml` is the search that found it, `manifest.json` has the SHA-256 of every file."
-
-
-def predict_files(classifier: Classifier, files: Sequence[Path]) -> Iterator[dict[str, Any]]:
-    """For each file its name and its three likeliest classes, or its error."""
-    for file in files:
-        try:
-            top = [{"class": name, "probability": p} for name, p in classifier.predict_file(file)]
-            yield {"image": str(file), "top": top}
-        except ImageError as error:
-            yield {"image": str(file), "error": str(error)}
