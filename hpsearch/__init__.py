@@ -10,7 +10,7 @@ The package, to be read downwards; a file imports only from lines below its own:
     pool | doctor                         N workers on this machine under one supervisor; what is wrong with a study
     worker | retrain                      one worker; the best trial to a bundle
     confirm | replay                      the best few from fresh seeds; a trial once more from its own
-    study                                 the studies in a storage: created, resumed, summarized
+    study | prediction                    the studies in a storage; the classes of image files
     objective | strategy                  trial to value; sampler and pruner
     storage | bundle                      safe RDBStorage; what a user takes away
     recovery | pictures                   RDBStorage that outlasts outages and the ends of workers; figures drawn

@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -224,13 +223,3 @@ def _write_card(contents: Contents, verified: dict[str, dict[str, float]]) -> st
         loading_onnx=formats.LOADING_ONNX,
         loading_torch_export=formats.LOADING_TORCH_EXPORT,
     )
-
-
-def predict_files(classifier: Classifier, files: Sequence[Path]) -> Iterator[dict[str, Any]]:
-    """For each file its name and its three likeliest classes, or its error."""
-    for file in files:
-        try:
-            top = [{"class": name, "probability": p} for name, p in classifier.predict_file(file)]
-            yield {"image": str(file), "top": top}
-        except ImageError as error:
-            yield {"image": str(file), "error": str(error)}

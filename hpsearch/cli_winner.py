@@ -1,5 +1,6 @@
 """The verbs of the command line for what a search has found: each calls one function and prints what it returns."""
 
+import json
 import shlex
 from pathlib import Path
 from typing import Annotated
@@ -121,31 +122,61 @@ def replay(
         raise typer.Exit(1)
 
 
-@app.command(epilog="Example:  hpsearch evaluate dist/mnist-mlp")
-def evaluate(bundle: BundleArgument, data: DataOption = None, as_json: JsonOption = False) -> None:
-    """Measure a bundle on the test set: accuracy, per-class figures, confusion matrix."""
+@app.command(epilog="Example:  hpsearch evaluate dist/mnist-mlp --pictures pictures")
+def evaluate(
+    bundle: BundleArgument,
+    pictures: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Draw confusion matrix, calibration and worst mistakes here.")
+    ] = None,
+    data: DataOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a bundle on the test set: accuracy, per-class figures, confusion matrix, calibration, worst mistakes."""
     from dataclasses import asdict
 
     from hpsearch.bundle import load
-    from hpsearch.console import render_evaluation
+    from hpsearch.console import render_evaluation, say
+    from hpsearch.data import load_test
+    from hpsearch.pictures import check_folder, draw_evaluation
 
-    print_document(asdict(load(bundle).evaluate(data)), render_evaluation, as_json=as_json)
+    if pictures:
+        check_folder(pictures, bundle)
+    classifier = load(bundle)
+    evaluation = classifier.evaluate(data)
+    print_document(asdict(evaluation), render_evaluation, as_json=as_json)
+    if pictures:
+        files = draw_evaluation(evaluation, load_test(classifier.config.data, data)[0], pictures)
+        say(f"drawn: {', '.join(map(str, files))}")
+    else:
+        say(f"next: hpsearch evaluate {shlex.quote(str(bundle))} --pictures DIR")
 
 
-@app.command(epilog="Example:  hpsearch predict dist/mnist-mlp digit.png")
+@app.command(epilog="Example:  hpsearch predict dist/mnist-mlp digit.png scans/ 'more/**/*.jpg'")
 def predict(
     bundle: BundleArgument,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="PNG or JPEG files of any size.")],
+    images: Annotated[
+        list[str], typer.Argument(metavar="IMAGE...", help="Image files of any size, folders of them, and patterns.")
+    ],
     as_json: JsonOption = False,
 ) -> None:
     """Give the softmax probabilities of the three likeliest classes of each image."""
-    from hpsearch.bundle import load, predict_files
-    from hpsearch.console import render_predictions, say
+    from hpsearch.bundle import load
+    from hpsearch.console import prediction_line, printable, say
+    from hpsearch.prediction import predict_files
 
-    predictions = list(predict_files(load(bundle), images))
-    for prediction in predictions:
+    def tell(file: str) -> None:
+        say(f"{printable(file)}: named again, predicted once")
+
+    n_errors, document = 0, []
+    for prediction in predict_files(load(bundle), images, on_duplicate=tell):
         if "error" in prediction:
-            say(f"error: {prediction['error']}")
-    print_document(predictions, render_predictions, as_json=as_json)
-    if any("error" in prediction for prediction in predictions):
+            n_errors += 1
+            say(f"error: {printable(prediction['error'])}")
+        elif not as_json:
+            print(prediction_line(prediction))
+        if as_json:
+            document.append(prediction)
+    if as_json:
+        print(json.dumps(document, indent=2))
+    if n_errors:
         raise typer.Exit(1)

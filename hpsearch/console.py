@@ -201,7 +201,7 @@ def render_replay(document: Mapping[str, Any]) -> RenderableType:
 
 
 def render_evaluation(evaluation: Mapping[str, Any]) -> RenderableType:
-    """Accuracy, per-class figures and the confusion matrix as tables."""
+    """Accuracy, calibration, and as tables per-class figures, the confusion matrix and the worst mistakes."""
     rows = evaluation["per_class"]
     figures = Table("class", "precision", "recall", "F1", "images", box=SIMPLE_HEAD, show_edge=False)
     for row in rows:
@@ -211,17 +211,28 @@ def render_evaluation(evaluation: Mapping[str, Any]) -> RenderableType:
     for row, counts in zip(rows, evaluation["confusion_matrix"], strict=True):
         matrix.add_row(row["name"], *(str(count) if count else "." for count in counts))
     n_images = sum(row["support"] for row in rows)
-    return Group(f"test accuracy {evaluation['accuracy']:.4f} on {n_images} images", "", figures, "", matrix)
+    low, high = evaluation["interval"]
+    accuracy = f"test accuracy {evaluation['accuracy']:.4f} (95% interval {low:.3f} to {high:.3f}) on {n_images} images"
+    calibration = f"expected calibration error {evaluation['calibration']['error']:.4f}"
+    return Group(accuracy, calibration, "", figures, "", matrix, *_render_mistakes(evaluation["mistakes"]))
 
 
-def render_predictions(predictions: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """A line for each image that could be read: `digit.png  7 0.9981  9 0.0012  1 0.0003`."""
-    lines = []
-    for prediction in predictions:
-        if "top" in prediction:
-            top = [f"{entry['class']} {entry['probability']:.4f}" for entry in prediction["top"]]
-            lines.append(Text("  ".join([prediction["image"], *top])))
-    return Group(*lines)
+def _render_mistakes(mistakes: Sequence[Mapping[str, Any]], n_shown: int = 5) -> list[RenderableType]:
+    table = Table("worst mistakes", "true", "predicted", "probability", box=SIMPLE_HEAD, show_edge=False)
+    for row in mistakes[:n_shown]:
+        table.add_row(f"image {row['index']}", row["true"], row["predicted"], f"{row['probability']:.4f}")
+    return ["", table] if mistakes else []
+
+
+def prediction_line(prediction: Mapping[str, Any]) -> str:
+    """`digit.png  7 0.9981  9 0.0012  1 0.0003`."""
+    top = [f"{entry['class']} {entry['probability']:.4f}" for entry in prediction["top"]]
+    return "  ".join([printable(prediction["image"]), *top])
+
+
+def printable(text: str) -> str:
+    """The text on one line, escaped where a terminal would obey it: file names may hold anything."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _join(params: Mapping[str, Any]) -> str:

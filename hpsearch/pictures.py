@@ -3,12 +3,14 @@
 matplotlib is imported where it is used, so that a bundle can be loaded without it; and without pyplot, which has state.
 """
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from hpsearch.errors import UsageError
 from hpsearch.evaluation import N_BINS, Evaluation, bin_of, wilson_interval
 
 if TYPE_CHECKING:
@@ -17,6 +19,29 @@ if TYPE_CHECKING:
 
 RIGHT, WRONG, FAINT = "#2f6db3", "#d1603d", "#8a8f98"
 N_COLUMNS = 8  # of the gallery
+
+
+def check_folder(folder: Path, bundle: Path) -> None:
+    """Make a folder for pictures; raises `UsageError` where none can be, and in the bundle, which stays as it is."""
+    if folder.resolve().is_relative_to(bundle.resolve()):
+        raise UsageError(f"--pictures {folder}: a bundle stays as it is; choose a folder outside it")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UsageError(f"--pictures {folder}: a file is in the way, choose a folder") from error
+    except OSError as error:
+        raise UsageError(f"--pictures {folder}: {error.strerror}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"--pictures {folder}: cannot be written to")
+
+
+def draw_evaluation(evaluation: Evaluation, images: ArrayLike, folder: Path) -> list[Path]:
+    """The files written to a folder: all pictures of an evaluation of `images`, raw pixels of shape (N, 1, H, W)."""
+    files = [folder / f"{name}.png" for name in ("confusion_matrix", "calibration", "mistakes")]
+    draw_confusion_matrix(evaluation, files[0])
+    draw_calibration(evaluation, files[1])
+    draw_mistakes(evaluation, images, files[2])
+    return files
 
 
 def draw_confusion_matrix(evaluation: Evaluation, file: Path) -> None:
