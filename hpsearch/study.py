@@ -100,7 +100,7 @@ def explain_choice(study: optuna.Study) -> str:
 
 def count_test_reading(study: optuna.Study, trial: FrozenTrial) -> int:
     """How often the test set was read for this study, after this reading was written down."""
-    storage = study._storage
+    storage = getattr(study._storage, "_backend", None)  # Optuna wraps it in a cache
     with creation_lock(storage.engine.url) if isinstance(storage, Storage) else nullcontext():
         now = datetime.now(UTC).isoformat(timespec="seconds")
         readings = [*study.user_attrs.get("test_reads", ()), {"at": now, "trial": trial.number}]
