@@ -9,7 +9,7 @@ The package, to be read downwards; a file imports only from lines below its own:
     console                               live table and text rendering
     pool | doctor                         N workers on this machine under one supervisor; what is wrong with a study
     worker | retrain                      one worker; the best trial to a bundle
-    confirm | replay                      the best few from fresh seeds; a trial once more from its own
+    confirmation | replay                 the best few from fresh seeds; a trial once more from its own
     study | prediction                    the studies in a storage; the classes of image files
     objective | strategy                  trial to value; sampler and pruner
     storage | bundle                      safe RDBStorage; what a user takes away
@@ -34,11 +34,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hpsearch.bundle import Classifier, load
+    from hpsearch.confirmation import confirm
     from hpsearch.data import ImageData, Split, load_data, load_test
     from hpsearch.definition import StudyDefinition, load_definition
     from hpsearch.errors import HpsearchError
+    from hpsearch.evaluation import Evaluation
     from hpsearch.network import build_network
     from hpsearch.objective import Objective, PruningCallback
+    from hpsearch.retrain import export
     from hpsearch.space import Hyperparameters, suggest
     from hpsearch.storage import open_storage
     from hpsearch.study import open_study
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Classifier": "bundle",
+    "Evaluation": "evaluation",
     "HpsearchError": "errors",
     "Hyperparameters": "space",
     "ImageData": "data",
@@ -54,6 +58,8 @@ _HOMES = {
     "Split": "data",
     "StudyDefinition": "definition",
     "build_network": "network",
+    "confirm": "confirmation",
+    "export": "retrain",
     "load": "bundle",
     "load_data": "data",
     "load_definition": "definition",
@@ -66,6 +72,7 @@ _HOMES = {
 
 __all__ = [
     "Classifier",
+    "Evaluation",
     "HpsearchError",
     "Hyperparameters",
     "ImageData",
@@ -74,6 +81,8 @@ __all__ = [
     "Split",
     "StudyDefinition",
     "build_network",
+    "confirm",
+    "export",
     "load",
     "load_data",
     "load_definition",

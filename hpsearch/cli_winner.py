@@ -35,7 +35,7 @@ def confirm(
     """Train the best few trials again from fresh seeds, and say which wins on validation; export takes the winner."""
     definition = load_definition_of(study, storage)
     stored = load_study_of(definition)
-    from hpsearch.confirm import confirm as confirm_trials
+    from hpsearch.confirmation import confirm as confirm_trials
     from hpsearch.console import render_confirmation, say
     from hpsearch.pool import default_workers
     from hpsearch.worker import list_devices

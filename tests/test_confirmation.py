@@ -10,8 +10,8 @@ import numpy as np
 import optuna
 import pytest
 
-from hpsearch import confirm as module
-from hpsearch.confirm import choose_winner, confirm, mean_interval
+from hpsearch import confirmation as module
+from hpsearch.confirmation import choose_winner, confirm, mean_interval
 from hpsearch.definition import StudyDefinition
 from hpsearch.errors import NoCompletedTrial, WorkerError
 from hpsearch.objective import Objective
@@ -138,7 +138,7 @@ def test_what_export_takes_is_explained(searched: tuple[StudyDefinition, optuna.
 
 SLOW = """
 import optuna, sys
-from hpsearch.confirm import confirm
+from hpsearch.confirmation import confirm
 from hpsearch.definition import load_definition
 from hpsearch.storage import open_storage
 from hpsearch.study import load_study
