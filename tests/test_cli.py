@@ -17,7 +17,20 @@ from hpsearch.study import open_study
 from hpsearch.worker import TrialEvent
 
 Run = Callable[..., tuple[int, str, str]]
-VERBS = ("check", "run", "worker", "status", "trials", "export", "doctor", "backup", "evaluate", "predict")
+VERBS = (
+    "check",
+    "run",
+    "worker",
+    "status",
+    "trials",
+    "confirm",
+    "export",
+    "replay",
+    "doctor",
+    "backup",
+    "evaluate",
+    "predict",
+)
 
 
 @pytest.fixture
@@ -59,6 +72,9 @@ BAD_ARGUMENTS = [
     (["trials", "small.toml", "--state", "done"], "done"),
     (["trials", "small.toml", "--limit", "0"], "--limit"),
     (["export", "small.toml", "--trial", "best"], "--trial"),
+    (["confirm", "small.toml", "--top", "0"], "--top"),
+    (["confirm", "small.toml", "--seeds", "1"], "--seeds"),
+    (["replay", "small.toml"], "Missing option '--trial'"),
     (["evaluate"], "Missing argument 'BUNDLE'"),
     (["predict", "dist/small"], "Missing argument 'IMAGE...'"),
     (["check"], "name a study file to check"),
@@ -89,6 +105,8 @@ def test_a_wrong_argument_gives_one_clear_message_and_status_2(
         (["status", "small.toml"], 1, "no database"),
         (["trials", "small.toml"], 1, "no database"),
         (["export", "small.toml"], 1, "no database"),
+        (["confirm", "small.toml"], 1, "no database"),
+        (["replay", "small.toml", "--trial", "0"], 1, "no database"),
         (["worker", "small.toml"], 1, "no database"),
         (["evaluate", "dist/small"], 1, "is not a bundle"),
         (["predict", "dist/small", "x.png"], 1, "is not a bundle"),
@@ -106,14 +124,17 @@ def test_what_is_not_there_is_named(
     assert len(err.splitlines()) <= 2
 
 
-def test_exporting_without_a_complete_trial_gives_status_4(run: Run, study_file: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("verb", ["confirm", "export"])
+def test_exporting_without_a_complete_trial_gives_status_4(
+    run: Run, study_file: Callable[..., Path], verb: str
+) -> None:
     from hpsearch.definition import load_definition
     from hpsearch.storage import open_storage
     from hpsearch.study import open_study
 
     definition = load_definition(study_file())
     open_study(definition, open_storage(definition.study.storage))
-    code, _, err = run("export", "small.toml")
+    code, _, err = run(verb, "small.toml")
     assert code == 4
     assert "no trial is complete yet" in err
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 import hpsearch
 from hpsearch import cli, errors
@@ -68,7 +69,7 @@ def test_the_study_file_of_the_readme_is_valid() -> None:
 def test_the_readme_names_every_verb_and_hyperparameter() -> None:
     from hpsearch.space import Hyperparameters
 
-    verbs = [command.callback.__name__ for command in cli.app.registered_commands if command.callback]
+    verbs = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
     assert set(re.findall(r"^\| `hpsearch (\w+)", README, re.MULTILINE)) == set(verbs)
     assert set(Hyperparameters.model_fields) <= set(re.findall(r"\| `(\w+)` \|", README))
 

@@ -1,6 +1,7 @@
 """The notebook runs from top to bottom as a newcomer would run it."""
 
 import os
+import re
 from pathlib import Path
 
 import nbformat
@@ -14,7 +15,7 @@ NOTEBOOK = Path(__file__).parent.parent / "studies" / "tour.ipynb"
 
 @pytest.fixture
 def notebook() -> nbformat.NotebookNode:
-    return nbformat.read(NOTEBOOK, as_version=4)  # type: ignore[no-untyped-call]
+    return nbformat.reads(NOTEBOOK.read_text(), as_version=4)  # type: ignore[no-untyped-call,no-any-return]
 
 
 def test_every_cell_of_the_notebook_runs_and_shows_what_it_promises(
@@ -41,8 +42,6 @@ def test_the_notebook_is_committed_without_outputs(notebook: nbformat.NotebookNo
 
 
 def test_the_notebook_uses_public_names_alone(notebook: nbformat.NotebookNode) -> None:
-    import re
-
     text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
     assert set(re.findall(r"hpsearch\.(\w+)", text)) <= {*hpsearch.__all__}
     assert not re.search(r"from hpsearch|import hpsearch\.", text)

@@ -40,7 +40,8 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
         json.loads(run.stdout)["trials"]
         == json.loads(hpsearch("status", "digits", "--json", cwd=folder).stdout)["trials"]
     )
-    hpsearch("export", "digits", cwd=folder)
+    hpsearch("confirm", "digits", "--top", 2, "--seeds", 2, cwd=folder)
+    hpsearch("export", "digits", "--onnx", cwd=folder)
     return folder
 
 
@@ -69,6 +70,28 @@ def test_a_finished_study_is_not_run_again(searched: Path) -> None:
     run = hpsearch("run", "digits", "--workers", 1, cwd=searched)
     assert "has its 30 trials" in run.stderr
     assert "trial " not in run.stderr.replace("trials", "")
+
+
+def test_the_confirmed_winner_is_exported(searched: Path) -> None:
+    confirm = hpsearch("confirm", "digits", "--top", 2, "--seeds", 2, "--json", cwd=searched)
+    assert "training" not in confirm.stderr, "trainings that are stored were repeated"
+    confirmation = json.loads(confirm.stdout)
+    metrics = json.loads((searched / "dist" / "digits" / "metrics.json").read_text())
+    assert metrics["trial"] == confirmation["winner"]
+    assert metrics["confirmed"] in confirmation["candidates"]
+    assert [*metrics["verified"]] == ["model.safetensors", "model.pt", "model.onnx"]
+    text = hpsearch("confirm", "digits", "--top", 2, "--seeds", 2, cwd=searched).stdout
+    assert f"trial {confirmation['winner']} wins" in text
+    assert f"optimism of the selection: {confirmation['optimism']:+.4f}" in text
+
+
+def test_trials_of_the_search_can_be_replayed(searched: Path) -> None:
+    for state in ("complete", "pruned"):
+        [row] = json.loads(hpsearch("trials", "digits", "--state", state, "--limit", 1, "--json", cwd=searched).stdout)
+        replayed = hpsearch("replay", "digits", "--trial", row["number"], cwd=searched)
+        assert f"trial {row['number']} ({state}, {row['epoch']} epochs) is identical" in replayed.stdout
+        assert replayed.stderr.count("epoch ") == row["epoch"]
+    assert "has no trial 99" in hpsearch("replay", "digits", "--trial", 99, cwd=searched, expect=4).stderr
 
 
 def test_the_exported_model_is_good_and_says_how_good(searched: Path) -> None:
