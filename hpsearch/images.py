@@ -1,5 +1,6 @@
 """Image files brought to the raw pixels that a network was trained on."""
 
+import stat
 import warnings
 from pathlib import Path
 
@@ -9,71 +10,171 @@ from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
 
 from hpsearch.errors import ImageError
 
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")
 _BOX = 20 / 28  # MNIST scales a digit into a box of 20x20 pixels of its 28x28
+_PEN = 1 / 14  # of the box's side: thinner strokes are thickened, since MNIST's are about an eighth
+_SIDE = 600  # pixels of the shorter side are enough
+
+Pixels = NDArray[np.float32]
 
 
 def read_image(file: Path | str, image_shape: tuple[int, int, int], *, is_digit: bool = True) -> NDArray[np.uint8]:
-    """The raw pixels of a PNG or JPEG file of any size, uint8, shape (1, H, W): light ink on a dark ground.
+    """The raw pixels of an image file of any size, uint8, shape (1, H, W): light ink on a dark ground.
 
-    1. Colours become grey; what is transparent becomes white paper; a camera's rotation is undone.
-    2. Dark on light is inverted: the ground is light if the median of the picture's border is above 127.
-    3. A picture that already has the network's size goes on as it is.
-    4. Of any other, the ground's shade is taken out and the ink's bounding box is scaled, keeping its proportions. A
-       digit goes into 20x20 of 28x28 pixels, with its centre of mass in the middle, the way MNIST was made (LeCun,
-       Cortes and Burges, http://yann.lecun.com/exdb/mnist/). Anything else fills the picture, centred, the way of
-       Fashion-MNIST (Xiao, Rasul and Vollgraf 2017, https://arxiv.org/abs/1708.07747).
+    1. Colours become grey; what is transparent becomes paper; a camera's rotation is undone.
+    2. A picture that already has the network's size goes on as it is, inverted if the median of its border is above
+       127.
+    3. A digit's paper is taken out: shades and shadows that are wider than its strokes. Strokes that are thinner than
+       MNIST's are thickened. The ink's bounding box is scaled, keeping its proportions, into 20x20 of 28x28 pixels,
+       with its centre of mass in the middle, the way MNIST was made (LeCun, Cortes and Burges,
+       http://yann.lecun.com/exdb/mnist/).
+    4. Anything else is inverted as in 2, the ground's shade is taken out, and it fills the picture, centred, the way
+       of Fashion-MNIST (Xiao, Rasul and Vollgraf 2017, https://arxiv.org/abs/1708.07747).
 
-    Raises `ImageError` for a file that is missing, damaged, blank or absurdly large.
+    Raises `ImageError` for a file that is missing, no regular file, damaged, blank or absurdly large.
     """
     pixels = _read_grey(Path(file))
-    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    if np.median(border) > 127:
-        pixels, border = 255 - pixels, 255 - border
     height, width = image_shape[1:]
-    if pixels.shape != (height, width):
+    if pixels.shape == (height, width):
+        pixels = _invert_light_ground(pixels)
+    else:
         try:
-            pixels = place(np.clip(pixels - np.median(border), 0, None), height, width, is_digit=is_digit)
+            ink = _thicken(_crop(_take_out_paper(pixels))) if is_digit else _take_out_border(pixels)
+            pixels = place(ink, height, width, is_digit=is_digit)
         except ImageError as error:
             raise ImageError(f"{file}: {error}") from error
     return np.asarray(pixels.round(), dtype=np.uint8)[np.newaxis]
 
 
-def _read_grey(file: Path) -> NDArray[np.float32]:
+def _read_grey(file: Path) -> Pixels:
     try:
+        if not stat.S_ISREG(mode := file.stat().st_mode):  # a pipe or a device may never end
+            raise ImageError(f"{file}: {'a directory' if stat.S_ISDIR(mode) else 'not a regular file'}")
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(file, formats=("PNG", "JPEG"))
-        with image:
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I"):  # 16 bits a pixel
-                return np.asarray(upright, dtype=np.float32) / np.float32(257)
-            if upright.has_transparency_data:
-                rgba = upright.convert("RGBA")
-                upright = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-            return np.asarray(upright.convert("L"), dtype=np.float32)
-    except FileNotFoundError as error:
-        raise ImageError(f"{file}: no such file") from error
+            with Image.open(file, formats=FORMATS) as image:
+                return np.asarray(_shrink(_to_grey(ImageOps.exif_transpose(image))), dtype=np.float32)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"{file}: too large an image: {error}") from error
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three for damaged files
-        reason = "not an image that can be read" if isinstance(error, UnidentifiedImageError) else error
+    except UnidentifiedImageError as error:
+        reason = "an empty file" if file.stat().st_size == 0 else "not an image that can be read"
         raise ImageError(f"{file}: {reason}") from error
+    except FileNotFoundError as error:
+        raise ImageError(f"{file}: no such file") from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:  # Pillow raises all of them for damaged files
+        raise ImageError(f"{file}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def place(
-    pixels: NDArray[np.float32], height: int = 28, width: int = 28, *, is_digit: bool = True
-) -> NDArray[np.float32]:
-    """Ink on a ground of 0, its bounding box scaled and centred as step 4 of `read_image` says.
+def _to_grey(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits a pixel
+        return Image.fromarray(np.asarray(image, dtype=np.float32) / np.float32(257))
+    if image.has_transparency_data:
+        rgba = _shrink(image.convert("RGBA"))
+        seen = np.asarray(rgba.convert("L"))[np.asarray(rgba)[..., 3] > 127]
+        paper = "black" if len(seen) and seen.mean() > 127 else "white"
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, paper), rgba)
+    return image.convert("L")
+
+
+def _shrink(image: Image.Image) -> Image.Image:
+    return image.reduce(max(1, min(image.size) // _SIDE))
+
+
+def _invert_light_ground(pixels: Pixels) -> Pixels:
+    return 255 - pixels if np.median(_border(pixels)) > 127 else pixels
+
+
+def _border(pixels: Pixels) -> Pixels:
+    return np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+
+
+def _take_out_border(pixels: Pixels) -> Pixels:
+    pixels = _invert_light_ground(pixels)
+    return np.asarray(np.clip(pixels - np.median(_border(pixels)), 0, None))
+
+
+def _take_out_paper(pixels: Pixels) -> Pixels:
+    """Light ink on a ground of 0, whatever the paper and the light on it.
+
+    In a small copy, what is narrower than half the picture is closed (dark ink) or opened (light ink). What that
+    changed most is ink; the paper under it is that which is nearest.
+    """
+    from scipy import ndimage
+
+    small = _resize(pixels, 96)
+    is_dark = _has_dark_ink(_resize(pixels, 32))
+    window = [side // 2 + 1 for side in small.shape]
+    # Continued as it rises or falls, so that a gradient of light goes through both operations unchanged.
+    padded = np.pad(small, [(side, side) for side in window], mode="reflect", reflect_type="odd")
+    padded = padded.clip(small.min(), small.max())
+    closed = (ndimage.grey_closing if is_dark else ndimage.grey_opening)(padded, window)
+    change = np.abs(closed[tuple(slice(side, -side) for side in window)] - small)
+    is_ink = ndimage.grey_dilation(change > change.max() / 2, (3, 3))
+    nearest = ndimage.distance_transform_edt(is_ink, return_distances=False, return_indices=True)
+    paper = ndimage.gaussian_filter(small[tuple(nearest)], 1)
+    paper = np.asarray(Image.fromarray(paper).resize(pixels.shape[::-1], Image.Resampling.BILINEAR))
+    # Light is a factor, so that ink in a shadow is as black as elsewhere; a blackboard's chalk is not.
+    ink = 255 * (1 - pixels / np.maximum(paper, 16)) if is_dark else pixels - paper
+    return np.asarray(np.clip(ink, 0, None))
+
+
+def _has_dark_ink(small: Pixels) -> bool:
+    """Whether the few pixels that differ most from the median around them are darker than it."""
+    from scipy import ndimage
+
+    return bool(((small - ndimage.median_filter(small, [side // 2 + 1 for side in small.shape])) ** 3).mean() < 0)
+
+
+def _resize(pixels: Pixels, longer_side: int) -> Pixels:
+    scale = min(1, longer_side / max(pixels.shape))
+    height, width = (max(1, round(side * scale)) for side in pixels.shape)
+    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BOX))
+
+
+def _crop(ink: Pixels) -> Pixels:
+    """A box around the ink with a margin, in which the ink's bounds can be found anew and finer."""
+    rows, columns = _bounds(ink)
+    margin = 2 + (rows.stop - rows.start + columns.stop - columns.start) // 8
+    return ink[max(rows.start - margin, 0) : rows.stop + margin, max(columns.start - margin, 0) : columns.stop + margin]
+
+
+def _thicken(ink: Pixels) -> Pixels:
+    """The ink with strokes at least as wide as `_PEN` says."""
+    from scipy import ndimage
+
+    rows, columns = _bounds(ink)
+    side = max(rows.stop - rows.start, columns.stop - columns.start)
+    is_ink = ink > ink.max() / 3
+    width = 4 * float(ndimage.distance_transform_edt(is_ink)[is_ink].mean()) - 1
+    missing = round(_PEN * side - width)
+    return ndimage.grey_dilation(ink, footprint=_disc(missing + 1)) if missing > 0 else ink
+
+
+def _disc(width: int) -> NDArray[np.bool_]:
+    y, x = np.indices((width, width)) - (width - 1) / 2
+    return np.asarray(np.hypot(y, x) <= width / 2)
+
+
+def _bounds(ink: Pixels) -> tuple[slice, slice]:
+    """The rows and columns of the ink, found in a smoothed picture, lest the grain of paper and JPEG stretch them."""
+    smooth = Image.fromarray(ink.clip(0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(min(ink.shape) / 140))
+    is_ink = np.asarray(smooth) > max(16, np.asarray(smooth).max() / 4)
+    rows, columns = np.flatnonzero(is_ink.any(axis=1)), np.flatnonzero(is_ink.any(axis=0))
+    if not len(rows):
+        raise ImageError("blank, there is nothing to classify")
+    return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
+
+
+def place(pixels: Pixels, height: int = 28, width: int = 28, *, is_digit: bool = True) -> Pixels:
+    """Ink on a ground of 0, its bounding box scaled and centred as steps 3 and 4 of `read_image` say.
 
     Shape (H, W), any size in, (height, width) out, values up to 255. Raises `ImageError` if there is no ink.
     """
     ink = pixels * (255 / max(float(pixels.max()), 16))
-    # The grain of paper and of JPEG must not stretch the box, so it is found in a smoothed picture.
-    smooth = Image.fromarray(ink.astype(np.uint8)).filter(ImageFilter.GaussianBlur(min(ink.shape) / 140))
-    is_ink = np.asarray(smooth) > max(16, np.asarray(smooth).max() / 4)
-    rows, columns = np.flatnonzero(is_ink.any(axis=1)), np.flatnonzero(is_ink.any(axis=0))
+    bounds = _bounds(ink)
     ink[ink < 32] = 0
-    cropped = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] if len(rows) else ink[:0]
+    cropped = ink[bounds]
     if not cropped.any():
         raise ImageError("blank, there is nothing to classify")
     scale = (_BOX if is_digit else 1.0) * min(height / cropped.shape[0], width / cropped.shape[1])

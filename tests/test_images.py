@@ -1,5 +1,10 @@
 """Image files of any kind become what MNIST's networks were trained on."""
 
+import os
+import resource
+import struct
+import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +12,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from hpsearch.errors import ImageError
-from hpsearch.images import read_image
+from hpsearch.images import FORMATS, read_image
 
 SHAPE = (1, 28, 28)
 
@@ -97,15 +102,87 @@ def test_what_is_no_digit_fills_the_picture(tmp_path: Path) -> None:
     assert abs(columns[0] - (27 - columns[-1])) <= 1
 
 
-def test_only_png_and_jpeg_are_opened(tmp_path: Path) -> None:
-    draw_one((60, 60), 0, 255).save(tmp_path / "a.gif")
+@pytest.mark.parametrize("kind", ["bmp", "gif", "tif", "webp"])
+def test_the_common_kinds_of_files_are_read_alike(tmp_path: Path, kind: str) -> None:
+    draw_one((120, 120), 0, 255).save(tmp_path / f"a.{kind}", lossless=True)  # which webp alone heeds
+    draw_one((120, 120), 0, 255).save(tmp_path / "a.png")
+    assert np.array_equal(read_image(tmp_path / f"a.{kind}", SHAPE), read_image(tmp_path / "a.png", SHAPE))
+
+
+@pytest.mark.parametrize("kind", ["PPM", "ICO", "PCX", "EPS"])
+def test_rarer_kinds_of_files_are_not_opened(tmp_path: Path, kind: str) -> None:
+    draw_one((60, 60), 0, 255).save(tmp_path / "a.png", kind)
     with pytest.raises(ImageError, match="not an image"):
-        read_image(tmp_path / "a.gif", SHAPE)
+        read_image(tmp_path / "a.png", SHAPE)
 
 
-def test_what_is_transparent_is_white_paper(tmp_path: Path) -> None:
-    image = Image.new("RGBA", (100, 100), (0, 0, 0, 0))
-    ImageDraw.Draw(image).rectangle([45, 20, 55, 80], fill=(0, 0, 0, 255))
+def light_from(side: str) -> np.ndarray:
+    """Light on a picture of 300x300, from 1 down to a third at the other side, or with a shadow over half of it."""
+    fall = np.linspace(1, 1 / 3, 300)
+    light: dict[str, np.ndarray] = {
+        "left": np.tile(fall, (300, 1)),
+        "top": np.tile(fall[:, np.newaxis], (1, 300)),
+        "the middle": 1 - np.hypot(*(np.indices((300, 300)) - 149.5)) / 320,
+        "beside a shadow": np.where(np.arange(300) < 170, 1, 0.6) * np.ones((300, 1)),
+    }
+    return light[side]
+
+
+@pytest.mark.parametrize("side", ["left", "top", "the middle", "beside a shadow"])
+@pytest.mark.parametrize("place", [-40, 0, 40])
+def test_uneven_light_on_the_paper_does_not_matter(tmp_path: Path, side: str, place: int) -> None:
+    page = draw_one((300, 300), 20, 240, offset=60 + place)
+    page.save(tmp_path / "even.png")
+    lit = np.asarray(page) * light_from(side)
+    Image.fromarray(lit.astype(np.uint8)).save(tmp_path / "lit.png")
+    even, uneven = (read_image(tmp_path / f"{name}.png", SHAPE).astype(int) for name in ("even", "lit"))
+    assert np.abs(even - uneven).mean() < 4
+
+
+@pytest.mark.parametrize(("ink", "paper"), [(40, 110), (130, 190), (170, 90), (235, 60)])
+def test_grey_paper_and_faint_ink_are_told_apart(tmp_path: Path, ink: int, paper: int) -> None:
+    draw_one((300, 300), ink, paper).save(tmp_path / "faint.png")
+    draw_one((300, 300), 0, 255).save(tmp_path / "clear.png")
+    faint, clear = (read_image(tmp_path / f"{name}.png", SHAPE).astype(int) for name in ("faint", "clear"))
+    assert np.abs(faint - clear).mean() < 4
+
+
+def test_thin_strokes_become_as_wide_as_those_of_mnist_and_wide_ones_stay(tmp_path: Path) -> None:
+    widths = {}
+    for pen in (3, 6, 60):
+        image = Image.new("L", (400, 400), 255)
+        ImageDraw.Draw(image).line([(200, 100), (200, 300)], fill=0, width=pen)
+        image.save(tmp_path / "a.png")
+        widths[pen] = read_image(tmp_path / "a.png", SHAPE)[0].sum(axis=1).max() / 255
+    assert widths[3] == pytest.approx(1.4, abs=0.6)  # 20 / 14
+    assert widths[6] == pytest.approx(1.4, abs=0.6)
+    assert widths[60] == pytest.approx(6, abs=0.6)
+
+
+def test_a_small_digit_on_a_large_page_fills_the_box(tmp_path: Path) -> None:
+    image = Image.new("L", (1600, 1200), 240)
+    ImageDraw.Draw(image).ellipse([1300, 900, 1340, 960], outline=20, width=6)
+    noisy = np.asarray(image) + np.random.default_rng(0).normal(0, 5, (1200, 1600))
+    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(tmp_path / "a.jpg", quality=85)
+    pixels = read_image(tmp_path / "a.jpg", SHAPE)[0]
+    rows = np.flatnonzero((pixels > 64).any(axis=1))
+    assert 18 <= rows[-1] - rows[0] + 1 <= 20
+    assert pixels[14, 14] < 64, "the hole of the zero is closed"
+
+
+def test_the_rotation_of_a_camera_is_undone(tmp_path: Path) -> None:
+    upright = draw_one((120, 120), 0, 255)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    upright.save(tmp_path / "upright.png")
+    assert np.array_equal(read_image(tmp_path / "turned.png", SHAPE), read_image(tmp_path / "upright.png", SHAPE))
+
+
+@pytest.mark.parametrize("shade", [0, 255])
+def test_what_is_transparent_is_paper_for_black_and_for_white_ink(tmp_path: Path, shade: int) -> None:
+    image = Image.new("RGBA", (100, 100), (shade, shade, shade, 0))
+    ImageDraw.Draw(image).rectangle([45, 20, 55, 80], fill=(shade, shade, shade, 255))
     image.save(tmp_path / "a.png")
     pixels = read_image(tmp_path / "a.png", SHAPE)[0]
     assert pixels[14, 14] > 200
@@ -140,7 +217,7 @@ def test_files_that_are_no_image_are_named(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:90])
     for name, reason in (
         ("text.png", "not an image"),
-        ("empty.png", "not an image"),
+        ("empty.png", "an empty file"),
         ("missing.png", "no such file"),
         ("blank.png", "blank"),
         ("cut.png", "truncated"),
@@ -152,3 +229,51 @@ def test_files_that_are_no_image_are_named(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(ImageError, match="too large"):
         read_image(tmp_path / "whole.png", SHAPE)
+
+
+def png_of(width: int, height: int, data: bytes) -> bytes:
+    """A PNG file whose header says that size, whatever its compressed data hold."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("side", [10_000, 20_000, 60_000])  # Pillow warns of the first and refuses the others
+def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path: Path, side: int) -> None:
+    (tmp_path / "bomb.png").write_bytes(png_of(side, side, zlib.compress(bytes(10_000_000))))
+    with pytest.raises(ImageError, match=r"bomb\.png: too large an image"):
+        read_image(tmp_path / "bomb.png", SHAPE)
+
+
+def test_data_beyond_the_size_of_the_header_are_not_unpacked(tmp_path: Path) -> None:
+    packer = zlib.compressobj()
+    packed = b"".join(packer.compress(bytes(2**20)) for _ in range(512)) + packer.flush()
+    (tmp_path / "more.png").write_bytes(png_of(50, 50, packed))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ImageError):
+        read_image(tmp_path / "more.png", SHAPE)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
+
+
+@pytest.mark.timeout(20)
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    for file in (tmp_path / "pipe.png", Path("/dev/zero"), Path("/dev/null")):
+        with pytest.raises(ImageError, match=f"{file}: not a regular file"):
+            read_image(file, SHAPE)
+
+
+def test_damaged_files_raise_nothing_but_an_image_error(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for kind in FORMATS:
+        draw_one((60, 40), 0, 255).save(tmp_path / "whole", kind)
+        whole = np.frombuffer((tmp_path / "whole").read_bytes(), dtype=np.uint8)
+        for _ in range(40):
+            damaged = whole.copy()
+            damaged[rng.integers(0, len(whole), 3)] = rng.integers(0, 256, 3)
+            (tmp_path / "damaged").write_bytes(damaged[: rng.integers(len(whole) // 2, len(whole) + 1)].tobytes())
+            with suppress(ImageError):
+                assert read_image(tmp_path / "damaged", SHAPE).shape == SHAPE
