@@ -15,16 +15,18 @@ from optuna.trial import FrozenTrial, TrialState
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-BLUE, ORANGE, GREY = "#3f83c9", "#e0802b", "#8d96a3"
+BLUE, ORANGE, GREY = "#3f83c9", "#e0802b", "#98a2ae"
+COLORS = {TrialState.COMPLETE: BLUE, TrialState.PRUNED: "#9a7bd0"}  # orange is the best trial's
 THEMES = {"light": ("#39434f", "#dfe4ea"), "dark": ("#c3cbd5", "#39424e")}  # of text, of lines
 SETTINGS: Any = {
     "figure.constrained_layout.use": True,
-    "figure.figsize": (5.4, 3.4),
     "text.parse_math": False,  # a name with dollars would be read as a formula
-    "savefig.dpi": 170,
+    "figure.dpi": 170,
 }
+MAX_JITTERED = 10  # values of an integer or a choice, above which their points need no spreading
 MAX_CURVES = 120
 N_BEST_CURVES = 20
+MANY = 200  # points, above which a map is drawn more lightly
 
 
 @dataclass(frozen=True)
@@ -38,14 +40,14 @@ class Picture:
 
 
 @contextmanager
-def _pyplot() -> Iterator[None]:
+def _pyplot(figsize: tuple[float, float] = (5.4, 3.4)) -> Iterator[None]:
     """Optuna's plots go through pyplot, change its style for good, and warn that they are experimental."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    with plt.rc_context(SETTINGS), warnings.catch_warnings():
+    with plt.rc_context(SETTINGS | {"figure.figsize": figsize}), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             yield
@@ -62,14 +64,16 @@ def rank_hyperparameters(study: optuna.Study, names: Sequence[str]) -> dict[str,
 
 def draw_history(study: optuna.Study, values: Sequence[float]) -> Picture:
     """The value of each complete trial, and the best so far."""
+    from matplotlib.lines import Line2D
+
     with _pyplot():
         axes = optuna.visualization.matplotlib.plot_optimization_history(study)
         for points in axes.collections:
             points.set(sizes=[_size(len(values))], facecolor=BLUE, alpha=0.55, linewidth=0)
         for line in axes.lines:
             line.set(color=ORANGE, linewidth=2, alpha=1, drawstyle="steps-post")
-        handles, _ = axes.get_legend_handles_labels()
-        axes.legend(handles, ["complete trial", "best so far"], loc="lower right", frameon=False)
+        dot = Line2D([], [], color=BLUE, marker="o", markersize=5, linestyle="none")
+        axes.legend([dot, axes.lines[0]], ["complete trial", "best so far"], loc="lower right", frameon=False)
         axes.set(xlabel="trial", ylabel="validation accuracy")
         note = _focus(axes, values)
         return _picture(axes, f"Validation accuracy of {len(values)} complete trials in their order.", note)
@@ -81,6 +85,8 @@ def draw_importances(study: optuna.Study, names: Sequence[str]) -> Picture:
         axes = optuna.visualization.matplotlib.plot_param_importances(study, params=list(names))
         for bar in axes.patches:
             bar.set(color=BLUE)
+        for label in axes.texts:
+            label.set_text(f" {label.get_text()}")
         axes.set(xlabel="share of importance", ylabel="")
         axes.grid(visible=False, axis="y")
         if legend := axes.get_legend():
@@ -90,21 +96,27 @@ def draw_importances(study: optuna.Study, names: Sequence[str]) -> Picture:
 
 def draw_slice(study: optuna.Study, name: str, best: FrozenTrial, values: Sequence[float]) -> Picture:
     """The validation accuracy over one hyperparameter; a ring marks the best trial."""
-    with _pyplot():
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.ticker import MaxNLocator
+
+    with _pyplot(figsize=(4.2, 3)):
         axes: Any = optuna.visualization.matplotlib.plot_slice(study, params=[name])
-        [points, _] = axes.collections
-        points.set(sizes=[_size(len(values))], edgecolor=GREY, linewidth=0.3)
-        points.colorbar.set_label("trial")
-        if name in best.params:
-            value = best.params[name]
-            is_choice = isinstance(best.distributions[name], optuna.distributions.CategoricalDistribution)
-            where = repr(value) if is_choice else value
-            axes.scatter([where], [best.value], s=110, facecolor="none", edgecolor=ORANGE, linewidth=2, zorder=3)
-            axes.margins(x=0.08)
-            axes.autoscale(axis="x")
+        points = axes.collections[0]
+        points.colorbar.remove()
+        points.set(sizes=[_size(len(values))], linewidth=0, alpha=0.8)
+        points.set_cmap(LinearSegmentedColormap.from_list("age", [GREY, BLUE]))
+        where = points.get_offsets()
+        distinct = np.unique(where[:, 0])
+        if len(distinct) < MAX_JITTERED and (distinct == distinct.round()).all():
+            where[:, 0] += np.random.default_rng(0).uniform(-0.15, 0.15, len(where))
+            points.set_offsets(where)
+            axes.set_xlim(distinct[0] - 0.5, distinct[-1] + 0.5)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=len(distinct)))
+        ring = where[points.get_array() == best.number]
+        axes.scatter(*ring.T, s=110, facecolor="none", edgecolor=ORANGE, linewidth=2, zorder=3, clip_on=False)
         axes.set(xlabel=name, ylabel="validation accuracy")
-        note = _focus(axes, values)
-        return _picture(axes, f"Validation accuracy of the complete trials over {name}.", note)
+        _focus(axes, values)
+        return _picture(axes, f"Validation accuracy of the complete trials over {name}.")
 
 
 def draw_contour(study: optuna.Study, names: Sequence[str], n_trials: int) -> Picture:
@@ -112,10 +124,14 @@ def draw_contour(study: optuna.Study, names: Sequence[str], n_trials: int) -> Pi
     from matplotlib.contour import ContourSet
 
     with _pyplot():
-        axes: Any = optuna.visualization.matplotlib.plot_contour(study, params=list(names))
+        axes: Any = optuna.visualization.matplotlib.plot_contour(
+            study, params=list(names), target_name="validation accuracy"
+        )
         for collection in axes.collections:
-            if not isinstance(collection, ContourSet):
-                collection.set(sizes=[_size(n_trials) / 2], alpha=0.6)
+            if isinstance(collection, ContourSet):
+                collection.set(linewidth=0 if n_trials > MANY else 0.4)
+            else:
+                collection.set(sizes=[_size(n_trials) / 3], linewidth=0, alpha=0.3 if n_trials > MANY else 0.6)
         return _picture(axes, f"Validation accuracy over {names[0]} and {names[1]}, as a map.")
 
 
@@ -125,33 +141,33 @@ def draw_curves(trials: Sequence[FrozenTrial], best: FrozenTrial | None) -> Pict
     from matplotlib.ticker import MaxNLocator
 
     shown = _thin(trials)
-    colors = {TrialState.COMPLETE: BLUE, TrialState.PRUNED: ORANGE}
+    legend = {"complete": BLUE, "pruned": COLORS[TrialState.PRUNED], "failed or running": GREY}
     with _pyplot():
         import matplotlib.pyplot as plt
 
         _, axes = plt.subplots()
         for trial in shown:
             epochs, values = zip(*sorted(trial.intermediate_values.items()), strict=True)
-            is_best = best is not None and trial.number == best.number
-            style: dict[str, Any] = {"linewidth": 2.6, "zorder": 3} if is_best else {"linewidth": 1, "alpha": 0.5}
-            axes.plot(epochs, values, color=colors.get(trial.state, GREY), **style)
+            color = COLORS.get(trial.state, GREY)
+            style: dict[str, Any] = {"color": color, "linewidth": 1, "alpha": 0.55}
+            if best is not None and trial.number == best.number:
+                style = {"color": ORANGE, "linewidth": 2.4, "zorder": 3}
+                legend[f"trial {trial.number}"] = ORANGE
+            axes.plot(epochs, values, **style)
             if trial.state == TrialState.PRUNED:
-                axes.plot(epochs[-1], values[-1], "o", markersize=3, color=ORANGE)
-        legend = {"complete": BLUE, "pruned": ORANGE, "failed or running": GREY}
-        used = {colors.get(trial.state, GREY) for trial in shown}
-        labels = [name for name, color in legend.items() if color in used]
-        axes.legend([Line2D([], [], color=legend[name]) for name in labels], labels, loc="lower right", frameon=False)
+                axes.plot(epochs[-1], values[-1], "o", markersize=3, color=color)
+        used = {ORANGE, *(COLORS.get(trial.state, GREY) for trial in shown)}
+        lines = {name: Line2D([], [], color=color) for name, color in legend.items() if color in used}
+        axes.legend(lines.values(), lines.keys(), loc="lower right", frameon=False)
         axes.set(xlabel="epoch", ylabel="validation accuracy")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(visible=True)
         note = _focus(axes, [value for trial in shown for value in trial.intermediate_values.values()], share=0.05)
         if len(shown) < len(trials):
-            note = (
-                f"{len(shown)} of {len(trials):,} curves are drawn: the {N_BEST_CURVES} best, and others evenly spread."
+            note += (
+                f" {len(shown)} of {len(trials):,} curves are drawn: the {N_BEST_CURVES} best and evenly spread others."
             )
-        return _picture(
-            axes, f"Learning curves of {len(shown)} trials, the best one bold, pruned ones cut short.", note
-        )
+        return _picture(axes, f"Learning curves of {len(shown)} trials; pruned ones are cut short.", note)
 
 
 def _thin(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
@@ -185,13 +201,14 @@ def _focus(axes: "Axes", values: Iterable[float], share: float = 0.25) -> str:
 def _picture(axes: "Axes", alt: str, note: str = "") -> Picture:
     """The figure of the axes, drawn once for each theme."""
     from matplotlib.text import Text
-    from matplotlib.ticker import FuncFormatter
 
     figure: Any = axes.figure
     axes.set_title("")
+    axes.set_title("", loc="left")
     for axis in (axes.xaxis, axes.yaxis):
         if axis.get_scale() == "log":
-            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_major_formatter(_plainly)
+            axis.set_minor_formatter(_plainly)
     sources = {}
     for theme, (ink, line) in THEMES.items():
         for each in figure.axes:
@@ -203,7 +220,23 @@ def _picture(axes: "Axes", alt: str, note: str = "") -> Picture:
                 grid_line.set(color=line, linewidth=0.7)
         for text in figure.findobj(Text):
             text.set_color(ink)
-        file = io.BytesIO()
-        figure.savefig(file, transparent=True)
-        sources[theme] = base64.b64encode(file.getvalue()).decode()
-    return Picture(alt, note=note, **sources)
+        sources[theme] = _to_png(figure)
+    return Picture(alt, note=note.strip(), **sources)
+
+
+def _plainly(value: float, _position: float) -> str:
+    """The label of a logarithmic tick without powers of ten: 1, 2 and 5 of each decade."""
+    return f"{value:g}" if f"{value:e}"[0] in "125" else ""
+
+
+def _to_png(figure: Any) -> str:
+    """The figure on a transparent ground, in few colors: a third of the size."""
+    from PIL import Image
+
+    figure.patch.set_alpha(0)
+    for axes in figure.axes:
+        axes.patch.set_alpha(0)
+    figure.canvas.draw()
+    file = io.BytesIO()
+    Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).quantize(128).save(file, "PNG", optimize=True)
+    return base64.b64encode(file.getvalue()).decode()

@@ -168,8 +168,8 @@ def _check_origin(
     """Raise `BundleError` if the bundle is not from a trial of this study, but from another or an earlier one."""
     if metrics["study"] != study.study_name:
         raise BundleError(f"{folder} is of study '{metrics['study']}', not of '{study.study_name}'")
-    params = trials[metrics["trial"]].params if metrics["trial"] < len(trials) else {"trial": None}
-    if any(values.get(name) != value for name, value in params.items()):
+    source = next((trial for trial in trials if trial.number == metrics["trial"] and trial.params), None)
+    if source is None or any(values.get(name) != value for name, value in source.params.items()):
         raise BundleError(f"{folder} was made by another search of that name; export it again")
 
 
@@ -268,9 +268,9 @@ def _count(n: int, noun: str) -> str:
 
 def _duration(seconds: float) -> str:
     for unit, size in (("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
+        if seconds >= 1.5 * size:
             return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
 
 
 def _short(value: Any) -> str:

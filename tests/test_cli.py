@@ -17,7 +17,7 @@ from hpsearch.study import open_study
 from hpsearch.worker import TrialEvent
 
 Run = Callable[..., tuple[int, str, str]]
-VERBS = ("check", "run", "worker", "status", "trials", "export", "doctor", "backup", "evaluate", "predict")
+VERBS = ("check", "run", "worker", "status", "trials", "export", "report", "doctor", "backup", "evaluate", "predict")
 
 
 @pytest.fixture
