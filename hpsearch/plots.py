@@ -23,7 +23,7 @@ SETTINGS: Any = {
     "text.parse_math": False,  # a name with dollars would be read as a formula
     "figure.dpi": 170,
 }
-MAX_JITTERED = 10  # values of an integer or a choice, above which their points need no spreading
+MAX_JITTERED = 10  # the span of integers or choices up to which their points are spread sideways
 MAX_CURVES = 120
 N_BEST_CURVES = 20
 MANY = 200  # points, above which a map is drawn more lightly
@@ -49,10 +49,7 @@ def _pyplot(figsize: tuple[float, float] = (5.4, 3.4)) -> Iterator[None]:
 
     with plt.rc_context(SETTINGS | {"figure.figsize": figsize}), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            plt.close("all")
+        yield
 
 
 def rank_hyperparameters(study: optuna.Study, names: Sequence[str]) -> dict[str, float]:
@@ -65,6 +62,7 @@ def rank_hyperparameters(study: optuna.Study, names: Sequence[str]) -> dict[str,
 def draw_history(study: optuna.Study, values: Sequence[float]) -> Picture:
     """The value of each complete trial, and the best so far."""
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator
 
     with _pyplot():
         axes = optuna.visualization.matplotlib.plot_optimization_history(study)
@@ -75,6 +73,7 @@ def draw_history(study: optuna.Study, values: Sequence[float]) -> Picture:
         dot = Line2D([], [], color=BLUE, marker="o", markersize=5, linestyle="none")
         axes.legend([dot, axes.lines[0]], ["complete trial", "best so far"], loc="lower right", frameon=False)
         axes.set(xlabel="trial", ylabel="validation accuracy")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         note = _focus(axes, values)
         return _picture(axes, f"Validation accuracy of {len(values)} complete trials in their order.", note)
 
@@ -107,7 +106,8 @@ def draw_slice(study: optuna.Study, name: str, best: FrozenTrial, values: Sequen
         points.set_cmap(LinearSegmentedColormap.from_list("age", [GREY, BLUE]))
         where = points.get_offsets()
         distinct = np.unique(where[:, 0])
-        if len(distinct) < MAX_JITTERED and (distinct == distinct.round()).all():
+        is_whole = axes.get_xscale() == "linear" and (distinct == distinct.round()).all()
+        if is_whole and np.ptp(distinct) < MAX_JITTERED:
             where[:, 0] += np.random.default_rng(0).uniform(-0.15, 0.15, len(where))
             points.set_offsets(where)
             axes.set_xlim(distinct[0] - 0.5, distinct[-1] + 0.5)
@@ -200,6 +200,7 @@ def _focus(axes: "Axes", values: Iterable[float], share: float = 0.25) -> str:
 
 def _picture(axes: "Axes", alt: str, note: str = "") -> Picture:
     """The figure of the axes, drawn once for each theme."""
+    import matplotlib.pyplot as plt
     from matplotlib.text import Text
 
     figure: Any = axes.figure
@@ -221,6 +222,7 @@ def _picture(axes: "Axes", alt: str, note: str = "") -> Picture:
         for text in figure.findobj(Text):
             text.set_color(ink)
         sources[theme] = _to_png(figure)
+    plt.close(figure)
     return Picture(alt, note=note.strip(), **sources)
 
 
@@ -238,5 +240,5 @@ def _to_png(figure: Any) -> str:
         axes.patch.set_alpha(0)
     figure.canvas.draw()
     file = io.BytesIO()
-    Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).quantize(128).save(file, "PNG", optimize=True)
+    Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).quantize(256).save(file, "PNG", optimize=True)
     return base64.b64encode(file.getvalue()).decode()
