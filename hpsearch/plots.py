@@ -79,7 +79,7 @@ def draw_history(study: optuna.Study, values: Sequence[float]) -> Picture:
 
 
 def draw_importances(study: optuna.Study, names: Sequence[str]) -> Picture:
-    """How much of the variation between the trials each hyperparameter explains."""
+    """The importance of each hyperparameter, as bars."""
     with _pyplot():
         axes = optuna.visualization.matplotlib.plot_param_importances(study, params=list(names))
         for bar in axes.patches:
@@ -202,14 +202,18 @@ def _picture(axes: "Axes", alt: str, note: str = "") -> Picture:
     """The figure of the axes, drawn once for each theme."""
     import matplotlib.pyplot as plt
     from matplotlib.text import Text
+    from matplotlib.ticker import FuncFormatter
 
     figure: Any = axes.figure
     axes.set_title("")
     axes.set_title("", loc="left")
     for axis in (axes.xaxis, axes.yaxis):
         if axis.get_scale() == "log":
-            axis.set_major_formatter(_plainly)
-            axis.set_minor_formatter(_plainly)
+            low, high = axis.get_view_interval()
+            digits = "125" if high > 10 * low else "12345678"
+            plain = FuncFormatter(lambda value, _, digits=digits: f"{value:g}" if f"{value:e}"[0] in digits else "")
+            axis.set_major_formatter(plain)
+            axis.set_minor_formatter(plain)
     sources = {}
     for theme, (ink, line) in THEMES.items():
         for each in figure.axes:
@@ -224,11 +228,6 @@ def _picture(axes: "Axes", alt: str, note: str = "") -> Picture:
         sources[theme] = _to_png(figure)
     plt.close(figure)
     return Picture(alt, note=note.strip(), **sources)
-
-
-def _plainly(value: float, _position: float) -> str:
-    """The label of a logarithmic tick without powers of ten: 1, 2 and 5 of each decade."""
-    return f"{value:g}" if f"{value:e}"[0] in "125" else ""
 
 
 def _to_png(figure: Any) -> str:

@@ -200,7 +200,12 @@ def _group(rows: Sequence[dict[str, Any]], key: str) -> list[dict[str, Any]]:
     for row in rows:
         groups.setdefault(row[key], []).append(row)
     sums = [
-        {"name": name, "n": len(group)} | {sum_: sum(row[sum_] for row in group) for sum_ in ("epoch", "seconds")}
+        {
+            "name": name,
+            "n": len(group),
+            "epoch": sum(row["epoch"] for row in group),
+            "seconds": sum(row["seconds"] for row in group),
+        }
         for name, group in groups.items()
     ]
     return sorted(sums, key=lambda group: -group["seconds"])
