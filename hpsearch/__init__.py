@@ -6,7 +6,8 @@ The package, to be read downwards; a file imports only from lines below its own:
     cli                                   the verbs that search and look after a study
     cli_winner                            the verbs for what was found
     arguments                             what the verbs take
-    console                               live table and text rendering
+    console | report                      live table and text rendering; a study as one HTML file
+    plots                                 the pictures of a report
     pool | doctor                         N workers on this machine under one supervisor; what is wrong with a study
     worker | retrain                      one worker; the best trial to a bundle
     confirmation | replay                 the best few from fresh seeds; a trial once more from its own

@@ -26,6 +26,7 @@ VERBS = (
     "confirm",
     "export",
     "replay",
+    "report",
     "doctor",
     "backup",
     "evaluate",

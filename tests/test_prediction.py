@@ -15,7 +15,7 @@ from hpsearch.console import prediction_line, printable
 from hpsearch.data import ImageData, load_test
 from hpsearch.images import read_image
 from hpsearch.prediction import find_images, predict_files
-from tests.test_bundle import make_contents
+from tests.test_bundle import make_contents, save
 from tests.test_cli import Run, run  # noqa: F401
 
 DIGIT = Path(__file__).parent / "digit.png"
@@ -24,7 +24,7 @@ DIGIT = Path(__file__).parent / "digit.png"
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory, digits: ImageData) -> Path:
     target = tmp_path_factory.mktemp("dist") / "small"
-    bundle.save(make_contents(digits), target, probe=load_test("digits")[0][:8])
+    save(make_contents(digits), target)
     return target
 
 
