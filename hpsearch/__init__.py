@@ -10,14 +10,17 @@ The package, to be read downwards; a file imports only from lines below its own:
     plots                                 the pictures of a report
     pool | doctor                         N workers on this machine under one supervisor; what is wrong with a study
     worker | retrain                      one worker; the best trial to a bundle
-    study                                 the studies in a storage: created, resumed, summarized
+    confirmation | replay                 the best few from fresh seeds; a trial once more from its own
+    study | prediction                    the studies in a storage; the classes of image files
     objective | strategy                  trial to value; sampler and pruner
     storage | bundle                      safe RDBStorage; what a user takes away
-    recovery                              RDBStorage that outlasts outages and the ends of workers
+    recovery | pictures                   RDBStorage that outlasts outages and the ends of workers; figures drawn
     definition | evaluation | training    the study file; figures; the training loop
+    formats                               the files that hold a model, each verified in a fresh process
     gradients                             of a training step, by autograd or written out
     checkpoint | space | network | data | budget | database | rows
     forking | images | signals            what workers are forked from; image files to pixels; a wish to stop
+    sealed                                a folder that is read only if its files are what they were
     errors
 
     >>> definition = hpsearch.load_definition("studies/digits.toml")
@@ -32,11 +35,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hpsearch.bundle import Classifier, load
+    from hpsearch.confirmation import confirm
     from hpsearch.data import ImageData, Split, load_data, load_test
     from hpsearch.definition import StudyDefinition, load_definition
     from hpsearch.errors import HpsearchError
+    from hpsearch.evaluation import Evaluation
     from hpsearch.network import build_network
     from hpsearch.objective import Objective, PruningCallback
+    from hpsearch.retrain import export
     from hpsearch.space import Hyperparameters, suggest
     from hpsearch.storage import open_storage
     from hpsearch.study import open_study
@@ -44,6 +50,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Classifier": "bundle",
+    "Evaluation": "evaluation",
     "HpsearchError": "errors",
     "Hyperparameters": "space",
     "ImageData": "data",
@@ -52,6 +59,8 @@ _HOMES = {
     "Split": "data",
     "StudyDefinition": "definition",
     "build_network": "network",
+    "confirm": "confirmation",
+    "export": "retrain",
     "load": "bundle",
     "load_data": "data",
     "load_definition": "definition",
@@ -64,6 +73,7 @@ _HOMES = {
 
 __all__ = [
     "Classifier",
+    "Evaluation",
     "HpsearchError",
     "Hyperparameters",
     "ImageData",
@@ -72,6 +82,8 @@ __all__ = [
     "Split",
     "StudyDefinition",
     "build_network",
+    "confirm",
+    "export",
     "load",
     "load_data",
     "load_definition",

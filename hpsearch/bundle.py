@@ -1,70 +1,55 @@
-"""The bundle that a user takes away: saved beside its target, verified in a fresh process, loaded only if whole."""
+"""The bundle that a user takes away: saved beside its target, verified in fresh processes, loaded only if whole."""
 
-import hashlib
 import json
 import os
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError
+from pydantic import Field, StringConstraints
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from safetensors.torch import save as to_safetensors
+from safetensors.torch import load as from_safetensors
 
+from hpsearch import formats
 from hpsearch.data import load_test, normalise
 from hpsearch.errors import BundleError, ImageError
-from hpsearch.evaluation import Evaluation, draw_confusion_matrix, evaluate
+from hpsearch.evaluation import Evaluation, evaluate
 from hpsearch.images import read_image
-from hpsearch.network import Network, build_network
+from hpsearch.network import Network, describe_layers, from_layers
+from hpsearch.pictures import draw_calibration, draw_confusion_matrix, draw_mistakes
+from hpsearch.sealed import MAX_BYTES, SealedFolder, parse, replacing, seal
 from hpsearch.space import Hyperparameters, Table
 
 FORMAT_VERSION = 1
 DIGITS = ("mnist", "digits")  # data sets whose images were made the way of MNIST
-TOLERANCE = 1e-5  # between probabilities of the same network in two processes
-FILES = (
+REQUIRED = (
     *("model.safetensors", "model.pt", "config.json", "metrics.json", "study.toml", "confusion_matrix.png"),
-    *("README.md", "manifest.json"),
+    "README.md",
 )
+OPTIONAL = ("model.onnx", "model.pt2", "mistakes.png", "calibration.png")
+FILES = (*REQUIRED, "manifest.json")
 
-LOADING = """\
-import json, torch
-config = json.load(open("config.json"))
-network = torch.nn.Sequential(*(getattr(torch.nn, name)(**options) for name, options in config["layers"]))
-network.load_state_dict(torch.load("model.pt", weights_only=True))
-network.eval()
-"""
-PREDICTING = """\
-with torch.inference_mode():
-    probabilities = network((images.float() / 255 - config["mean"]) / config["std"]).softmax(dim=1)
-"""
-_VERIFICATION = f"""\
-import sys, numpy
-images = torch.from_numpy(numpy.load(sys.argv[1]))
-{PREDICTING}
-import hpsearch
-numpy.savez(sys.argv[2], pt=probabilities.numpy(), safetensors=hpsearch.load(".").predict_proba(images))
-"""
+_MAX_MODEL_BYTES = 2**32
+
+_Name = Annotated[str, StringConstraints(max_length=100)]
+_Side = Annotated[int, Field(ge=1, le=4096)]
 
 
 class Config(Table):
     """`config.json`: what rebuilds the network. `layers` is for readers without hpsearch."""
 
     format_version: Literal[1]
-    data: str
+    data: Literal["mnist", "fashion-mnist", "kmnist", "digits"]
     kind: Literal["mlp", "cnn"]
     hyperparameters: Hyperparameters
-    image_shape: list[int] = Field(min_length=3, max_length=3)
-    mean: float
-    std: float = Field(gt=0)
-    class_names: list[str] = Field(min_length=2, max_length=1000)
+    image_shape: list[_Side] = Field(min_length=3, max_length=3)
+    mean: float = Field(ge=0, le=1)
+    std: float = Field(gt=0, le=1)
+    class_names: list[_Name] = Field(min_length=2, max_length=1000)
     layers: list[Any]
 
 
@@ -125,46 +110,81 @@ class Classifier:
 def load(path: Path | str) -> Classifier:
     """The classifier in a bundle, after every file's SHA-256 was checked; runs no code from it.
 
-    Raises `BundleError` naming the file that is missing, damaged or not understood.
+    Only the known names are read, only regular files, and no more bytes than the network can have. Raises
+    `BundleError` naming the file that is missing, damaged, too large, a link, not of a bundle or not understood.
     """
     folder = Path(path)
-    _check_manifest(folder)
     try:
-        config = Config.model_validate_json((folder / "config.json").read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise BundleError(f"{folder / 'config.json'}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    shape = (config.image_shape[0], config.image_shape[1], config.image_shape[2])
-    network = build_network(config.kind, config.hyperparameters, shape, len(config.class_names))
-    try:
-        network.load_state_dict(load_file(folder / "model.safetensors"))
-    except (SafetensorError, RuntimeError) as error:
-        raise BundleError(f"{folder / 'model.safetensors'} does not fit config.json: {error}") from error
-    network.eval()
+        files = SealedFolder(folder, REQUIRED, OPTIONAL)
+        config = parse(Config, files.read("config.json"), folder / "config.json")
+        outline = _outline(config, folder)
+        n_bytes = sum(tensor.numel() * tensor.element_size() for tensor in outline.values())
+        bound = min(n_bytes + n_bytes // 4 + 2**22, _MAX_MODEL_BYTES)  # names and graphs take some room
+        for name in files.names:
+            content = files.read(name, bound if name.startswith("model.") else MAX_BYTES)
+            if name == "model.safetensors":
+                weights = content
+    except OSError as error:
+        raise BundleError(f"{error.filename or folder} cannot be read: {error.strerror}") from error
+    network = _restore_network(config, outline, weights, folder / "model.safetensors")
     return Classifier(network, config)
 
 
-def save(contents: Contents, target: Path, probe: torch.Tensor) -> None:
-    """Write a bundle to `target`, replacing an older bundle there.
+def _outline(config: Config, folder: Path) -> dict[str, torch.Tensor]:
+    """The network's state without its memory, which a hostile config could ask for without end."""
+    channels, height, width = config.image_shape
+    shape, n_classes = (channels, height, width), len(config.class_names)
+    layers = describe_layers(config.kind, config.hyperparameters, shape, n_classes)
+    if json.loads(json.dumps(layers)) != config.layers:
+        raise BundleError(f"{folder / 'config.json'} is not understood: layers: not those of the hyperparameters")
+    with torch.device("meta"):
+        return from_layers(layers).state_dict()
 
-    It is written in a temporary folder beside the target, loaded again in a fresh process from both weight files, and
-    renamed if the probabilities of the `probe` images (uint8, (N, C, H, W)) are the same. Raises `BundleError`, and
-    leaves the target as it was, if they are not.
+
+def _restore_network(config: Config, outline: dict[str, torch.Tensor], content: bytes, file: Path) -> Network:
+    try:
+        state = from_safetensors(content)
+    except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
+        raise BundleError(f"{file} is not understood: {error}") from error
+    kinds = [{name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()} for tensors in (state, outline)]
+    if kinds[0] != kinds[1]:
+        raise BundleError(f"{file} does not fit config.json: its tensors have other names, shapes or types")
+    if not all(tensor.isfinite().all() for tensor in state.values()):
+        raise BundleError(f"{file} has weights that are not finite")
+    with torch.device("meta"):
+        network = from_layers([(name, options) for name, options in config.layers])
+    network.load_state_dict(state, assign=True)
+    return network.eval()
+
+
+def save(
+    contents: Contents,
+    target: Path,
+    images: torch.Tensor,
+    labels: NDArray[np.int64],
+    *,
+    onnx: bool = False,
+    torch_export: bool = False,
+) -> dict[str, dict[str, float]]:
+    """Write a bundle to `target`, replacing an older bundle there; returns what `formats.verify_models` found.
+
+    It is written in a temporary folder beside the target, each model file is loaded again in a fresh process and asked
+    for the `images` (uint8, (N, C, H, W)), and takes the target's place in one step if all agree. Raises `BundleError`,
+    and leaves the target as it was, if they do not.
     """
     check_target(target)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
-        new, old = Path(temporary, "new"), Path(temporary, "old")
-        new.mkdir()
-        _write(contents, new)
-        _verify(contents, new, probe)
-        if target.exists():
-            target.rename(old)
-        try:
-            new.rename(target)
-        except BaseException:
-            if old.exists():
-                old.rename(target)
-            raise
+    with replacing(target) as new:
+        formats.write_models(contents.network, contents.config, new, onnx=onnx, torch_export=torch_export)
+        _write_json(contents.config, new / "config.json")
+        (new / "study.toml").write_text(contents.study_toml)
+        draw_confusion_matrix(contents.evaluation, new / "confusion_matrix.png")
+        draw_calibration(contents.evaluation, new / "calibration.png")
+        draw_mistakes(contents.evaluation, images, new / "mistakes.png")
+        _write_texts(contents, new, {})
+        verified = formats.verify_models(contents.network, contents.config, new, images, labels)
+        _write_texts(contents, new, verified)
+        load(new)
+    return verified
 
 
 def check_target(target: Path) -> None:
@@ -180,106 +200,26 @@ def check_target(target: Path) -> None:
         raise BundleError(f"{target} exists and is not a bundle; move it away or choose another --output")
 
 
-def _write(contents: Contents, folder: Path) -> None:
-    # After training, parameters share one memory, which `torch.save` would write whole.
-    layout = torch.contiguous_format
-    state = {name: tensor.clone(memory_format=layout) for name, tensor in contents.network.state_dict().items()}
-    (folder / "model.safetensors").write_bytes(to_safetensors(state))
-    torch.save(state, folder / "model.pt")
-    (folder / "config.json").write_text(json.dumps(contents.config, indent=2) + "\n")
-    (folder / "metrics.json").write_text(json.dumps(contents.metrics, indent=2) + "\n")
-    (folder / "study.toml").write_text(contents.study_toml)
-    draw_confusion_matrix(contents.evaluation, folder / "confusion_matrix.png")
-    (folder / "README.md").write_text(_model_card(contents))
-    digests = {file.name: _digest(file) for file in sorted(folder.iterdir())}
-    manifest = {"format_version": FORMAT_VERSION, "sha256": digests}
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+def _write_texts(contents: Contents, folder: Path, verified: dict[str, dict[str, float]]) -> None:
+    """Write what is known only after the models were verified."""
+    _write_json(contents.metrics | {"verified": verified}, folder / "metrics.json")
+    (folder / "README.md").write_text(_write_card(contents, verified))
+    seal(folder)
 
 
-def _verify(contents: Contents, folder: Path, probe: torch.Tensor) -> None:
-    expected = contents.network.predict_proba(normalise(probe, contents.config["mean"], contents.config["std"])).numpy()
-    with tempfile.TemporaryDirectory() as temporary:
-        images, answers = Path(temporary, "images.npy"), Path(temporary, "answers.npz")
-        np.save(images, probe.numpy())
-        program = [sys.executable, "-c", LOADING + _VERIFICATION, str(images), str(answers)]
-        process = subprocess.run(program, cwd=folder, capture_output=True, text=True, check=False)  # noqa: S603
-        if process.returncode:
-            last = process.stderr.strip().splitlines()[-1:] or [f"exit status {process.returncode}"]
-            raise BundleError(f"the new bundle cannot be loaded in a fresh process: {last[0]}")
-        for name, probabilities in np.load(answers).items():
-            difference = float(np.abs(probabilities - expected).max())
-            if not difference <= TOLERANCE:
-                raise BundleError(
-                    f"model.{name} gives other probabilities when loaded again, by up to {difference:.2g}"
-                )
+def _write_json(document: dict[str, Any], file: Path) -> None:
+    file.write_text(json.dumps(document, indent=2) + "\n")
 
 
-def _check_manifest(folder: Path) -> None:
-    manifest_file = folder / "manifest.json"
-    try:
-        digests = json.loads(manifest_file.read_bytes())["sha256"]
-        names = set(digests)
-    except FileNotFoundError as error:
-        raise BundleError(f"{folder} is not a bundle: it has no manifest.json") from error
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise BundleError(f"{manifest_file} is damaged: {error}") from error
-    for name in FILES:
-        if name != "manifest.json" and name not in names:
-            raise BundleError(f"{manifest_file} does not list {name}")
-    for name in sorted(names & set(FILES)):
-        file = folder / name
-        if not file.is_file():
-            raise BundleError(f"{file} is missing")
-        if _digest(file) != digests[name]:
-            raise BundleError(f"{file} is damaged: its SHA-256 differs from that in manifest.json; export it again")
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _model_card(contents: Contents) -> str:
-    return "\n".join(_model_card_lines(contents.config, contents.metrics)) + "\n"
-
-
-def _model_card_lines(config: dict[str, Any], metrics: dict[str, Any]) -> Iterator[str]:
-    images = metrics["n_images"]
-    yield f"# {metrics['study']}: a classifier of {config['data']}"
-    yield (
-        f"\nA network of kind {config['kind']} with {metrics['n_parameters']:,} parameters, found by hpsearch as trial "
-        f"{metrics['trial']} among {metrics['n_trials']}, then trained anew for {metrics['epochs']} epochs on all "
-        f"{images['train']:,} training and validation images.\n"
+def _write_card(contents: Contents, verified: dict[str, dict[str, float]]) -> str:
+    environment = Environment(loader=PackageLoader("hpsearch", ""), undefined=StrictUndefined, autoescape=False)  # noqa: S701
+    return environment.get_template("model_card.md.jinja").render(
+        m=contents.metrics,
+        config=contents.config,
+        confirmed=contents.metrics.get("confirmed"),
+        verified=verified,
+        loading=formats.LOADING,
+        predicting=formats.PREDICTING,
+        loading_onnx=formats.LOADING_ONNX,
+        loading_torch_export=formats.LOADING_TORCH_EXPORT,
     )
-    yield "| measured | accuracy |\n|---|---|"
-    yield f"| validation, in the search ({images['validation']:,} images) | {metrics['validation_accuracy']:.2%} |"
-    yield f"| **test, once, after training ({images['test']:,} images)** | **{metrics['test_accuracy']:.2%}** |"
-    several = metrics["test_accuracies"]
-    if several["std"] is not None:
-        yield (
-            f"\n{len(several['of_each_seed'])} models were trained from different seeds: test accuracy "
-            f"{several['mean']:.2%}, deviation {several['std']:.2%}. This is the first of them, not the best."
-        )
-    yield "\nThe validation accuracy is that of the best of many trials, so it flatters; the test accuracy does not.\n"
-    yield "| class | precision | recall | F1 | images |\n|---|---|---|---|---|"
-    yield from (
-        f"| {row['name']} | {row['precision']:.4f} | {row['recall']:.4f} | {row['f1']:.4f} | {row['support']} |"
-        for row in metrics["per_class"]
-    )
-    yield "\n![confusion matrix](confusion_matrix.png)\n\n## Hyperparameters\n\n| name | value |\n|---|---|"
-    yield from (f"| {name} | {value} |" for name, value in config["hyperparameters"].items())
-    shape = ", ".join(map(str, config["image_shape"]))
-    yield f"\n## Loading it with torch alone\n\n```python\n{LOADING}```"
-    yield f"\nThen, for raw pixels `images`, a uint8 tensor of shape (N, {shape}):\n\n```python\n{PREDICTING}```"
-    yield "\nOr with hpsearch, which checks every file first: `hpsearch.load(folder).predict_proba(images)`."
-    yield "\n`study.toml` is the search that found it, `manifest.json` has the SHA-256 of every file."
-
-
-def predict_files(classifier: Classifier, files: Sequence[Path]) -> Iterator[dict[str, Any]]:
-    """For each file its name and its three likeliest classes, or its error."""
-    for file in files:
-        try:
-            top = [{"class": name, "probability": p} for name, p in classifier.predict_file(file)]
-            yield {"image": str(file), "top": top}
-        except ImageError as error:
-            yield {"image": str(file), "error": str(error)}

@@ -143,8 +143,65 @@ def render_findings(findings: Sequence[Mapping[str, Any]]) -> RenderableType:
     return table
 
 
+def render_confirmation(confirmation: Mapping[str, Any]) -> RenderableType:
+    """The document of `confirm --json`: a row for each candidate, and the verdict."""
+    table = Table(box=SIMPLE_HEAD, show_edge=False)
+    for heading in ("trial", "search", "mean", "95% interval", "lowest", "highest", "parameters"):
+        table.add_column(heading, justify="right")
+    candidates = {candidate["number"]: candidate for candidate in confirmation["candidates"]}
+    for number, candidate in candidates.items():
+        low, high = candidate["interval"]
+        values = candidate["accuracies"]
+        figures = [f"{value:.4f}" for value in (candidate["search_value"], candidate["mean"])]
+        ends = [f"{value:.4f}" for value in (min(values), max(values))]
+        row = [str(number), *figures, f"{low:.4f} to {high:.4f}", *ends, f"{candidate['n_parameters']:,}"]
+        table.add_row(*row, style="bold" if number == confirmation["winner"] else None)
+    winner, seeds = candidates[confirmation["winner"]], confirmation["seeds"]
+    verdict = f"trial {winner['number']} wins, with a mean of {winner['mean']:.4f} over {seeds} seeds"
+    if confirmation["is_tie"]:
+        verdict = f"a tie, the differences are within chance; so the smallest network among equals, and {verdict}"
+    optimism = confirmation["optimism"]
+    side = "above" if optimism >= 0 else "below"
+    luck = f"optimism of the selection: {optimism:+.4f}; the search's best value lies {side} its trial's mean"
+    return Group(table, "", Text(verdict, style="bold"), Text(luck))
+
+
+def render_export(target: str, metrics: Mapping[str, Any]) -> RenderableType:
+    """Where the bundle is, how good it is, and how its files agree."""
+    low, high = metrics["test_interval"]
+    n_images, several, readings = metrics["n_images"]["test"], metrics["test_accuracies"], metrics["test_reads"]
+    lines = [
+        f"{target}: trial {metrics['trial']}, test accuracy {metrics['test_accuracy']:.4f} "
+        f"(95% interval {low:.4f} to {high:.4f}) on {n_images} images; reading {readings} of them for this study"
+    ]
+    if several["std"] is not None:
+        n_models = len(several["of_each_seed"])
+        lines.append(
+            f"{n_models} models from different seeds: mean {several['mean']:.4f}, deviation {several['std']:.4f}"
+        )
+    table = Table("file", "largest difference of a probability", "test accuracy", box=SIMPLE_HEAD, show_edge=False)
+    for name, seen in metrics["verified"].items():
+        table.add_row(name, f"{seen['difference']:.1e}", f"{seen['accuracy']:.4f}")
+    return Group(*(Text(line) for line in lines), "", table)
+
+
+def render_replay(document: Mapping[str, Any]) -> RenderableType:
+    """Identical, or by how much not, and why."""
+    trial = f"trial {document['trial']} ({document['state']}, {document['epochs']} epochs)"
+    if document["identical"]:
+        return Text(f"{trial} is identical: {document['value']:.4f} after the last epoch, as every epoch before it")
+    replayed = document["replayed_value"]
+    again = "the training diverged before" if replayed is None else f"{replayed:.4f} now"
+    lines = [
+        f"{trial} differs, by up to {document['largest_difference']:.4f} (in epoch {document['epoch']}); "
+        f"after the last one {document['value']:.4f} then, {again}",
+        *(f"  {reason}" for reason in document["reasons"]),
+    ]
+    return Group(*(Text(line) for line in lines))
+
+
 def render_evaluation(evaluation: Mapping[str, Any]) -> RenderableType:
-    """Accuracy, per-class figures and the confusion matrix as tables."""
+    """Accuracy, calibration, and as tables per-class figures, the confusion matrix and the worst mistakes."""
     rows = evaluation["per_class"]
     figures = Table("class", "precision", "recall", "F1", "images", box=SIMPLE_HEAD, show_edge=False)
     for row in rows:
@@ -154,17 +211,28 @@ def render_evaluation(evaluation: Mapping[str, Any]) -> RenderableType:
     for row, counts in zip(rows, evaluation["confusion_matrix"], strict=True):
         matrix.add_row(row["name"], *(str(count) if count else "." for count in counts))
     n_images = sum(row["support"] for row in rows)
-    return Group(f"test accuracy {evaluation['accuracy']:.4f} on {n_images} images", "", figures, "", matrix)
+    low, high = evaluation["interval"]
+    accuracy = f"test accuracy {evaluation['accuracy']:.4f} (95% interval {low:.3f} to {high:.3f}) on {n_images} images"
+    calibration = f"expected calibration error {evaluation['calibration']['error']:.4f}"
+    return Group(accuracy, calibration, "", figures, "", matrix, *_render_mistakes(evaluation["mistakes"]))
 
 
-def render_predictions(predictions: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """A line for each image that could be read: `digit.png  7 0.9981  9 0.0012  1 0.0003`."""
-    lines = []
-    for prediction in predictions:
-        if "top" in prediction:
-            top = [f"{entry['class']} {entry['probability']:.4f}" for entry in prediction["top"]]
-            lines.append(Text("  ".join([prediction["image"], *top])))
-    return Group(*lines)
+def _render_mistakes(mistakes: Sequence[Mapping[str, Any]], n_shown: int = 5) -> list[RenderableType]:
+    table = Table("worst mistakes", "true", "predicted", "probability", box=SIMPLE_HEAD, show_edge=False)
+    for row in mistakes[:n_shown]:
+        table.add_row(f"image {row['index']}", row["true"], row["predicted"], f"{row['probability']:.4f}")
+    return ["", table] if mistakes else []
+
+
+def prediction_line(prediction: Mapping[str, Any]) -> str:
+    """`digit.png  7 0.9981  9 0.0012  1 0.0003`."""
+    top = [f"{entry['class']} {entry['probability']:.4f}" for entry in prediction["top"]]
+    return "  ".join([printable(prediction["image"]), *top])
+
+
+def printable(text: str) -> str:
+    """The text on one line, escaped where a terminal would obey it: file names may hold anything."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _join(params: Mapping[str, Any]) -> str:

@@ -1,7 +1,9 @@
 """The Optuna objective: a trial becomes hyperparameters, a network, a training run and a value."""
 
+import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import optuna
@@ -9,10 +11,10 @@ import torch
 from optuna.trial import TrialState
 
 from hpsearch.checkpoint import Checkpoint
-from hpsearch.data import ImageData, load_data
+from hpsearch.data import ImageData, Split, load_data
 from hpsearch.definition import StudyDefinition
 from hpsearch.errors import Diverged
-from hpsearch.network import build_network
+from hpsearch.network import Network, build_network
 from hpsearch.space import Hyperparameters, Suggests, suggest
 from hpsearch.training import Callback, EpochResult, read_results, seed_everything, train
 
@@ -55,22 +57,20 @@ class Objective:
 
     def __call__(self, trial: optuna.Trial) -> float:
         hyperparameters = suggest(trial, self.definition.space)
-        generator = seed_everything(trial_seed(self.definition.study.seed, trial))
-        kind, epochs, data = self.definition.network.kind, self.definition.budget.epochs, self.data
-        network = build_network(kind, hyperparameters, data.image_shape, len(data.class_names)).to(self.device)
-        pruning = PruningCallback(trial, epochs)
+        seed = trial_seed(self.definition.study.seed, trial)
+        trial.set_user_attr("environment", describe_environment(self.device))
+        pruning = PruningCallback(trial, self.definition.budget.epochs)
         checkpoint = self._open_checkpoint(trial, hyperparameters)
         resumed = checkpoint.load() if checkpoint else None
         for result in read_results(resumed) if resumed else ():
             pruning.report(result)
         try:
-            result = train(
-                network,
-                data.train,
+            _, result = train_from_seed(
+                self.definition,
+                self.data,
                 hyperparameters,
-                epochs,
-                validation=data.validation,
-                generator=generator,
+                seed,
+                validation=self.data.validation,
                 callbacks=(*self.callbacks, pruning, lambda result: self._keep_the_best(trial, result, checkpoint)),
                 before_batch=self.before_batch,
                 checkpoint=checkpoint,
@@ -126,6 +126,41 @@ def load_study_data(definition: StudyDefinition, folder: Path | str | None = Non
     """The training and validation split that a study is searched on; raises `DataError`."""
     data = definition.data
     return load_data(data.name, folder, validation=data.validation, train=data.train, split_seed=data.split_seed)
+
+
+def train_from_seed(
+    definition: StudyDefinition,
+    data: ImageData,
+    hyperparameters: Hyperparameters,
+    seed: int,
+    *,
+    split: Split | None = None,
+    epochs: int | None = None,
+    **options: Any,
+) -> tuple[Network, EpochResult]:
+    """A network whose weights and batches follow from the seed, and the result of its last epoch.
+
+    It is trained where the data are, on the training split, or on `split`, for the study's epochs, or for `epochs`;
+    `options` are those of `train`, which says what is raised.
+    """
+    split = split or data.train
+    generator = seed_everything(seed)
+    network = build_network(definition.network.kind, hyperparameters, data.image_shape, len(data.class_names))
+    network.to(split.images.device)
+    return network, train(
+        network, split, hyperparameters, epochs or definition.budget.epochs, generator=generator, **options
+    )
+
+
+def describe_environment(device: torch.device | str) -> dict[str, Any]:
+    """What the last bits of a training depend on beside its seed."""
+    name = torch.device(device)
+    return {
+        "torch": torch.__version__,
+        "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "device": torch.cuda.get_device_name(name) if name.type == "cuda" else name.type,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def trial_seed(study_seed: int, trial: Suggests, repetition: int = 0) -> int:

@@ -9,16 +9,17 @@ from typing import Any
 import numpy as np
 import optuna
 import torch
+from optuna.trial import FrozenTrial
 
-from hpsearch import bundle
-from hpsearch.data import load_test
+from hpsearch import bundle, formats
+from hpsearch.data import ImageData, load_test
 from hpsearch.definition import StudyDefinition
-from hpsearch.evaluation import evaluate
-from hpsearch.network import build_network, describe_layers
-from hpsearch.objective import load_study_data, trial_seed
-from hpsearch.space import suggest
-from hpsearch.study import find_best
-from hpsearch.training import EpochResult, keep_freed_memory, seed_everything, train
+from hpsearch.evaluation import Evaluation, evaluate
+from hpsearch.network import describe_layers
+from hpsearch.objective import load_study_data, train_from_seed, trial_seed
+from hpsearch.space import Hyperparameters, suggest
+from hpsearch.study import count_test_reading, find_best, find_winner
+from hpsearch.training import EpochResult, keep_freed_memory
 
 
 def export(
@@ -27,61 +28,95 @@ def export(
     target: Path,
     *,
     number: int | None = None,
+    onnx: bool = False,
+    torch_export: bool = False,
     folder: Path | str | None = None,
     device: torch.device | str = "cpu",
     on_epoch: Callable[[int, EpochResult], None] = lambda seed, result: None,
 ) -> dict[str, Any]:
-    """The metrics of the bundle that it writes to `target`, made from the best trial or from trial `number`.
+    """The metrics of the bundle that it writes to `target`: of the confirmed winner, else the best, or trial `number`.
 
     The network is trained on training and validation images together, once for each of `retrain.seeds`; the first
-    model is exported. The test set is read after all training is done, so nothing can be chosen on it. Raises
-    `NoCompletedTrial`, `DataError` and `BundleError`; a bundle that cannot be verified leaves nothing behind.
+    model is exported. The test set is read after all training is done, so nothing can be chosen on it, and the study
+    counts the reading. Raises `NoCompletedTrial`, `DataError`, `UsageError` where packages for ONNX are missing,
+    `Diverged`, and `BundleError`; a bundle that cannot be verified leaves nothing behind.
     """
     keep_freed_memory()
-    trial = find_best(study, number)
+    trial = find_winner(study) if number is None else find_best(study, number)
+    if onnx:
+        formats.check_onnx()
     bundle.check_target(target)
     hyperparameters = suggest(trial, definition.space)
     data = load_study_data(definition, folder)
     images = data.merged().to(device)
     epochs = definition.retrain.epochs or definition.budget.epochs
-    n_classes = len(data.class_names)
-
-    networks, seeds = [], [trial_seed(definition.study.seed, trial, 1 + i) for i in range(definition.retrain.seeds)]
+    seeds = [trial_seed(definition.study.seed, trial, 1 + i) for i in range(definition.retrain.seeds)]
+    networks = []
     for i, seed in enumerate(seeds):
-        generator = seed_everything(seed)
-        network = build_network(definition.network.kind, hyperparameters, data.image_shape, n_classes).to(device)
         report = [lambda result, i=i: on_epoch(i, result)]
-        train(network, images, hyperparameters, epochs, generator=generator, callbacks=report)
+        network, _ = train_from_seed(
+            *(definition, data, hyperparameters, seed), split=images, epochs=epochs, callbacks=report
+        )
         networks.append(network)
 
+    n_readings = count_test_reading(study, trial)
     test_images, test_labels = load_test(definition.data.name, folder)
     inputs = data.split_of(test_images, test_labels).images.to(device)
     labels = test_labels.numpy()
     evaluations = [
         evaluate(network.predict_proba(inputs).cpu().numpy(), labels, data.class_names) for network in networks
     ]
-    accuracies = [evaluation.accuracy for evaluation in evaluations]
     metrics = {
-        "validation_accuracy": trial.value,
-        "test_accuracy": accuracies[0],
-        "test_accuracies": {
-            "of_each_seed": accuracies,
-            "mean": float(np.mean(accuracies)),
-            "std": float(np.std(accuracies, ddof=1)) if len(accuracies) > 1 else None,
-        },
-        "per_class": evaluations[0].per_class,
-        "confusion_matrix": evaluations[0].confusion_matrix,
+        **_describe_figures(evaluations),
+        "test_reads": n_readings,
         "n_images": {"train": len(images), "validation": len(data.validation), "test": len(labels)},
         "n_parameters": sum(parameter.numel() for parameter in networks[0].parameters()),
-        "study": study.study_name,
-        "trial": trial.number,
-        "n_trials": sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False)),
+        **_describe_search(study, trial),
         "epochs": epochs,
         "seeds": {"study": definition.study.seed, "training": seeds},
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("hpsearch", "torch", "torchvision", "optuna", "numpy")},
     }
-    config = {
+    config = _describe_network(definition, data, hyperparameters)
+    contents = bundle.Contents(networks[0].cpu(), config, metrics, evaluations[0], definition.to_toml())
+    verified = bundle.save(contents, target, test_images, labels, onnx=onnx, torch_export=torch_export)
+    return metrics | {"verified": verified}
+
+
+def _describe_figures(evaluations: list[Evaluation]) -> dict[str, Any]:
+    """What the models' evaluations came to; the first one is that of the exported model."""
+    accuracies, first = [evaluation.accuracy for evaluation in evaluations], evaluations[0]
+    return {
+        "test_accuracy": first.accuracy,
+        "test_interval": first.interval,
+        "test_accuracies": {
+            "of_each_seed": accuracies,
+            "mean": float(np.mean(accuracies)),
+            "std": float(np.std(accuracies, ddof=1)) if len(accuracies) > 1 else None,
+        },
+        "per_class": first.per_class,
+        "confusion_matrix": first.confusion_matrix,
+        "calibration": first.calibration,
+    }
+
+
+def _describe_search(study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
+    """How the trial was found, and what `confirm` said of it, if it did."""
+    candidates = study.user_attrs.get("confirmation", {}).get("candidates", [])
+    confirmed = [candidate for candidate in candidates if candidate["number"] == trial.number]
+    return {
+        "validation_accuracy": trial.value,
+        "confirmed": confirmed[0] if confirmed else None,
+        "study": study.study_name,
+        "trial": trial.number,
+        "n_trials": sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False)),
+    }
+
+
+def _describe_network(definition: StudyDefinition, data: ImageData, hyperparameters: Hyperparameters) -> dict[str, Any]:
+    """The document `config.json`."""
+    layers = describe_layers(definition.network.kind, hyperparameters, data.image_shape, len(data.class_names))
+    return {
         "format_version": bundle.FORMAT_VERSION,
         "data": definition.data.name,
         "kind": definition.network.kind,
@@ -90,8 +125,5 @@ def export(
         "mean": data.mean,
         "std": data.std,
         "class_names": list(data.class_names),
-        "layers": describe_layers(definition.network.kind, hyperparameters, data.image_shape, n_classes),
+        "layers": layers,
     }
-    contents = bundle.Contents(networks[0].cpu(), config, metrics, evaluations[0], definition.to_toml())
-    bundle.save(contents, target, probe=test_images[:256])
-    return metrics

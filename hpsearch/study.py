@@ -5,6 +5,8 @@ import logging
 import uuid
 import warnings
 from collections import Counter
+from contextlib import nullcontext
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,41 @@ def find_best(study: optuna.Study, number: int | None = None) -> FrozenTrial:
         which = "no trial is complete yet" if number is None else f"trial {number} is not complete"
         raise NoCompletedTrial(f"study '{study.study_name}': {which}; see: hpsearch trials STUDY")
     return min(chosen, key=_by_value)
+
+
+def find_best_few(study: optuna.Study, n: int) -> list[FrozenTrial]:
+    """The `n` best complete trials that differ in their parameters, the best first; raises `NoCompletedTrial`."""
+    find_best(study)
+    different: list[FrozenTrial] = []
+    for trial in sorted(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)), key=_by_value):
+        if all(trial.params != other.params for other in different):
+            different.append(trial)
+    return different[:n]
+
+
+def find_winner(study: optuna.Study) -> FrozenTrial:
+    """The trial that `confirm` has chosen, else the best one; raises `NoCompletedTrial`."""
+    confirmation = study.user_attrs.get("confirmation")
+    return find_best(study, confirmation and confirmation["winner"])
+
+
+def explain_choice(study: optuna.Study) -> str:
+    """Why `find_winner` takes the trial that it takes."""
+    winner, best = find_winner(study), find_best(study)
+    if "confirmation" not in study.user_attrs:
+        return f"trial {winner.number} has the best value; whether that was luck is told by: hpsearch confirm STUDY"
+    later = f"; trial {best.number} has a higher value of its search" if best.number != winner.number else ""
+    return f"trial {winner.number} is the confirmed winner{later}"
+
+
+def count_test_reading(study: optuna.Study, trial: FrozenTrial) -> int:
+    """How often the test set was read for this study, after this reading was written down."""
+    storage = getattr(study._storage, "_backend", None)  # Optuna wraps it in a cache
+    with creation_lock(storage.engine.url) if isinstance(storage, Storage) else nullcontext():
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        readings = [*study.user_attrs.get("test_reads", ()), {"at": now, "trial": trial.number}]
+        study.set_user_attr("test_reads", readings)
+    return len(readings)
 
 
 def checkpoint_folder(definition: StudyDefinition, study: optuna.Study) -> Path:

@@ -1,7 +1,12 @@
 """Bundles: written whole or not at all, verified, loaded only when every file is what it was."""
 
 import json
+import os
+import re
 import shutil
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from hpsearch import bundle
+from hpsearch import bundle, formats, sealed
 from hpsearch.data import ImageData, load_test
 from hpsearch.errors import BundleError, ImageError
 from hpsearch.evaluation import evaluate
@@ -36,6 +41,11 @@ def make_contents(data: ImageData, kind: str = "mlp") -> bundle.Contents:
         "layers": describe_layers(kind, hyperparameters, data.image_shape, 10),
     }
     metrics: dict[str, Any] = {
+        "test_interval": evaluation.interval,
+        "calibration": evaluation.calibration,
+        "test_reads": 1,
+        "confirmed": None,
+        "versions": {"python": "3.11"},
         "study": "small",
         "trial": 3,
         "n_trials": 9,
@@ -50,10 +60,15 @@ def make_contents(data: ImageData, kind: str = "mlp") -> bundle.Contents:
     return bundle.Contents(network, config, metrics, evaluation, '[study]\nname = "small"\n')
 
 
+def save(contents: bundle.Contents, target: Path, n: int = 8, **options: bool) -> dict[str, dict[str, float]]:
+    images, labels = load_test("digits")
+    return bundle.save(contents, target, images[:n], labels[:n].numpy(), **options)
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory, digits: ImageData) -> Path:
     target = tmp_path_factory.mktemp("dist") / "small"
-    bundle.save(make_contents(digits), target, probe=load_test("digits")[0][:8])
+    save(make_contents(digits), target)
     return target
 
 
@@ -63,7 +78,12 @@ def copy(saved: Path, tmp_path: Path) -> Path:
 
 
 def test_a_bundle_has_the_files_of_the_design_and_nothing_beside_it(saved: Path) -> None:
-    assert {file.name for file in saved.iterdir()} == set(bundle.FILES)
+    assert {file.name for file in saved.iterdir()} == {
+        *bundle.REQUIRED,
+        "mistakes.png",
+        "calibration.png",
+        "manifest.json",
+    }
     assert [file.name for file in saved.parent.iterdir()] == ["small"]
     modes = {file.stat().st_mode & 0o777 for file in saved.iterdir()}
     assert len(modes) == 1, "one file is not readable for those who can read the others"
@@ -77,7 +97,7 @@ def test_the_files_of_a_trained_network_hold_each_parameter_once(digits: ImageDa
     train(network, digits.train, wide, 1)
     layers = describe_layers(kind, wide, digits.image_shape, 10)
     config = contents.config | {"hyperparameters": wide.model_dump(), "layers": layers}
-    bundle.save(replace(contents, network=network, config=config), tmp_path / "b", probe=load_test("digits")[0][:8])
+    save(replace(contents, network=network, config=config), tmp_path / "b")
     n_bytes = 4 * sum(parameter.numel() for parameter in network.parameters())
     for name in ("model.pt", "model.safetensors"):
         assert n_bytes < (tmp_path / "b" / name).stat().st_size < 1.1 * n_bytes + 10_000
@@ -87,7 +107,7 @@ def test_the_files_of_a_trained_network_hold_each_parameter_once(digits: ImageDa
 def test_a_loaded_classifier_predicts_what_the_network_did(digits: ImageData, tmp_path: Path, kind: str) -> None:
     contents = make_contents(digits, kind)
     images = load_test("digits")[0]
-    bundle.save(contents, tmp_path / "b", probe=images[:8])
+    save(contents, tmp_path / "b")
     classifier = bundle.load(tmp_path / "b")
     probabilities = classifier.predict_proba(images)
     assert probabilities.dtype == np.float32
@@ -123,7 +143,7 @@ def test_images_of_another_type_or_shape_are_refused(saved: Path, images: Any, m
         bundle.load(saved).predict_proba(images)
 
 
-@pytest.mark.parametrize("name", [name for name in bundle.FILES if name != "manifest.json"])
+@pytest.mark.parametrize("name", bundle.REQUIRED)
 def test_a_damaged_or_missing_file_is_refused_by_name(copy: Path, name: str) -> None:
     content = bytearray((copy / name).read_bytes())
     content[len(content) // 2] ^= 1
@@ -146,8 +166,7 @@ def test_a_damaged_manifest_is_refused(copy: Path, manifest: str | None) -> None
 
 def sign(folder: Path) -> None:
     """Write a manifest that fits whatever the files hold now."""
-    digests = {name: bundle._digest(folder / name) for name in bundle.FILES if name != "manifest.json"}
-    (folder / "manifest.json").write_text(json.dumps({"format_version": 1, "sha256": digests}))
+    sealed.seal(folder)
 
 
 def test_a_config_that_is_not_understood_is_refused(copy: Path) -> None:
@@ -177,12 +196,11 @@ def test_a_mismatch_in_a_fresh_process_leaves_the_older_bundle(
 ) -> None:
     before = (copy / "manifest.json").read_bytes()
     contents = make_contents(digits)
-    probe = load_test("digits")[0][:8]
-    wrong = replace(contents, config=contents.config | {"mean": 0.9})
-    original = bundle._verify
-    monkeypatch.setattr(bundle, "_verify", lambda _, folder, probe: original(contents, folder, probe))
-    with pytest.raises(BundleError, match=r"model\.pt gives other probabilities when loaded again"):
-        bundle.save(wrong, copy, probe)
+    other = make_contents(digits).network
+    original = formats.verify_models
+    monkeypatch.setattr(formats, "verify_models", lambda _, *arguments: original(other, *arguments))
+    with pytest.raises(BundleError, match=r"model\.safetensors gives other probabilities when loaded again"):
+        save(contents, copy)
     assert (copy / "manifest.json").read_bytes() == before
     assert [file.name for file in copy.parent.iterdir()] == ["copy"]
 
@@ -191,21 +209,20 @@ def test_a_bundle_that_cannot_be_loaded_leaves_nothing(tmp_path: Path, digits: I
     contents = make_contents(digits)
     wrong = replace(contents, config=contents.config | {"layers": [["Flatten", {}]]})
     with pytest.raises(BundleError, match="cannot be loaded in a fresh process"):
-        bundle.save(wrong, tmp_path / "b", load_test("digits")[0][:8])
+        save(wrong, tmp_path / "b")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_older_bundle_is_replaced_and_anything_else_is_not(copy: Path, digits: ImageData, tmp_path: Path) -> None:
-    probe = load_test("digits")[0][:8]
     before = (copy / "manifest.json").read_bytes()
-    bundle.save(make_contents(digits), copy, probe)
+    save(make_contents(digits), copy)
     assert (copy / "manifest.json").read_bytes() != before
     bundle.load(copy)
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("all my work")
     with pytest.raises(BundleError, match="is not a bundle; move it away"):
-        bundle.save(make_contents(digits), precious, probe)
+        save(make_contents(digits), precious)
     assert (precious / "thesis.txt").read_text() == "all my work"
 
 
@@ -213,6 +230,7 @@ def test_an_older_bundle_is_put_back_if_the_new_one_cannot_take_its_place(
     copy: Path, digits: ImageData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = (copy / "manifest.json").read_bytes()
+    monkeypatch.setattr(sealed, "_exchange", lambda one, other: False)  # as on a system that cannot do it
     rename = Path.rename
 
     def fail_for_the_new_one(path: Path, target: Path) -> Path:
@@ -222,11 +240,79 @@ def test_an_older_bundle_is_put_back_if_the_new_one_cannot_take_its_place(
 
     monkeypatch.setattr(Path, "rename", fail_for_the_new_one)
     with pytest.raises(KeyboardInterrupt):
-        bundle.save(make_contents(digits), copy, load_test("digits")[0][:8])
+        save(make_contents(digits), copy)
     assert (copy / "manifest.json").read_bytes() == before
 
 
 def test_the_model_card_tells_how_good_and_how_to_load(saved: Path) -> None:
     card = (saved / "README.md").read_text()
-    for part in ("80.00%", "90.00%", "75.00%, deviation 7.00%", "1,234 parameters", "trial 3 among 9", bundle.LOADING):
+    for part in ("80.00%", "90.00%", "75.00%, deviation 7.00%", "1,234 parameters", "trial 3 among 9", formats.LOADING):
         assert part in card
+
+
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+def test_every_format_gives_the_same_probabilities_from_the_lines_of_the_model_card_alone(
+    digits: ImageData, tmp_path: Path, kind: str
+) -> None:
+    contents = make_contents(digits, kind)
+    train(contents.network, digits.train, Hyperparameters(width=8), 1)
+    verified = save(contents, tmp_path / "b", n=100, onnx=True, torch_export=True)
+    assert [*verified] == ["model.safetensors", "model.pt", "model.onnx", "model.pt2"]
+    assert all(seen["difference"] < 1e-5 for seen in verified.values())
+    assert len({seen["accuracy"] for seen in verified.values()}) == 1
+    assert json.loads((tmp_path / "b" / "metrics.json").read_text())["verified"] == verified
+    images = load_test("digits")[0][:7]
+    expected = bundle.load(tmp_path / "b").predict_proba(images)
+    np.save(tmp_path / "images.npy", images.numpy())
+    programs = re.findall(r"```python\n(.*?)```", (tmp_path / "b" / "README.md").read_text(), re.DOTALL)
+    from_torch = "import torch, numpy\nimages = torch.from_numpy(numpy.load('../images.npy'))\n"
+    from_numpy = "import numpy\nimages = numpy.load('../images.npy')\n"
+    for before, program, allowed in (
+        (from_torch, programs[0] + programs[1], ("torch", "numpy")),
+        (from_numpy, programs[2], ("onnxruntime", "numpy")),
+        (from_torch, programs[3], ("torch", "numpy")),
+    ):
+        blocked = {"hpsearch", "torch", "onnx", "onnxruntime", "optuna", "safetensors", "sklearn"} - {*allowed}
+        guard = f"import sys\nfor name in {blocked!r}: sys.modules[name] = None\n"
+        after = "numpy.save('../answers.npy', numpy.asarray(probabilities))\n"
+        subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", guard + before + program + after], cwd=tmp_path / "b", check=True
+        )
+        assert np.allclose(np.load(tmp_path / "answers.npy"), expected, atol=1e-6)
+
+
+def test_no_file_of_a_bundle_tells_where_it_was_made(digits: ImageData, tmp_path: Path) -> None:
+    save(make_contents(digits), tmp_path / "b", onnx=True, torch_export=True)
+    here = str(Path(bundle.__file__).parent).encode()
+    assert [file.name for file in (tmp_path / "b").iterdir() if here in file.read_bytes()] == []
+
+
+def test_a_program_that_torch_cannot_load_again_is_left_out(
+    digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.export, "save", lambda program, file: file.write_bytes(b"nothing"))
+    verified = save(make_contents(digits), tmp_path / "b", torch_export=True)
+    assert "model.pt2" not in verified
+    assert "model.pt2 cannot be loaded in a fresh process" in caplog.text
+    bundle.load(tmp_path / "b")
+    assert not (tmp_path / "b" / "model.pt2").exists()
+
+
+def test_what_killed_exports_left_behind_is_removed_by_the_next_one(digits: ImageData, tmp_path: Path) -> None:
+    host = socket.gethostname()
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for pid in (dead.pid, os.getpid()):
+        (tmp_path / f".b-{host}-{pid}-abc" / "new").mkdir(parents=True)
+    save(make_contents(digits), tmp_path / "b")
+    assert {file.name for file in tmp_path.iterdir()} == {"b", f".b-{host}-{os.getpid()}-abc"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can exchange two folders")
+def test_an_older_bundle_is_there_at_every_moment(
+    copy: Path, digits: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "rename", None)  # two renamings would leave a gap
+    before = (copy / "manifest.json").read_bytes()
+    save(make_contents(digits), copy)
+    assert (copy / "manifest.json").read_bytes() != before

@@ -1,5 +1,6 @@
 """The best trial is trained on training and validation images, and the test set is read once, at the end."""
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,10 @@ import optuna
 import pytest
 import torch
 
-from hpsearch import retrain
+from hpsearch import objective, retrain
 from hpsearch.data import load_test
 from hpsearch.definition import StudyDefinition
-from hpsearch.errors import BundleError, NoCompletedTrial
+from hpsearch.errors import BundleError, NoCompletedTrial, UsageError
 from hpsearch.storage import open_storage
 from hpsearch.study import open_study
 from hpsearch.training import EpochResult, train
@@ -48,6 +49,9 @@ def test_the_best_trial_is_exported_with_its_figures(
     assert metrics["test_accuracy"] == metrics["test_accuracies"]["of_each_seed"][0] > 0.5
     assert len(metrics["test_accuracies"]["of_each_seed"]) == 2
     assert seen == [(seed, epoch) for seed in (0, 1) for epoch in (1, 2, 3)]
+    assert metrics["test_interval"][0] < metrics["test_accuracy"] < metrics["test_interval"][1]
+    assert metrics["test_reads"] == 1
+    assert {seen["accuracy"] for seen in metrics["verified"].values()} == {metrics["test_accuracy"]}
     assert json.loads((tmp_path / "b" / "metrics.json").read_text()) == metrics
     assert json.loads((tmp_path / "b" / "config.json").read_text())["hyperparameters"]["width"] == 16
     assert definition.study.name in (tmp_path / "b" / "study.toml").read_text()
@@ -61,6 +65,39 @@ def test_another_trial_may_be_chosen_and_an_unfinished_one_may_not(
     with pytest.raises(NoCompletedTrial, match="trial 7 is not complete"):
         retrain.export(definition, study, tmp_path / "c", number=7)
     assert not (tmp_path / "c").exists()
+
+
+def test_the_confirmed_winner_is_exported_and_its_confirmation_told(
+    searched: tuple[StudyDefinition, optuna.Study], tmp_path: Path
+) -> None:
+    definition, study = searched
+    candidate = {"number": 2, "accuracies": [0.7, 0.8], "mean": 0.75, "interval": [0.6, 0.9], "n_parameters": 5}
+    study.set_user_attr("confirmation", {"winner": 2, "candidates": [candidate]})
+    metrics = retrain.export(definition, study, tmp_path / "b")
+    assert (metrics["trial"], metrics["confirmed"]) == (2, candidate)
+    assert "mean 75.00%, interval 60.00 to 90.00%" in (tmp_path / "b" / "README.md").read_text()
+    assert retrain.export(definition, study, tmp_path / "c", number=1)["confirmed"] is None
+
+
+def test_the_study_counts_how_often_the_test_set_was_read(
+    searched: tuple[StudyDefinition, optuna.Study], tmp_path: Path
+) -> None:
+    definition, study = searched
+    assert [retrain.export(definition, study, tmp_path / "b", number=i)["test_reads"] for i in (1, 2)] == [1, 2]
+    assert [reading["trial"] for reading in study.user_attrs["test_reads"]] == [1, 2]
+    assert "**reading number 2**" in (tmp_path / "b" / "README.md").read_text()
+
+
+def test_without_the_packages_for_onnx_nothing_is_trained(
+    searched: tuple[StudyDefinition, optuna.Study], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    definition, study = searched
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(objective, "train", None)
+    with pytest.raises(
+        UsageError, match=r"--onnx needs onnx, onnxscript, onnxruntime; .*pip install 'hpsearch\[onnx\]'"
+    ):
+        retrain.export(definition, study, tmp_path / "b", onnx=True)
 
 
 def test_an_export_repeats_itself(searched: tuple[StudyDefinition, optuna.Study], tmp_path: Path) -> None:
@@ -89,7 +126,7 @@ def test_the_test_set_is_read_once_and_after_all_training(
         events.append("test")
         return original(*arguments)
 
-    monkeypatch.setattr(retrain, "train", watched_train)
+    monkeypatch.setattr(objective, "train", watched_train)
     monkeypatch.setattr(retrain, "load_test", watched_test)
     retrain.export(definition, study, tmp_path / "b")
     assert events == ["train on 500", "train on 500", "test"]
@@ -100,6 +137,6 @@ def test_a_target_that_is_in_the_way_is_refused_before_any_training(
 ) -> None:
     definition, study = searched
     (tmp_path / "precious").write_text("all my work")
-    monkeypatch.setattr(retrain, "train", None)
+    monkeypatch.setattr(objective, "train", None)
     with pytest.raises(BundleError, match="move it away"):
         retrain.export(definition, study, tmp_path / "precious")

@@ -1,5 +1,6 @@
 """Studies are created once, resumed, guarded against mixing two searches, and summarized."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import optuna
@@ -7,8 +8,8 @@ import pytest
 from optuna.trial import TrialState
 
 from hpsearch.errors import NoCompletedTrial, StudyMismatch, StudyNotFound
-from hpsearch.storage import Storage
-from hpsearch.study import find_best, list_trials, load_study, open_study, summarize
+from hpsearch.storage import Storage, open_storage
+from hpsearch.study import count_test_reading, find_best, list_trials, load_study, open_study, summarize
 
 from .conftest import make_definition
 
@@ -138,3 +139,17 @@ def test_the_epochs_of_a_resumed_trial_count_once(storage: Storage) -> None:
     for epoch in (1, 2):
         resumed.report(0.5, epoch)
     assert summarize(make_definition("sqlite:///x"), study)["epochs"]["run"] == 2
+
+
+def test_readings_of_the_test_set_that_meet_are_all_counted(storage: Storage, url: str) -> None:
+    def read_five_times(_: int) -> None:
+        own = open_storage(url)
+        mine = load_study(make_definition(), own)
+        for _ in range(5):
+            count_test_reading(mine, find_best(mine))
+        own.engine.dispose()
+
+    study = fill(storage)
+    with ThreadPoolExecutor(4) as pool:
+        [*pool.map(read_five_times, range(4))]
+    assert len(study.user_attrs["test_reads"]) == 20

@@ -41,6 +41,7 @@ FAULTS = (
     Fault("checkpoint", faults.damage_checkpoints, 1000, 100),
     Fault("training", faults.fail_trainings, 60, 20),
     Fault("budget", faults.come_and_go, 100, 12),
+    Fault("export", faults.kill_exports, 50, 2),
     Fault("refuse", faults.refuse, 1, 1),
 )
 

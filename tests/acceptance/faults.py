@@ -26,7 +26,7 @@ from typing import Any
 import optuna
 import sqlalchemy
 
-from hpsearch import checkpoint
+from hpsearch import bundle, checkpoint
 from hpsearch.definition import load_definition, parse_definition
 from hpsearch.errors import BudgetInFlight, BudgetSpent, CheckpointError
 from hpsearch.storage import open_storage
@@ -477,6 +477,40 @@ def come_and_go(folder: Path, n: int, rng: random.Random) -> str:
     search.check_promises()
     happened = ", ".join(f"{count} {event}" for event, count in sorted(events.items()))
     return f"{happened}: exactly {n} finished"
+
+
+def kill_exports(folder: Path, n: int, rng: random.Random) -> str:
+    """Kill -9 of `export` at random moments, every other one while the bundle is written; half replace an older one."""
+    search = Search(folder, trials=1, epochs=2)
+    search.end(search.run(1))
+    target, seen = folder / "dist" / "small", Counter[str]()
+    began = time.monotonic()
+    search.end(search.start("export", "--output", target))
+    duration = time.monotonic() - began
+    for i in range(n):
+        if i % 2:
+            shutil.rmtree(target, ignore_errors=True)
+        before = _digests(target)
+        export = search.start("export", "--output", target)
+        if i % 4 < 2:
+            wait_for(lambda export=export: any(target.parent.glob(f".small-*-{export.pid}-*")), "a new bundle")  # type: ignore[misc]
+            time.sleep(rng.uniform(0, duration / 2))
+        else:
+            time.sleep(rng.uniform(0, duration))
+        seen["killed"] += _kill(export.pid, signal.SIGKILL)
+        export.wait()
+        if target.exists():
+            bundle.load(target)
+            seen["old" if _digests(target) == before else "new"] += 1
+        else:
+            assert not before, "the older bundle is gone"
+            seen["none"] += 1
+        wait_for(lambda export=export: not processes_of(export.pid), "the end of all processes")  # type: ignore[misc]
+    search.end(search.start("export", "--output", target))
+    bundle.load(target)
+    assert [file.name for file in target.parent.iterdir()] == ["small"], "something was left behind"
+    found = ", ".join(f"{seen[name]} {name}" for name in ("none", "old", "new"))
+    return f"{seen['killed']} killed; then at the target: {found}; 0 torn, and the next export leaves nothing behind"
 
 
 def refuse(folder: Path, n: int, rng: random.Random) -> str:

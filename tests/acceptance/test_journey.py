@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 import hpsearch as package
-from hpsearch.bundle import LOADING, PREDICTING
 from hpsearch.data import load_test
+from hpsearch.formats import LOADING, PREDICTING
 
 from .commands import environment, hpsearch, wait_for
 

@@ -1,0 +1,48 @@
+"""The notebook runs from top to bottom as a newcomer would run it."""
+
+import os
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+import hpsearch
+
+NOTEBOOK = Path(__file__).parent.parent / "studies" / "tour.ipynb"
+
+
+@pytest.fixture
+def notebook() -> nbformat.NotebookNode:
+    return nbformat.read(NOTEBOOK, as_version=4)  # type: ignore[no-untyped-call]
+
+
+def test_every_cell_of_the_notebook_runs_and_shows_what_it_promises(
+    notebook: nbformat.NotebookNode, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+    before = {file.name for file in NOTEBOOK.parent.iterdir()}
+    os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
+    NotebookClient(notebook, timeout=200, resources={"metadata": {"path": NOTEBOOK.parent}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    printed = "".join(output.get("text", "") for output in outputs)
+    assert "test accuracy 9" in printed
+    assert "wins;" in printed
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 7
+    assert [output.text for output in outputs if output.get("name") == "stderr"] == []
+    assert {file.name for file in NOTEBOOK.parent.iterdir()} == before, "it leaves files beside the studies"
+
+
+def test_the_notebook_is_committed_without_outputs(notebook: nbformat.NotebookNode) -> None:
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.outputs for cell in cells] == [[] for _ in cells]
+    assert {cell.execution_count for cell in cells} == {None}
+
+
+def test_the_notebook_uses_public_names_alone(notebook: nbformat.NotebookNode) -> None:
+    import re
+
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    assert set(re.findall(r"hpsearch\.(\w+)", text)) <= {*hpsearch.__all__}
+    assert not re.search(r"from hpsearch|import hpsearch\.", text)
