@@ -206,3 +206,29 @@ def predict(
         print(json.dumps(document, indent=2))
     if n_errors:
         raise typer.Exit(1)
+
+
+@app.command(epilog="Example:  hpsearch report studies/mnist-mlp.toml --output report.html")
+def report(
+    study: StudyArgument,
+    output: Annotated[Path | None, typer.Option(help="Default: <name of the study>-report.html.")] = None,
+    bundle: Annotated[
+        Path | None, typer.Option(help="A folder that export wrote; default: dist/<name of the study>, if it is there.")
+    ] = None,
+    storage: StorageOption = None,
+) -> None:
+    """Write one HTML file that opens offline: how good the winner is, how sure that is, and what the search did."""
+    definition = load_definition_of(study, storage)
+    from hpsearch.console import say
+    from hpsearch.database import show_url
+    from hpsearch.report import find_bundle, write_report
+
+    loaded = load_study_of(definition)
+    name = definition.study.name
+    file = output or Path(f"{name}-report.html")
+    place = f" --storage {shlex.quote(show_url(storage))}" if storage else ""
+    chosen = bundle or find_bundle(Path("dist") / name, name)
+    write_report(definition, loaded, file, bundle=chosen, command=shlex.quote(study) + place)
+    print(file)
+    if chosen is None:
+        say(f"next: hpsearch export {shlex.quote(study)}{place}, then report again, to have the test accuracy in it")

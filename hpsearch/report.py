@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from optuna.trial import FrozenTrial, TrialState
 
 from hpsearch import bundle as bundles
-from hpsearch import plots
+from hpsearch import formats, plots
 from hpsearch.definition import StudyDefinition
 from hpsearch.errors import BundleError, UsageError
 from hpsearch.space import IntRange, Range, check_values
@@ -83,7 +83,7 @@ def _collect(definition: StudyDefinition, study: optuna.Study, folder: Path | No
         "bundle": exported,
         "bundle_problem": problem,
         "n_test_reads": len(reads) if reads is not None else exported and exported["metrics"].get("test_reads"),
-        "loading": bundles.LOADING + bundles.PREDICTING,
+        "loading": formats.LOADING + formats.PREDICTING,
         "top": [row for row in rows if row["state"] == "complete"][:MAX_ROWS],
         "names": list(definition.search),
         "time": _sum_time(rows, definition.budget.epochs, trials),
