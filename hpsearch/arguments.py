@@ -1,6 +1,7 @@
 """The arguments and options that several verbs share, what they stand for, and how a verb's answer is printed."""
 
 import json
+import shlex
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
@@ -62,6 +63,13 @@ def load_study_of(definition: "StudyDefinition") -> "optuna.Study":
     from hpsearch.study import load_study
 
     return load_study(definition, open_storage(definition.study.storage, must_exist=True))
+
+
+def retype(study: str, storage: str | None) -> str:
+    """The study's arguments as they can be typed again, the password of the storage hidden."""
+    from hpsearch.database import show_url
+
+    return shlex.quote(study) + (f" --storage {shlex.quote(show_url(storage))}" if storage else "")
 
 
 def print_document(document: Any, render: Callable[[Any], "RenderableType"], *, as_json: bool) -> None:

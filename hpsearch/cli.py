@@ -22,6 +22,7 @@ from hpsearch.arguments import (
     load_definition_of,
     load_study_of,
     print_document,
+    retype,
 )
 from hpsearch.cli_winner import app as winner_app
 from hpsearch.errors import UsageError
@@ -87,7 +88,6 @@ def run(
 ) -> None:
     """Create or resume a study and search until its budget is spent."""
     from hpsearch.console import RunView, say
-    from hpsearch.database import show_url
     from hpsearch.forking import start_fork_server
     from hpsearch.signals import Drain
 
@@ -114,8 +114,7 @@ def run(
         )
     say(f"done: {reason}")
     _print_status(definition, as_json=as_json)
-    place = f" --storage {shlex.quote(show_url(storage))}" if storage else ""
-    say(f"next: hpsearch export {shlex.quote(study)}{place}")
+    say(f"next: hpsearch confirm {retype(study, storage)}  |  hpsearch export {retype(study, storage)}")
 
 
 @app.command(epilog="Example:  hpsearch worker studies/mnist-mlp.toml --max-trials 5")

@@ -17,6 +17,7 @@ from hpsearch.arguments import (
     load_definition_of,
     load_study_of,
     print_document,
+    retype,
 )
 
 app = typer.Typer()
@@ -51,7 +52,7 @@ def confirm(
         on_run=lambda trial, run, accuracy: say(f"trial {trial} training {run + 1} of {seeds} {accuracy:.4f}"),
     )
     print_document(confirmation, render_confirmation, as_json=as_json)
-    say(f"next: hpsearch export {shlex.quote(study)}")
+    say(f"next: hpsearch export {retype(study, storage)}")
 
 
 @app.command(epilog="Example:  hpsearch export studies/mnist-mlp.toml --onnx --output dist/mnist-mlp")
@@ -89,9 +90,8 @@ def export(
     )
     print_document(metrics, lambda document: render_export(str(target), document), as_json=as_json)
     bundle = shlex.quote(str(target))
-    say(
-        f"next: hpsearch evaluate {bundle}  |  hpsearch predict {bundle} IMAGE  |  hpsearch report {shlex.quote(study)}"
-    )
+    report_command = f"hpsearch report {retype(study, storage)}"
+    say(f"next: hpsearch evaluate {bundle}  |  hpsearch predict {bundle} IMAGE  |  {report_command}")
 
 
 @app.command(epilog="Example:  hpsearch replay studies/mnist-mlp.toml --trial 17")
@@ -134,18 +134,16 @@ def report(
     """Write one HTML file that opens offline: how good the winner is, how sure that is, and what the search did."""
     definition = load_definition_of(study, storage)
     from hpsearch.console import say
-    from hpsearch.database import show_url
     from hpsearch.report import find_bundle, write_report
 
     loaded = load_study_of(definition)
     name = definition.study.name
     file = output or Path(f"{name}-report.html")
-    place = f" --storage {shlex.quote(show_url(storage))}" if storage else ""
     chosen = bundle or find_bundle(Path("dist") / name, name)
-    write_report(definition, loaded, file, bundle=chosen, command=shlex.quote(study) + place)
+    write_report(definition, loaded, file, bundle=chosen, command=retype(study, storage))
     print(file)
     if chosen is None:
-        say(f"next: hpsearch export {shlex.quote(study)}{place}, then report again, to have the test accuracy in it")
+        say(f"next: hpsearch export {retype(study, storage)}, then report again, to have the test accuracy in it")
 
 
 @app.command(epilog="Example:  hpsearch evaluate dist/mnist-mlp --pictures pictures")
@@ -206,29 +204,3 @@ def predict(
         print(json.dumps(document, indent=2))
     if n_errors:
         raise typer.Exit(1)
-
-
-@app.command(epilog="Example:  hpsearch report studies/mnist-mlp.toml --output report.html")
-def report(
-    study: StudyArgument,
-    output: Annotated[Path | None, typer.Option(help="Default: <name of the study>-report.html.")] = None,
-    bundle: Annotated[
-        Path | None, typer.Option(help="A folder that export wrote; default: dist/<name of the study>, if it is there.")
-    ] = None,
-    storage: StorageOption = None,
-) -> None:
-    """Write one HTML file that opens offline: how good the winner is, how sure that is, and what the search did."""
-    definition = load_definition_of(study, storage)
-    from hpsearch.console import say
-    from hpsearch.database import show_url
-    from hpsearch.report import find_bundle, write_report
-
-    loaded = load_study_of(definition)
-    name = definition.study.name
-    file = output or Path(f"{name}-report.html")
-    place = f" --storage {shlex.quote(show_url(storage))}" if storage else ""
-    chosen = bundle or find_bundle(Path("dist") / name, name)
-    write_report(definition, loaded, file, bundle=chosen, command=shlex.quote(study) + place)
-    print(file)
-    if chosen is None:
-        say(f"next: hpsearch export {shlex.quote(study)}{place}, then report again, to have the test accuracy in it")
