@@ -124,11 +124,12 @@ def light_from(side: str) -> np.ndarray:
         "top": np.tile(fall[:, np.newaxis], (1, 300)),
         "the middle": 1 - np.hypot(*(np.indices((300, 300)) - 149.5)) / 320,
         "beside a shadow": np.where(np.arange(300) < 170, 1, 0.6) * np.ones((300, 1)),
+        "under a shaded corner": np.where(np.indices((300, 300)).sum(axis=0) < 220, 0.6, 1.0),
     }
     return light[side]
 
 
-@pytest.mark.parametrize("side", ["left", "top", "the middle", "beside a shadow"])
+@pytest.mark.parametrize("side", ["left", "top", "the middle", "beside a shadow", "under a shaded corner"])
 @pytest.mark.parametrize("place", [-40, 0, 40])
 def test_uneven_light_on_the_paper_does_not_matter(tmp_path: Path, side: str, place: int) -> None:
     page = draw_one((300, 300), 20, 240, offset=60 + place)
