@@ -116,7 +116,16 @@ def _take_out_paper(pixels: Pixels) -> Pixels:
     paper = np.asarray(Image.fromarray(paper).resize(pixels.shape[::-1], Image.Resampling.BILINEAR))
     # Light is a factor, so that ink in a shadow is as black as elsewhere; a blackboard's chalk is not.
     ink = 255 * (1 - pixels / np.maximum(paper, 16)) if is_dark else pixels - paper
-    return np.asarray(np.clip(ink, 0, None))
+    return _drop_stains(np.asarray(np.clip(ink, 0, None)))
+
+
+def _drop_stains(ink: Pixels) -> Pixels:
+    """The ink without what is faint throughout, like the rest of a shadow."""
+    from scipy import ndimage
+
+    parts, _ = ndimage.label(ink > ink.max() / 4, np.ones((3, 3)))
+    is_stain = np.isin(parts, np.unique(parts[ink > ink.max() / 2]), invert=True)
+    return np.where(is_stain, np.float32(0), ink)
 
 
 def _has_dark_ink(small: Pixels) -> bool:
