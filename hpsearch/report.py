@@ -23,7 +23,7 @@ from hpsearch.study import list_trials, summarize
 
 MIN_TRIALS = 5  # complete ones, for an importance or a map that is more than chance
 MAX_ROWS = 12
-PICTURES = ("confusion_matrix.png", "mistakes.png", "calibration.png")
+PICTURES = ("confusion_matrix.png", "calibration.png", "mistakes.png")
 VERSIONS = ("hpsearch", "optuna", "torch", "torchvision", "numpy", "matplotlib")
 
 
@@ -67,7 +67,7 @@ def _collect(definition: StudyDefinition, study: optuna.Study, folder: Path | No
     """All that the template shows."""
     trials = study.get_trials(deepcopy=False)
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-    confirmation = study.user_attrs.get("confirmation")
+    confirmation = study.user_attrs.get("confirmation") if complete else None
     rows = list_trials(study, None, "value", None)
     best = trials[rows[0]["number"]] if complete else None
     chosen = trials[confirmation["winner"]] if confirmation else best

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import typer
+import typer.core
+import typer.main
 
 import hpsearch
 from hpsearch import cli, errors
@@ -69,8 +70,9 @@ def test_the_study_file_of_the_readme_is_valid() -> None:
 def test_the_readme_names_every_verb_and_hyperparameter() -> None:
     from hpsearch.space import Hyperparameters
 
-    verbs = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
-    assert set(re.findall(r"^\| `hpsearch (\w+)", README, re.MULTILINE)) == set(verbs)
+    group = typer.main.get_command(cli.app)
+    assert isinstance(group, typer.core.TyperGroup)
+    assert set(re.findall(r"^\| `hpsearch (\w+)", README, re.MULTILINE)) == set(group.commands)
     assert set(Hyperparameters.model_fields) <= set(re.findall(r"\| `(\w+)` \|", README))
 
 

@@ -304,6 +304,7 @@ def test_a_confirmed_winner_is_the_verdict_rather_than_the_best_value(report: Ca
     assert "Others are as good within chance" in page.text
     assert "3.0 percentage points too much" in page.text
     assert "Hyperparameters of trial 1" in page.text
+    assert "hpsearch confirm studies/small.toml --top 2 --seeds 2" in page.text
 
 
 ADVICE = [
