@@ -160,8 +160,8 @@ def render_confirmation(confirmation: Mapping[str, Any]) -> RenderableType:
     verdict = f"trial {winner['number']} wins, with a mean of {winner['mean']:.4f} over {seeds} seeds"
     if confirmation["is_tie"]:
         verdict = f"a tie, the differences are within chance; so the smallest network among equals, and {verdict}"
-    optimism = confirmation["optimism"]
-    side = "above" if optimism >= 0 else "below"
+    optimism = round(confirmation["optimism"], 4) + 0.0  # no minus before a zero
+    side = "above" if optimism > 0 else "below" if optimism < 0 else "at"
     luck = f"optimism of the selection: {optimism:+.4f}; the search's best value lies {side} its trial's mean"
     return Group(table, "", Text(verdict, style="bold"), Text(luck))
 

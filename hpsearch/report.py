@@ -18,6 +18,7 @@ from hpsearch import bundle as bundles
 from hpsearch import formats, plots
 from hpsearch.definition import StudyDefinition
 from hpsearch.errors import BundleError, UsageError
+from hpsearch.evaluation import wilson_interval
 from hpsearch.space import IntRange, Range, check_values
 from hpsearch.study import list_trials, summarize
 
@@ -78,12 +79,13 @@ def _collect(definition: StudyDefinition, study: optuna.Study, folder: Path | No
         "summary": summarize(definition, study),
         "best": best,
         "chosen": chosen,
-        "interval": chosen and _wilson(chosen.value or 0.0, definition.data.validation),
+        "interval": chosen and _interval(chosen.value or 0.0, definition.data.validation),
         "confirmation": confirmation,
         "bundle": exported,
         "bundle_problem": problem,
         "n_test_reads": len(reads) if reads is not None else exported and exported["metrics"].get("test_reads"),
         "loading": formats.LOADING + formats.PREDICTING,
+        "loading_onnx": formats.LOADING_ONNX,
         "top": [row for row in rows if row["state"] == "complete"][:MAX_ROWS],
         "names": list(definition.search),
         "time": _sum_time(rows, definition.budget.epochs, trials),
@@ -156,7 +158,7 @@ def _read_bundle(
         "folder": str(folder),
         "metrics": metrics,
         "config": config,
-        "interval": metrics.get("test_interval") or _wilson(metrics["test_accuracy"], metrics["n_images"]["test"]),
+        "interval": metrics.get("test_interval") or _interval(metrics["test_accuracy"], metrics["n_images"]["test"]),
         "confusions": sorted(confusions, key=lambda confusion: -confusion[0])[:5],
         "pictures": {name: base64.b64encode(file.read_bytes()).decode() for name, file in pictures.items()},
     }, ""
@@ -255,12 +257,8 @@ def _toml_line(definition: StudyDefinition, name: str, dimension: Range) -> str:
     return next(line for line in toml.splitlines() if line.startswith(f"{name} = {{"))
 
 
-def _wilson(accuracy: float, n: int) -> tuple[float, float]:
-    """The 95% Wilson score interval of a share of n images."""
-    z = 1.96
-    center, scale = accuracy + z**2 / (2 * n), 1 + z**2 / n
-    half = z * math.sqrt(accuracy * (1 - accuracy) / n + z**2 / (4 * n**2))
-    return (center - half) / scale, (center + half) / scale
+def _interval(accuracy: float, n: int) -> list[float]:
+    return wilson_interval(round(accuracy * n), n)
 
 
 def _percent(value: float, digits: int = 2) -> str:
