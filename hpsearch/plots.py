@@ -112,6 +112,10 @@ def draw_slice(study: optuna.Study, name: str, best: FrozenTrial, values: Sequen
             points.set_offsets(where)
             axes.set_xlim(distinct[0] - 0.5, distinct[-1] + 0.5)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=len(distinct)))
+        labels = dict(zip(axes.get_xticks(), axes.xaxis.get_major_formatter().format_ticks(axes.get_xticks())))
+        if any(label.startswith("'") for label in labels.values()):  # choices, as Python writes them
+            named = {tick: label.strip("'") for tick, label in labels.items() if label}
+            axes.set_xticks([*named], [*named.values()])
         ring = where[points.get_array() == best.number]
         axes.scatter(*ring.T, s=110, facecolor="none", edgecolor=ORANGE, linewidth=2, zorder=3, clip_on=False)
         axes.set(xlabel=name, ylabel="validation accuracy")
@@ -210,7 +214,7 @@ def _picture(axes: "Axes", alt: str, note: str = "") -> Picture:
     for axis in (axes.xaxis, axes.yaxis):
         if axis.get_scale() == "log":
             low, high = axis.get_view_interval()
-            digits = "125" if high > 10 * low else "12345678"
+            digits = "1" if high > 300 * low else "125" if high > 10 * low else "12345678"
             plain = FuncFormatter(lambda value, _, digits=digits: f"{value:g}" if f"{value:e}"[0] in digits else "")
             axis.set_major_formatter(plain)
             axis.set_minor_formatter(plain)
