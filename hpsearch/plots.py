@@ -112,10 +112,11 @@ def draw_slice(study: optuna.Study, name: str, best: FrozenTrial, values: Sequen
             points.set_offsets(where)
             axes.set_xlim(distinct[0] - 0.5, distinct[-1] + 0.5)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=len(distinct)))
-        labels = dict(zip(axes.get_xticks(), axes.xaxis.get_major_formatter().format_ticks(axes.get_xticks())))
-        if any(label.startswith("'") for label in labels.values()):  # choices, as Python writes them
-            named = {tick: label.strip("'") for tick, label in labels.items() if label}
-            axes.set_xticks([*named], [*named.values()])
+        ticks = axes.get_xticks()
+        labels = zip(ticks, axes.xaxis.get_major_formatter().format_ticks(ticks), strict=True)
+        choices = {tick: label.strip("'") for tick, label in labels if label.startswith("'")}
+        if choices:
+            axes.set_xticks([*choices], [*choices.values()])
         ring = where[points.get_array() == best.number]
         axes.scatter(*ring.T, s=110, facecolor="none", edgecolor=ORANGE, linewidth=2, zorder=3, clip_on=False)
         axes.set(xlabel=name, ylabel="validation accuracy")
