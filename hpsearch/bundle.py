@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as from_safetensors
 
 from hpsearch import formats
-from hpsearch.data import load_test, normalise
+from hpsearch.data import CLASS_NAMES, load_test, normalise
 from hpsearch.errors import BundleError, ImageError
 from hpsearch.evaluation import Evaluation, evaluate
 from hpsearch.images import read_image
@@ -114,6 +114,21 @@ def load(path: Path | str) -> Classifier:
     `BundleError` naming the file that is missing, damaged, too large, a link, not of a bundle or not understood.
     """
     folder = Path(path)
+    while True:
+        before = _identify(folder)
+        try:
+            return _load(folder)
+        except BundleError:
+            if _identify(folder) == before:  # else it was replaced by another bundle meanwhile
+                raise
+
+
+def _identify(folder: Path) -> tuple[int, int] | None:
+    status = folder.stat() if folder.exists() else None
+    return status and (status.st_dev, status.st_ino)
+
+
+def _load(folder: Path) -> Classifier:
     try:
         files = SealedFolder(folder, REQUIRED, OPTIONAL)
         config = parse(Config, files.read("config.json"), folder / "config.json")
@@ -134,6 +149,8 @@ def _outline(config: Config, folder: Path) -> dict[str, torch.Tensor]:
     """The network's state without its memory, which a hostile config could ask for without end."""
     channels, height, width = config.image_shape
     shape, n_classes = (channels, height, width), len(config.class_names)
+    if tuple(config.class_names) != CLASS_NAMES[config.data]:
+        raise BundleError(f"{folder / 'config.json'} is not understood: class_names: not those of {config.data}")
     layers = describe_layers(config.kind, config.hyperparameters, shape, n_classes)
     if json.loads(json.dumps(layers)) != config.layers:
         raise BundleError(f"{folder / 'config.json'} is not understood: layers: not those of the hyperparameters")
@@ -176,7 +193,7 @@ def save(
     with replacing(target) as new:
         formats.write_models(contents.network, contents.config, new, onnx=onnx, torch_export=torch_export)
         _write_json(contents.config, new / "config.json")
-        (new / "study.toml").write_text(contents.study_toml)
+        (new / "study.toml").write_text(contents.study_toml, encoding="utf-8")
         draw_confusion_matrix(contents.evaluation, new / "confusion_matrix.png")
         draw_calibration(contents.evaluation, new / "calibration.png")
         draw_mistakes(contents.evaluation, images, new / "mistakes.png")
@@ -192,18 +209,22 @@ def check_target(target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(target.parent, os.W_OK):
         raise BundleError(f"{target.parent} cannot be written to; choose another --output")
-    if (
-        target.exists()
-        and not (target / "manifest.json").is_file()
-        and not (target.is_dir() and not any(target.iterdir()))
-    ):
-        raise BundleError(f"{target} exists and is not a bundle; move it away or choose another --output")
+    if target.is_symlink() or (target.exists() and not (target.is_dir() and not any(target.iterdir()))):
+        try:
+            if target.is_symlink():
+                raise BundleError("it is a link")
+            SealedFolder(target, REQUIRED, OPTIONAL)
+        except (BundleError, OSError) as error:
+            raise BundleError(
+                f"{target} exists and is not a bundle, or holds more than one ({error}); move it away or choose "
+                "another --output"
+            ) from error
 
 
 def _write_texts(contents: Contents, folder: Path, verified: dict[str, dict[str, float]]) -> None:
     """Write what is known only after the models were verified."""
     _write_json(contents.metrics | {"verified": verified}, folder / "metrics.json")
-    (folder / "README.md").write_text(_write_card(contents, verified))
+    (folder / "README.md").write_text(_write_card(contents, verified), encoding="utf-8")
     seal(folder)
 
 
@@ -212,7 +233,8 @@ def _write_json(document: dict[str, Any], file: Path) -> None:
 
 
 def _write_card(contents: Contents, verified: dict[str, dict[str, float]]) -> str:
-    environment = Environment(loader=PackageLoader("hpsearch", ""), undefined=StrictUndefined, autoescape=False)  # noqa: S701
+    loader = PackageLoader("hpsearch", "")
+    environment = Environment(loader=loader, undefined=StrictUndefined, keep_trailing_newline=True)  # noqa: S701 - text
     return environment.get_template("model_card.md.jinja").render(
         m=contents.metrics,
         config=contents.config,
@@ -220,6 +242,6 @@ def _write_card(contents: Contents, verified: dict[str, dict[str, float]]) -> st
         verified=verified,
         loading=formats.LOADING,
         predicting=formats.PREDICTING,
-        loading_onnx=formats.LOADING_ONNX,
-        loading_torch_export=formats.LOADING_TORCH_EXPORT,
+        loading_onnx=formats.LOADING_ONNX + formats.PREDICTING_ONNX,
+        loading_torch_export=formats.LOADING_TORCH_EXPORT + formats.PREDICTING_TORCH_EXPORT,
     )

@@ -48,7 +48,7 @@ def confirm(
         seeds=seeds,
         n_workers=workers or default_workers(),
         folder=data,
-        device=list_devices()[0],
+        devices=list_devices(),
         on_run=lambda trial, run, accuracy: say(f"trial {trial} training {run + 1} of {seeds} {accuracy:.4f}"),
     )
     print_document(confirmation, render_confirmation, as_json=as_json)
@@ -76,7 +76,7 @@ def export(
 
     target = output or Path("dist") / definition.study.name
     if trial is None:
-        say(explain_choice(stored))
+        say(explain_choice(stored, retype(study, storage)))
     metrics = export_bundle(
         definition,
         stored,
@@ -133,12 +133,15 @@ def report(
 ) -> None:
     """Write one HTML file that opens offline: how good the winner is, how sure that is, and what the search did."""
     definition = load_definition_of(study, storage)
+    from hpsearch.bundle import load
     from hpsearch.console import say
     from hpsearch.report import find_bundle, write_report
 
     loaded = load_study_of(definition)
     name = definition.study.name
     file = output or Path(f"{name}-report.html")
+    if bundle:
+        load(bundle)
     chosen = bundle or find_bundle(Path("dist") / name, name)
     write_report(definition, loaded, file, bundle=chosen, command=retype(study, storage))
     print(file)

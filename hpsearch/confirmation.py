@@ -4,12 +4,13 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,12 @@ from scipy import stats
 
 from hpsearch.data import ImageData
 from hpsearch.definition import StudyDefinition
-from hpsearch.errors import Diverged, WorkerError
+from hpsearch.errors import Diverged, UsageError, WorkerError
 from hpsearch.forking import start_fork_server
 from hpsearch.network import describe_layers, from_layers
 from hpsearch.objective import load_study_data, train_from_seed, trial_seed
 from hpsearch.space import suggest
-from hpsearch.study import find_best_few
+from hpsearch.study import change_attribute, find_best_few
 from hpsearch.training import keep_freed_memory, measure_accuracy
 
 _FIRST_REPETITION = 1_000  # of a trial's seeds: 0 is the search's, those after it are the retraining's
@@ -43,23 +44,26 @@ def confirm(
     seeds: int = 3,
     n_workers: int = 1,
     folder: Path | str | None = None,
-    device: torch.device | str = "cpu",
+    devices: Sequence[str] = ("cpu",),
     on_run: Callable[[int, int, float], None] = lambda trial, run, accuracy: None,
 ) -> dict[str, Any]:
     """The comparison of the `top` best trials, each trained `seeds` times, which is stored in the study.
 
     A training differs from the search's in its seed alone: on the training split, for the budget's epochs, measured
     on the validation split; one that diverges counts as accuracy 0. Each is stored when it is done (and `on_run` gets
-    its trial, number and accuracy), and a later call does not repeat it. On CPUs `n_workers` processes share the work.
-    Raises `NoCompletedTrial`, `DataError`, and `WorkerError` if one of the processes dies.
+    its trial, number and accuracy), and a later call does not repeat it. `n_workers` processes share the work and the
+    devices. Raises `NoCompletedTrial`, `DataError`, `UsageError` for less than two seeds, and `WorkerError` if one of
+    the processes dies.
     """
+    if seeds < 2:
+        raise UsageError(f"seeds >= 2 must hold, but got {seeds}: a single training shows no variance")
     trials = find_best_few(study, top)
     data = load_study_data(definition, folder)
     done: dict[str, float] = dict(study.user_attrs.get("confirmed_runs", {}))
     missing = [(trial, i) for i in range(seeds) for trial in trials if f"{trial.number}/{i}" not in done]
-    for (trial, i), accuracy in _train_all(definition, data, missing, n_workers, device):
-        done[f"{trial.number}/{i}"] = accuracy
-        study.set_user_attr("confirmed_runs", done)
+    for (trial, i), accuracy in _train_all(definition, data, missing, n_workers, devices):
+        new = {f"{trial.number}/{i}": accuracy}
+        done |= change_attribute(study, "confirmed_runs", partial(_merge, new))
         on_run(trial.number, i, accuracy)
     accuracies = {trial.number: [done[f"{trial.number}/{i}"] for i in range(seeds)] for trial in trials}
     sizes = {trial.number: _count_parameters(definition, data, trial) for trial in trials}
@@ -88,24 +92,30 @@ def confirm(
     return confirmation
 
 
+def _merge(new: dict[str, float], stored: dict[str, float] | None) -> dict[str, float]:
+    return {**(stored or {}), **new}
+
+
 def choose_winner(accuracies: Mapping[int, list[float]], sizes: Mapping[int, int]) -> tuple[int, bool]:
     """The winner's number, and whether others are as good: then it is the smallest network among them.
 
-    Dunnett's test against the highest mean (Dunnett 1955, https://doi.org/10.1080/01621459.1955.10501294), with
-    simultaneous intervals of 95% and a variance that all candidates share: a candidate is as good if the interval of
-    its difference holds 0. Of equal sizes the higher mean wins.
+    Tukey's honestly significant difference (1949, https://doi.org/10.2307/3001913), with simultaneous intervals of 95%
+    for all pairs and a variance that the candidates share: one is as good as the highest mean if the interval of their
+    difference holds 0. Of equal sizes the higher mean wins. A candidate of which a training diverged, and has accuracy
+    0, is compared only if that is true of all.
     """
+    sound = {number: values for number, values in accuracies.items() if min(values) > 0}
+    accuracies = sound or accuracies
     means = {number: float(np.mean(values)) for number, values in accuracies.items()}
     best = max(means, key=lambda number: (means[number], -sizes[number]))
-    others = [number for number in accuracies if number != best]
-    equals = [best]
-    if others and all(np.ptp(values) == 0 for values in accuracies.values()):  # there is no variance to go by
-        equals += [number for number in others if means[number] == means[best]]
-    elif others:
-        samples = [accuracies[number] for number in others]
-        difference = stats.dunnett(*samples, control=accuracies[best], rng=np.random.default_rng(0))
-        highs = difference.confidence_interval(_LEVEL).high
-        equals += [number for number, high in zip(others, highs, strict=True) if high >= 0]
+    numbers = list(accuracies)
+    if all(np.ptp(values) == 0 for values in accuracies.values()):  # there is no variance to go by
+        equals = [number for number in numbers if means[number] == means[best]]
+    elif len(numbers) == 1:
+        equals = numbers
+    else:
+        lows = stats.tukey_hsd(*accuracies.values()).confidence_interval(_LEVEL).low[numbers.index(best)]
+        equals = [number for number, low in zip(numbers, lows, strict=True) if low <= 0]
     return min(equals, key=lambda number: (sizes[number], -means[number], number)), len(equals) > 1
 
 
@@ -126,18 +136,19 @@ def _count_parameters(definition: StudyDefinition, data: ImageData, trial: Froze
 
 
 def _train_all(
-    definition: StudyDefinition, data: ImageData, runs: list[Run], n_workers: int, device: torch.device | str
+    definition: StudyDefinition, data: ImageData, runs: list[Run], n_workers: int, devices: Sequence[str]
 ) -> Iterator[tuple[Run, float]]:
     """The runs with their accuracies, in the order in which they end."""
     n_workers = min(n_workers, len(runs))
-    if n_workers <= 1 or torch.device(device).type != "cpu":
-        here = data.to(device)
+    if n_workers <= 1:
+        here = data.to(devices[0])
         keep_freed_memory()
         yield from ((run, _measure(definition, here, run)) for run in runs)
         return
     with _processes(n_workers, (definition, data, max(1, torch.get_num_threads() // n_workers))) as pool:
-        futures = {pool.submit(_measure_shared, run): run for run in runs}
         try:
+            chosen = cycle(devices)
+            futures = {pool.submit(_measure_shared, run, next(chosen)): run for run in runs}
             yield from ((futures[future], future.result()) for future in as_completed(futures))
         except BrokenProcessPool as error:
             raise WorkerError(
@@ -180,11 +191,12 @@ def _prepare_process(definition: StudyDefinition, data: ImageData, n_threads: in
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(n_threads)
     keep_freed_memory()
-    _shared["measure"] = partial(_measure, definition, data)
+    _shared["measure"] = partial(_measure, definition)
+    _shared["data_on"] = cache(data.to)
 
 
-def _measure_shared(run: Run) -> float:
-    accuracy: float = _shared["measure"](run)
+def _measure_shared(run: Run, device: str) -> float:
+    accuracy: float = _shared["measure"](_shared["data_on"](device), run)
     return accuracy
 
 

@@ -153,7 +153,7 @@ def render_confirmation(confirmation: Mapping[str, Any]) -> RenderableType:
         low, high = candidate["interval"]
         values = candidate["accuracies"]
         figures = [f"{value:.4f}" for value in (candidate["search_value"], candidate["mean"])]
-        ends = [f"{value:.4f}" for value in (min(values), max(values))]
+        ends = [f"{value:.4f}" if value else "diverged" for value in (min(values), max(values))]
         row = [str(number), *figures, f"{low:.4f} to {high:.4f}", *ends, f"{candidate['n_parameters']:,}"]
         table.add_row(*row, style="bold" if number == confirmation["winner"] else None)
     winner, seeds = candidates[confirmation["winner"]], confirmation["seeds"]
@@ -172,7 +172,7 @@ def render_export(target: str, metrics: Mapping[str, Any]) -> RenderableType:
     n_images, several, readings = metrics["n_images"]["test"], metrics["test_accuracies"], metrics["test_reads"]
     lines = [
         f"{target}: trial {metrics['trial']}, test accuracy {metrics['test_accuracy']:.4f} "
-        f"(95% interval {low:.4f} to {high:.4f}) on {n_images} images; reading {readings} of them for this study"
+        f"(95% interval {low:.4f} to {high:.4f}) on {n_images} images; export {readings} of this study that reads them"
     ]
     if several["std"] is not None:
         n_models = len(several["of_each_seed"])
@@ -192,9 +192,10 @@ def render_replay(document: Mapping[str, Any]) -> RenderableType:
         return Text(f"{trial} is identical: {document['value']:.4f} after the last epoch, as every epoch before it")
     replayed = document["replayed_value"]
     again = "the training diverged before" if replayed is None else f"{replayed:.4f} now"
+    largest = document["largest_difference"]
+    size = f", by up to {largest:.4f} (in epoch {document['epoch']})" if largest else ""
     lines = [
-        f"{trial} differs, by up to {document['largest_difference']:.4f} (in epoch {document['epoch']}); "
-        f"after the last one {document['value']:.4f} then, {again}",
+        f"{trial} differs{size}; after the last epoch {document['value']:.4f} then, {again}",
         *(f"  {reason}" for reason in document["reasons"]),
     ]
     return Group(*(Text(line) for line in lines))

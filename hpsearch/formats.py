@@ -5,6 +5,7 @@ import logging
 import subprocess
 import sys
 import tempfile
+import textwrap
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,30 +38,38 @@ with torch.inference_mode():
 LOADING_ONNX = """\
 import onnxruntime
 session = onnxruntime.InferenceSession("model.onnx")
+"""
+PREDICTING_ONNX = """\
 [probabilities] = session.run(None, {"images": images})
 """
 LOADING_TORCH_EXPORT = """\
 import torch
 model = torch.export.load("model.pt2").module()
+"""
+PREDICTING_TORCH_EXPORT = """\
 probabilities = model(images)
 """
+_LOADING_HPSEARCH = 'import hpsearch\nclassifier = hpsearch.load(".")\n'
+_BATCH_SIZE = 512
+_TIMEOUT = 900  # seconds for one file
 
 
 @dataclass(frozen=True)
 class Format:
-    """How a file is loaded by whoever has it: a program that makes `probabilities` of `images`, raw pixels."""
+    """How a file is loaded by whoever has it, and how `images`, raw pixels, become `probabilities`."""
 
     name: str
-    program: str
+    loading: str
+    predicting: str
     tolerance: float  # between its probabilities and those of the network that was written
     has_tensors: bool = True  # `images` is a tensor, else an array of NumPy
 
 
 FORMATS = (
-    Format("model.safetensors", 'import hpsearch\nprobabilities = hpsearch.load(".").predict_proba(images)\n', 1e-5),
-    Format("model.pt", LOADING + PREDICTING, 1e-5),
-    Format("model.onnx", LOADING_ONNX, 1e-4, has_tensors=False),
-    Format("model.pt2", LOADING_TORCH_EXPORT, 1e-4),
+    Format("model.safetensors", _LOADING_HPSEARCH, "probabilities = classifier.predict_proba(images)", 1e-5, False),
+    Format("model.pt", LOADING, PREDICTING, 1e-5),
+    Format("model.onnx", LOADING_ONNX, PREDICTING_ONNX, 1e-4, False),
+    Format("model.pt2", LOADING_TORCH_EXPORT, PREDICTING_TORCH_EXPORT, 1e-4),
 )
 
 
@@ -129,13 +138,13 @@ def verify_models(
     """For each model in the folder the largest difference of its probabilities, and its accuracy on the images.
 
     `images` are raw pixels, uint8, (N, C, H, W); each file is loaded in a fresh process, by the lines of the model
-    card. Raises `BundleError` where a difference is above the format's tolerance or a class would change; `model.pt2`
-    is then removed instead.
+    card, in batches. Raises `BundleError` where a difference is above the format's tolerance; `model.pt2` is then
+    removed instead.
     """
     expected = network.predict_proba(normalise(images, config["mean"], config["std"])).numpy()
     found: dict[str, dict[str, float]] = {}
     kinds = [kind for kind in FORMATS if (folder / kind.name).exists()]
-    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor() as pool:
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary, ThreadPoolExecutor() as pool:
         pixels = Path(temporary, "images.npy")
         np.save(pixels, images.numpy())
         answers = {kind: pool.submit(_predict, kind, folder, pixels) for kind in kinds}
@@ -153,11 +162,21 @@ def verify_models(
 def _predict(kind: Format, folder: Path, pixels: Path) -> NDArray[np.float32]:
     """The probabilities that a fresh process gets from a file of the folder."""
     answers = pixels.with_name(f"{kind.name}.npy")
-    before = "import sys, numpy\nimages = numpy.load(sys.argv[1])\n"
-    before += "import torch\nimages = torch.from_numpy(images)\n" if kind.has_tensors else ""
-    after = "numpy.save(sys.argv[2], numpy.asarray(probabilities))\n"
-    program = [sys.executable, "-W", "ignore", "-c", before + kind.program + after, str(pixels), str(answers)]
-    process = subprocess.run(program, cwd=folder, capture_output=True, text=True, check=False)  # noqa: S603
+    wrap = "torch.from_numpy(images)" if kind.has_tensors else "images"
+    program = (
+        f"{kind.loading}import sys, numpy\nparts, pixels = [], numpy.load(sys.argv[1])\n"
+        f"for start in range(0, len(pixels), {_BATCH_SIZE}):\n"
+        f"    images = pixels[start : start + {_BATCH_SIZE}]\n    images = {wrap}\n"
+        f"{textwrap.indent(kind.predicting, '    ')}\n    parts.append(numpy.asarray(probabilities))\n"
+        "numpy.save(sys.argv[2], numpy.concatenate(parts))\n"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", program, str(pixels.resolve()), str(answers.resolve())]
+    try:
+        process = subprocess.run(  # noqa: S603
+            command, cwd=folder, capture_output=True, text=True, check=False, timeout=_TIMEOUT
+        )
+    except subprocess.TimeoutExpired as error:
+        raise BundleError(f"{kind.name} was not loaded and asked in a fresh process within {_TIMEOUT} s") from error
     if process.returncode:
         last = process.stderr.strip().splitlines()[-1:] or [f"exit status {process.returncode}"]
         raise BundleError(f"{kind.name} cannot be loaded in a fresh process: {last[0]}")

@@ -1,7 +1,9 @@
 """Image files brought to the raw pixels that a network was trained on."""
 
 import stat
+import struct
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,18 @@ from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
 from hpsearch.errors import ImageError
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")
+# Pillow raises all of them for damaged files.
+_DAMAGED = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    EOFError,
+    struct.error,
+    zlib.error,
+)
 _BOX = 20 / 28  # MNIST scales a digit into a box of 20x20 pixels of its 28x28
 _PEN = 1 / 14  # of the box's side: thinner strokes are thickened, since MNIST's are about an eighth
 _SIDE = 600  # pixels of the shorter side are enough
@@ -62,7 +76,7 @@ def _read_grey(file: Path) -> Pixels:
         raise ImageError(f"{file}: {reason}") from error
     except FileNotFoundError as error:
         raise ImageError(f"{file}: no such file") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # Pillow raises all of them for damaged files
+    except _DAMAGED as error:
         raise ImageError(f"{file}: {getattr(error, 'strerror', None) or error}") from error
 
 

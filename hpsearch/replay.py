@@ -12,6 +12,7 @@ from hpsearch.definition import StudyDefinition
 from hpsearch.errors import Diverged, NoCompletedTrial
 from hpsearch.objective import describe_environment, load_study_data, train_from_seed, trial_seed
 from hpsearch.space import suggest
+from hpsearch.study import name_state
 from hpsearch.training import EpochResult, keep_freed_memory
 
 
@@ -31,12 +32,13 @@ def replay(
     """Whether the trial's training gives the same validation accuracies again, and if not by how much they differ.
 
     It is run on the training split from the trial's seed, with the number of threads that it had, up to its last
-    epoch. The document has `identical`, the `largest_difference` of an accuracy and its `epoch`, and in `reasons` what
-    is different from then and may explain it. Raises `NoCompletedTrial` where the trial is not there or has not
-    finished an epoch, and `DataError`.
+    epoch, and on the CPU if it was. The document has `identical`, the `largest_difference` of an accuracy (None where
+    none can be compared) and its `epoch`, and in `reasons` what is different from then and may explain it. Raises
+    `NoCompletedTrial` where the trial is not there or has not finished an epoch, and `DataError`.
     """
     trial = _find_finished(study, number)
     then = trial.user_attrs.get("environment", {})
+    device = "cpu" if then.get("device") == "cpu" else device
     before = torch.get_num_threads()
     torch.set_num_threads(then.get("threads", before))
     keep_freed_memory()
@@ -45,18 +47,19 @@ def replay(
     finally:
         torch.set_num_threads(before)
     wanted = dict(sorted(trial.intermediate_values.items()))
-    differences = {epoch: abs(curve[epoch] - value) if epoch in curve else 1.0 for epoch, value in wanted.items()}
-    epoch, largest = max(differences.items(), key=lambda item: item[1])
+    differences = {epoch: abs(curve[epoch] - value) for epoch, value in wanted.items() if epoch in curve}
+    epoch, largest = max(differences.items(), key=lambda item: item[1], default=(None, None))
+    is_identical = curve == wanted
     return {
         "trial": number,
-        "state": trial.state.name.lower(),
+        "state": name_state(trial),
         "epochs": len(wanted),
-        "identical": largest == 0,
+        "identical": is_identical,
         "largest_difference": largest,
         "epoch": epoch if largest else None,
-        "value": list(wanted.values())[-1],
-        "replayed_value": curve.get(list(wanted)[-1]),
-        "reasons": _explain(then, now) if largest else [],
+        "value": wanted[max(wanted)],
+        "replayed_value": curve.get(max(wanted)),
+        "reasons": [] if is_identical else _explain(then, now),
     }
 
 

@@ -73,6 +73,7 @@ def _collect(definition: StudyDefinition, study: optuna.Study, folder: Path | No
     best = trials[rows[0]["number"]] if complete else None
     chosen = trials[confirmation["winner"]] if confirmation else best
     exported, problem = _read_bundle(folder, study, trials)
+    compared = [candidate["number"] for candidate in confirmation["candidates"]] if confirmation else []
     reads = study.user_attrs.get("test_reads")
     return {
         "definition": definition,
@@ -81,11 +82,12 @@ def _collect(definition: StudyDefinition, study: optuna.Study, folder: Path | No
         "chosen": chosen,
         "interval": chosen and _interval(chosen.value or 0.0, definition.data.validation),
         "confirmation": confirmation,
+        "is_best_compared": bool(best and best.number in compared),
         "bundle": exported,
         "bundle_problem": problem,
         "n_test_reads": len(reads) if reads is not None else exported and exported["metrics"].get("test_reads"),
         "loading": formats.LOADING + formats.PREDICTING,
-        "loading_onnx": formats.LOADING_ONNX,
+        "loading_onnx": formats.LOADING_ONNX + formats.PREDICTING_ONNX,
         "top": [row for row in rows if row["state"] == "complete"][:MAX_ROWS],
         "names": list(definition.search),
         "time": _sum_time(rows, definition.budget.epochs, trials),
@@ -144,8 +146,14 @@ def _read_bundle(
         config = bundles.load(folder).config
         metrics = json.loads((folder / "metrics.json").read_bytes())
         _check_origin(folder, study, trials, metrics, config.hyperparameters.model_dump())
+        return _describe_bundle(folder, config, metrics), ""
     except BundleError as error:
         return None, str(error)
+    except (LookupError, TypeError, ValueError, OSError) as error:  # it was sealed again by somebody
+        return None, f"{folder / 'metrics.json'} is not understood: {error!r}"
+
+
+def _describe_bundle(folder: Path, config: bundles.Config, metrics: dict[str, Any]) -> dict[str, Any]:
     classes = [row["name"] for row in metrics["per_class"]]
     confusions = [
         (n, classes[i], classes[j])
@@ -161,7 +169,7 @@ def _read_bundle(
         "interval": metrics.get("test_interval") or _interval(metrics["test_accuracy"], metrics["n_images"]["test"]),
         "confusions": sorted(confusions, key=lambda confusion: -confusion[0])[:5],
         "pictures": {name: base64.b64encode(file.read_bytes()).decode() for name, file in pictures.items()},
-    }, ""
+    }
 
 
 def _check_origin(

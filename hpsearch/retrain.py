@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial
 from hpsearch import bundle, formats
 from hpsearch.data import ImageData, load_test
 from hpsearch.definition import StudyDefinition
+from hpsearch.errors import Diverged
 from hpsearch.evaluation import Evaluation, evaluate
 from hpsearch.network import describe_layers
 from hpsearch.objective import load_study_data, train_from_seed, trial_seed
@@ -54,18 +55,19 @@ def export(
     networks = []
     for i, seed in enumerate(seeds):
         report = [lambda result, i=i: on_epoch(i, result)]
-        network, _ = train_from_seed(
-            *(definition, data, hyperparameters, seed), split=images, epochs=epochs, callbacks=report
-        )
-        networks.append(network)
+        try:
+            network, _ = train_from_seed(
+                *(definition, data, hyperparameters, seed), split=images, epochs=epochs, callbacks=report
+            )
+        except Diverged as error:
+            raise Diverged(f"trial {trial.number}, model {i + 1}: {error}; export another one with --trial") from error
+        networks.append(network.cpu())
 
     n_readings = count_test_reading(study, trial)
     test_images, test_labels = load_test(definition.data.name, folder)
-    inputs = data.split_of(test_images, test_labels).images.to(device)
+    inputs = data.split_of(test_images, test_labels).images
     labels = test_labels.numpy()
-    evaluations = [
-        evaluate(network.predict_proba(inputs).cpu().numpy(), labels, data.class_names) for network in networks
-    ]
+    evaluations = [evaluate(network.predict_proba(inputs).numpy(), labels, data.class_names) for network in networks]
     metrics = {
         **_describe_figures(evaluations),
         "test_reads": n_readings,
@@ -78,7 +80,7 @@ def export(
         | {name: version(name) for name in ("hpsearch", "torch", "torchvision", "optuna", "numpy")},
     }
     config = _describe_network(definition, data, hyperparameters)
-    contents = bundle.Contents(networks[0].cpu(), config, metrics, evaluations[0], definition.to_toml())
+    contents = bundle.Contents(networks[0], config, metrics, evaluations[0], definition.to_toml())
     verified = bundle.save(contents, target, test_images, labels, onnx=onnx, torch_export=torch_export)
     return metrics | {"verified": verified}
 
@@ -102,8 +104,12 @@ def _describe_figures(evaluations: list[Evaluation]) -> dict[str, Any]:
 
 def _describe_search(study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
     """How the trial was found, and what `confirm` said of it, if it did."""
-    candidates = study.user_attrs.get("confirmation", {}).get("candidates", [])
-    confirmed = [candidate for candidate in candidates if candidate["number"] == trial.number]
+    confirmation = study.user_attrs.get("confirmation", {"candidates": []})
+    confirmed = [
+        candidate | {"is_winner": trial.number == confirmation["winner"], "is_tie": confirmation["is_tie"]}
+        for candidate in confirmation["candidates"]
+        if candidate["number"] == trial.number
+    ]
     return {
         "validation_accuracy": trial.value,
         "confirmed": confirmed[0] if confirmed else None,

@@ -1,11 +1,11 @@
 """A folder whose files are sealed by a manifest: put in its place whole, and read only if nothing in it has changed."""
 
 import ctypes
+import glob
 import hashlib
 import json
 import os
 import shutil
-import socket
 import stat
 import sys
 import tempfile
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-import psutil
+from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from hpsearch.errors import BundleError
@@ -54,14 +54,14 @@ class SealedFolder:
         self.names = sorted(self._digests)
         for name in sorted({entry.name for entry in os.scandir(path)} - {MANIFEST}):
             if name not in known:
-                raise BundleError(f"{path / name} does not belong to a bundle; move it away")
+                raise BundleError(f"{path} has {name!r}, which does not belong to a bundle; move it away")
             if name not in self._digests:
                 raise BundleError(f"{path / name} is not listed in {MANIFEST}")
         for name in sorted({*required, *self.names}):
             if name not in self._digests:
                 raise BundleError(f"{path / MANIFEST} does not list {name}")
             if name not in known:
-                raise BundleError(f"{path / MANIFEST} lists {name}, which is no file of a bundle")
+                raise BundleError(f"{path / MANIFEST} lists {name!r}, which is no file of a bundle")
 
     def read(self, name: str, max_bytes: int = MAX_BYTES) -> bytes:
         """The content of a file; raises `BundleError` if it is missing, a link, too large or not what it was."""
@@ -115,16 +115,27 @@ def replacing(target: Path) -> Iterator[Path]:
 
     What was left beside the target by processes that were killed is removed first.
     """
-    prefix = f".{target.name}-{socket.gethostname()}-"
-    for folder in target.parent.glob(f"{prefix}*"):
-        pid = folder.name.removeprefix(prefix).partition("-")[0]
-        if pid.isdigit() and not psutil.pid_exists(int(pid)):
-            shutil.rmtree(folder, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{prefix}{os.getpid()}-") as temporary:
+    _sweep(target)
+    with (
+        tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary,
+        FileLock(Path(temporary, "lock")),  # held as long as this process lives
+    ):
         new = Path(temporary, "new")
         new.mkdir()
         yield new
         _put(new, target)
+
+
+def _sweep(target: Path) -> None:
+    """Remove the folders of which nobody holds the lock; an older bundle that was about to be replaced is put back."""
+    for lock in target.parent.glob(f".{glob.escape(target.name)}.????????/lock"):
+        try:
+            with FileLock(lock, timeout=0):
+                if not target.exists() and (lock.parent / "old").is_dir():
+                    (lock.parent / "old").rename(target)
+                shutil.rmtree(lock.parent, ignore_errors=True)
+        except Timeout:
+            continue
 
 
 def _put(new: Path, target: Path) -> None:

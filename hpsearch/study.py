@@ -5,6 +5,7 @@ import logging
 import uuid
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
@@ -89,23 +90,33 @@ def find_winner(study: optuna.Study) -> FrozenTrial:
     return find_best(study, confirmation and confirmation["winner"])
 
 
-def explain_choice(study: optuna.Study) -> str:
-    """Why `find_winner` takes the trial that it takes."""
+def explain_choice(study: optuna.Study, command: str) -> str:
+    """Why `find_winner` takes the trial that it takes; `command` is what follows the verb to confirm it."""
     winner, best = find_winner(study), find_best(study)
-    if "confirmation" not in study.user_attrs:
-        return f"trial {winner.number} has the best value; whether that was luck is told by: hpsearch confirm STUDY"
-    later = f"; trial {best.number} has a higher value of its search" if best.number != winner.number else ""
-    return f"trial {winner.number} is the confirmed winner{later}"
+    confirmation = study.user_attrs.get("confirmation")
+    if not confirmation:
+        return f"trial {winner.number} has the best value; whether that was luck is told by: hpsearch confirm {command}"
+    if best.number not in [candidate["number"] for candidate in confirmation["candidates"]]:
+        return (
+            f"trial {winner.number} is the confirmed winner, but trial {best.number}, whose value is the best now, was "
+            f"not compared; do so with: hpsearch confirm {command}"
+        )
+    return f"trial {winner.number} is the confirmed winner"
 
 
 def count_test_reading(study: optuna.Study, trial: FrozenTrial) -> int:
-    """How often the test set was read for this study, after this reading was written down."""
+    """How many exports have read the test set for this study, after this one was written down."""
+    reading = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "trial": trial.number}
+    return len(change_attribute(study, "test_reads", lambda readings: [*(readings or ()), reading]))
+
+
+def change_attribute(study: optuna.Study, key: str, change: Callable[[Any], Any]) -> Any:
+    """The new value of a study's attribute, made of its old one (or None) while no other process changes it."""
     storage = getattr(study._storage, "_backend", None)  # Optuna wraps it in a cache
     with creation_lock(storage.engine.url) if isinstance(storage, Storage) else nullcontext():
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        readings = [*study.user_attrs.get("test_reads", ()), {"at": now, "trial": trial.number}]
-        study.set_user_attr("test_reads", readings)
-    return len(readings)
+        value = change(study.user_attrs.get(key))
+        study.set_user_attr(key, value)
+    return value
 
 
 def checkpoint_folder(definition: StudyDefinition, study: optuna.Study) -> Path:
@@ -180,11 +191,16 @@ def list_trials(study: optuna.Study, state: str | None, sort: str, limit: int | 
     return chosen[:limit]
 
 
+def name_state(trial: FrozenTrial) -> str:
+    """The trial's state as users read it: Optuna's in small letters, but `failed`."""
+    return "failed" if trial.state == TrialState.FAIL else trial.state.name.lower()
+
+
 def _describe_trial(trial: FrozenTrial) -> dict[str, Any]:
     failure = trial.user_attrs.get("failure")
     return {
         "number": trial.number,
-        "state": "failed" if trial.state == TrialState.FAIL else trial.state.name.lower(),
+        "state": name_state(trial),
         "value": trial.value if trial.state.is_finished() else None,
         "epoch": trial.last_step or 0,
         "params": trial.params or trial.system_attrs.get("fixed_params", {}),

@@ -1,12 +1,11 @@
 """Bundles: written whole or not at all, verified, loaded only when every file is what it was."""
 
 import json
-import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from filelock import FileLock
 
 from hpsearch import bundle, formats, sealed
 from hpsearch.data import ImageData, load_test
@@ -221,9 +221,15 @@ def test_an_older_bundle_is_replaced_and_anything_else_is_not(copy: Path, digits
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("all my work")
-    with pytest.raises(BundleError, match="is not a bundle; move it away"):
+    with pytest.raises(BundleError, match="is not a bundle, or holds more than one"):
         save(make_contents(digits), precious)
-    assert (precious / "thesis.txt").read_text() == "all my work"
+    shutil.copy(copy / "manifest.json", precious)
+    (copy / "notes.txt").write_text("all my work")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for target in (precious, copy, tmp_path / "link"):
+        with pytest.raises(BundleError, match="is not a bundle, or holds more than one"):
+            save(make_contents(digits), target)
+    assert (precious / "thesis.txt").read_text() == (copy / "notes.txt").read_text() == "all my work"
 
 
 def test_an_older_bundle_is_put_back_if_the_new_one_cannot_take_its_place(
@@ -299,13 +305,43 @@ def test_a_program_that_torch_cannot_load_again_is_left_out(
 
 
 def test_what_killed_exports_left_behind_is_removed_by_the_next_one(digits: ImageData, tmp_path: Path) -> None:
-    host = socket.gethostname()
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    for pid in (dead.pid, os.getpid()):
-        (tmp_path / f".b-{host}-{pid}-abc" / "new").mkdir(parents=True)
-    save(make_contents(digits), tmp_path / "b")
-    assert {file.name for file in tmp_path.iterdir()} == {"b", f".b-{host}-{os.getpid()}-abc"}
+    for name in (".b.abcdefgh", ".b.12345678", ".b.other.abcdefgh"):
+        (tmp_path / name / "new").mkdir(parents=True)
+        (tmp_path / name / "lock").touch()
+    with FileLock(tmp_path / ".b.12345678" / "lock"):
+        save(make_contents(digits), tmp_path / "b")
+    assert {file.name for file in tmp_path.iterdir()} == {"b", ".b.12345678", ".b.other.abcdefgh"}
+
+
+def test_an_older_bundle_that_was_being_replaced_is_put_back(copy: Path) -> None:
+    left = copy.parent / f".{copy.name}.abcdefgh"
+    left.mkdir()
+    (left / "lock").touch()
+    copy.rename(left / "old")
+    with pytest.raises(KeyError), sealed.replacing(copy):
+        raise KeyError
+    bundle.load(copy)
+    assert [file.name for file in copy.parent.iterdir()] == [copy.name]
+
+
+def test_a_bundle_can_be_loaded_while_it_is_replaced(saved: Path, tmp_path: Path, digits: ImageData) -> None:
+    target = Path(shutil.copytree(saved, tmp_path / "b"))
+    other = Path(shutil.copytree(saved, tmp_path / "other"))
+    (other / "metrics.json").write_text("{}")
+    sealed.seal(other)
+    is_over = threading.Event()
+
+    def replace_often() -> None:
+        for i in range(60):
+            with sealed.replacing(target) as new:
+                shutil.copytree((saved, other)[i % 2], new, dirs_exist_ok=True)
+        is_over.set()
+
+    thread = threading.Thread(target=replace_often)
+    thread.start()
+    while not is_over.is_set():
+        bundle.load(target)
+    thread.join()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can exchange two folders")

@@ -268,7 +268,7 @@ def test_a_config_that_asks_for_more_memory_than_there_is_is_refused_at_once(
     ("mutate", "message"),
     [
         (swap("model.pt", "model.safetensors"), "is damaged"),
-        (add("notes.txt"), r"notes\.txt does not belong to a bundle; move it away"),
+        (add("notes.txt"), r"has 'notes\.txt', which does not belong to a bundle; move it away"),
         (add("model.onnx"), r"model\.onnx is not listed in manifest\.json"),
         (link("model.pt"), r"model\.pt is a link"),
         (replace("README.md", os.mkfifo), r"README\.md is not a file"),

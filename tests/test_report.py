@@ -260,7 +260,7 @@ def test_a_bundle_adds_test_accuracy_loading_and_pictures(report: Callable[..., 
     page = report([make_trial()], exported)
     assert "classifies 80.00% of 360 test images correctly" in page.text
     assert "between 75.5% and 83.8% with 95% confidence" in page.text
-    assert "has been read 2 times" in page.text
+    assert "has been read by 2 exports of this study" in page.text
     assert f'hpsearch.load("{exported}")' in page.text
     assert " ".join(formats.LOADING.split()) in page.text
     assert "differ by 1.23% on average" in page.text
@@ -271,7 +271,7 @@ def test_a_bundle_adds_test_accuracy_loading_and_pictures(report: Callable[..., 
 
 def test_the_study_knows_best_how_often_the_test_set_was_read(report: Callable[..., Page], exported: Path) -> None:
     reads = [{"at": "2026-01-01T00:00:00", "trial": 0}]
-    assert "has been read once for this study" in report([make_trial()], exported, test_reads=reads).text
+    assert "has been read by one export of this study" in report([make_trial()], exported, test_reads=reads).text
 
 
 def test_a_damaged_bundle_is_named_and_left_out(report: Callable[..., Page], exported: Path, tmp_path: Path) -> None:

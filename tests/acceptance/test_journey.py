@@ -78,7 +78,7 @@ def test_the_confirmed_winner_is_exported(searched: Path) -> None:
     confirmation = json.loads(confirm.stdout)
     metrics = json.loads((searched / "dist" / "digits" / "metrics.json").read_text())
     assert metrics["trial"] == confirmation["winner"]
-    assert metrics["confirmed"] in confirmation["candidates"]
+    assert metrics["confirmed"]["accuracies"] in [each["accuracies"] for each in confirmation["candidates"]]
     assert [*metrics["verified"]] == ["model.safetensors", "model.pt", "model.onnx"]
     text = hpsearch("confirm", "digits", "--top", 2, "--seeds", 2, cwd=searched).stdout
     assert f"trial {confirmation['winner']} wins" in text
