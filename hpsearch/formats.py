@@ -89,7 +89,8 @@ def check_onnx() -> None:
     """Raise `UsageError` where the packages of the extra `onnx` are missing."""
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
-        raise UsageError(f"--onnx needs {', '.join(missing)}; install them with: pip install 'hpsearch[onnx]'")
+        names = " ".join(missing)
+        raise UsageError(f"an ONNX file needs packages that are missing; install them with: pip install {names}")
 
 
 def write_models(
