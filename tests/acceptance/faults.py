@@ -80,7 +80,7 @@ class Search:
         trials: int,
         seconds: float = 0.2,
         epochs: int | None = None,
-        checkpoint: float = 0,
+        checkpoint: float = 0.1,
         lr: str = "1e-3, 1e-1",
         grace: int = 4,
         url: str | None = None,
@@ -184,7 +184,7 @@ class Search:
 
 def kill_workers(folder: Path, n: int, rng: random.Random) -> str:
     """Kill -9 of random workers, half of them at random moments, half where it hurts most."""
-    search = Search(folder, trials=max(8, n // 4))
+    search = Search(folder, trials=max(8, n // 4), checkpoint=0)
     points = f"ask=0.08,report=0.05,heartbeat=0.05,tell=0.1,checkpoint={0.1 / search.epochs}"
     aimed = folder / "injuries"
     aimed.touch()
@@ -450,7 +450,7 @@ def fail_trainings(folder: Path, n: int, rng: random.Random) -> str:
 
 def come_and_go(folder: Path, n: int, rng: random.Random) -> str:
     """Eight workers of two runs and of single commands join, leave and are killed; the budget is `n`."""
-    search = Search(folder, trials=n, seconds=0.3)
+    search = Search(folder, trials=n, seconds=0.6)
     runs, events = [search.run(3)], Counter[str]()
     wait_for(search.trains(), "a trial that runs")
     while search.count("COMPLETE") < n:
@@ -458,7 +458,8 @@ def come_and_go(folder: Path, n: int, rng: random.Random) -> str:
         ready = [run for run in runs if workers_of(run)]
         match rng.choice(["kill", "kill", "kill", "join", "worker", "leave", "wait", "wait", "wait", "wait"]):
             case "kill" if workers := [pid for run in ready for pid in workers_of(run)]:
-                events["killed"] += _kill(rng.choice(workers), signal.SIGKILL)
+                if search.count("RUNNING") >= len(workers):  # a run gives up if too many die before their first trial
+                    events["killed"] += _kill(rng.choice(workers), signal.SIGKILL)
             case "join" if len(runs) < 2:
                 runs.append(search.run(3))
                 events["joined"] += 3

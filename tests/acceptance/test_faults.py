@@ -49,7 +49,7 @@ def runs_a_trial(file: Path, n: int = 1, above: int = 0) -> Callable[[], bool]:
 
 def test_a_killed_workers_trial_goes_on_and_gets_the_value_that_it_would_have_had(study_file: WriteStudy) -> None:
     file = study_file(
-        f"dropout = 0.2\n{UNPRUNED}\ncheckpoint = 0", budget=f"trials = 1\nepochs = {epochs_of(seconds=2)}"
+        f"dropout = 0.2\n{UNPRUNED}\ncheckpoint = 0.1", budget=f"trials = 1\nepochs = {epochs_of(seconds=2)}"
     )
     undisturbed = file.parent / "undisturbed"
     undisturbed.mkdir()
