@@ -49,7 +49,7 @@ def runs_a_trial(file: Path, n: int = 1, above: int = 0) -> Callable[[], bool]:
 
 def test_a_killed_workers_trial_goes_on_and_gets_the_value_that_it_would_have_had(study_file: WriteStudy) -> None:
     file = study_file(
-        f"dropout = 0.2\n{UNPRUNED}\ncheckpoint = 0.1", budget=f"trials = 1\nepochs = {epochs_of(seconds=2)}"
+        f"dropout = 0.2\n{UNPRUNED}\ncheckpoint = 0.1", budget=f"trials = 1\nepochs = {epochs_of(seconds=0.8)}"
     )
     undisturbed = file.parent / "undisturbed"
     undisturbed.mkdir()
@@ -119,7 +119,7 @@ def test_a_second_ctrl_c_ends_a_run_at_once_and_leaves_nothing_running(study_fil
 
 
 def test_a_worker_that_is_drained_alone_is_replaced(study_file: WriteStudy) -> None:
-    file = study_file(UNPRUNED, budget=f"trials = 1\nepochs = {epochs_of(seconds=2)}")
+    file = study_file(UNPRUNED, budget=f"trials = 1\nepochs = {epochs_of(seconds=0.8)}")
     run = start("run", file.name, "--workers", 1, cwd=file.parent, log=file.parent / "log")
     wait_for(runs_a_trial(file), "a trial that runs")
     os.kill(workers_of(run)[0], signal.SIGTERM)
@@ -152,16 +152,16 @@ def test_a_run_that_is_refused_leaves_no_process_that_still_imports(study_file: 
 
 
 def test_one_more_worker_joins_from_another_terminal(study_file: WriteStudy) -> None:
-    file = study_file(UNPRUNED, budget=f"trials = 4\nepochs = {epochs_of(seconds=2)}")
+    file = study_file(UNPRUNED, budget=f"trials = 8\nepochs = {epochs_of(seconds=2)}")
     hpsearch("worker", file.name, cwd=file.parent, expect=1)
-    run = start("run", file.name, "--workers", 1, cwd=file.parent, log=file.parent / "log")
+    run = start("run", file.name, "--workers", 2, cwd=file.parent, log=file.parent / "log")
     wait_for(runs_a_trial(file), "a trial that runs")
     worker = hpsearch("worker", file.name, "--max-trials", 1, cwd=file.parent)
     assert "this worker had its 1 trials" in worker.stderr
     assert run.wait(timeout=200) == 0
     rows = json.loads(hpsearch("trials", file.name, "--json", cwd=file.parent).stdout)
-    assert len(rows) == 4
-    assert len({row["worker"] for row in rows}) == 2
+    assert len(rows) == 8
+    assert len({row["worker"] for row in rows}) == 3
 
 
 @pytest.mark.parametrize(("number", "exit_status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
