@@ -15,6 +15,7 @@ from hpsearch.definition import StudyDefinition, parse_definition
 from hpsearch.storage import Storage, open_storage
 
 os.environ.pop("HPSEARCH_STORAGE", None)
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait for each other sleep: tests share the cores
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 torch.set_num_threads(1)
 
