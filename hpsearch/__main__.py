@@ -10,6 +10,8 @@ from typer.exceptions import TyperException
 from hpsearch.cli import app
 from hpsearch.errors import HpsearchError
 
+_INTERRUPTED = 130  # typer returns it for Ctrl-C, and says nothing
+
 
 def main() -> None:
     """Run the command line; every error becomes one or two lines on stderr and an exit status."""
@@ -17,7 +19,10 @@ def main() -> None:
     is_debug = len(arguments) < len(sys.argv) - 1
     logging.basicConfig(level=logging.DEBUG if is_debug else logging.WARNING, format="%(message)s")
     try:
-        sys.exit(app(arguments, standalone_mode=False))
+        status = app(arguments, standalone_mode=False)
+        if status == _INTERRUPTED:
+            _exit_with("interrupted", status)
+        sys.exit(status)
     except HpsearchError as error:
         if is_debug:
             raise
@@ -29,7 +34,7 @@ def main() -> None:
             _exit_with(error.format_message(), 2, prefix="")
         _exit_with(f"{error.format_message()}\nsee: {command} --help", error.exit_code)
     except typer.Abort:
-        _exit_with("interrupted", 130)
+        _exit_with("interrupted", _INTERRUPTED)
     except OSError as error:
         if is_debug:
             raise

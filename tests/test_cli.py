@@ -125,6 +125,17 @@ def test_what_is_not_there_is_named(
     assert len(err.splitlines()) <= 2
 
 
+def test_ctrl_c_is_told_in_one_line(run: Run, study_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    from hpsearch import definition
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    study_file()
+    monkeypatch.setattr(definition, "load_definition", interrupt)
+    assert run("export", "small.toml") == (130, "", "error: interrupted\n")
+
+
 @pytest.mark.parametrize("verb", ["confirm", "export"])
 def test_exporting_without_a_complete_trial_gives_status_4(
     run: Run, study_file: Callable[..., Path], verb: str
