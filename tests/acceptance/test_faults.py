@@ -49,7 +49,7 @@ def runs_a_trial(file: Path, n: int = 1, above: int = 0) -> Callable[[], bool]:
 
 def test_a_killed_workers_trial_goes_on_and_gets_the_value_that_it_would_have_had(study_file: WriteStudy) -> None:
     file = study_file(
-        f"dropout = 0.2\n{UNPRUNED}\ncheckpoint = 0.1", budget=f"trials = 1\nepochs = {epochs_of(seconds=0.8)}"
+        f"dropout = 0.2\n{UNPRUNED}\ncheckpoint = 0.1", budget=f"trials = 1\nepochs = {epochs_of(seconds=2)}"
     )
     undisturbed = file.parent / "undisturbed"
     undisturbed.mkdir()
@@ -119,7 +119,7 @@ def test_a_second_ctrl_c_ends_a_run_at_once_and_leaves_nothing_running(study_fil
 
 
 def test_a_worker_that_is_drained_alone_is_replaced(study_file: WriteStudy) -> None:
-    file = study_file(UNPRUNED, budget=f"trials = 1\nepochs = {epochs_of(seconds=0.8)}")
+    file = study_file(UNPRUNED, budget=f"trials = 1\nepochs = {epochs_of(seconds=2)}")
     run = start("run", file.name, "--workers", 1, cwd=file.parent, log=file.parent / "log")
     wait_for(runs_a_trial(file), "a trial that runs")
     os.kill(workers_of(run)[0], signal.SIGTERM)
