@@ -105,9 +105,12 @@ def _describe_figures(evaluations: list[Evaluation]) -> dict[str, Any]:
 def _describe_search(study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
     """How the trial was found, and what `confirm` said of it, if it did."""
     confirmation = study.user_attrs.get("confirmation", {"candidates": []})
+    candidates = confirmation["candidates"]
     confirmed = [
-        candidate | {"is_winner": trial.number == confirmation["winner"], "is_tie": confirmation["is_tie"]}
-        for candidate in confirmation["candidates"]
+        candidate
+        | {"is_winner": trial.number == confirmation["winner"]}
+        | {"is_tie": confirmation["is_tie"], "n_compared": len(candidates)}
+        for candidate in candidates
         if candidate["number"] == trial.number
     ]
     return {

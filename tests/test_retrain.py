@@ -74,10 +74,16 @@ def test_the_confirmed_winner_is_exported_and_its_confirmation_told(
     candidate = {"number": 2, "accuracies": [0.7, 0.8], "mean": 0.75, "interval": [0.6, 0.9], "n_parameters": 5}
     study.set_user_attr("confirmation", {"winner": 2, "is_tie": True, "candidates": [candidate]})
     metrics = retrain.export(definition, study, tmp_path / "b")
-    assert (metrics["trial"], metrics["confirmed"]) == (2, candidate | {"is_winner": True, "is_tie": True})
+    assert (metrics["trial"], metrics["confirmed"]) == (
+        2,
+        candidate | {"is_winner": True, "is_tie": True, "n_compared": 1},
+    )
     assert "Other trials were as good within chance" in (tmp_path / "b" / "README.md").read_text()
     assert "mean 75.00%, interval 60.00 to 90.00%" in (tmp_path / "b" / "README.md").read_text()
     assert retrain.export(definition, study, tmp_path / "c", number=1)["confirmed"] is None
+    study.set_user_attr("confirmation", {"winner": 2, "is_tie": False, "candidates": [candidate]})
+    retrain.export(definition, study, tmp_path / "b")
+    assert "No other trial was compared with it." in (tmp_path / "b" / "README.md").read_text()
 
 
 def test_the_study_counts_how_often_the_test_set_was_read(
