@@ -31,8 +31,6 @@ REQUIRED = (
     "README.md",
 )
 OPTIONAL = ("model.onnx", "model.pt2", "mistakes.png", "calibration.png")
-FILES = (*REQUIRED, "manifest.json")
-
 _MAX_MODEL_BYTES = 2**32
 
 _Name = Annotated[str, StringConstraints(max_length=100)]
