@@ -213,10 +213,7 @@ def check_target(target: Path) -> None:
                 raise BundleError("it is a link")
             SealedFolder(target, REQUIRED, OPTIONAL)
         except (BundleError, OSError) as error:
-            raise BundleError(
-                f"{target} exists and is not a bundle, or holds more than one ({error}); move it away or choose "
-                "another --output"
-            ) from error
+            raise BundleError(f"{target} is in the way, so choose another --output: {error}") from error
 
 
 def _write_texts(contents: Contents, folder: Path, verified: dict[str, dict[str, float]]) -> None:

@@ -221,13 +221,13 @@ def test_an_older_bundle_is_replaced_and_anything_else_is_not(copy: Path, digits
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("all my work")
-    with pytest.raises(BundleError, match="is not a bundle, or holds more than one"):
+    with pytest.raises(BundleError, match="is in the way, so choose another --output"):
         save(make_contents(digits), precious)
     shutil.copy(copy / "manifest.json", precious)
     (copy / "notes.txt").write_text("all my work")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for target in (precious, copy, tmp_path / "link"):
-        with pytest.raises(BundleError, match="is not a bundle, or holds more than one"):
+        with pytest.raises(BundleError, match="is in the way, so choose another --output"):
             save(make_contents(digits), target)
     assert (precious / "thesis.txt").read_text() == (copy / "notes.txt").read_text() == "all my work"
 

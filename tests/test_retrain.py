@@ -143,5 +143,5 @@ def test_a_target_that_is_in_the_way_is_refused_before_any_training(
     definition, study = searched
     (tmp_path / "precious").write_text("all my work")
     monkeypatch.setattr(objective, "train", None)
-    with pytest.raises(BundleError, match="move it away"):
+    with pytest.raises(BundleError, match="is in the way, so choose another --output"):
         retrain.export(definition, study, tmp_path / "precious")
