@@ -4,9 +4,10 @@ The package, to be read downwards; a file imports only from lines below its own:
 
     __main__                              runs a verb, catches errors, exits
     cli                                   the verbs that search and look after a study
+    cli_watch                             the verbs to watch a search, and to steer it
     cli_winner                            the verbs for what was found
     arguments                             what the verbs take
-    console | report                      live table and text rendering; a study as one HTML file
+    console | report | dashboard          text rendering; a study as one HTML file; Optuna's dashboard, guarded
     plots                                 the pictures of a report
     pool | doctor                         N workers on this machine under one supervisor; what is wrong with a study
     worker | retrain                      one worker; the best trial to a bundle
@@ -15,6 +16,7 @@ The package, to be read downwards; a file imports only from lines below its own:
     objective | strategy                  trial to value; sampler and pruner
     storage | bundle                      safe RDBStorage; what a user takes away
     recovery | pictures                   RDBStorage that outlasts outages and the ends of workers; figures drawn
+    pruning                               ends hopeless trials, and says what they were measured against
     definition | evaluation | training    the study file; figures; the training loop
     formats                               the files that hold a model, each verified in a fresh process
     gradients                             of a training step, by autograd or written out
@@ -41,7 +43,8 @@ if TYPE_CHECKING:
     from hpsearch.errors import HpsearchError
     from hpsearch.evaluation import Evaluation
     from hpsearch.network import build_network
-    from hpsearch.objective import Objective, PruningCallback
+    from hpsearch.objective import Objective
+    from hpsearch.pruning import PruningCallback
     from hpsearch.retrain import export
     from hpsearch.space import Hyperparameters, suggest
     from hpsearch.storage import open_storage
@@ -55,7 +58,7 @@ _HOMES = {
     "Hyperparameters": "space",
     "ImageData": "data",
     "Objective": "objective",
-    "PruningCallback": "objective",
+    "PruningCallback": "pruning",
     "Split": "data",
     "StudyDefinition": "definition",
     "build_network": "network",

@@ -80,3 +80,11 @@ def print_document(document: Any, render: Callable[[Any], "RenderableType"], *, 
         print(json.dumps(document, indent=2))
     else:
         show(render(document))
+
+
+def print_status(definition: "StudyDefinition", *, as_json: bool) -> None:
+    """Print the document of `status`."""
+    from hpsearch.console import render_status
+    from hpsearch.study import summarize
+
+    print_document(summarize(definition, load_study_of(definition)), render_status, as_json=as_json)

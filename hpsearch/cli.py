@@ -7,28 +7,25 @@ import json
 import shlex
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from hpsearch.arguments import (
     DataOption,
     JsonOption,
-    Sort,
-    State,
     StorageOption,
     StudyArgument,
     WorkersOption,
     load_definition_of,
     load_study_of,
     print_document,
+    print_status,
     retype,
 )
+from hpsearch.cli_watch import app as watch_app
 from hpsearch.cli_winner import app as winner_app
 from hpsearch.errors import UsageError
-
-if TYPE_CHECKING:
-    from hpsearch.definition import StudyDefinition
 
 app = typer.Typer(
     name="hpsearch",
@@ -113,7 +110,7 @@ def run(
             on_start=view.start,
         )
     say(f"done: {reason}")
-    _print_status(definition, as_json=as_json)
+    print_status(definition, as_json=as_json)
     say(f"next: hpsearch confirm {retype(study, storage)}  |  hpsearch export {retype(study, storage)}")
 
 
@@ -134,32 +131,6 @@ def worker(
     with RunView(definition.budget.trials, definition.budget.epochs) as view:
         reason = run_worker(definition, drain, folder=data, emit=view, max_trials=max_trials)
     say(f"done: {reason}")
-
-
-@app.command(epilog="Example:  hpsearch status studies/mnist-mlp.toml --json")
-def status(study: StudyArgument, storage: StorageOption = None, as_json: JsonOption = False) -> None:
-    """Show counts by state, the best trial, the workers, and the epochs run and saved."""
-    _print_status(load_definition_of(study, storage), as_json=as_json)
-
-
-@app.command(epilog="Example:  hpsearch trials studies/mnist-mlp.toml --sort value --limit 5")
-def trials(
-    study: StudyArgument,
-    state: Annotated[State | None, typer.Option(help="Only trials in this state.")] = None,
-    sort: Annotated[Sort, typer.Option(help="By number, or the best value first.")] = Sort.number,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many.")] = None,
-    storage: StorageOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """List the trials of a study."""
-    from hpsearch.console import render_trials
-    from hpsearch.study import list_trials
-
-    print_document(
-        list_trials(load_study_of(load_definition_of(study, storage)), state, sort, limit),
-        render_trials,
-        as_json=as_json,
-    )
 
 
 @app.command(epilog="Example:  hpsearch doctor studies/mnist-mlp.toml --fix")
@@ -200,11 +171,5 @@ def backup(
     say(f"{file} is a whole copy; look at it with: hpsearch status {shlex.quote(study)} --storage {place}")
 
 
+app.add_typer(watch_app)
 app.add_typer(winner_app)
-
-
-def _print_status(definition: "StudyDefinition", *, as_json: bool) -> None:
-    from hpsearch.console import render_status
-    from hpsearch.study import summarize
-
-    print_document(summarize(definition, load_study_of(definition)), render_status, as_json=as_json)

@@ -180,14 +180,15 @@ def connect_options(url: URL) -> dict[str, Any]:
     return {"connect_args": {"timeout": BUSY_TIMEOUT}} if is_sqlite else {"pool_pre_ping": True}
 
 
-def harden(engine: sqlalchemy.Engine, *, converts: bool) -> None:
+def harden(engine: sqlalchemy.Engine, *, converts: bool, reads_only: bool) -> None:
     """Make every SQLite transaction of the engine take the lock when it starts, and be on disk when it ends.
 
-    Where it `converts`, a database in another journal mode is changed to the safe one.
+    Where it `converts`, a database in another journal mode is changed to the safe one. One that `reads_only` takes no
+    lock that others would wait for.
     """
     if engine.name == "sqlite":
         sqlalchemy.event.listen(engine, "connect", partial(_configure_sqlite, converts))
-        sqlalchemy.event.listen(engine, "begin", _begin_immediate)
+        sqlalchemy.event.listen(engine, "begin", _begin if reads_only else _begin_immediate)
         engine.dispose()  # connections from before do not have the listeners
 
 
@@ -258,6 +259,10 @@ def _configure_sqlite(converts: bool, connection: sqlite3.Connection, _record: o
     if converts or not is_wal:
         connection.execute(f"PRAGMA journal_mode = {safe_journal()}")
     connection.execute("PRAGMA synchronous = FULL")
+
+
+def _begin(connection: sqlalchemy.Connection) -> None:
+    connection.exec_driver_sql("BEGIN")
 
 
 def _begin_immediate(connection: sqlalchemy.Connection) -> None:

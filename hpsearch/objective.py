@@ -1,6 +1,7 @@
 """The Optuna objective: a trial becomes hyperparameters, a network, a training run and a value."""
 
 import platform
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from hpsearch.data import ImageData, Split, load_data
 from hpsearch.definition import StudyDefinition
 from hpsearch.errors import Diverged
 from hpsearch.network import Network, build_network
+from hpsearch.pruning import PruningCallback
 from hpsearch.space import Hyperparameters, Suggests, suggest
 from hpsearch.training import Callback, EpochResult, read_results, seed_everything, train
 
@@ -71,7 +73,12 @@ class Objective:
                 hyperparameters,
                 seed,
                 validation=self.data.validation,
-                callbacks=(*self.callbacks, pruning, lambda result: self._keep_the_best(trial, result, checkpoint)),
+                callbacks=(
+                    SpeedCallback(trial, len(self.data.train)),
+                    *self.callbacks,
+                    pruning,
+                    lambda result: self._keep_the_best(trial, result, checkpoint),
+                ),
                 before_batch=self.before_batch,
                 checkpoint=checkpoint,
                 resumed=resumed,
@@ -79,7 +86,7 @@ class Objective:
         except Diverged as error:
             trial.set_user_attr("diverged", str(error))
             raise optuna.TrialPruned(str(error)) from error
-        return _value(result)
+        return result.value
 
     def _open_checkpoint(self, trial: optuna.Trial, hyperparameters: Hyperparameters) -> Checkpoint | None:
         if self.checkpoints is None:
@@ -97,29 +104,22 @@ class Objective:
         """See to it that the last state of a trial that is about to be one of the best is written."""
         if checkpoint and result.epoch == self.definition.budget.epochs:
             trials = trial.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-            own = (-_value(result), trial.number)
+            own = (-result.value, trial.number)
             better = [other for other in trials if (-(other.value or 0.0), other.number) < own]
             if len(better) < self.definition.recovery.keep:
                 checkpoint.interval = 0
 
 
-class PruningCallback:
-    """Reports each epoch's validation accuracy to the trial, and raises `TrialPruned` where the pruner says so.
+class SpeedCallback:
+    """Keeps how many training images a second the last epoch had, validation included, in a trial's user attribute."""
 
-    After the last epoch nothing is left to save, so the trial is complete.
-    """
+    def __init__(self, trial: optuna.Trial, n_images: int) -> None:
+        self.trial, self.n_images, self.since = trial, n_images, time.perf_counter()
 
-    def __init__(self, trial: optuna.Trial, epochs: int) -> None:
-        self.trial, self.epochs = trial, epochs
-
-    def __call__(self, result: EpochResult) -> None:
-        if self.report(result):
-            raise optuna.TrialPruned(f"pruned in epoch {result.epoch}")
-
-    def report(self, result: EpochResult) -> bool:
-        """Whether the pruner would end the trial after this epoch; it sees the epochs of a resumed trial so, too."""
-        self.trial.report(_value(result), result.epoch)
-        return result.epoch < self.epochs and self.trial.should_prune()
+    def __call__(self, _result: EpochResult) -> None:
+        now = time.perf_counter()
+        self.trial.set_user_attr("images_per_second", round(self.n_images / (now - self.since)))
+        self.since = now
 
 
 def load_study_data(definition: StudyDefinition, folder: Path | str | None = None) -> ImageData:
@@ -170,9 +170,3 @@ def trial_seed(study_seed: int, trial: Suggests, repetition: int = 0) -> int:
     """
     number = (*trial.user_attrs.get("attempts", ()), trial.number)[0]
     return int(np.random.SeedSequence([study_seed, number, repetition]).generate_state(1, np.uint64)[0])
-
-
-def _value(result: EpochResult) -> float:
-    if result.accuracy is None:
-        raise ValueError("a search needs a validation split")
-    return result.accuracy

@@ -67,7 +67,7 @@ class RecoveringStorage(RDBStorage):
     Then they raise `StorageUnavailable`.
     """
 
-    def __init__(self, url: URL, *, heartbeat: int, grace: int, creates: bool) -> None:
+    def __init__(self, url: URL, *, heartbeat: int, grace: int, creates: bool, reads_only: bool = False) -> None:
         self.patience = 0.0
         self.giving_up = threading.Event()
         self._last_answer = time.time()
@@ -83,7 +83,7 @@ class RecoveringStorage(RDBStorage):
                 grace_period=grace,
                 skip_table_creation=not creates,
             )
-        harden(self.engine, converts=creates)
+        harden(self.engine, converts=creates, reads_only=reads_only)
 
     def __getstate__(self) -> dict[Any, Any]:
         raise TypeError("a storage cannot be pickled; open it again in the other process")

@@ -232,14 +232,15 @@ def open_storage(
     patience: float = 0.0,
     giving_up: threading.Event | None = None,
     must_exist: bool = False,
+    reads_only: bool = False,
 ) -> Storage:
     """The storage at a SQLAlchemy URL of SQLite or PostgreSQL; its tables are created where they are missing.
 
-    `heartbeat`, `grace` and `patience` are seconds. Raises `UsageError` for a URL that cannot be used,
-    `StudyNotFound` where the database must exist and does not, `StorageUnavailable` where it cannot be reached, and
-    `StorageError` where the file is something else.
+    One that `reads_only` must exist, and workers never wait for it. `heartbeat`, `grace` and `patience` are seconds.
+    Raises `UsageError` for a URL that cannot be used, `StudyNotFound` where the database must exist and does not,
+    `StorageUnavailable` where it cannot be reached, and `StorageError` where the file is something else.
     """
-    parsed, giving_up = parse_url(url), giving_up or threading.Event()
+    parsed, giving_up, must_exist = parse_url(url), giving_up or threading.Event(), must_exist or reads_only
     if parsed.get_backend_name() == "sqlite":
         file = Path(parsed.database or "")
         if not file.parent.is_dir():
@@ -249,10 +250,11 @@ def open_storage(
 
     def connect() -> Storage:
         if must_exist:
+            options: dict[str, Any] = {"heartbeat": heartbeat, "grace": grace, "creates": False}
             try:
-                return Storage(parsed, heartbeat=heartbeat, grace=grace, creates=False)
+                return Storage(parsed, reads_only=reads_only, **options)
             except IntegrityError:  # another process is creating it at this moment
-                return Storage(parsed, heartbeat=heartbeat, grace=grace, creates=False)
+                return Storage(parsed, reads_only=reads_only, **options)
         check_place(parsed)
         with creation_lock(parsed):
             check_tables(parsed)

@@ -196,8 +196,21 @@ def name_state(trial: FrozenTrial) -> str:
     return "failed" if trial.state == TrialState.FAIL else trial.state.name.lower()
 
 
+def explain_end(trial: FrozenTrial) -> str:
+    """Why the trial failed or was pruned, in one sentence, or nothing."""
+    attributes = trial.user_attrs
+    if failure := attributes.get("failure"):
+        return f"{failure['kind']}: {failure['message']}"
+    if trial.state == TrialState.PRUNED and "diverged" in attributes:
+        return str(attributes["diverged"])
+    pruning = attributes.get("pruning", {})
+    if trial.state == TrialState.PRUNED and "threshold" in pruning:
+        value, threshold, rule = pruning["value"], pruning["threshold"], pruning["rule"]
+        return f"{value:.4f} is below {threshold:.4f}, {rule}, after epoch {pruning['epoch']}"
+    return ""
+
+
 def _describe_trial(trial: FrozenTrial) -> dict[str, Any]:
-    failure = trial.user_attrs.get("failure")
     return {
         "number": trial.number,
         "state": name_state(trial),
@@ -206,7 +219,7 @@ def _describe_trial(trial: FrozenTrial) -> dict[str, Any]:
         "params": trial.params or trial.system_attrs.get("fixed_params", {}),
         "worker": trial.user_attrs.get("worker"),
         "seconds": trial.duration.total_seconds() if trial.duration else None,
-        "note": f"{failure['kind']}: {failure['message']}" if failure else trial.user_attrs.get("diverged", ""),
+        "note": explain_end(trial),
     }
 
 

@@ -31,6 +31,13 @@ class EpochResult:
     loss: float
     accuracy: float | None
 
+    @property
+    def value(self) -> float:
+        """The validation accuracy; raises `ValueError` without a validation split."""
+        if self.accuracy is None:
+            raise ValueError("a search needs a validation split")
+        return self.accuracy
+
 
 Callback = Callable[[EpochResult], None]
 

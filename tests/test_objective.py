@@ -8,7 +8,8 @@ import torch
 from optuna.trial import FixedTrial, TrialState
 
 from hpsearch.data import ImageData
-from hpsearch.objective import Objective, PruningCallback, trial_seed
+from hpsearch.objective import Objective, trial_seed
+from hpsearch.pruning import PruningCallback
 from hpsearch.training import EpochResult
 
 from .conftest import make_definition
