@@ -15,7 +15,22 @@ if TYPE_CHECKING:
 
     from hpsearch.definition import StudyDefinition
 
-StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="A study file, or the name of one in studies/.")]
+
+def complete_study(incomplete: str) -> list[str]:
+    """What a shell offers for STUDY: names in studies/, study files, and folders to look into."""
+    names = [file.stem for file in Path("studies").glob("*.toml") if file.stem.startswith(incomplete)]
+    folder, _, start = incomplete.rpartition("/")
+    inside = [path for path in Path(folder or ".").glob("*") if path.name.startswith(start)]
+    files = [str(path) for path in inside if path.suffix == ".toml" and path.name != "pyproject.toml"]
+    return sorted([*names, *files, *(f"{path}/" for path in inside if path.is_dir() and path.name[0] != ".")])
+
+
+StudyArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="STUDY", help="A study file, or the name of one in studies/.", autocompletion=complete_study
+    ),
+]
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that export wrote.")]
 StorageOption = Annotated[
     str | None, typer.Option(help="SQLAlchemy URL instead of the study file's; so does HPSEARCH_STORAGE.")
@@ -37,13 +52,6 @@ class State(StrEnum):
     failed = "failed"
     running = "running"
     waiting = "waiting"
-
-
-class Sort(StrEnum):
-    """What `trials` can be sorted by."""
-
-    number = "number"
-    value = "value"
 
 
 def load_definition_of(study: str, storage: str | None, trials: int | None = None) -> "StudyDefinition":
