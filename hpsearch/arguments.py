@@ -17,12 +17,11 @@ if TYPE_CHECKING:
 
 
 def complete_study(incomplete: str) -> list[str]:
-    """What a shell offers for STUDY: names in studies/, study files, and folders to look into."""
+    """What a shell offers for STUDY: names in studies/, and the paths of study files."""
     names = [file.stem for file in Path("studies").glob("*.toml") if file.stem.startswith(incomplete)]
-    folder, _, start = incomplete.rpartition("/")
-    inside = [path for path in Path(folder or ".").glob("*") if path.name.startswith(start)]
-    files = [str(path) for path in inside if path.suffix == ".toml" and path.name != "pyproject.toml"]
-    return sorted([*names, *files, *(f"{path}/" for path in inside if path.is_dir() and path.name[0] != ".")])
+    folder = Path(incomplete.rpartition("/")[0] or ("/" if incomplete.startswith("/") else "."))
+    paths = [str(path) for pattern in ("*.toml", "*/*.toml") for path in folder.glob(pattern)]
+    return sorted([*names, *(path for path in paths if incomplete and path.startswith(incomplete))])
 
 
 StudyArgument = Annotated[

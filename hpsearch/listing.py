@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 from hpsearch.errors import UsageError
 from hpsearch.space import did_you_mean
 
-_FORMULA_STARTS = tuple("=+-@\t\r\n")  # what spreadsheets take for a formula, by OWASP's "CSV Injection"
+_FORMULA_STARTS = tuple("=+-@")  # what spreadsheets take for a formula, by OWASP's "CSV Injection"
 
 Row = Mapping[str, Any]
 
@@ -115,7 +115,7 @@ def check_columns(rows: Sequence[Row], names: Sequence[str]) -> None:
 
 
 def to_csv(rows: Sequence[Row], columns: Sequence[str]) -> str:
-    """The columns of the rows as CSV with a heading; no cell is a formula to a spreadsheet."""
+    """The columns of the rows as CSV with a heading; each cell is on one line, and no formula to a spreadsheet."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
@@ -128,8 +128,8 @@ def to_csv(rows: Sequence[Row], columns: Sequence[str]) -> str:
 def _defuse(cell: Any) -> Any:
     if not isinstance(cell, str):
         return cell
-    plain = normalize("NFKC", cell).lstrip(" ")  # signs of full width count as well
-    return f"'{cell}" if plain.startswith(_FORMULA_STARTS) else cell
+    line = " ".join(cell.split())
+    return f"'{line}" if normalize("NFKC", line).startswith(_FORMULA_STARTS) else line  # signs of full width count, too
 
 
 def _sort_key(cell: Any) -> tuple[bool, bool, Any]:

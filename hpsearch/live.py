@@ -2,8 +2,10 @@
 
 import logging
 import sys
+import termios
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -39,8 +41,8 @@ class LiveView:
         self.watch, self.console, self.follows = watch, console, follows
         self.is_live = console.is_terminal and not console.is_dumb_terminal
         self.over = threading.Event()
-        self._live = Live(console=console, auto_refresh=False, transient=not follows)
-        self._ended = threading.Event()
+        self._live, self._size = self._new_live(), console.size
+        self._ended, self._restores = threading.Event(), ExitStack()
         self._thread = threading.Thread(target=self._follow, name="live view", daemon=True)
 
     def __call__(self, event: TrialEvent) -> None:
@@ -55,6 +57,7 @@ class LiveView:
 
     def __enter__(self) -> Self:
         if self.is_live:
+            self._restores.enter_context(_no_echo_of_control_keys())
             self._live.start()
             _redirect_log()
         if self.is_live or self.follows:
@@ -68,23 +71,52 @@ class LiveView:
         if self.is_live:
             self._live.stop()
             _redirect_log()
+            self._restores.close()
 
     def _follow(self) -> None:
         scene, trouble = None, ""
-        while True:
-            try:
-                scene, trouble = self.watch.look(), ""
-            except StorageError as error:  # the workers wait for it as well
-                trouble = str(error)
-            if scene and self.is_live:
-                self._live.update(SceneTable(scene, trouble), refresh=True)
-            elif scene and not trouble:
-                for event in scene.news:
-                    print(trial_line(event), flush=True)
-            if scene and scene.is_over and not scene.workers:
-                self.over.set()
-            if self._ended.wait(_REFRESH):
-                return
+        try:
+            while not self._ended.wait(_REFRESH if scene else 0):
+                try:
+                    scene, trouble = self.watch.look(), ""
+                except StorageError as error:  # the workers wait for it as well
+                    trouble = str(error)
+                if scene and self.is_live:
+                    self._draw(SceneTable(scene, trouble))
+                elif scene and not trouble:
+                    for event in scene.news:
+                        print(trial_line(event), flush=True)
+                if scene and scene.is_over and not scene.workers:
+                    return
+        finally:
+            self.over.set()
+
+    def _new_live(self) -> Live:
+        return Live(console=self.console, auto_refresh=False, transient=not self.follows)
+
+    def _draw(self, table: "SceneTable") -> None:
+        if self.console.size != self._size:  # terminals differ in what they make of the old table
+            self._live.stop()
+            self.console.clear()
+            self._live, self._size = self._new_live(), self.console.size
+            self._live.start()
+            _redirect_log()
+        self._live.update(table, refresh=True)
+
+
+@contextmanager
+def _no_echo_of_control_keys() -> Iterator[None]:
+    """The `^C` that a terminal writes where the cursor is would move the table by a line."""
+    if not sys.stdin.isatty():
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    quiet = [*before[:3], before[3] & ~termios.ECHOCTL, *before[4:]]
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
 
 def _redirect_log() -> None:
@@ -104,7 +136,7 @@ class SceneTable:
     def __rich_console__(self, _console: Console, options: ConsoleOptions) -> RenderResult:
         scene, width = self.scene, options.max_width
         n_failed = min(len(scene.failed), _MOST_FAILED)
-        n_rows = (options.height or 24) - 10 - (n_failed and n_failed + 1) - bool(self.trouble)
+        n_rows = options.max_height - 10 - (n_failed and n_failed + 1) - bool(self.trouble)
         n_workers = min(len(scene.workers), max(n_rows // 2, _LEAST_ROWS))
         yield _render_head(scene)
         yield ""
@@ -114,7 +146,9 @@ class SceneTable:
             yield ""
             n_rows -= n_workers + 3
         if scene.finished:
-            yield _render_finished(scene.finished[: max(n_rows, _LEAST_ROWS)])
+            yield _render_finished(scene.finished[: max(n_rows, _LEAST_ROWS)], is_wide=width >= _WIDE)
+        if n_failed:
+            yield ""
         for row in scene.failed[:n_failed]:
             yield _one_line(f"trial {row['number']} failed {row['note']}", style="red")
         if self.trouble:
@@ -128,7 +162,8 @@ def _render_head(scene: Scene) -> RenderableType:
     top = Table.grid(padding=(0, 2), expand=True)
     for column in ({}, {"ratio": 1}, {}, {"justify": "right"}):
         top.add_column(no_wrap=True, **column)
-    bar = ProgressBar(total=n_trials, completed=min(scene.n_finished, n_trials))
+    done = min(scene.n_finished, n_trials)
+    bar = ProgressBar(total=n_trials, completed=done, complete_style="cyan", finished_style="green")
     top.add_row(Text(status["study"], style="bold"), bar, f"{scene.n_finished} of {n_trials}", _say_left(scene))
     head = Table.grid(padding=(0, 2))
     states = [Text(f"{n} {state}", style=_STYLES.get(state, "") if n else "dim") for state, n in counts.items()]
@@ -157,14 +192,16 @@ def _say_left(scene: Scene) -> Text:
     if scene.seconds_left is None:
         return Text(spent)
     low, high = map(say_duration, scene.seconds_left)
-    return Text(f"{spent}, {low if low == high else f'{low} to {high}'} left")
+    if low.split()[1] == high.split()[1]:
+        low = low.split()[0]
+    return Text(f"{spent}, {high if f'{low} ' in f'{high} ' else f'{low} to {high}'} left")
 
 
 def say_duration(seconds: float) -> str:
     """`45 s`, `12 min`, `3.5 h`, `2.1 d`."""
     for unit, size, most in (("s", 1, 90), ("min", 60, 90), ("h", 3600, 48)):
         if round(seconds / size) < most:
-            return f"{seconds / size:.{unit == 'h'}f} {unit}"
+            return f"{seconds / size:.{int(unit == 'h')}f} {unit}"
     return f"{seconds / 86400:.1f} d"
 
 
@@ -201,16 +238,17 @@ def draw_curve(values: Sequence[float], ends: tuple[float, float], blocks: str =
     return "".join(blocks[round((value - low) / ((high - low) or 1) * top)] for value in shown)
 
 
-def _render_finished(rows: Sequence[Mapping[str, Any]]) -> Table:
+def _render_finished(rows: Sequence[Mapping[str, Any]], *, is_wide: bool) -> Table:
     table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), expand=True)
     table.add_column("finished", justify="right", no_wrap=True)
     table.add_column("state", no_wrap=True)
-    for heading in ("value", "epoch", "seconds"):
+    for heading in ("value", "epoch", *(["seconds"] if is_wide else [])):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("", ratio=1, no_wrap=True, overflow="ellipsis")
     for row in rows:
         figures = ["" if row["value"] is None else f"{row['value']:.4f}", str(row["epoch"])]
-        figures.append("" if row["seconds"] is None else f"{row['seconds']:.1f}")
+        if is_wide:
+            figures.append("" if row["seconds"] is None else f"{row['seconds']:.1f}")
         why = row["note"].replace(" is below ", " < ")
         remark = Text(printable(why)) if why else Text(join_params(row["params"]), style="dim")
         table.add_row(str(row["number"]), Text(row["state"], style=_STYLES[row["state"]]), *figures, remark)

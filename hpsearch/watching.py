@@ -150,14 +150,16 @@ def conclude(definition: StudyDefinition, study: optuna.Study, command: str) -> 
         return ["found: nothing yet, no trial is complete", f"next: hpsearch trials {command}"]
     best, n_images = find_best(study), definition.data.validation
     low, high = wilson_interval(round((best.value or 0.0) * n_images), n_images)
-    alike = sum((trial.value or 0.0) >= low for trial in complete) - 1
-    lines = [
-        f"found: trial {best.number}, validation accuracy {best.value:.4f}; "
-        f"95% interval {low:.4f} to {high:.4f} on {n_images:,} images",
-        f"sure: of the {len(complete) - 1} other complete trials {alike} lie in that interval too; "
-        f"{explain_choice(study, command)}",
+    n_alike, n_others = sum((trial.value or 0.0) >= low for trial in complete) - 1, len(complete) - 1
+    sure = f"{n_alike} of the {n_others} other complete trials lie in that interval too"
+    if "confirmation" in study.user_attrs:
+        sure += f"; {explain_choice(study, command)}"
+    return [
+        f"found: trial {best.number}, {best.value:.4f} on {n_images:,} validation images "
+        f"(95% interval {low:.4f} to {high:.4f})",
+        f"sure:  {sure}",
+        f"next:  hpsearch confirm {command}  |  hpsearch export {command}",
     ]
-    return [*lines, f"next: hpsearch confirm {command}  |  hpsearch export {command}"]
 
 
 def _tell(trial: FrozenTrial) -> TrialEvent:
