@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, OverflowMethod, RenderableType, RenderResult
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -25,7 +25,7 @@ _LEAST_ROWS = 3  # of each list, however low the terminal is
 _MOST_FAILED = 3
 _WIDE = 120  # columns from which there is room for the workers' hyperparameters
 _CURVE_WIDTH = 12
-_NAME_WIDTH = 20
+_NAME_WIDTH = 20  # the end of a worker's name is its own number
 _BLOCKS, _ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-~=+*#"
 _STYLES = {"complete": "green", "pruned": "yellow", "failed": "red"}
 
@@ -135,6 +135,7 @@ class SceneTable:
 
     def __rich_console__(self, _console: Console, options: ConsoleOptions) -> RenderResult:
         scene, width = self.scene, options.max_width
+        cut: OverflowMethod = "crop" if options.ascii_only else "ellipsis"
         n_failed = min(len(scene.failed), _MOST_FAILED)
         n_rows = options.max_height - 10 - (n_failed and n_failed + 1) - bool(self.trouble)
         n_workers = min(len(scene.workers), max(n_rows // 2, _LEAST_ROWS))
@@ -142,17 +143,17 @@ class SceneTable:
         yield ""
         if scene.workers:
             blocks = _ASCII_BLOCKS if options.ascii_only else _BLOCKS
-            yield _render_workers(scene, n_workers, blocks, is_wide=width >= _WIDE)
+            yield _render_workers(scene, n_workers, blocks, cut, is_wide=width >= _WIDE)
             yield ""
             n_rows -= n_workers + 3
         if scene.finished:
-            yield _render_finished(scene.finished[: max(n_rows, _LEAST_ROWS)], is_wide=width >= _WIDE)
+            yield _render_finished(scene.finished[: max(n_rows, _LEAST_ROWS)], cut, is_wide=width >= _WIDE)
         if n_failed:
             yield ""
         for row in scene.failed[:n_failed]:
-            yield _one_line(f"trial {row['number']} failed {row['note']}", style="red")
+            yield _one_line(f"trial {row['number']} failed {row['note']}", cut, style="red")
         if self.trouble:
-            yield _one_line(self.trouble, style="bold red")
+            yield _one_line(self.trouble, cut, style="bold red")
 
 
 def _render_head(scene: Scene) -> RenderableType:
@@ -205,7 +206,7 @@ def say_duration(seconds: float) -> str:
     return f"{seconds / 86400:.1f} d"
 
 
-def _render_workers(scene: Scene, n_shown: int, blocks: str, *, is_wide: bool) -> Table:
+def _render_workers(scene: Scene, n_shown: int, blocks: str, cut: OverflowMethod, *, is_wide: bool) -> Table:
     epochs, workers = scene.status["budget"]["epochs"], scene.workers
     table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), expand=is_wide)
     table.add_column("worker", no_wrap=True)
@@ -214,13 +215,13 @@ def _render_workers(scene: Scene, n_shown: int, blocks: str, *, is_wide: bool) -
     table.add_column("curve", min_width=_CURVE_WIDTH, no_wrap=True)
     table.add_column("images/s", justify="right", no_wrap=True)
     if is_wide:
-        table.add_column("hyperparameters", ratio=1, no_wrap=True, overflow="ellipsis")
+        table.add_column("hyperparameters", ratio=1, no_wrap=True, overflow=cut)
     values = [value for worker in workers for value in worker["curve"]]
     ends = (min(values), max(values)) if values else (0.0, 1.0)
     for worker in workers[:n_shown]:
         accuracy = "" if worker["accuracy"] is None else f"{worker['accuracy']:.4f}"
         speed = "" if worker["images_per_second"] is None else f"{worker['images_per_second']:,}"
-        row = [_shorten(worker["worker"]), str(worker["trial"]), f"{worker['epoch']}/{epochs}", accuracy]
+        row = [worker["worker"][-_NAME_WIDTH:], str(worker["trial"]), f"{worker['epoch']}/{epochs}", accuracy]
         row += ["no sign of life" if worker["is_lost"] else draw_curve(worker["curve"], ends, blocks), speed]
         table.add_row(*row, *([Text(join_params(worker["params"]), style="dim")] if is_wide else []))
     if len(workers) > n_shown:
@@ -238,13 +239,13 @@ def draw_curve(values: Sequence[float], ends: tuple[float, float], blocks: str =
     return "".join(blocks[round((value - low) / ((high - low) or 1) * top)] for value in shown)
 
 
-def _render_finished(rows: Sequence[Mapping[str, Any]], *, is_wide: bool) -> Table:
+def _render_finished(rows: Sequence[Mapping[str, Any]], cut: OverflowMethod, *, is_wide: bool) -> Table:
     table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), expand=True)
     table.add_column("finished", justify="right", no_wrap=True)
     table.add_column("state", no_wrap=True)
     for heading in ("value", "epoch", *(["seconds"] if is_wide else [])):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("", ratio=1, no_wrap=True, overflow="ellipsis")
+    table.add_column("", ratio=1, no_wrap=True, overflow=cut)
     for row in rows:
         figures = ["" if row["value"] is None else f"{row['value']:.4f}", str(row["epoch"])]
         if is_wide:
@@ -255,10 +256,5 @@ def _render_finished(rows: Sequence[Mapping[str, Any]], *, is_wide: bool) -> Tab
     return table
 
 
-def _shorten(name: str) -> str:
-    """The name, or its end, where the worker's own number is."""
-    return name if len(name) <= _NAME_WIDTH else f"…{name[1 - _NAME_WIDTH :]}"
-
-
-def _one_line(text: str, style: str) -> Text:
-    return Text(printable(" ".join(text.split())), style=style, no_wrap=True, overflow="ellipsis")
+def _one_line(text: str, cut: OverflowMethod, style: str) -> Text:
+    return Text(printable(" ".join(text.split())), style=style, no_wrap=True, overflow=cut)

@@ -186,7 +186,7 @@ for _name in (
     *("get_study_directions", "get_study_user_attrs", "get_study_system_attrs", "set_study_user_attr"),
     *("set_study_system_attr", "_create_new_trial", "_set_trial_param", "set_trial_state_values"),
     *("set_trial_intermediate_value", "set_trial_user_attr", "set_trial_system_attr"),
-    *("_get_best_trial_id", "_get_stale_trial_ids", "record_heartbeat", "join", "fail"),
+    *("_get_best_trial_id", "_get_stale_trial_ids", "find_stuck", "record_heartbeat", "join", "fail"),
 ):
     setattr(RecoveringStorage, _name, patiently(getattr(RecoveringStorage, _name)))
 
