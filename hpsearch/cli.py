@@ -81,9 +81,12 @@ def run(
     trials: Annotated[int | None, typer.Option(min=1, help="Overrides budget.trials.")] = None,
     storage: StorageOption = None,
     data: DataOption = None,
+    shows_dashboard: Annotated[bool, typer.Option("--dashboard", help="Show the search in a browser, too.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Create or resume a study and search until its budget is spent."""
+    from contextlib import ExitStack
+
     from hpsearch.console import RunView, say
     from hpsearch.forking import start_fork_server
     from hpsearch.signals import Drain
@@ -100,7 +103,12 @@ def run(
     from hpsearch.pool import run_pool
 
     drain = Drain().listen(signal.SIGINT, signal.SIGTERM)
-    with RunView(definition.budget.trials, definition.budget.epochs) as view:
+    with ExitStack() as stack:
+        if shows_dashboard:
+            from hpsearch.dashboard import serve
+
+            say(f"dashboard: {stack.enter_context(serve(definition, retype(study, storage)))}")
+        view = stack.enter_context(RunView(definition.budget.trials, definition.budget.epochs))
         reason = run_pool(
             definition,
             drain,
