@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import socket
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -18,7 +19,6 @@ import optuna
 import psutil
 from optuna.artifacts import FileSystemArtifactStore
 from optuna.artifacts.exceptions import ArtifactNotFound
-from optuna.storages import BaseStorage, get_storage
 from optuna_dashboard import wsgi
 from waitress import create_server, wasyncore
 
@@ -34,6 +34,21 @@ _TOKEN = re.compile(r"[A-Za-z0-9._~-]{16,}")  # nothing that an address or a coo
 _N_THREADS = 4
 _LARGEST_UPLOAD = 2**27  # bytes, as the dashboard itself has it
 _LARGEST_QUESTION = 2**16
+# The page lets one long line push the rest out of sight, and leaves a phone two columns.
+_STYLE = """<style>
+main { min-width: 0; }
+main p, main td:last-child, main .MuiTypography-root { overflow-wrap: anywhere; }
+main p { white-space: normal !important; }
+main :has(> p), main :has(> :has(> p)) { min-width: 0; }
+main pre, main pre * { white-space: pre-wrap !important; overflow-wrap: anywhere; }
+main .MuiCardContent-root > table :is(th, td) { text-align: left; vertical-align: top; padding-right: 1em; }
+@media (max-width: 700px) {
+  main .MuiGrid-container { flex-wrap: wrap; }
+  main .MuiGrid-container > .MuiGrid-item { flex-basis: 100%; max-width: 100%; }
+  main :has(> .MuiDivider-vertical) { flex-direction: column; }
+  main :has(> .MuiDivider-vertical) > :first-child { height: 11em; width: 100%; flex: none; }
+}
+</style></head>"""
 
 
 class Files(FileSystemArtifactStore):
@@ -98,15 +113,13 @@ def build_application(
     definition: StudyDefinition, study: optuna.Study, arguments: str, *, is_writable: bool = False
 ) -> bottle.Bottle:
     """Optuna's dashboard on the storage of the study, which has notes about it and its trials."""
-    if logging.getLogger().getEffectiveLevel() > logging.DEBUG:
-        logging.getLogger("optuna_dashboard").setLevel(logging.CRITICAL)  # it would print tracebacks
+    _hush()
     files = checkpoint_folder(definition, study) / "files"
     if is_writable:
         files.mkdir(parents=True, exist_ok=True)
-    storage = get_storage(study._storage)  # its cache reads only what is new
-    application = wsgi(storage, artifact_store=Files(files))
+    application = wsgi(study._storage, artifact_store=Files(files))  # Optuna's cache around it reads only what is new
     application.catchall = False  # the guard says what failed
-    application.install(_Notes(definition, study, arguments, storage))
+    application.install(_Additions(definition, study, arguments))
     return application
 
 
@@ -118,33 +131,39 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-class _Notes:
-    """A plugin of Bottle: where nobody has written a note, one is made for the answer. Nothing is stored by it."""
+class _Additions:
+    """A plugin of Bottle: a style for the page, and notes made for its answers where nobody has written one.
 
-    name, api = "notes", 2
+    Nothing is stored by it.
+    """
 
-    def __init__(self, definition: StudyDefinition, study: optuna.Study, arguments: str, storage: BaseStorage) -> None:
-        self.definition, self.study_id, self.arguments, self.storage = definition, study._study_id, arguments, storage
+    name, api = "hpsearch", 2
+
+    def __init__(self, definition: StudyDefinition, study: optuna.Study, arguments: str) -> None:
+        self.definition, self.study, self.arguments = definition, study, arguments
 
     def apply(self, callback: Callable[..., Any], route: bottle.Route) -> Callable[..., Any]:
-        if (route.method, route.rule) != ("GET", "/api/studies/<study_id:int>"):
-            return callback
+        additions = {"/dashboard<:re:(/.*)?>": self._add_style, "/api/studies/<study_id:int>": self._add_notes}
+        add = additions.get(route.rule)
+        return callback if add is None or route.method != "GET" else lambda **values: add(callback(**values))
 
-        def answer(study_id: int) -> Any:
-            detail = callback(study_id=study_id)
-            if study_id == self.study_id and isinstance(detail, dict) and "trials" in detail:
-                self._add_notes(detail)
+    def _add_style(self, page: bottle.HTTPResponse) -> bottle.HTTPResponse:
+        if page.status_code == 200 and page.body:
+            with page.body as file:
+                page.body = file.read().replace(b"</head>", _STYLE.encode())
+            page.set_header("Content-Length", str(len(page.body)))
+        return page
+
+    def _add_notes(self, detail: Any) -> Any:
+        if not isinstance(detail, dict) or detail.get("name") != self.study.study_name:
             return detail
-
-        return answer
-
-    def _add_notes(self, detail: dict[str, Any]) -> None:
-        budget = self.storage.get_study_user_attrs(self.study_id)["budget"]
+        budget = self.study.user_attrs["budget"]
         _fill(detail, lambda: describe_study(self.definition, budget, self.arguments))
-        # Read after the answer was made, so that a trial that has ended in it has here.
-        trials = {trial._trial_id: trial for trial in self.storage.get_all_trials(self.study_id, deepcopy=False)}
+        # Read after the answer was made: a trial that has ended in that has ended here.
+        trials = {trial._trial_id: trial for trial in self.study.get_trials(deepcopy=False)}
         for shown in (*detail["trials"], *detail["best_trials"]):
             _fill(shown, partial(describe_trial, trials[shown["trial_id"]]))
+        return detail
 
 
 def _fill(shown: dict[str, Any], describe: Callable[[], str]) -> None:
@@ -152,9 +171,16 @@ def _fill(shown: dict[str, Any], describe: Callable[[], str]) -> None:
         shown["note"]["body"] = describe()
 
 
+def _hush() -> None:
+    """Silence what would be printed at each drawing of a plot of few trials, or as tracebacks."""
+    if logging.getLogger().getEffectiveLevel() > logging.DEBUG:
+        for name in ("optuna_dashboard", "optuna.visualization", "optuna.importance", "waitress.queue"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        warnings.filterwarnings("ignore", module="optuna.(importance|visualization)")
+
+
 @contextmanager
 def _serving(application: Guard, listener: socket.socket, largest_request: int) -> Iterator[None]:
-    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it would tell of every short queue
     server = create_server(
         application,
         sockets=[listener],
