@@ -86,8 +86,8 @@ def serve(
         raise UsageError("a token has at least 16 letters, digits or any of . _ ~ -")
     if token is None and not is_loopback(host):
         raise UsageError(
-            f"{host} can be reached from other machines, so name a secret of at least 16 letters and digits that "
-            "visitors have to know: HPSEARCH_TOKEN=... or --token"
+            f"{host} can be reached from other machines, so give a token that visitors must know, at least 16 letters and "
+            "digits, as HPSEARCH_TOKEN or with --token"
         )
     storage = open_storage(definition.study.storage, must_exist=True, reads_only=not is_writable)
     study = load_study(definition, storage)
@@ -174,7 +174,7 @@ def _fill(shown: dict[str, Any], describe: Callable[[], str]) -> None:
 def _hush() -> None:
     """Silence what would be printed at each drawing of a plot of few trials, or as tracebacks."""
     if logging.getLogger().getEffectiveLevel() > logging.DEBUG:
-        for name in ("optuna_dashboard", "optuna.visualization", "optuna.importance", "waitress.queue"):
+        for name in ("optuna_dashboard", "optuna.visualization", "optuna.importance", "waitress"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         warnings.filterwarnings("ignore", module="optuna.(importance|visualization)")
 
@@ -196,7 +196,7 @@ def _serving(application: Guard, listener: socket.socket, largest_request: int) 
     finally:
         server.trigger.pull_trigger(partial(wasyncore.close_all, server._map))  # in its own thread
         thread.join(timeout=1)
-        server.task_dispatcher.shutdown(timeout=0)
+        server.task_dispatcher.shutdown(timeout=1)
 
 
 def _listen(host: str, port: int) -> socket.socket:
