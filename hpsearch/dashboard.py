@@ -86,8 +86,8 @@ def serve(
         raise UsageError("a token has at least 16 letters, digits or any of . _ ~ -")
     if token is None and not is_loopback(host):
         raise UsageError(
-            f"{host} can be reached from other machines, so give a token that visitors must know, at least 16 letters and "
-            "digits, as HPSEARCH_TOKEN or with --token"
+            f"{host} can be reached from other machines, so give a token that visitors must know, at least 16 letters "
+            "and digits, as HPSEARCH_TOKEN or with --token"
         )
     storage = open_storage(definition.study.storage, must_exist=True, reads_only=not is_writable)
     study = load_study(definition, storage)
