@@ -38,7 +38,7 @@ _LARGEST_QUESTION = 2**16
 _STYLE = """<style>
 main { min-width: 0; }
 main p, main td:last-child, main .MuiTypography-root { overflow-wrap: anywhere; }
-main p { white-space: normal !important; }
+main p, main .MuiBox-root:not(:has(*)) { white-space: normal !important; overflow-wrap: anywhere; min-width: 0; }
 main :has(> p), main :has(> :has(> p)) { min-width: 0; }
 main pre, main pre * { white-space: pre-wrap !important; overflow-wrap: anywhere; }
 main .MuiCardContent-root > table :is(th, td) { text-align: left; vertical-align: top; padding-right: 1em; }
@@ -117,7 +117,8 @@ def build_application(
     files = checkpoint_folder(definition, study) / "files"
     if is_writable:
         files.mkdir(parents=True, exist_ok=True)
-    application = wsgi(study._storage, artifact_store=Files(files))  # Optuna's cache around it reads only what is new
+    store = Files(files) if files.is_dir() else None  # the page offers uploads where there is one
+    application = wsgi(study._storage, artifact_store=store)  # Optuna's cache around the storage reads only what is new
     application.catchall = False  # the guard says what failed
     application.install(_Additions(definition, study, arguments))
     return application

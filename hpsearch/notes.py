@@ -33,10 +33,10 @@ def describe_study(definition: StudyDefinition, budget: Mapping[str, Any], argum
         "network": definition.network.kind,
         "data": f"{data.name}: {n_train:,} images to train on, {data.validation:,} to validate",
         "budget": f"{budget['trials']} trials of {epochs}; ends also after {', or after '.join(ends)}",
-        "sampler": definition.sampler.kind,
-        "pruner": definition.pruner.kind,
+        "sampler, pruner": f"{definition.sampler.kind}, {definition.pruner.kind}",
         "seed": f"{definition.study.seed}, and {data.split_seed} for the split",
         "storage": show_url(definition.study.storage),
+        "fixed": ", ".join(f"{name} {value}" for name, value in tables["fixed"].items()) or "nothing",
     }
     searched = [[name, *_describe_range(table)] for name, table in tables["search"].items()]
     typed = [(f"hpsearch {command} {arguments}", what) for command, what in _COMMANDS.items()]
@@ -48,11 +48,6 @@ def describe_study(definition: StudyDefinition, budget: Mapping[str, Any], argum
         *_table(["", ""], list(about.items())),
         "### Searched",
         *_table(["hyperparameter", "values", "only where"], searched),
-        *(
-            ["### Fixed", *_table(["hyperparameter", "value"], list(tables["fixed"].items()))]
-            if definition.fixed
-            else []
-        ),
         "### To type",
         _fence("\n".join(f"{line:{width}}  # {what}" for line, what in typed)),
     ]
