@@ -7,12 +7,14 @@ The package, to be read downwards; a file imports only from lines below its own:
     cli_watch                             the verbs to watch a search, and to steer it
     cli_winner                            the verbs for what was found
     arguments                             what the verbs take
+    live                                  a search while it runs: a table on a terminal, lines in a pipe
     console | report | dashboard          text rendering; a study as one HTML file; Optuna's dashboard, guarded
     plots | notes                         the pictures of a report; what the dashboard says of study and trials
     pool | doctor                         N workers on this machine under one supervisor; what is wrong with a study
     worker | retrain                      one worker; the best trial to a bundle
     confirmation | replay                 the best few from fresh seeds; a trial once more from its own
-    study | prediction                    the studies in a storage; the classes of image files
+    watching | steering                   what there is to see of a search; stopped, extended, given values to try
+    study | listing | prediction          the studies in a storage; trials as rows; the classes of image files
     objective | strategy                  trial to value; sampler and pruner
     storage | bundle                      safe RDBStorage; what a user takes away
     recovery | pictures                   RDBStorage that outlasts outages and the ends of workers; figures drawn

@@ -15,7 +15,21 @@ if TYPE_CHECKING:
 
     from hpsearch.definition import StudyDefinition
 
-StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="A study file, or the name of one in studies/.")]
+
+def complete_study(incomplete: str) -> list[str]:
+    """What a shell offers for STUDY: names in studies/, and the paths of study files."""
+    names = [file.stem for file in Path("studies").glob("*.toml") if file.stem.startswith(incomplete)]
+    folder = Path(incomplete.rpartition("/")[0] or ("/" if incomplete.startswith("/") else "."))
+    paths = [str(path) for pattern in ("*.toml", "*/*.toml") for path in folder.glob(pattern)]
+    return sorted([*names, *(path for path in paths if incomplete and path.startswith(incomplete))])
+
+
+StudyArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="STUDY", help="A study file, or the name of one in studies/.", autocompletion=complete_study
+    ),
+]
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that export wrote.")]
 StorageOption = Annotated[
     str | None, typer.Option(help="SQLAlchemy URL instead of the study file's; so does HPSEARCH_STORAGE.")
@@ -37,13 +51,6 @@ class State(StrEnum):
     failed = "failed"
     running = "running"
     waiting = "waiting"
-
-
-class Sort(StrEnum):
-    """What `trials` can be sorted by."""
-
-    number = "number"
-    value = "value"
 
 
 def load_definition_of(study: str, storage: str | None, trials: int | None = None) -> "StudyDefinition":

@@ -4,7 +4,9 @@ Other transactions that start trials of the study wait for the end of this one.
 """
 
 import json
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
+from operator import itemgetter
 from typing import Any
 
 import sqlalchemy
@@ -12,8 +14,9 @@ from optuna.storages._rdb import models
 from optuna.trial import TrialState
 from sqlalchemy.orm import Session
 
-from hpsearch.errors import BudgetInFlight, BudgetSpent, TooManyFailures
+from hpsearch.errors import BudgetInFlight, BudgetSpent, Stopped, TooManyFailures
 
+SEARCHING_STATES = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)  # not those that failed, nor pauses
 _TRIAL: Any = models.TrialModel
 _STUDIES: Any = models.StudyModel.__table__
 _ATTRIBUTES: Any = models.StudyUserAttributeModel.__table__
@@ -22,8 +25,13 @@ _LOCK_STUDY = (
     .where(_STUDIES.c.study_id == sqlalchemy.bindparam("study_id"))
     .with_for_update()
 )
-_SELECT_BUDGET = sqlalchemy.select(_ATTRIBUTES.c.value_json).where(
-    _ATTRIBUTES.c.study_id == sqlalchemy.bindparam("study_id"), _ATTRIBUTES.c.key == "budget"
+_SELECT_LIMITS = sqlalchemy.select(_ATTRIBUTES.c.key, _ATTRIBUTES.c.value_json).where(
+    _ATTRIBUTES.c.study_id == sqlalchemy.bindparam("study_id"), _ATTRIBUTES.c.key.in_(("budget", "stopped"))
+)
+_SELECT_STOPPED = (
+    sqlalchemy.select(_ATTRIBUTES.c.value_json)
+    .join(_TRIAL, _TRIAL.study_id == _ATTRIBUTES.c.study_id)
+    .where(_TRIAL.trial_id == sqlalchemy.bindparam("trial_id"), _ATTRIBUTES.c.key == "stopped")
 )
 _COUNT_TRIALS = (
     sqlalchemy.select(_TRIAL.state, sqlalchemy.func.count())
@@ -35,16 +43,18 @@ _COUNT_TRIALS = (
 def admit(session: Session, study_id: int) -> int:
     """The number of the study's trials, if its budget has room for one more that runs; else this raises.
 
-    `BudgetSpent` and `TooManyFailures` are final; `BudgetInFlight` means that running trials may use up the rest, or
-    fail and leave room. `KeyError` is raised where there is no such study.
+    `BudgetSpent` and `TooManyFailures` are final, and so is `Stopped` until the study is run again; `BudgetInFlight`
+    means that running trials may use up the rest, or fail and leave room. `KeyError` is raised where there is no such
+    study.
     """
     lock_study(session, study_id)
-    budget = _read_budget(session, study_id)  # in a statement that has not waited for the lock
-    rows: Any = session.connection().execute(_COUNT_TRIALS, {"study_id": study_id})
-    counts: dict[TrialState, int] = dict(rows.all())
+    # In a statement that has not waited for the lock.
+    limits = {row.key: json.loads(row.value_json) for row in _select(session, _SELECT_LIMITS, study_id=study_id)}
+    budget: dict[str, Any] = limits.get("budget", {})
+    counts: dict[TrialState, int] = dict(_select(session, _COUNT_TRIALS, study_id=study_id).all())
     n_finished = counts.get(TrialState.COMPLETE, 0) + counts.get(TrialState.PRUNED, 0)
     if "trials" in budget and n_finished >= budget["trials"]:
-        raise BudgetSpent(f"the study has its {budget['trials']} trials; raise budget.trials for more")
+        raise BudgetSpent(f"the study has its {budget['trials']} trials; hpsearch extend gives it more")
     if "target" in budget and (best := _best_value(session, study_id)) >= budget["target"]:
         raise BudgetSpent(f"the best value {best:.4f} reaches the target of {budget['target']}")
     if "minutes" in budget and (spent := _minutes_searched(session, study_id)) >= budget["minutes"]:
@@ -56,6 +66,8 @@ def admit(session: Session, study_id: int) -> int:
                 f"{len(failures)} trials failed, the last one by {failures[-1]}; mend the cause, then raise "
                 "budget.failures to go on"
             )
+    if limits.get("stopped"):
+        raise Stopped
     if "trials" in budget and n_finished + counts.get(TrialState.RUNNING, 0) >= budget["trials"]:
         raise BudgetInFlight
     return sum(counts.values())
@@ -70,9 +82,13 @@ def lock_study(session: Session, study_id: int) -> None:
         raise KeyError(f"no study with id {study_id}")
 
 
-def _read_budget(session: Session, study_id: int) -> dict[str, Any]:
-    text = session.connection().execute(_SELECT_BUDGET, {"study_id": study_id}).scalar()
-    return {} if text is None else json.loads(text)
+def is_stopped(session: Session, trial_id: int) -> bool:
+    """Whether the trial's study is to stop."""
+    return bool(json.loads(_select(session, _SELECT_STOPPED, trial_id=trial_id).scalar() or "false"))
+
+
+def _select(session: Session, query: Any, **parameters: int) -> Any:
+    return session.connection().execute(query, parameters)
 
 
 def _best_value(session: Session, study_id: int) -> float:
@@ -81,18 +97,22 @@ def _best_value(session: Session, study_id: int) -> float:
     return float("-inf") if best is None else float(best)
 
 
-def _minutes_searched(session: Session, study_id: int) -> float:
-    """The minutes in which at least one trial ran; pauses and trials that failed do not count."""
-    states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
-    columns = _TRIAL.__table__.c
-    query = session.query(columns.datetime_start, columns.datetime_complete)
-    rows = query.filter(_TRIAL.study_id == study_id, _TRIAL.state.in_(states)).order_by(columns.datetime_start)
-    total, end, now = timedelta(), datetime.min, datetime.now(UTC).replace(tzinfo=None)
-    for start, complete in rows:
+def seconds_searched(spans: Iterable[tuple[datetime, datetime | None]], now: datetime) -> float:
+    """The seconds in which at least one trial ran, of trials that began and ended so or have not ended."""
+    total, end = timedelta(), datetime.min
+    for start, complete in sorted(spans, key=itemgetter(0)):
         finish = complete or now
         total += max(finish - max(start, end), timedelta())
         end = max(end, finish)
-    return total.total_seconds() / 60
+    return total.total_seconds()
+
+
+def _minutes_searched(session: Session, study_id: int) -> float:
+    columns = _TRIAL.__table__.c
+    query = session.query(columns.datetime_start, columns.datetime_complete)
+    rows = query.filter(_TRIAL.study_id == study_id, _TRIAL.state.in_(SEARCHING_STATES))
+    spans = [(start, complete) for start, complete in rows]
+    return seconds_searched(spans, datetime.now(UTC).replace(tzinfo=None)) / 60
 
 
 def _final_failures(session: Session, study_id: int) -> list[str]:

@@ -6,6 +6,7 @@ What a verb needs is imported inside it: torch takes seconds to import, and `--h
 import json
 import shlex
 import signal
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,7 @@ from hpsearch.arguments import (
     StorageOption,
     StudyArgument,
     WorkersOption,
+    complete_study,
     load_definition_of,
     load_study_of,
     print_document,
@@ -25,7 +27,7 @@ from hpsearch.arguments import (
 )
 from hpsearch.cli_watch import app as watch_app
 from hpsearch.cli_winner import app as winner_app
-from hpsearch.errors import UsageError
+from hpsearch.errors import Drained, StorageError, UsageError
 
 app = typer.Typer(
     name="hpsearch",
@@ -58,7 +60,9 @@ def _global_options(
 
 @app.command(epilog="Example:  hpsearch check studies/mnist-mlp.toml")
 def check(
-    study: Annotated[str | None, typer.Argument(metavar="STUDY", help="A study file, or a name in studies/.")] = None,
+    study: Annotated[
+        str | None, typer.Argument(metavar="STUDY", help="A study file, or a name.", autocompletion=complete_study)
+    ] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of study files.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -85,11 +89,11 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Create or resume a study and search until its budget is spent."""
-    from contextlib import ExitStack
-
-    from hpsearch.console import RunView, say
+    from hpsearch.console import say, stderr_console
     from hpsearch.forking import start_fork_server
+    from hpsearch.live import LiveView
     from hpsearch.signals import Drain
+    from hpsearch.watching import conclude, open_watch
 
     definition = load_definition_of(study, storage, trials)
     start_fork_server()
@@ -98,28 +102,35 @@ def run(
 
     # What cannot work is told before torch is loaded.
     opened = open_storage(definition.study.storage)
-    open_study(definition, opened)
+    open_study(definition, opened, keeps_extension=trials is None)
     opened.engine.dispose()
+    watch = open_watch(definition)
     from hpsearch.pool import run_pool
 
     drain = Drain().listen(signal.SIGINT, signal.SIGTERM)
-    with ExitStack() as stack:
-        if shows_dashboard:
-            from hpsearch.dashboard import serve
+    try:
+        with ExitStack() as stack:
+            if shows_dashboard:
+                from hpsearch.dashboard import serve
 
-            say(f"dashboard: {stack.enter_context(serve(definition, retype(study, storage)))}")
-        view = stack.enter_context(RunView(definition.budget.trials, definition.budget.epochs))
-        reason = run_pool(
-            definition,
-            drain,
-            n_workers=workers,
-            folder=data,
-            emit=view,
-            on_start=view.start,
-        )
+                say(f"dashboard: {stack.enter_context(serve(definition, retype(study, storage)))}")
+            view = stack.enter_context(LiveView(watch, stderr_console()))
+            reason = run_pool(
+                definition,
+                drain,
+                n_workers=workers,
+                folder=data,
+                emit=view,
+                on_start=view.start,
+            )
+    except Drained:
+        with suppress(StorageError):
+            say(watch.look().sum_up())
+        raise
     say(f"done: {reason}")
     print_status(definition, as_json=as_json)
-    say(f"next: hpsearch confirm {retype(study, storage)}  |  hpsearch export {retype(study, storage)}")
+    for line in conclude(definition, watch.study, retype(study, storage)):
+        say(line)
 
 
 @app.command(epilog="Example:  hpsearch worker studies/mnist-mlp.toml --max-trials 5")
@@ -130,13 +141,17 @@ def worker(
     data: DataOption = None,
 ) -> None:
     """Run one more worker on an existing study, from any terminal or machine."""
-    from hpsearch.console import RunView, say
+    from hpsearch.console import say, stderr_console
+    from hpsearch.live import LiveView
     from hpsearch.signals import Drain
-    from hpsearch.worker import run_worker
+    from hpsearch.watching import open_watch
 
     definition = load_definition_of(study, storage)
+    watch = open_watch(definition)
+    from hpsearch.worker import run_worker
+
     drain = Drain().listen(signal.SIGINT, signal.SIGTERM)
-    with RunView(definition.budget.trials, definition.budget.epochs) as view:
+    with LiveView(watch, stderr_console()) as view:
         reason = run_worker(definition, drain, folder=data, emit=view, max_trials=max_trials)
     say(f"done: {reason}")
 

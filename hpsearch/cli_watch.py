@@ -1,12 +1,13 @@
 """The verbs to watch a search, and to steer it."""
 
+import sys
+import time
 from typing import Annotated
 
 import typer
 
 from hpsearch.arguments import (
     JsonOption,
-    Sort,
     State,
     StorageOption,
     StudyArgument,
@@ -16,34 +17,141 @@ from hpsearch.arguments import (
     print_status,
     retype,
 )
+from hpsearch.errors import UsageError
 
 app = typer.Typer()
 
-
-@app.command(epilog="Example:  hpsearch status studies/mnist-mlp.toml --json")
-def status(study: StudyArgument, storage: StorageOption = None, as_json: JsonOption = False) -> None:
-    """Show counts by state, the best trial, the workers, and the epochs run and saved."""
-    print_status(load_definition_of(study, storage), as_json=as_json)
+_POLL = 0.25  # seconds between two looks at whether all workers have stopped
 
 
-@app.command(epilog="Example:  hpsearch trials studies/mnist-mlp.toml --sort value --limit 5")
-def trials(
+@app.command(epilog="Example:  hpsearch status studies/mnist-mlp.toml --watch")
+def status(
     study: StudyArgument,
-    state: Annotated[State | None, typer.Option(help="Only trials in this state.")] = None,
-    sort: Annotated[Sort, typer.Option(help="By number, or the best value first.")] = Sort.number,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many.")] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Show it until the search ends; in a pipe a line for each finished trial.")
+    ] = False,
     storage: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
+    """Show counts by state, the best trial, the workers, and the epochs run and saved."""
+    definition = load_definition_of(study, storage)
+    if not watch:
+        return print_status(definition, as_json=as_json)
+    if as_json:
+        raise UsageError("--watch and --json do not go together; call status --json again and again instead")
+    from rich.console import Console
+
+    from hpsearch.console import say
+    from hpsearch.live import LiveView
+    from hpsearch.watching import conclude, open_watch
+
+    watched = open_watch(definition)
+    with LiveView(watched, Console(highlight=False), follows=True) as view:
+        view.over.wait()
+    for line in conclude(definition, watched.study, retype(study, storage)):
+        say(line)
+    return None
+
+
+@app.command(epilog="Example:  hpsearch trials studies/mnist-mlp.toml --sort value --limit 5 --columns number,value,lr")
+def trials(
+    study: StudyArgument,
+    state: Annotated[State | None, typer.Option(help="Only trials in this state.")] = None,
+    sort: Annotated[str, typer.Option(metavar="COLUMN", help="By value the best first, else the least.")] = "number",
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many.")] = None,
+    columns: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help="Only these columns: number, state, value, lr, ...")
+    ] = None,
+    storage: StorageOption = None,
+    as_json: JsonOption = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV, safe to open in a spreadsheet.")] = False,
+) -> None:
     """List the trials of a study."""
     from hpsearch.console import render_trials
-    from hpsearch.study import list_trials
+    from hpsearch.listing import check_columns, flatten, list_columns, list_trials, to_csv
 
-    print_document(
-        list_trials(load_study_of(load_definition_of(study, storage)), state, sort, limit),
-        render_trials,
-        as_json=as_json,
-    )
+    if as_json and as_csv:
+        raise UsageError("--json and --csv do not go together; choose one")
+    rows = list_trials(load_study_of(load_definition_of(study, storage)), state, sort, limit)
+    chosen = [name.strip() for name in columns.split(",")] if columns else []
+    check_columns(rows, chosen)
+    if as_csv:
+        sys.stdout.write(to_csv(rows, chosen or list_columns(rows)))
+    elif as_json and chosen:
+        print_document([{name: flatten(row).get(name) for name in chosen} for row in rows], str, as_json=True)
+    else:
+        print_document(rows, lambda rows: render_trials(rows, chosen), as_json=as_json)
+
+
+@app.command(epilog="Example:  hpsearch show studies/mnist-mlp.toml 17")
+def show(
+    study: StudyArgument,
+    number: Annotated[int, typer.Argument(metavar="TRIAL", help="The trial's number.")],
+    storage: StorageOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show one trial: its parameters, reports, times, worker, and why it failed or was pruned."""
+    from hpsearch.console import render_trial
+    from hpsearch.listing import describe_in_full
+
+    document = describe_in_full(load_study_of(load_definition_of(study, storage)), number)
+    print_document(document, render_trial, as_json=as_json)
+
+
+@app.command(epilog="Example:  hpsearch stop studies/mnist-mlp.toml")
+def stop(study: StudyArgument, storage: StorageOption = None) -> None:
+    """Stop all workers on all machines: they finish their epochs and hand their trials back; run goes on with them."""
+    from hpsearch.console import say
+    from hpsearch.steering import stop_study
+    from hpsearch.watching import open_watch
+
+    definition = load_definition_of(study, storage)
+    stop_study(load_study_of(definition))
+    watch, told = open_watch(definition), -1
+    while alive := [worker for worker in watch.look().workers if not worker["is_lost"]]:
+        if len(alive) != told:
+            told = len(alive)
+            say(f"{told} workers finish their epochs and hand their trials back ...")
+        time.sleep(_POLL)
+    scene = watch.look()
+    for lost in scene.workers:
+        say(f"trial {lost['trial']} of {lost['worker']}, which gives no sign of life, is taken over by the next run")
+    say(f"stopped: {scene.sum_up()}; go on with: hpsearch run {retype(study, storage)}")
+
+
+@app.command(epilog="Example:  hpsearch extend studies/mnist-mlp.toml --trials 40")
+def extend(
+    study: StudyArgument,
+    trials: Annotated[int, typer.Option(min=1, help="How many trials more.")],
+    storage: StorageOption = None,
+) -> None:
+    """Add trials to the budget of a study; workers that run go on with them."""
+    from hpsearch.console import say
+    from hpsearch.steering import extend_study
+    from hpsearch.watching import open_watch
+
+    definition = load_definition_of(study, storage)
+    n_trials = extend_study(definition, load_study_of(definition), trials)
+    say(f"the budget has {n_trials} trials now; {open_watch(definition).look().say_next(retype(study, storage))}")
+
+
+@app.command(epilog="Example:  hpsearch enqueue studies/mnist-mlp.toml --set lr=1e-3 --set depth=2")
+def enqueue(
+    study: StudyArgument,
+    settings: Annotated[
+        list[str], typer.Option("--set", metavar="NAME=VALUE", help="A hyperparameter; the sampler adds the others.")
+    ],
+    storage: StorageOption = None,
+) -> None:
+    """Try given values next."""
+    from hpsearch.console import say
+    from hpsearch.steering import enqueue_trial
+    from hpsearch.watching import open_watch
+
+    definition = load_definition_of(study, storage)
+    number = enqueue_trial(definition, load_study_of(definition), settings)
+    scene = open_watch(definition).look()
+    say(f"trial {number} waits with {', '.join(settings)}; {scene.say_next(retype(study, storage))}")
 
 
 @app.command(epilog="Example:  hpsearch dashboard studies/mnist-mlp.toml --open")

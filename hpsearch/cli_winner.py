@@ -38,8 +38,7 @@ def confirm(
     stored = load_study_of(definition)
     from hpsearch.confirmation import confirm as confirm_trials
     from hpsearch.console import render_confirmation, say
-    from hpsearch.pool import default_workers
-    from hpsearch.worker import list_devices
+    from hpsearch.worker import default_workers, list_devices
 
     confirmation = confirm_trials(
         definition,

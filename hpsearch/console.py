@@ -1,21 +1,19 @@
-"""What the command line shows: lines and a live table while a search runs, and tables of what it found."""
+"""What the command line shows: lines, and tables of what was found."""
 
 import errno
 import sys
-import time
 from collections.abc import Mapping, Sequence
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
-from rich.live import Live
-from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from hpsearch.listing import flatten, list_columns
+
 if TYPE_CHECKING:
-    from hpsearch.worker import TrialEvent
+    from hpsearch.watching import TrialEvent
 
 _WIDTH_OF_A_PIPE = 10_000  # nothing is cut off where no terminal sets a width
 
@@ -35,6 +33,11 @@ def show(renderable: RenderableType) -> None:
     Console(width=width, highlight=False).print(renderable)
 
 
+def stderr_console() -> Console:
+    """The console that talk goes to."""
+    return Console(stderr=True, highlight=False)
+
+
 def trial_line(event: "TrialEvent") -> str:
     """`trial 17 complete 0.9861`, `trial 18 pruned 0.9120 epoch 3`, `trial 19 failed exception: ...`."""
     parts = [f"trial {event.number} {event.state}"]
@@ -43,60 +46,6 @@ def trial_line(event: "TrialEvent") -> str:
     if event.state == "pruned":
         parts.append(f"epoch {event.epoch}")
     return " ".join([*parts, *event.message.split()])
-
-
-class RunView:
-    """Called with each event of a run: a live table on a terminal, else a line for each finished trial."""
-
-    def __init__(self, trials: int, epochs: int) -> None:
-        self.trials, self.epochs, self.n_finished = trials, epochs, 0
-        self.best: TrialEvent | None = None
-        self.running: dict[str, TrialEvent] = {}
-        self.started = time.monotonic()
-        console = Console(stderr=True, highlight=False)
-        self.live = Live(console=console, get_renderable=self._render, transient=True) if console.is_terminal else None
-
-    def start(self, n_finished: int, n_workers: int) -> None:
-        """Say where the study stands before the first worker starts."""
-        self.n_finished = n_finished
-        self._say(f"{n_finished} of {self.trials} trials are there; {n_workers} workers start")
-
-    def __call__(self, event: "TrialEvent") -> None:
-        if event.state == "running":
-            self.running[event.worker] = event
-            return
-        self.running.pop(event.worker, None)
-        self.n_finished += event.state in ("complete", "pruned")
-        if event.state == "complete" and (self.best is None or (event.value or 0) > (self.best.value or 0)):
-            self.best = event
-        self._say(trial_line(event))
-
-    def __enter__(self) -> Self:
-        if self.live:
-            self.live.start()
-        return self
-
-    def __exit__(self, _type: type | None, _error: BaseException | None, _traceback: TracebackType | None) -> None:
-        if self.live:
-            self.live.stop()
-
-    def _say(self, line: str) -> None:
-        if self.live:
-            self.live.console.print(line, markup=False)
-        else:
-            say(line)
-
-    def _render(self) -> RenderableType:
-        bar = Table.grid(padding=(0, 1))
-        seconds = int(time.monotonic() - self.started)
-        best = f"best {self.best.value:.4f} (trial {self.best.number})" if self.best else ""
-        progress = ProgressBar(total=self.trials, completed=min(self.n_finished, self.trials), width=30)
-        bar.add_row(progress, f"{self.n_finished}/{self.trials} trials", f"{seconds // 60}:{seconds % 60:02}", best)
-        workers = Table("worker", "trial", "epoch", "accuracy", box=SIMPLE_HEAD, show_edge=False)
-        for name, event in sorted(self.running.items()):
-            accuracy = "" if event.value is None else f"{event.value:.4f}"
-            workers.add_row(name, str(event.number), f"{event.epoch}/{self.epochs}", accuracy)
-        return Group(bar, workers) if self.running else bar
 
 
 def render_status(status: Mapping[str, Any]) -> RenderableType:
@@ -111,7 +60,7 @@ def render_status(status: Mapping[str, Any]) -> RenderableType:
     table.add_row("epochs", f"{epochs['run']} run, {epochs['saved']} saved by pruning")
     if best:
         table.add_row("best", Text(f"{best['value']:.4f} in trial {best['number']}", style="bold"))
-        table.add_row("", Text(_join(best["params"])))
+        table.add_row("", Text(join_params(best["params"])))
     else:
         table.add_row("best", "no trial is complete yet")
     for worker in status["workers"]:
@@ -119,18 +68,41 @@ def render_status(status: Mapping[str, Any]) -> RenderableType:
     return table
 
 
-def render_trials(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """A table with a row for each trial and a column for each hyperparameter that any of them has."""
-    names = list(dict.fromkeys(name for row in rows for name in row["params"]))
+def render_trials(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> RenderableType:
+    """A table with a row for each trial; by default with a column for each hyperparameter that any of them has."""
+    columns = columns or [name for name in list_columns(rows) if name != "worker"]
     table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    for heading in ("trial", "state", "value", "epoch", *names, "seconds"):
-        table.add_column(heading, justify="left" if heading == "state" else "right", no_wrap=True)
-    table.add_column("note")
-    for row in rows:
-        value = "" if row["value"] is None else f"{row['value']:.4f}"
-        seconds = "" if row["seconds"] is None else f"{row['seconds']:.1f}"
-        params = [_short(row["params"].get(name, "")) for name in names]
-        table.add_row(str(row["number"]), row["state"], value, str(row["epoch"]), *params, seconds, Text(row["note"]))
+    for name in columns:
+        is_text = name in ("state", "worker", "note")
+        heading = "trial" if name == "number" else name
+        table.add_column(heading, justify="left" if is_text else "right", no_wrap=name != "note")
+    for row in map(flatten, rows):
+        table.add_row(*(Text(_show_cell(name, row.get(name))) for name in columns))
+    return table
+
+
+def render_trial(trial: Mapping[str, Any]) -> RenderableType:
+    """The document of `show --json` as text."""
+    table = Table.grid(padding=(0, 2))
+    table.add_row("trial", Text(f"{trial['number']} {trial['state']}", style="bold"))
+    if trial["value"] is not None:
+        table.add_row("value", f"{trial['value']:.4f}")
+    if trial["note"]:
+        table.add_row("why", Text(printable(trial["note"]), overflow="fold"))
+    for i, (name, value) in enumerate(trial["params"].items()):
+        table.add_row("" if i else "parameters", f"{name} {shorten(value)}")
+    if trial["started"]:
+        seconds = "" if trial["seconds"] is None else f" ({trial['seconds']:.1f} s)"
+        table.add_row("times", f"{trial['started']} to {trial['ended'] or 'now'}{seconds}")
+        table.add_row("worker", Text(str(trial["worker"])))
+    if trial["images_per_second"]:
+        table.add_row("speed", f"{trial['images_per_second']:,} training images a second")
+    if trial["attempts"]:
+        table.add_row("attempts", f"goes on with trial {', '.join(map(str, trial['attempts']))}")
+    if trial["environment"]:
+        table.add_row("ran with", ", ".join(f"{name} {value}" for name, value in trial["environment"].items()))
+    reports = [f"{epoch}: {value:.4f}" for epoch, value in trial["reports"].items()]
+    table.add_row("reports", Text("  ".join(reports) or "none", overflow="fold"))
     return table
 
 
@@ -236,9 +208,18 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _join(params: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {_short(value)}" for name, value in params.items())
+def join_params(params: Mapping[str, Any]) -> str:
+    """`depth 3, lr 0.00106`."""
+    return ", ".join(f"{name} {shorten(value)}" for name, value in params.items())
 
 
-def _short(value: Any) -> str:
+def _show_cell(name: str, cell: Any) -> str:
+    if cell is None:
+        return ""
+    places = {"value": 4, "seconds": 1}.get(name)
+    return shorten(cell) if places is None else f"{cell:.{places}f}"
+
+
+def shorten(value: Any) -> str:
+    """A number with three digits that count; anything else as it is."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)

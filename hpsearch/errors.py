@@ -18,7 +18,8 @@ HpsearchError                 1
 ├── ImageError                1
 ├── BundleError               1
 ├── Drained                  75
-│   └── Interrupted         130
+│   ├── Interrupted         130
+│   └── Stopped              75
 └── Diverged                  1
 """
 
@@ -122,6 +123,10 @@ class Interrupted(Drained):
     """Interrupted; run again to go on."""
 
     exit_status = 130
+
+
+class Stopped(Drained):
+    """The study was stopped for all workers; go on with: hpsearch run STUDY."""
 
 
 class Diverged(HpsearchError):

@@ -8,7 +8,7 @@ from optuna.trial import FrozenTrial
 
 from hpsearch.database import show_url
 from hpsearch.definition import N_TRAINING_IMAGES, StudyDefinition
-from hpsearch.study import explain_end, name_state
+from hpsearch.listing import explain_end, name_state
 
 _COMMANDS = {
     "run": "search until the budget is spent, or go on",

@@ -6,8 +6,10 @@ import signal
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from logging.handlers import QueueHandler
 from multiprocessing import connection
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import optuna
@@ -16,18 +18,19 @@ from optuna.trial import TrialState
 
 from hpsearch.data import ImageData
 from hpsearch.definition import StudyDefinition
-from hpsearch.errors import Drained, HpsearchError, RepeatedFailures, StorageUnavailable, WorkerError
+from hpsearch.errors import Drained, HpsearchError, RepeatedFailures, Stopped, StorageUnavailable, WorkerError
 from hpsearch.forking import start_fork_server
 from hpsearch.objective import load_study_data
 from hpsearch.signals import Drain
+from hpsearch.steering import resume_study
 from hpsearch.storage import Storage
 from hpsearch.study import open_study
+from hpsearch.watching import Emit, TrialEvent
 from hpsearch.worker import (
     HAND_BACK_PATIENCE,
-    Emit,
-    TrialEvent,
     Worker,
     count_cores,
+    default_workers,
     list_devices,
     open_worker_storage,
     worker_name,
@@ -77,18 +80,13 @@ def run_pool(
     start_fork_server()
     storage = open_worker_storage(definition, drain)
     study = open_study(definition, storage)
+    resume_study(study)
     data = _share(load_study_data(definition, folder))
     drain.check()
     n_finished = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)))
     n_workers = n_workers or default_workers()
     on_start(n_finished, n_workers)
     return _Pool(definition, storage, study, data, folder, drain, emit).run(n_workers)
-
-
-def default_workers() -> int:
-    """One worker per GPU, else per core."""
-    devices = list_devices()
-    return count_cores() if devices == ["cpu"] else len(devices)
 
 
 class _Pool:
@@ -142,7 +140,7 @@ class _Pool:
             member.process.join()
             self.members.remove(member)
             error = member.end and member.end.error
-            if member.end and not isinstance(error, Drained | WorkerError):
+            if member.end and (isinstance(error, Stopped) or not isinstance(error, Drained | WorkerError)):
                 self.ends.append(member.end)
                 if isinstance(error, StorageUnavailable):
                     self.left_behind.append(member)
@@ -193,6 +191,8 @@ class _Pool:
                 return
             if isinstance(message, End):
                 member.end = message
+            elif isinstance(message, logging.LogRecord):
+                logging.getLogger(message.name).handle(message)
             else:
                 member.has_begun = True
                 self.n_failed_starts = 0
@@ -249,17 +249,18 @@ def _work(
     drain = Drain().listen(signal.SIGTERM)
     threading.Thread(target=_watch_supervisor, args=(drain,), daemon=True).start()
     torch.set_num_threads(n_threads)
-    logging.basicConfig(level=log_level, format="%(message)s")
 
     lock = threading.Lock()  # the lease's thread sends too
 
-    def send(message: TrialEvent | End) -> None:
+    def send(message: TrialEvent | End | logging.LogRecord) -> None:
         try:
             with lock:
                 messages.send(message)
         except BrokenPipeError:
             drain.set(Drained("the supervisor is gone"))
 
+    # The supervisor knows where on the terminal there is room for it.
+    logging.basicConfig(level=log_level, handlers=[_Sender(send)])
     try:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         storage = open_worker_storage(definition, drain, must_exist=True, is_patient=True)
@@ -276,6 +277,17 @@ def _work(
         reason = f"a worker failed: {type(error).__name__}: {error}"
         end = End(reason, WorkerError(reason))
     send(end)
+
+
+class _Sender(QueueHandler):
+    """Gives the log of a worker's process to a function."""
+
+    def __init__(self, send: Callable[[logging.LogRecord], None]) -> None:
+        super().__init__(Queue())
+        self.send = send
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        self.send(record)
 
 
 def _watch_supervisor(drain: Drain) -> None:

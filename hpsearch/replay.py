@@ -10,9 +10,9 @@ from optuna.trial import FrozenTrial
 
 from hpsearch.definition import StudyDefinition
 from hpsearch.errors import Diverged, NoCompletedTrial
+from hpsearch.listing import name_state
 from hpsearch.objective import describe_environment, load_study_data, train_from_seed, trial_seed
 from hpsearch.space import suggest
-from hpsearch.study import name_state
 from hpsearch.training import EpochResult, keep_freed_memory
 
 

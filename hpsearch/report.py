@@ -19,8 +19,9 @@ from hpsearch import formats, plots
 from hpsearch.definition import StudyDefinition
 from hpsearch.errors import BundleError, UsageError
 from hpsearch.evaluation import wilson_interval
+from hpsearch.listing import list_trials
 from hpsearch.space import IntRange, Range, check_values
-from hpsearch.study import list_trials, summarize
+from hpsearch.study import summarize
 
 MIN_TRIALS = 5  # complete ones, for an importance or a map that is more than chance
 MAX_ROWS = 12

@@ -22,7 +22,7 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from hpsearch import rows
-from hpsearch.budget import admit, lock_study
+from hpsearch.budget import admit, is_stopped, lock_study
 from hpsearch.database import (
     check_place,
     check_tables,
@@ -47,6 +47,7 @@ class Storage(RecoveringStorage):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self.worker: str | None = None
+        self.is_stopped = False  # the study, as seen when a trial was last written or kept alive
         self._held: dict[int, HeldTrial] = {}
         self._ended: dict[int, HeldTrial] = {}  # the last one
         super().__init__(*args, **options)
@@ -62,6 +63,7 @@ class Storage(RecoveringStorage):
         """Whether the trial is still running, and has a new heartbeat therefore."""
         with _create_scoped_session(self.scoped_session) as session:
             is_running = rows.lock_trial(session.connection(), trial_id) == TrialState.RUNNING
+            self.is_stopped = is_stopped(session, trial_id)
             if is_running:
                 rows.beat(session.connection(), trial_id)
             return is_running
@@ -189,17 +191,19 @@ class Storage(RecoveringStorage):
 
     @patiently
     def _store(self, held: HeldTrial) -> None:
-        with self._writing(held) as connection:
-            state = rows.lock_trial(connection, held.trial._trial_id)
+        with self._writing(held) as session:
+            state = rows.lock_trial(session.connection(), held.trial._trial_id)
             self.check_trial_is_updatable(held.trial._trial_id, state)
-            held.write(connection)
+            held.write(session.connection())
+            self.is_stopped = is_stopped(session, held.trial._trial_id)
 
     @patiently
     def _end(self, held: HeldTrial, state: TrialState, values: Any) -> None:
         """Write what is new of the trial, its values and its final state."""
         ended = held.snapshot()
         ended.state, ended.values, ended.datetime_complete = state, values, datetime.now()
-        with self._writing(held) as connection:
+        with self._writing(held) as session:
+            connection = session.connection()
             if not rows.change_state(connection, ended, before=TrialState.RUNNING):
                 self.check_trial_is_updatable(ended._trial_id, rows.lock_trial(connection, ended._trial_id))
             held.write(connection)
@@ -209,11 +213,11 @@ class Storage(RecoveringStorage):
         self._ended = {ended._trial_id: held}
 
     @contextmanager
-    def _writing(self, held: HeldTrial) -> Iterator[Connection]:
+    def _writing(self, held: HeldTrial) -> Iterator[Session]:
         """A transaction of a held trial, which is held no longer if it has been taken away."""
         try:
             with _create_scoped_session(self.scoped_session) as session:
-                yield session.connection()
+                yield session
         except UpdateFinishedTrialError:
             self.release(held.trial._trial_id)
             raise

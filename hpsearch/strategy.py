@@ -37,7 +37,7 @@ def build_pruner(definition: StudyDefinition) -> optuna.pruners.BasePruner:
     """The study's pruner; its resource is the epoch.
 
     After `sampler.startup` complete trials the median pruner ends those whose best epoch is below the median of the
-    others at the same epoch, from the second on. ASHA keeps the best quarter of the trials after epochs 1, 4, 16 and so
+    others at the same epoch. ASHA keeps the best quarter of the trials after epochs 1, 4, 16 and so
     on (Li et al. 2020, https://arxiv.org/abs/1810.05934, take a quarter as well).
     """
     epochs = definition.budget.epochs

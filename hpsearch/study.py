@@ -5,7 +5,7 @@ import logging
 import uuid
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,11 +25,12 @@ from hpsearch.storage import Storage
 logger = logging.getLogger(__name__)
 
 
-def open_study(definition: StudyDefinition, storage: Storage) -> optuna.Study:
+def open_study(definition: StudyDefinition, storage: Storage, *, keeps_extension: bool = True) -> optuna.Study:
     """The definition's study in the storage, created or resumed, with its budget and identity written into it.
 
-    The trials to try first are queued once. Raises `StudyMismatch`, and changes nothing, where the stored study was
-    searched with another definition; budget, recovery and retrain may differ.
+    The trials to try first are queued once. What `extend` added to the budget is kept as long as the definition's
+    trials are those that it was added to, unless it is not to be kept. Raises `StudyMismatch`, and changes nothing,
+    where the stored study was searched with another definition; budget, recovery and retrain may differ.
     """
     name = definition.study.name
     with creation_lock(storage.engine.url):
@@ -41,7 +42,9 @@ def open_study(definition: StudyDefinition, storage: Storage) -> optuna.Study:
             study.set_user_attr("identity", definition.identity)
         if "id" not in study.user_attrs:
             study.set_user_attr("id", uuid.uuid4().hex[:8])
-        study.set_user_attr("budget", definition.budget.model_dump(exclude_none=True))
+        if not keeps_extension:
+            study.set_user_attr("extension", {})
+        study.set_user_attr("budget", _extended_budget(definition, study.user_attrs.get("extension", {})))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             study.set_metric_names(["validation accuracy"])
@@ -181,51 +184,14 @@ def summarize(definition: StudyDefinition, study: optuna.Study) -> dict[str, Any
     }
 
 
-def list_trials(study: optuna.Study, state: str | None, sort: str, limit: int | None) -> list[dict[str, Any]]:
-    """The rows of `trials`: those in a state, sorted by number or by value (the best first), at most `limit`."""
-    rows = [_describe_trial(trial) for trial in study.get_trials(deepcopy=False)]
-    chosen = [row for row in rows if state in (None, row["state"])]
-    if sort == "value":
-        # A pruned trial's value is from fewer epochs, so it never stands above a complete one.
-        chosen.sort(key=lambda row: (row["state"] != "complete", -(row["value"] or 0.0), row["number"]))
-    return chosen[:limit]
-
-
-def name_state(trial: FrozenTrial) -> str:
-    """The trial's state as users read it: Optuna's in small letters, but `failed`."""
-    return "failed" if trial.state == TrialState.FAIL else trial.state.name.lower()
-
-
-def explain_end(trial: FrozenTrial) -> str:
-    """Why the trial failed or was pruned, in one sentence, or nothing."""
-    attributes = trial.user_attrs
-    if failure := attributes.get("failure"):
-        return f"{failure['kind']}: {failure['message']}"
-    if trial.state == TrialState.PRUNED and "diverged" in attributes:
-        return str(attributes["diverged"])
-    pruning = attributes.get("pruning", {})
-    if trial.state == TrialState.PRUNED and "threshold" in pruning:
-        value, threshold, rule = pruning["value"], pruning["threshold"], pruning["rule"]
-        return f"{value:.4f} is below {threshold:.4f}, {rule}, after epoch {pruning['epoch']}"
-    return ""
-
-
-def _describe_trial(trial: FrozenTrial) -> dict[str, Any]:
-    return {
-        "number": trial.number,
-        "state": name_state(trial),
-        "value": trial.value if trial.state.is_finished() else None,
-        "epoch": trial.last_step or 0,
-        "params": trial.params or trial.system_attrs.get("fixed_params", {}),
-        "worker": trial.user_attrs.get("worker"),
-        "seconds": trial.duration.total_seconds() if trial.duration else None,
-        "note": explain_end(trial),
-    }
-
-
 def _by_value(trial: FrozenTrial) -> tuple[float, int]:
     """Sorts the best trial first, and the earlier of equals before the later."""
     return -(trial.value or 0.0), trial.number
+
+
+def _extended_budget(definition: StudyDefinition, extension: Mapping[str, int]) -> dict[str, Any]:
+    budget = definition.budget.model_dump(exclude_none=True)
+    return budget | ({"trials": extension["to"]} if extension.get("from") == budget["trials"] else {})
 
 
 def _check_identity(definition: StudyDefinition, study: optuna.Study) -> None:

@@ -6,9 +6,6 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal, Self
 
@@ -20,13 +17,14 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpsearch.data import ImageData
 from hpsearch.definition import StudyDefinition
-from hpsearch.errors import BudgetInFlight, BudgetSpent, Drained, RepeatedFailures, StorageError
+from hpsearch.errors import BudgetInFlight, BudgetSpent, Drained, RepeatedFailures, Stopped, StorageError
 from hpsearch.objective import Objective, load_study_data
 from hpsearch.signals import Drain
 from hpsearch.storage import Storage, open_storage
 from hpsearch.strategy import build_pruner, build_sampler
 from hpsearch.study import checkpoint_folder, load_study, sweep_checkpoints
-from hpsearch.training import keep_freed_memory
+from hpsearch.training import EpochResult, keep_freed_memory
+from hpsearch.watching import Emit, TrialEvent
 
 logger = logging.getLogger(__name__)
 
@@ -34,25 +32,6 @@ PATIENCE = 600.0  # seconds for which a worker waits for a storage that does not
 HAND_BACK_PATIENCE = 15.0  # and for which one that is stopped tries to hand its trial back
 _POLL = 0.25  # seconds between two looks for room in the budget
 _MAX_FAILURES = 3  # of a worker in a row, after which something is wrong with the worker
-
-
-@dataclass(frozen=True)
-class TrialEvent:
-    """What became of a trial; all but "running" are sent after the storage has acknowledged it.
-
-    `epoch` is the last one that was reported, `value` its validation accuracy. A trial that another worker has
-    taken over is "dropped".
-    """
-
-    worker: str
-    number: int
-    state: Literal["running", "complete", "pruned", "failed", "dropped"]
-    epoch: int = 0
-    value: float | None = None
-    message: str = ""
-
-
-Emit = Callable[[TrialEvent], None]
 
 
 class LeaseLost(Exception):
@@ -66,13 +45,23 @@ class Lease(threading.Thread):
         super().__init__(name=f"lease of trial {trial.number}", daemon=True)
         self.worker, self.trial_id = worker, trial._trial_id
         self.ended, self.lost = threading.Event(), threading.Event()
+        self.is_between_epochs = False
 
     def check(self) -> None:
-        """Store what is new; raise if the trial is not this worker's any more, or somebody wishes to stop."""
+        """Store what is new; raise if the trial is not this worker's any more, or somebody wishes to stop.
+
+        A wish to stop the whole study is heard when the epoch is finished.
+        """
         self.worker.drain.check()
         if self.lost.is_set():
             raise LeaseLost
         self.worker.storage.store(self.trial_id)
+        if self.is_between_epochs and self.worker.storage.is_stopped:
+            raise Stopped
+        self.is_between_epochs = False
+
+    def finish_epoch(self, _result: EpochResult) -> None:
+        self.is_between_epochs = True
 
     def run(self) -> None:
         storage = self.worker.storage
@@ -163,8 +152,7 @@ class Worker:
         value, state = None, TrialState.COMPLETE
         with Lease(self, trial) as lease:
             self.objective.before_batch = lease.check
-            running = partial(TrialEvent, self.name, trial.number, "running")
-            self.objective.callbacks = (lambda result: self.emit(running(result.epoch, result.accuracy)),)
+            self.objective.callbacks = (lease.finish_epoch,)
             try:
                 value = self.objective(trial)
             except optuna.TrialPruned:
@@ -298,3 +286,9 @@ def count_cores() -> int:
 def list_devices() -> list[str]:
     """The GPUs of this machine, else its CPU."""
     return [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
+
+
+def default_workers() -> int:
+    """One worker per GPU, else per core."""
+    devices = list_devices()
+    return count_cores() if devices == ["cpu"] else len(devices)

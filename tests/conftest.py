@@ -3,15 +3,21 @@
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
 import torch
+from optuna.distributions import FloatDistribution, IntDistribution
+from optuna.trial import TrialState
 
+from hpsearch import rows
 from hpsearch.data import ImageData, Split, load_data
 from hpsearch.definition import StudyDefinition, parse_definition
+from hpsearch.rows import HeldTrial
 from hpsearch.storage import Storage, open_storage
 
 os.environ.pop("HPSEARCH_STORAGE", None)
@@ -34,6 +40,47 @@ def make_definition(url: str | None = None, **sections: Any) -> StudyDefinition:
     for name, section in sections.items():
         tables[name] = tables.get(name, {}) | section if isinstance(section, dict) and name != "search" else section
     return parse_definition(tables)
+
+
+def fill(storage: Storage, study: optuna.Study, n_trials: int, *, epochs: int = 10, n_running: int = 4) -> None:
+    """Write trials that began a second apart: the last ones run, and of the others each seventh failed, each third was
+    pruned, and the rest are complete."""
+    generator, start = np.random.default_rng(0), datetime.now() - timedelta(seconds=n_trials)
+    distributions: dict[str, Any] = {"width": IntDistribution(8, 32), "lr": FloatDistribution(1e-3, 1e-1, log=True)}
+    n_before = len(study.get_trials(deepcopy=False))
+    with storage.engine.begin() as connection:
+        for number in range(n_before, n_trials):
+            begun = start + timedelta(seconds=number)
+            held = HeldTrial(rows.insert_trial(connection, study._study_id, number, begun))
+            trial = held.trial
+            for name, distribution in distributions.items():
+                low, high = distribution.low, distribution.high
+                held.set_param(name, float(generator.uniform(low, high)), distribution)
+            curve = 0.5 + 0.45 * generator.random() * (1 - 0.6 ** np.arange(1, epochs + 1))
+            held.set_user_attr("worker", f"machine-{number % 4}")
+            held.set_user_attr("images_per_second", 40_000 + number)
+            if number >= n_trials - n_running:
+                trial.state = TrialState.RUNNING
+                rows.beat(connection, trial._trial_id)
+                n_reports = 1 + number % epochs
+            elif number % 7 == 5:
+                trial.state, n_reports = TrialState.FAIL, 2
+                held.set_user_attr("failure", {"kind": "exception", "message": f"ValueError: =trial {number}"})
+            elif number % 3 == 2:
+                trial.state, n_reports = TrialState.PRUNED, 1 + number % (epochs - 1)
+                value = float(curve[n_reports - 1])
+                pruning = {"value": value, "threshold": value + 0.01, "rule": "the median of 12 trials"}
+                held.set_user_attr("pruning", pruning | {"epoch": n_reports})
+            else:
+                trial.state, n_reports = TrialState.COMPLETE, epochs
+            for epoch in range(1, n_reports + 1):
+                held.report(epoch, float(curve[epoch - 1]))
+            held.write(connection)
+            if trial.state.is_finished():
+                trial.datetime_complete = begun + timedelta(seconds=1.5)
+                rows.change_state(connection, trial, before=TrialState.RUNNING)
+                if trial.state != TrialState.FAIL:
+                    rows.write_values(connection, trial._trial_id, [float(curve[n_reports - 1])])
 
 
 @pytest.fixture(scope="session")

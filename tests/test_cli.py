@@ -14,7 +14,7 @@ from hpsearch.console import render_trials, say, show, trial_line
 from hpsearch.definition import load_definition
 from hpsearch.storage import open_storage
 from hpsearch.study import open_study
-from hpsearch.worker import TrialEvent
+from hpsearch.watching import TrialEvent
 
 Run = Callable[..., tuple[int, str, str]]
 VERBS = (
@@ -70,7 +70,12 @@ BAD_ARGUMENTS = [
     (["run", "small.toml", "--storage", "sqlite:////no/such/folder/x.db"], "no folder /no/such/folder"),
     (["worker", "small.toml", "--max-trials", "0"], "--max-trials"),
     (["status"], "Missing argument 'STUDY'"),
-    (["trials", "small.toml", "--sort", "size"], "size"),
+    (["trials", "small.toml", "--json", "--csv"], "choose one"),
+    (["status", "small.toml", "--watch", "--json"], "do not go together"),
+    (["show", "small.toml"], "Missing argument 'TRIAL'"),
+    (["extend", "small.toml"], "Missing option '--trials'"),
+    (["extend", "small.toml", "--trials", "0"], "--trials"),
+    (["enqueue", "small.toml"], "Missing option '--set'"),
     (["trials", "small.toml", "--state", "done"], "done"),
     (["trials", "small.toml", "--limit", "0"], "--limit"),
     (["export", "small.toml", "--trial", "best"], "--trial"),

@@ -17,9 +17,10 @@ from wsgiref.util import setup_testing_defaults
 import optuna
 import pytest
 import sqlalchemy
+import typer.main
 from optuna.trial import TrialState
 
-from hpsearch import dashboard, notes
+from hpsearch import cli, dashboard, notes
 from hpsearch.definition import StudyDefinition
 from hpsearch.errors import StorageUnavailable, StudyNotFound, UsageError
 from hpsearch.guard import READING, WRITING, Guard
@@ -337,6 +338,15 @@ def test_the_study_has_a_note_and_its_metric_a_name(site: Site) -> None:
         "hpsearch export small.toml",
     ):
         assert text in note, note
+
+
+def test_the_commands_of_the_note_can_be_typed(site: Site) -> None:
+    verbs = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    commands = re.findall(r"^hpsearch (\w+)( --\w+)? small\.toml", site("/api/studies/1").json["note"]["body"], re.M)
+    assert len(commands) >= 5
+    for verb, option in commands:
+        options = [name for parameter in verbs[verb].params for name in parameter.opts]
+        assert not option or option.strip() in options
 
 
 def test_the_note_tells_the_budget_of_the_day_and_no_password() -> None:

@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 
-from hpsearch import pool
+from hpsearch import pool, worker
 from hpsearch.data import ImageData
 from hpsearch.definition import StudyDefinition
 from hpsearch.errors import DataError, Interrupted, RepeatedFailures, TooManyFailures, WorkerError
 from hpsearch.signals import Drain
 from hpsearch.storage import open_storage
 from hpsearch.study import load_study, open_study
-from hpsearch.worker import TrialEvent, count_cores
+from hpsearch.watching import TrialEvent
+from hpsearch.worker import count_cores
 
 from .conftest import make_definition
 
@@ -114,7 +115,7 @@ def test_missing_data_are_named_before_any_worker_starts(tmp_path: Path, monkeyp
 
 
 def test_the_default_is_a_worker_per_core_or_per_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "list_devices", lambda: ["cpu"])
-    assert pool.default_workers() == count_cores()
-    monkeypatch.setattr(pool, "list_devices", lambda: ["cuda:0", "cuda:1", "cuda:2"])
-    assert pool.default_workers() == 3
+    monkeypatch.setattr(worker, "list_devices", lambda: ["cpu"])
+    assert worker.default_workers() == count_cores()
+    monkeypatch.setattr(worker, "list_devices", lambda: ["cuda:0", "cuda:1", "cuda:2"])
+    assert worker.default_workers() == 3

@@ -5,8 +5,8 @@ import optuna
 import pytest
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
 
+from hpsearch.listing import explain_end
 from hpsearch.pruning import PruningCallback, explain_pruning
-from hpsearch.study import explain_end
 from hpsearch.training import EpochResult
 
 EPOCHS = 9

@@ -8,8 +8,9 @@ import pytest
 from optuna.trial import TrialState
 
 from hpsearch.errors import NoCompletedTrial, StudyMismatch, StudyNotFound
+from hpsearch.listing import list_trials
 from hpsearch.storage import Storage, open_storage
-from hpsearch.study import count_test_reading, find_best, list_trials, load_study, open_study, summarize
+from hpsearch.study import count_test_reading, find_best, load_study, open_study, summarize
 
 from .conftest import make_definition
 

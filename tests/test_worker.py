@@ -14,17 +14,20 @@ import pytest
 import sqlalchemy
 import torch
 from optuna.trial import TrialState
-from sqlalchemy import Connection
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
 
 from hpsearch.checkpoint import find_checkpoints, read
 from hpsearch.data import ImageData
-from hpsearch.errors import Drained, Interrupted, RepeatedFailures, StorageUnavailable, TooManyFailures
+from hpsearch.errors import Drained, Interrupted, RepeatedFailures, Stopped, StorageUnavailable, TooManyFailures
 from hpsearch.rows import HeldTrial
 from hpsearch.signals import Drain
+from hpsearch.steering import resume_study, stop_study
 from hpsearch.storage import Storage, open_storage
 from hpsearch.study import checkpoint_folder, open_study
-from hpsearch.worker import TrialEvent, Worker, open_worker_storage, worker_name
+from hpsearch.training import EpochResult
+from hpsearch.watching import TrialEvent
+from hpsearch.worker import Lease, Worker, open_worker_storage, worker_name
 
 from .conftest import make_definition
 
@@ -78,12 +81,6 @@ def test_a_result_is_announced_after_the_storage_has_it(bench: Callable[..., Ben
         if event.state == "complete":
             assert event.value == b.study.trials[event.number].value
             assert event.epoch == 3
-
-
-def test_epochs_are_announced_as_they_end(bench: Callable[..., Bench]) -> None:
-    b = bench(budget={"trials": 1, "epochs": 3})
-    b.worker().run()
-    assert [event.epoch for event in b.events if event.state == "running"] == [0, 1, 2, 3]
 
 
 def test_a_single_worker_repeats_a_study_of_the_same_seed(tmp_path: Path, digits: ImageData) -> None:
@@ -151,18 +148,18 @@ def test_too_many_failures_end_the_worker(bench: Callable[..., Bench]) -> None:
     assert len(b.study.trials) == 2
 
 
-def test_a_trial_that_was_taken_away_is_dropped_and_not_overwritten(bench: Callable[..., Bench]) -> None:
+def test_a_trial_that_was_taken_away_is_dropped_and_not_overwritten(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
     b = bench(budget={"trials": 1})
-    worker = b.worker()
     thief = open_storage(b.definition.study.storage)
 
-    def steal(event: TrialEvent) -> None:
-        b._listen(event)
-        if event.epoch == 1 and event.number == 0:
-            assert thief.fail(b.study.trials[0]._trial_id, "killed", "no heartbeat", retries=2)
+    def steal(lease: Lease, result: EpochResult) -> None:
+        if result.epoch == 1 and lease.trial_id == b.study.trials[0]._trial_id:
+            assert thief.fail(lease.trial_id, "killed", "no heartbeat", retries=2)
 
-    worker.emit = steal
-    worker.run()
+    monkeypatch.setattr(Lease, "finish_epoch", steal)
+    b.worker().run()
     assert b.ends() == ["dropped", "complete"]
     assert [trial.state for trial in b.study.trials] == [TrialState.FAIL, TrialState.COMPLETE]
     assert b.study.trials[1].params == b.study.trials[0].params
@@ -206,24 +203,48 @@ def test_a_signal_finishes_the_batch_and_hands_the_trial_back(
     assert b.study.trials[1].params == b.study.trials[0].params
 
 
-def test_a_second_signal_stops_at_once_and_still_hands_the_trial_back(bench: Callable[..., Bench]) -> None:
+def test_a_second_signal_stops_at_once_and_still_hands_the_trial_back(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
     b = bench(budget={"trials": 1})
-    worker = b.worker()
 
-    def receive_two(event: TrialEvent) -> None:
-        if event.epoch == 1:
+    def receive_two(_lease: Lease, _result: EpochResult) -> None:
+        b.drain._receive(signal.SIGINT, None)
+        b.drain._receive(signal.SIGINT, None)  # at once: the same wish, as `timeout` sends it twice
+        b.drain._since -= 1
+        with pytest.raises(KeyboardInterrupt):
             b.drain._receive(signal.SIGINT, None)
-            b.drain._receive(signal.SIGINT, None)  # at once: the same wish, as `timeout` sends it twice
-            b.drain._since -= 1
-            with pytest.raises(KeyboardInterrupt):
-                b.drain._receive(signal.SIGINT, None)
-            raise KeyboardInterrupt
+        raise KeyboardInterrupt
 
-    worker.emit = receive_two
+    monkeypatch.setattr(Lease, "finish_epoch", receive_two)
     with pytest.raises(Interrupted):
-        worker.run()
+        b.worker().run()
     b.drain._receive(signal.SIGINT, None)  # handing back is not interrupted
     assert [trial.state for trial in b.study.trials] == [TrialState.FAIL, TrialState.WAITING]
+
+
+def test_a_stopped_study_ends_its_workers_after_a_whole_epoch_until_it_is_resumed(bench: Callable[..., Bench]) -> None:
+    b = bench(budget={"trials": 1, "epochs": 100_000})
+    threading.Timer(0.5, lambda: stop_study(b.study)).start()
+    with pytest.raises(Stopped, match="go on with: hpsearch run"):
+        b.worker().run()
+    failed, waiting = b.study.trials
+    assert (failed.state, waiting.state) == (TrialState.FAIL, TrialState.WAITING)
+    assert failed.user_attrs["failure"]["kind"] == "interrupted"
+    [file] = find_checkpoints(checkpoint_folder(b.definition, b.study))
+    state = read(file)["state"]
+    assert state["n_batches"] == 0
+    assert [epoch for epoch, *_ in state["results"]] == list(failed.intermediate_values)
+    with pytest.raises(Stopped):
+        b.worker().run()
+    assert len(b.study.trials) == 2
+    resume_study(b.study)
+    threading.Timer(0.5, lambda: stop_study(b.study)).start()
+    with pytest.raises(Stopped):
+        b.worker().run()
+    resumed = b.study.trials[1]
+    assert resumed.user_attrs["attempts"] == [0]
+    assert (resumed.last_step or 0) > (failed.last_step or 0) > 0
 
 
 @pytest.mark.parametrize("error", [Drained, Interrupted])
@@ -290,9 +311,9 @@ def test_a_result_whose_acknowledgement_was_lost_counts_once(
     lost: list[int] = []
 
     @contextmanager
-    def lose_the_answer(storage: Storage, held: HeldTrial) -> Iterator[Connection]:
-        with original(storage, held) as connection:
-            yield connection
+    def lose_the_answer(storage: Storage, held: HeldTrial) -> Iterator[Session]:
+        with original(storage, held) as session:
+            yield session
         if not lost and storage._read_trial(held.trial._trial_id).state == TrialState.COMPLETE:
             lost.append(held.trial._trial_id)
             raise OperationalError("COMMIT", {}, Exception("server closed the connection"))

@@ -29,8 +29,9 @@ import sqlalchemy
 from hpsearch import bundle, checkpoint
 from hpsearch.definition import load_definition, parse_definition
 from hpsearch.errors import BudgetInFlight, BudgetSpent, CheckpointError
+from hpsearch.listing import list_trials
 from hpsearch.storage import open_storage
-from hpsearch.study import list_trials, load_study, open_study
+from hpsearch.study import load_study, open_study
 
 from .commands import HPSEARCH, environment, epochs_of, hpsearch, processes_of, wait_for, workers_of
 
