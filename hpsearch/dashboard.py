@@ -173,11 +173,17 @@ def _fill(shown: dict[str, Any], describe: Callable[[], str]) -> None:
 
 
 def _hush() -> None:
-    """Silence what would be printed at each drawing of a plot of few trials, or as tracebacks."""
+    """Silence what would be printed whenever few trials are drawn, and make one line of a failure."""
     if logging.getLogger().getEffectiveLevel() > logging.DEBUG:
-        for name in ("optuna_dashboard", "optuna.visualization", "optuna.importance", "waitress"):
+        for name in ("optuna.visualization", "optuna.importance", "waitress"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
+        logging.getLogger("optuna_dashboard._bottle_util").addFilter(_cut)  # it appends a traceback
         warnings.filterwarnings("ignore", module="optuna.(importance|visualization)")
+
+
+def _cut(record: logging.LogRecord) -> bool:
+    record.msg, record.args = f"the dashboard failed: {record.getMessage().splitlines()[0]}", ()
+    return True
 
 
 @contextmanager

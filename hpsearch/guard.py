@@ -7,7 +7,7 @@ comes from), names that were made to point here (DNS rebinding), and writing whe
 import logging
 import re
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from hmac import compare_digest
 from typing import Any
@@ -44,7 +44,7 @@ class Guard:
     """
 
     application: Application
-    token: str
+    token: str = field(repr=False)
     names: Collection[str]
     cookie: str
     writes_below: str | None = None
