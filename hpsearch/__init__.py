@@ -9,7 +9,7 @@ The package, to be read downwards; a file imports only from lines below its own:
     arguments                             what the verbs take
     live                                  a search while it runs: a table on a terminal, lines in a pipe
     console | report | dashboard          text rendering; a study as one HTML file; Optuna's dashboard, guarded
-    plots                                 the pictures of a report
+    plots | notes                         the pictures of a report; what the dashboard says of study and trials
     pool | doctor                         N workers on this machine under one supervisor; what is wrong with a study
     worker | retrain                      one worker; the best trial to a bundle
     confirmation | replay                 the best few from fresh seeds; a trial once more from its own
@@ -24,7 +24,7 @@ The package, to be read downwards; a file imports only from lines below its own:
     gradients                             of a training step, by autograd or written out
     checkpoint | space | network | data | budget | database | rows
     forking | images | signals            what workers are forked from; image files to pixels; a wish to stop
-    sealed                                a folder that is read only if its files are what they were
+    guard | sealed                        who may ask a web application; a folder read only if it is what it was
     errors
 
     >>> definition = hpsearch.load_definition("studies/digits.toml")

@@ -6,7 +6,7 @@ What a verb needs is imported inside it: torch takes seconds to import, and `--h
 import json
 import shlex
 import signal
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -85,6 +85,7 @@ def run(
     trials: Annotated[int | None, typer.Option(min=1, help="Overrides budget.trials.")] = None,
     storage: StorageOption = None,
     data: DataOption = None,
+    shows_dashboard: Annotated[bool, typer.Option("--dashboard", help="Show the search in a browser, too.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Create or resume a study and search until its budget is spent."""
@@ -108,7 +109,12 @@ def run(
 
     drain = Drain().listen(signal.SIGINT, signal.SIGTERM)
     try:
-        with LiveView(watch, stderr_console()) as view:
+        with ExitStack() as stack:
+            if shows_dashboard:
+                from hpsearch.dashboard import serve
+
+                say(f"dashboard: {stack.enter_context(serve(definition, retype(study, storage)))}")
+            view = stack.enter_context(LiveView(watch, stderr_console()))
             reason = run_pool(
                 definition,
                 drain,

@@ -152,3 +152,35 @@ def enqueue(
     number = enqueue_trial(definition, load_study_of(definition), settings)
     scene = open_watch(definition).look()
     say(f"trial {number} waits with {', '.join(settings)}; {scene.say_next(retype(study, storage))}")
+
+
+@app.command(epilog="Example:  hpsearch dashboard studies/mnist-mlp.toml --open")
+def dashboard(
+    study: StudyArgument,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 0,
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    token: Annotated[
+        str | None, typer.Option(envvar="HPSEARCH_TOKEN", help="The secret in the address; default: a random one.")
+    ] = None,
+    writable: Annotated[bool, typer.Option("--writable", help="Allow notes, uploads, and deleting.")] = False,
+    opens: Annotated[bool, typer.Option("--open", help="Open the address in a browser.")] = False,
+    storage: StorageOption = None,
+) -> None:
+    """Show the study in a browser, with Optuna's dashboard, until Ctrl-C."""
+    import threading
+    import webbrowser
+
+    from hpsearch.console import say
+    from hpsearch.dashboard import is_loopback, serve
+
+    definition, arguments = load_definition_of(study, storage), retype(study, storage)
+    with serve(definition, arguments, host=host, port=port, token=token, is_writable=writable) as address:
+        if not is_loopback(host):
+            say(
+                "the token and the study travel unencrypted: put a reverse proxy with TLS before this server,\n"
+                "or leave --host out and reach it through: ssh -L"
+            )
+        print(address, flush=True)
+        if opens:
+            webbrowser.open(address)
+        threading.Event().wait()
