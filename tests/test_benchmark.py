@@ -10,8 +10,8 @@ import pytest
 import torchvision
 
 from hpsearch.data import load_data
-from tests.benchmark import pieces, searches, textbook
-from tests.benchmark.report import Row, show, summarize
+from tests.benchmark import pieces, searches, textbook, watching
+from tests.benchmark.report import Options, Row, show, summarize
 from tests.benchmark.textbook import Outcome
 
 needs_mnist = pytest.mark.skipif("HPSEARCH_DATA" not in os.environ, reason="no MNIST at hand")
@@ -52,6 +52,12 @@ def test_unequal_work_is_noticed() -> None:
 
 def test_the_cost_of_a_trial_in_the_storage_is_measured(tmp_path: Path) -> None:
     assert pieces._measure_cost(f"sqlite:///{tmp_path}/cost.db", 2, n_before=5, n_trials=3) > 0
+
+
+def test_the_cost_of_watching_is_measured(tmp_path: Path) -> None:
+    rows = watching.watching(tmp_path, Options(1, tmp_path, tmp_path), n_before=20, n_trials=3)
+    assert [row.unit for row in rows] == ["x", "%", "s"]
+    assert all(row.median and row.median > 0 for row in rows)
 
 
 def test_rows_are_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -84,7 +84,7 @@ BAD_ARGUMENTS = [
     (["replay", "small.toml"], "Missing option '--trial'"),
     (["dashboard", "small.toml", "--port", "70000"], "--port"),
     (["dashboard", "small.toml", "--host", "0.0.0.0"], "HPSEARCH_TOKEN"),
-    (["dashboard", "small.toml", "--token", "short"], "at least 16"),
+    (["dashboard", "small.toml", "--token", "short"], "at least 8"),
     (["evaluate"], "Missing argument 'BUNDLE'"),
     (["predict", "dist/small"], "Missing argument 'IMAGE...'"),
     (["check"], "name a study file to check"),

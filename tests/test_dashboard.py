@@ -496,7 +496,7 @@ def test_other_machines_need_a_token_of_the_user(searched: StudyDefinition) -> N
     with pytest.raises(UsageError, match="HPSEARCH_TOKEN"):
         dashboard.serve(searched, "small.toml", host="0.0.0.0").__enter__()
     for token in ("short", "with a blank in its middle", "a-token-with-umläuts"):
-        with pytest.raises(UsageError, match="at least 16"):
+        with pytest.raises(UsageError, match="at least 8"):
             dashboard.serve(searched, "small.toml", token=token).__enter__()
     with pytest.raises(UsageError, match="is no address of this machine"):
         dashboard.serve(searched, "small.toml", host="no.such.host.invalid", token=TOKEN).__enter__()

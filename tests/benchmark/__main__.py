@@ -12,7 +12,7 @@ import optuna
 
 from hpsearch.data import data_folder, load_test
 from hpsearch.errors import HpsearchError
-from tests.benchmark import pieces, quality, searches
+from tests.benchmark import pieces, quality, searches, watching
 from tests.benchmark.report import UNFAIR, Options, Row, show
 
 PARTS = {
@@ -23,6 +23,7 @@ PARTS = {
     "quality": quality.quality,
     "startup": searches.start_up,
     "scaling": searches.scaling,
+    "watching": watching.watching,
     "gpu": searches.gpu,
 }
 
