@@ -113,7 +113,7 @@ def run(
             if shows_dashboard:
                 from hpsearch.dashboard import serve
 
-                say(f"dashboard: {stack.enter_context(serve(definition, retype(study, storage)))}")
+                say(stack.enter_context(serve(definition, retype(study, storage))))
             view = stack.enter_context(LiveView(watch, stderr_console()))
             reason = run_pool(
                 definition,

@@ -28,9 +28,13 @@ def say(message: str) -> None:
 
 
 def show(renderable: RenderableType) -> None:
-    """Data goes to stdout."""
-    width = None if sys.stdout.isatty() else _WIDTH_OF_A_PIPE
-    Console(width=width, highlight=False).print(renderable)
+    """Data goes to stdout; in a pipe lines are as long as they are, without blanks at their ends."""
+    if sys.stdout.isatty():
+        return Console(highlight=False).print(renderable)
+    console = Console(width=_WIDTH_OF_A_PIPE, highlight=False)
+    with console.capture() as capture:
+        console.print(renderable)
+    return print("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
 
 def stderr_console() -> Console:

@@ -93,7 +93,7 @@ def serve(
     study = load_study(definition, storage)
     listener = _listen(host, port)
     port = listener.getsockname()[1]
-    token = token or secrets.token_urlsafe(32)
+    token = token or secrets.token_urlsafe(16)
     guard = Guard(
         build_application(definition, study, arguments, is_writable=is_writable),
         token=token,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -262,11 +263,40 @@ def test_help_lists_the_verbs_and_version_tells_it(run: Run) -> None:
     assert "Commands:" in err
 
 
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("hpsearch sta", ["status"]),
+        ("hpsearch status sm", ["small", "small.toml"]),
+        ("hpsearch status ot", ["other/else.toml"]),
+        ("hpsearch trials small --state p", ["pruned"]),
+        ("hpsearch trials small --col", ["--columns"]),
+    ],
+)
+def test_bash_completes_verbs_options_and_names_of_studies(
+    study_file: Callable[..., Path], tmp_path: Path, typed: str, offered: list[str]
+) -> None:
+    study_file()
+    for place in ("studies/small.toml", "other/else.toml", "pyproject.toml"):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        (tmp_path / place).touch()
+    script = (
+        'eval "$(_HPSEARCH_COMPLETE=source_bash hpsearch)"\n'
+        f"COMP_WORDS=({typed}); COMP_CWORD={len(typed.split()) - 1}; _hpsearch_completion hpsearch\n"
+        'printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = os.environ | {"PATH": path}
+    process = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    assert process.stdout.split() == offered
+
+
 def test_verbs_that_train_nothing_do_not_wait_for_torch(study_file: Callable[..., Path]) -> None:
     file = study_file()
     definition = load_definition(file)
     open_study(definition, open_storage(definition.study.storage))
-    for arguments in (["--help"], *([verb, str(file)] for verb in ("check", "status", "trials"))):
+    for arguments in (["--help"], *([verb, str(file)] for verb in ("check", "status", "trials", "stop"))):
         program = (
             "import sys; from hpsearch import __main__\n"
             f"sys.argv = ['hpsearch', *{arguments!r}]\n"

@@ -40,7 +40,7 @@ def test_every_command_and_program_of_the_readme_runs(tmp_path: Path) -> None:
     commands = [line[2:] for block in blocks("console") for line in block.splitlines() if line.startswith("$ ")]
     assert len(commands) > 10
     for command in commands:
-        is_server = command.startswith("optuna-dashboard")
+        is_server = command.startswith("hpsearch dashboard")
         process = subprocess.run(
             ["timeout", "8" if is_server else "300", "bash", "-c", f"source .venv/bin/activate && {command}"],
             cwd=tmp_path,
