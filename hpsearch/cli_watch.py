@@ -47,7 +47,7 @@ def status(
 
     watched = open_watch(definition)
     with LiveView(watched, Console(highlight=False), follows=True) as view:
-        view.over.wait()
+        view.wait()
     for line in conclude(definition, watched.study, retype(study, storage)):
         say(line)
     return None

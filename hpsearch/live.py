@@ -1,13 +1,14 @@
 """What is shown while a search runs: on a terminal a table of all of it, drawn anew each second; in a pipe lines."""
 
 import logging
+import os
 import sys
 import termios
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions, OverflowMethod, RenderableType, RenderResult
@@ -34,14 +35,15 @@ class LiveView:
     """While entered, shows a search: a table on a terminal, else a line for each trial that has ended.
 
     The lines are those of the events that it is called with; where it `follows`, those of all trials of the study
-    instead. `over` is set once the budget is spent and no trial runs.
+    instead.
     """
 
     def __init__(self, watch: Watch, console: Console, *, follows: bool = False) -> None:
         self.watch, self.console, self.follows = watch, console, follows
-        self.is_live = console.is_terminal and not console.is_dumb_terminal
-        self.over = threading.Event()
+        self.is_live = console.is_terminal and not console.is_dumb_terminal and _is_in_foreground(console.file)
+        self._over = threading.Event()
         self._live, self._size = self._new_live(), console.size
+        self._error: Exception | None = None
         self._ended, self._restores = threading.Event(), ExitStack()
         self._thread = threading.Thread(target=self._follow, name="live view", daemon=True)
 
@@ -73,6 +75,12 @@ class LiveView:
             _redirect_log()
             self._restores.close()
 
+    def wait(self) -> None:
+        """Wait until the search is over; raises what kept it from being shown, such as a pipe that was closed."""
+        self._over.wait()
+        if self._error:
+            raise self._error
+
     def _follow(self) -> None:
         scene, trouble = None, ""
         try:
@@ -88,8 +96,10 @@ class LiveView:
                         print(trial_line(event), flush=True)
                 if scene and scene.is_over and not scene.workers:
                     return
+        except Exception as error:  # noqa: BLE001 - a search goes on though it cannot be shown
+            self._error = error
         finally:
-            self.over.set()
+            self._over.set()
 
     def _new_live(self) -> Live:
         return Live(console=self.console, auto_refresh=False, transient=not self.follows)
@@ -104,10 +114,18 @@ class LiveView:
         self._live.update(table, refresh=True)
 
 
+def _is_in_foreground(stream: IO[str]) -> bool:
+    """Whether this process has the stream's terminal for itself; a job in the background must leave it alone."""
+    try:
+        return os.tcgetpgrp(stream.fileno()) == os.getpgrp()
+    except OSError:  # nothing with jobs
+        return True
+
+
 @contextmanager
 def _no_echo_of_control_keys() -> Iterator[None]:
     """The `^C` that a terminal writes where the cursor is would move the table by a line."""
-    if not sys.stdin.isatty():
+    if not sys.stdin.isatty() or not _is_in_foreground(sys.stdin):
         yield
         return
     before = termios.tcgetattr(sys.stdin)
@@ -116,7 +134,8 @@ def _no_echo_of_control_keys() -> Iterator[None]:
     try:
         yield
     finally:
-        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+        if _is_in_foreground(sys.stdin):  # else the shell has set its own modes meanwhile
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
 
 def _redirect_log() -> None:

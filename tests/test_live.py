@@ -1,7 +1,9 @@
 """The live table fits its terminal, whatever there is to show; a pipe gets lines."""
 
 import io
+import os
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -134,6 +136,17 @@ def test_a_pipe_that_follows_a_study_gets_the_lines_of_all_its_workers(
     with LiveView(watch, Console(file=io.StringIO()), follows=True) as view:
         for number in (36, 38, 37, 39):
             study.tell(number, number / 100)
-        assert view.over.wait(30)
+        view.wait()
     lines = capsys.readouterr().out.splitlines()
     assert lines == [f"trial {number} complete 0.{number}00" for number in (36, 38, 37, 39)]
+
+
+def test_a_pipe_that_was_closed_ends_the_watch(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hpsearch.live._REFRESH", 0.01)
+    watch.look()
+    open_study(watch.definition, open_storage(watch.definition.study.storage)).tell(36, 0.5)
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(sys, "stdout", os.fdopen(writer, "w", closefd=False))
+    with LiveView(watch, Console(file=io.StringIO()), follows=True) as view, pytest.raises(BrokenPipeError):
+        view.wait()
