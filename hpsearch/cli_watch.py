@@ -162,19 +162,29 @@ def dashboard(
     token: Annotated[
         str | None, typer.Option(envvar="HPSEARCH_TOKEN", help="The secret in the address; default: a random one.")
     ] = None,
-    writable: Annotated[bool, typer.Option("--writable", help="Allow notes, uploads, and deleting.")] = False,
+    writable: Annotated[
+        bool,
+        typer.Option(
+            "--writable",
+            help="Allow the page to write notes, to attach and delete files, and to delete studies, but nothing else.",
+        ),
+    ] = False,
     opens: Annotated[bool, typer.Option("--open", help="Open the address in a browser.")] = False,
     storage: StorageOption = None,
 ) -> None:
     """Show the study in a browser, with Optuna's dashboard, until Ctrl-C."""
     import threading
     import webbrowser
+    from contextlib import ExitStack
 
     from hpsearch.console import say
-    from hpsearch.dashboard import is_loopback, serve
+    from hpsearch.dashboard import is_loopback, lead_to, serve
 
     definition, arguments = load_definition_of(study, storage), retype(study, storage)
-    with serve(definition, arguments, host=host, port=port, token=token, is_writable=writable) as address:
+    with ExitStack() as stack:
+        address = stack.enter_context(
+            serve(definition, arguments, host=host, port=port, token=token, is_writable=writable)
+        )
         if not is_loopback(host):
             say(
                 "the token and the study travel unencrypted: put a reverse proxy with TLS before this server,\n"
@@ -182,5 +192,5 @@ def dashboard(
             )
         print(address, flush=True)
         if opens:
-            webbrowser.open(address)
+            webbrowser.open(stack.enter_context(lead_to(address)))
         threading.Event().wait()

@@ -1,7 +1,7 @@
 """Optuna's dashboard on one study, behind a guard, served by threads of this process."""
 
 import errno
-import ipaddress
+import html
 import logging
 import os
 import re
@@ -9,8 +9,11 @@ import secrets
 import socket
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from ipaddress import ip_address
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 from threading import Thread
 from typing import Any, BinaryIO
 
@@ -29,13 +32,24 @@ from hpsearch.notes import describe_study, describe_trial
 from hpsearch.storage import open_storage
 from hpsearch.study import checkpoint_folder, load_study
 
+logger = logging.getLogger(__name__)
+
 LOOPBACK = "127.0.0.1"
 _TOKEN = re.compile(r"[A-Za-z0-9._~-]{8,}")  # nothing that an address or a cookie would have to escape
 _N_THREADS = 4
-_LARGEST_UPLOAD = 2**27  # bytes, as the dashboard itself has it
+_N_CONNECTIONS = 500
+_SILENCE = 20  # seconds until a connection that says nothing is closed
+_LARGEST_UPLOAD = 2**25  # bytes; it is held in memory, several times
 _LARGEST_QUESTION = 2**16
+# What the page writes that is no result of a trial: notes, files, and that a study is gone.
+_WRITES = re.compile(
+    r"PUT /api/studies/[0-9]+(/[0-9]+)?/note|POST /api/artifacts/[0-9]+(/[0-9]+)?"
+    r"|DELETE /api/artifacts/[0-9]+(/[0-9]+)?/[0-9a-fA-F-]+|DELETE /api/studies/[0-9]+"
+)
 # The page lets one long line push the rest out of sight, and leaves a phone two columns.
-_STYLE = """<style>
+_END, _STYLE = (
+    b"</head>",
+    b"""<style>
 main { min-width: 0; }
 main p, main td:last-child, main .MuiTypography-root { overflow-wrap: anywhere; }
 main p, main .MuiBox-root:not(:has(*)) { white-space: normal !important; overflow-wrap: anywhere; min-width: 0; }
@@ -48,7 +62,8 @@ main .MuiCardContent-root > table :is(th, td) { text-align: left; vertical-align
   main :has(> .MuiDivider-vertical) { flex-direction: column; }
   main :has(> .MuiDivider-vertical) > :first-child { height: 11em; width: 100%; flex: none; }
 }
-</style></head>"""
+</style>""",
+)
 
 
 class Files(FileSystemArtifactStore):
@@ -84,29 +99,40 @@ def serve(
     """
     if token is not None and not _TOKEN.fullmatch(token):
         raise UsageError("a token has at least 8 letters, digits or any of . _ ~ -")
-    if token is None and not is_loopback(host):
+    family, address = _resolve(host)
+    if token is None and not ip_address(address).is_loopback:
         raise UsageError(
             f"{host} can be reached from other machines, so give a token that visitors must know, at least 8 letters "
             "and digits, as HPSEARCH_TOKEN or with --token"
         )
-    storage = open_storage(definition.study.storage, must_exist=True, reads_only=not is_writable)
-    study = load_study(definition, storage)
-    listener = _listen(host, port)
-    port = listener.getsockname()[1]
-    token = token or secrets.token_urlsafe(16)
-    guard = Guard(
-        build_application(definition, study, arguments, is_writable=is_writable),
-        token=token,
-        names=_names_of(host),
-        cookie=f"hpsearch_{port}",
-        writes_below="/api/" if is_writable else None,
-    )
-    try:
-        with _serving(guard, listener, _LARGEST_UPLOAD if is_writable else _LARGEST_QUESTION):
-            yield f"http://{_show_host(host)}:{port}/dashboard/studies/{study._study_id}?token={token}"
-    finally:
-        listener.close()
-        storage.engine.dispose()
+    with ExitStack() as stack:
+        storage = open_storage(definition.study.storage, must_exist=True, reads_only=not is_writable)
+        stack.callback(storage.engine.dispose)
+        study = load_study(definition, storage)
+        listener = stack.enter_context(_listen(family, address, port))
+        port = listener.getsockname()[1]
+        token = token or secrets.token_urlsafe(16)
+        guard = Guard(
+            build_application(definition, study, arguments, is_writable=is_writable),
+            token=token,
+            names=_names_of(host, address),
+            cookie=f"hpsearch_{port}",
+            writes=_WRITES if is_writable else None,
+        )
+        stack.enter_context(_serving(guard, listener, _LARGEST_UPLOAD if is_writable else _LARGEST_QUESTION))
+        yield f"http://{_show_host(host, address)}:{port}/dashboard/studies/{study._study_id}?token={token}"
+
+
+@contextmanager
+def lead_to(address: str) -> Iterator[str]:
+    """The address of a file, there meanwhile, that leads a browser of this user to `address`.
+
+    Everybody on the machine sees what a browser is started with, and so would have the token.
+    """
+    with NamedTemporaryFile("w", prefix="hpsearch-", suffix=".html", encoding="utf-8") as file:
+        file.write(f'<!DOCTYPE html><meta http-equiv="refresh" content="0; url={html.escape(address)}">\n')
+        file.flush()
+        yield Path(file.name).as_uri()
 
 
 def build_application(
@@ -120,16 +146,13 @@ def build_application(
     store = Files(files) if files.is_dir() else None  # the page offers uploads where there is one
     application = wsgi(study._storage, artifact_store=store)  # Optuna's cache around the storage reads only what is new
     application.catchall = False  # the guard says what failed
-    application.install(_Additions(definition, study, arguments))
+    application.install(_Additions(application, definition, study, arguments))
     return application
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach the host's address."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    """Whether only this machine can reach the host's address; raises `UsageError` where it has none."""
+    return ip_address(_resolve(host)[1]).is_loopback
 
 
 class _Additions:
@@ -140,36 +163,67 @@ class _Additions:
 
     name, api = "hpsearch", 2
 
-    def __init__(self, definition: StudyDefinition, study: optuna.Study, arguments: str) -> None:
-        self.definition, self.study, self.arguments = definition, study, arguments
+    def __init__(
+        self, application: bottle.Bottle, definition: StudyDefinition, study: optuna.Study, arguments: str
+    ) -> None:
+        self.application, self.definition, self.study, self.arguments = application, definition, study, arguments
+        self.identity = study.user_attrs.get("id")
+        self.identities = {study._study_id: self.identity}  # of all studies that were asked for
 
     def apply(self, callback: Callable[..., Any], route: bottle.Route) -> Callable[..., Any]:
-        additions = {"/dashboard<:re:(/.*)?>": self._add_style, "/api/studies/<study_id:int>": self._add_notes}
-        add = additions.get(route.rule)
-        return callback if add is None or route.method != "GET" else lambda **values: add(callback(**values))
+        style, notes = "/dashboard<:re:(/.*)?>", "/api/studies/<study_id:int>"
+        additions: dict[str, Callable[..., Any]] = {style: self._add_style, notes: self._add_notes}
+        add = additions.get(route.rule) if route.method == "GET" else None
+
+        def answer(**values: Any) -> Any:
+            if "study_id" in values:
+                self._forget_if_replaced(values["study_id"])
+            given = callback(**values)
+            return given if add is None else add(given, **values)
+
+        return answer
+
+    def _forget_if_replaced(self, study_id: int) -> None:
+        """Drop what was read of a study before it was deleted, as SQLite gives its number to the next one."""
+        storage: Any = self.study._storage
+        try:
+            identity = storage.get_study_user_attrs(study_id).get("id")
+        except KeyError:
+            identity = None
+        if self.identities.setdefault(study_id, identity) != identity:
+            with storage._lock:
+                for name in ("_studies", "_trial_id_to_study_id_and_number", "_study_id_and_number_to_trial_id"):
+                    getattr(storage, name).clear()
+            self.application._inmemory_cache.clear()
+            self.identities[study_id] = identity
 
     def _add_style(self, page: bottle.HTTPResponse) -> bottle.HTTPResponse:
-        if page.status_code == 200 and page.body:
-            with page.body as file:
-                page.body = file.read().replace(b"</head>", _STYLE.encode())
-            page.set_header("Content-Length", str(len(page.body)))
+        if page.status_code == 200:
+            if page.body:  # none for HEAD
+                with page.body as file:
+                    page.body = file.read().replace(_END, _STYLE + _END, 1)
+            page.set_header("Content-Length", str(page.content_length + len(_STYLE)))
         return page
 
-    def _add_notes(self, detail: Any) -> Any:
-        if not isinstance(detail, dict) or detail.get("name") != self.study.study_name:
+    def _add_notes(self, detail: Any, study_id: int) -> Any:
+        is_ours = study_id == self.study._study_id and self.identities[study_id] == self.identity
+        if not is_ours or not isinstance(detail, dict) or "note" not in detail:
             return detail
-        budget = self.study.user_attrs["budget"]
-        _fill(detail, lambda: describe_study(self.definition, budget, self.arguments))
+        _fill(detail, lambda: describe_study(self.definition, self.study.user_attrs["budget"], self.arguments))
         # Read after the answer was made: a trial that has ended in that has ended here.
         trials = {trial._trial_id: trial for trial in self.study.get_trials(deepcopy=False)}
         for shown in (*detail["trials"], *detail["best_trials"]):
-            _fill(shown, partial(describe_trial, trials[shown["trial_id"]]))
+            if trial := trials.get(shown["trial_id"]):
+                _fill(shown, partial(describe_trial, trial))
         return detail
 
 
 def _fill(shown: dict[str, Any], describe: Callable[[], str]) -> None:
     if shown["note"]["version"] == 0:
-        shown["note"]["body"] = describe()
+        try:
+            shown["note"]["body"] = describe()
+        except Exception:  # attributes are anybody's to set; without a note the page is still of use
+            logger.debug("no note could be made", exc_info=True)
 
 
 def _hush() -> None:
@@ -195,6 +249,8 @@ def _serving(application: Guard, listener: socket.socket, largest_request: int) 
         ident=None,
         max_request_body_size=largest_request,
         clear_untrusted_proxy_headers=True,
+        channel_timeout=_SILENCE,
+        connection_limit=_N_CONNECTIONS,
     )
     thread = Thread(target=server.run, name="dashboard", daemon=True)
     thread.start()
@@ -206,31 +262,38 @@ def _serving(application: Guard, listener: socket.socket, largest_request: int) 
         server.task_dispatcher.shutdown(timeout=1)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _resolve(host: str) -> tuple[socket.AddressFamily, str]:
+    """The family of the host's address, and the address in digits."""
     try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address[:2], family=family)
-    except socket.gaierror as error:
+        found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (socket.gaierror, UnicodeError) as error:
         raise UsageError(f"{host} is no address of this machine; leave --host out, or name one") from error
+    family, *_, address = found[0]
+    return family, str(address[0])
+
+
+def _listen(family: socket.AddressFamily, address: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((address, port), family=family)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise UsageError(f"port {port} is in use; name another with --port") from error
-        raise UsageError(f"{host}, port {port}, cannot be used: {os.strerror(error.errno or 0)}") from error
+        raise UsageError(f"{address}, port {port}, cannot be used: {os.strerror(error.errno or 0)}") from error
 
 
-def _names_of(host: str) -> set[str]:
-    """What browsers on this machine, and on others where they can reach it, may call the host."""
-    names = {LOOPBACK, "localhost", "[::1]", _show_host(host)}
-    if not is_loopback(host):
-        addresses = [address.address for found in psutil.net_if_addrs().values() for address in found]
-        names |= {socket.gethostname(), socket.getfqdn(), *(_bracket(each.split("%")[0]) for each in addresses)}
+def _names_of(host: str, address: str) -> set[str]:
+    """What browsers on this machine, and on others where they can reach it, may call the host at the address."""
+    names = {LOOPBACK, "localhost", "[::1]", _show_host(host, address), _bracket(address)}
+    if not ip_address(address).is_loopback:
+        found = (each for addresses in psutil.net_if_addrs().values() for each in addresses)
+        own = [each.address for each in found if each.family in (socket.AF_INET, socket.AF_INET6)]
+        names |= {socket.gethostname(), socket.getfqdn(), *(_bracket(each.split("%")[0]) for each in own)}
     return {name.lower() for name in names}
 
 
-def _show_host(host: str) -> str:
+def _show_host(host: str, address: str) -> str:
     """The host as it stands in an address; for all of this machine's addresses, its name."""
-    is_any = host in ("0.0.0.0", "::")  # noqa: S104  it is compared, not listened on
-    return socket.gethostname() if is_any else _bracket(host)
+    return socket.gethostname() if ip_address(address).is_unspecified else _bracket(host)
 
 
 def _bracket(address: str) -> str:

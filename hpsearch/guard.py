@@ -6,12 +6,13 @@ comes from), names that were made to point here (DNS rebinding), and writing whe
 
 import logging
 import re
+import secrets
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from hmac import compare_digest
 from typing import Any
-from urllib.parse import quote, urlencode
+from urllib.parse import quote, urlencode, urlsplit
 from wsgiref.headers import Headers
 
 from bottle import BaseRequest, HTTPResponse
@@ -30,8 +31,9 @@ _HEADERS = {
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
-    "Cross-Origin-Opener-Policy": "same-origin",
 }
+_LOOPBACK = re.compile(r"localhost|127(\.[0-9]+){3}|\[::1\]", re.IGNORECASE)
+_DOWNLOADS = ("document", "empty", "image", "video", "audio")  # what an uploaded file may be asked for as
 
 
 @dataclass(frozen=True)
@@ -39,21 +41,23 @@ class Guard:
     """A WSGI application that passes on to another one what may pass, and answers everything else with 403.
 
     `names` are those it may be called by in the Host header, in small letters, without ports. Whoever shows the `token`
-    in an address gets it as the cookie named `cookie`, and nobody passes without. Only `writes_below` this path, if
-    any, may be written, and nothing below `closed` is there at all.
+    in an address gets the `secret` as the cookie named `cookie`, and nobody passes without; it is not the token, as
+    browsers show a cookie to all ports of a host. Only what `writes` matches, as "METHOD /path", may be written, and
+    nothing below `closed` is there at all.
     """
 
     application: Application
     token: str = field(repr=False)
     names: Collection[str]
     cookie: str
-    writes_below: str | None = None
+    writes: re.Pattern[str] | None = None
     closed: str = "/api/llm"
+    secret: str = field(default_factory=secrets.token_urlsafe, repr=False)
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         environ.setdefault("HTTP_ACCEPT_ENCODING", "identity")  # the dashboard looks it up unasked
         request = BaseRequest(environ)
-        begin = partial(_begin, request.path, start_response)
+        begin = partial(_begin, request, start_response)
         try:
             answer = self._answer(request)
             if answer is None:
@@ -76,12 +80,15 @@ class Guard:
             return _text(403, "There is nothing here.")
         if not _is_from_here(request):
             return _text(403, "Pages of another origin get nothing here.")
+        if request.path.startswith("/artifacts/") and request.get_header("Sec-Fetch-Dest", "empty") not in _DOWNLOADS:
+            return _text(403, "Uploaded files are saved, and never run.")
         if request.method in READING and "token" in request.query:
             return self._greet(request)
         if not self._has_cookie(request):
             return _text(403, "Open the address that hpsearch printed when it started: it ends in a token.")
         if request.method not in READING and not self._may_write(request):
-            return _text(403, "Nothing may be changed here; that takes: hpsearch dashboard --writable")
+            takes = "" if self.writes else "; notes and files take: hpsearch dashboard --writable"
+            return _text(403, f"This may not be changed here{takes}")
         return None
 
     def _is_called_by_name(self, request: BaseRequest) -> bool:
@@ -92,25 +99,23 @@ class Guard:
         """Give the token as a cookie, and send on to the same address without it, so that it is not left about."""
         if not compare_digest(request.query["token"].encode(), self.token.encode()):
             return _text(403, "That is the token of another server; open the address that was printed last.")
-        rest = urlencode([(key, value) for key, value in request.query.allitems() if key != "token"])
-        place = quote(request.path) + (f"?{rest}" if rest else "")
-        # A browser that follows a link of another site sends no strict cookie along, not even after a redirect of ours;
-        # but it does when our own page sends it on.
-        is_followed = request.get_header("Sec-Fetch-Site", "none") not in ("none", "same-origin")
-        answer = _text(200 if is_followed else 303, "")
-        answer.set_header("Refresh" if is_followed else "Location", f"0; url={place}" if is_followed else place)
-        answer.set_cookie(self.cookie, self.token, path="/", httponly=True, samesite="strict")
+        rest = urlencode([(key, value) for key, value in request.query.allitems() if key != "token"], encoding="latin1")
+        # A browser that follows a link of another site sends no strict cookie along, not even after a redirect of ours,
+        # and over plain HTTP it does not say that it follows one; but it does when our own page sends it on.
+        answer = _text(200, "")
+        answer.set_header("Refresh", f"0; url={quote(request.path)}" + (f"?{rest}" if rest else ""))
+        answer.set_cookie(self.cookie, self.secret, path="/", httponly=True, samesite="strict")
         return answer
 
     def _has_cookie(self, request: BaseRequest) -> bool:
         # Not by Python's own parser: one cookie that it cannot read, of another server of this host, and it drops all.
-        ours = f"{self.cookie}={self.token}".encode()
-        cookies = request.environ.get("HTTP_COOKIE", "").split(";")
+        ours = f"{self.cookie}={self.secret}".encode()
+        cookies = re.split("[;,]", request.environ.get("HTTP_COOKIE", ""))
         return any(compare_digest(cookie.strip().encode(), ours) for cookie in cookies)
 
     def _may_write(self, request: BaseRequest) -> bool:
-        is_possible = self.writes_below is not None and request.path.startswith(self.writes_below)
-        return is_possible and request.method in WRITING and "HTTP_ORIGIN" in request.environ
+        is_allowed = self.writes is not None and self.writes.fullmatch(f"{request.method} {request.path}")
+        return bool(is_allowed) and "HTTP_ORIGIN" in request.environ
 
 
 def _is_from_here(request: BaseRequest) -> bool:
@@ -126,20 +131,31 @@ def _is_from_here(request: BaseRequest) -> bool:
 
 
 def _begin(
-    path: str, start_response: Callable[..., Any], status: str, headers: list[tuple[str, str]], *error: Any
+    request: BaseRequest, start_response: Callable[..., Any], status: str, headers: list[tuple[str, str]], *error: Any
 ) -> Any:
     """Start the response with headers that keep it to itself."""
     found = Headers([(name, value) for name, value in headers if not name.lower().startswith("access-control-")])
     for name, value in _HEADERS.items():
         found[name] = value
-    if not path.startswith("/static/"):
+    if _is_trustworthy(request):
+        found["Cross-Origin-Opener-Policy"] = "same-origin"  # elsewhere browsers complain about it
+    if not request.path.startswith("/static/"):
         found["Cache-Control"] = "no-store"
     policy = found["Content-Security-Policy"] or "default-src 'self'"
-    found["Content-Security-Policy"] = f"{policy};frame-ancestors 'none'"
-    if path.startswith("/artifacts/"):  # what somebody uploaded is saved, and never run
+    found["Content-Security-Policy"] = f"{policy};base-uri 'none';form-action 'self';frame-ancestors 'none'"
+    if request.path.startswith("/artifacts/"):  # what somebody uploaded is saved, and never run
         found["Content-Security-Policy"] = "sandbox; default-src 'none'"
         found["Content-Disposition"] = "attachment"
+    if place := found["Location"]:  # a proxy may know this server by another name
+        found["Location"] = urlsplit(place)._replace(scheme="", netloc="").geturl()
     return start_response(status, found.items(), *error)
+
+
+def _is_trustworthy(request: BaseRequest) -> bool:
+    """Whether browsers count on nobody between them and this server."""
+    found = _HOST.fullmatch(request.environ.get("HTTP_HOST", ""))
+    is_here = found is not None and _LOOPBACK.fullmatch(found[1]) is not None
+    return is_here or request.environ["wsgi.url_scheme"] == "https"
 
 
 def _text(status: int, text: str) -> HTTPResponse:

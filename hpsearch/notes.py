@@ -42,7 +42,7 @@ def describe_study(definition: StudyDefinition, budget: Mapping[str, Any], argum
     typed = [(f"hpsearch {command} {arguments}", what) for command, what in _COMMANDS.items()]
     width = max(len(line) for line, _ in typed)
     parts = [
-        f"## {definition.study.name}",
+        f"## {_escape(definition.study.name)}",
         f"A value is the **validation accuracy** after {epochs}, or, of a pruned trial, after its last one. "
         "No test image is read in a search: `hpsearch export` reads them, once it is over.",
         *_table(["", ""], list(about.items())),

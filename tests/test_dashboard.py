@@ -1,10 +1,14 @@
 """The dashboard behind its guard: what passes and what does not, and the notes that are made when it is read."""
 
 import base64
+import gc
 import http.client
 import json
 import re
 import socket
+import stat
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,12 +19,13 @@ from urllib.parse import urlsplit
 from wsgiref.util import setup_testing_defaults
 
 import optuna
+import psutil
 import pytest
 import sqlalchemy
 import typer.main
 from optuna.trial import TrialState
 
-from hpsearch import cli, dashboard, notes
+from hpsearch import cli, cli_watch, dashboard, notes
 from hpsearch.definition import StudyDefinition
 from hpsearch.errors import StorageUnavailable, StudyNotFound, UsageError
 from hpsearch.guard import READING, WRITING, Guard
@@ -33,7 +38,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Heartbeat of storage")
 
 TOKEN = "a-token-of-the-test"
 HOST = "127.0.0.1:8080"
-COOKIE = f"hpsearch_8080={TOKEN}"
+SECRET = "a-secret-of-the-server"
+COOKIE = f"hpsearch_8080={SECRET}"
 METHODS = (*READING, *WRITING, "OPTIONS", "TRACE", "CONNECT", "delete")
 HOSTILE = "RuntimeError: <img src=x onerror=alert(1)> ``` | **b** [l](javascript:alert(1)) $x$\n````\n# heading"
 
@@ -56,7 +62,7 @@ class Site:
     definition: StudyDefinition
     study: optuna.Study
     application: Any
-    writes_below: str | None = None
+    writes: re.Pattern[str] | None = None
     defaults: dict[str, str] = field(default_factory=lambda: {"HTTP_HOST": HOST, "HTTP_COOKIE": COOKIE})
 
     def __call__(self, path: str, method: str = "GET", data: Any = None, **headers: str | None) -> Answer:
@@ -66,7 +72,8 @@ class Site:
             token=TOKEN,
             names={"127.0.0.1", "localhost", "[::1]"},
             cookie="hpsearch_8080",
-            writes_below=self.writes_below,
+            writes=self.writes,
+            secret=SECRET,
         )
         body = b"" if data is None else json.dumps(data).encode()
         path, _, query = path.partition("?")
@@ -96,7 +103,7 @@ def make_site(definition: StudyDefinition, *, is_writable: bool = False) -> Site
     opened = open_storage(definition.study.storage, must_exist=True, reads_only=not is_writable)
     study = optuna.load_study(study_name="small", storage=opened)
     application = dashboard.build_application(definition, study, "small.toml", is_writable=is_writable)
-    return Site(definition, study, application, "/api/" if is_writable else None)
+    return Site(definition, study, application, dashboard._WRITES if is_writable else None)
 
 
 @pytest.fixture
@@ -134,6 +141,14 @@ def add_trial(study: optuna.Study, value: float | None) -> optuna.Trial:
     if value is not None:
         study.tell(trial, value)
     return trial
+
+
+@contextmanager
+def writing(site: Site) -> Iterator[optuna.Study]:
+    """The study of the site, as another process may write it."""
+    storage = open_storage(site.definition.study.storage)
+    yield optuna.load_study(study_name="small", storage=storage)
+    storage.engine.dispose()
 
 
 @pytest.fixture
@@ -183,7 +198,14 @@ def test_every_route_is_closed_to_strangers_and_to_writing(site: Site) -> None:
             for host in ("evil.example", "127.0.0.1.evil.example", "", "me@127.0.0.1", "127.0.0.1/x", None):
                 assert site(path, method, HTTP_HOST=host).status == 403, (path, method, host)
             assert site(path, method, HTTP_COOKIE=None).status == (200 if is_healthz else 403), (path, method)
-            for cookie in (f"{COOKIE}x", COOKIE[:-1], "hpsearch_8080=", f"hpsearch_8081={TOKEN}", "ÿ=\xff"):
+            for cookie in (
+                f"{COOKIE}x",
+                COOKIE[:-1],
+                "hpsearch_8080=",
+                f"hpsearch_8081={SECRET}",
+                f"hpsearch_8080={TOKEN}",
+                "ÿ=\xff",
+            ):
                 assert site(path, method, HTTP_COOKIE=cookie).status == (200 if is_healthz else 403)
             wrong = site(f"{path}?token=wrong", method, HTTP_COOKIE=None).status
             assert wrong == (200 if is_healthz else 403)
@@ -209,20 +231,28 @@ def test_names_of_this_machine_are_answered_on_any_port(site: Site, host: str) -
     assert site("/api/studies", HTTP_HOST=host).status == 200
 
 
-def test_the_token_becomes_a_cookie_and_leaves_the_address(site: Site) -> None:
-    answer = site(f"/dashboard/studies/1?token={TOKEN}&x=a+b", HTTP_COOKIE=None)
-    assert answer.status == 303
-    assert answer.headers["location"] == "/dashboard/studies/1?x=a+b"
+def test_the_token_becomes_another_secret_as_a_cookie_and_leaves_the_address(site: Site) -> None:
+    answer = site(f"/dashboard/studies/1?token={TOKEN}&x=a+b&y=%C3%BC%26&z=%FF", HTTP_COOKIE=None)
+    assert (answer.status, answer.body) == (200, b"")
+    assert answer.headers["refresh"] == "0; url=/dashboard/studies/1?x=a+b&y=%C3%BC%26&z=%FF"
     assert answer.headers["referrer-policy"] == "no-referrer"
     parts = answer.headers["set-cookie"].split("; ")
     assert parts[0] == COOKIE
     assert {part.lower() for part in parts[1:]} == {"httponly", "path=/", "samesite=strict"}
-    assert TOKEN not in answer.body.decode()
-    cookies = f'json={{"a": "b"}}; {COOKIE}; broken=;;'  # another server of this host sets what it likes
-    assert site("/dashboard/studies/1", HTTP_COOKIE=cookies).status == 200
+    assert TOKEN not in str(answer.headers)
+    # Another server of this host sets what it likes, and a proxy may join cookies by a comma.
+    for cookies in (f'json={{"a": "b"}}; {COOKIE}; broken=;;', f"a=b, {COOKIE},c=d"):
+        assert site("/dashboard/studies/1", HTTP_COOKIE=cookies).status == 200
     for path in ("//evil.example/", "/\\evil.example/", "/a\r\nSet-Cookie: x=y"):
-        place = site(f"{path}?token={TOKEN}").headers["location"]
-        assert re.fullmatch(r"/[^/\\\r\n][^\\\r\n]*", place), place
+        place = site(f"{path}?token={TOKEN}").headers["refresh"]
+        assert re.fullmatch(r"0; url=/[^/\\\r\n][^\\\r\n]*", place), place
+
+
+def test_every_server_has_a_secret_of_its_own_and_shows_none() -> None:
+    guards = [Guard(lambda *_: [], token=TOKEN, names=(), cookie="x") for _ in range(2)]
+    assert guards[0].secret != guards[1].secret
+    assert TOKEN not in repr(guards[0])
+    assert guards[0].secret not in repr(guards[0])
 
 
 @pytest.mark.parametrize(
@@ -250,6 +280,24 @@ def test_a_link_of_another_site_can_be_followed(site: Site) -> None:
     assert (answer.status, answer.headers["refresh"]) == (200, "0; url=/dashboard/studies/1")
 
 
+def test_an_uploaded_file_is_nothing_that_a_page_could_run(writable: Site) -> None:
+    path = upload(writable, "page.html", b"<script>alert(1)</script>")
+    for place in (
+        "script",
+        "style",
+        "worker",
+        "sharedworker",
+        "serviceworker",
+        "iframe",
+        "object",
+        "embed",
+        "new-word",
+    ):
+        assert writable(path, HTTP_SEC_FETCH_SITE="same-origin", HTTP_SEC_FETCH_DEST=place).status == 403, place
+    for place in ("document", "empty", "image", "video", "audio"):
+        assert writable(path, HTTP_SEC_FETCH_SITE="same-origin", HTTP_SEC_FETCH_DEST=place).status == 200, place
+
+
 def test_all_answers_keep_to_themselves(site: Site) -> None:
     for path in ("/dashboard", "/api/studies", "/static/bundle.js", "/csv/1", "/healthz", "/nonsense"):
         headers = site(path).headers
@@ -258,10 +306,29 @@ def test_all_answers_keep_to_themselves(site: Site) -> None:
         assert headers["referrer-policy"] == "no-referrer"
         assert headers["cross-origin-resource-policy"] == "same-origin"
         assert headers["cross-origin-opener-policy"] == "same-origin"
-        assert headers["content-security-policy"].endswith("frame-ancestors 'none'")
+        assert headers["content-security-policy"].endswith("base-uri 'none';form-action 'self';frame-ancestors 'none'")
         assert headers.get("cache-control") == (None if path.startswith("/static/") else "no-store")
         assert not [name for name in headers if name.startswith("access-control-")]
     assert "script-src 'self' 'unsafe-eval'" in site("/dashboard").headers["content-security-policy"]
+
+
+def test_the_opener_policy_is_sent_only_where_browsers_heed_it(site: Site) -> None:
+    for host, scheme, is_sent in (
+        ("192.0.2.1:8080", "http", False),
+        ("192.0.2.1:8080", "https", True),
+        ("localhost", "http", True),
+        ("127.9.9.9:8080", "http", True),
+        ("[::1]:8080", "http", True),
+        ("127.0.0.1.example", "http", False),
+    ):
+        answer = site("/healthz", HTTP_HOST=host, **{"wsgi.url_scheme": scheme})
+        assert ("cross-origin-opener-policy" in answer.headers) == is_sent, host
+
+
+def test_redirects_name_no_host(site: Site) -> None:
+    for forwarded in (None, "evil.example"):
+        answer = site("/", HTTP_X_FORWARDED_HOST=forwarded)
+        assert (answer.status, answer.headers["location"]) == (302, "/dashboard")
 
 
 def test_a_request_without_the_usual_headers_is_no_error(site: Site) -> None:
@@ -290,6 +357,36 @@ def test_writing_takes_the_flag_the_cookie_and_the_own_origin(site: Site, writab
     assert site("/api/studies").json == {"study_summaries": []}
 
 
+def test_the_page_writes_notes_and_files_and_no_results(writable: Site) -> None:
+    before = count_rows(writable.definition.study.storage)
+    allowed = {
+        ("PUT", "/api/studies/1/note"),
+        ("PUT", "/api/studies/1/1/note"),
+        ("POST", "/api/artifacts/1"),
+        ("POST", "/api/artifacts/1/1"),
+        ("DELETE", "/api/artifacts/1/0a-1b"),
+        ("DELETE", "/api/artifacts/1/1/0a-1b"),
+        ("DELETE", "/api/studies/1"),
+    }
+    paths = {(method, path) for method, path in routes_of(writable) if method not in READING}
+    assert paths > allowed
+    for method, path in sorted(paths - allowed):
+        assert writable(path, method, data={}).status == 403, (method, path)
+    for path in ("/api/studies/1/note/../rename", "/api/studies/1/note\n", "/api//studies/1/note", "/api/studies/-1"):
+        assert all(writable(path, method, data={}).status == 403 for method in WRITING), path
+    assert count_rows(writable.definition.study.storage) == before
+    for method, path in sorted(allowed - {("DELETE", "/api/studies/1")}):
+        assert writable(path, method, data={}).status != 403, (method, path)
+
+
+def upload(site: Site, name: str, content: bytes) -> str:
+    """The path of a file that was uploaded."""
+    data = {"file": f"data:text/html;base64,{base64.b64encode(content).decode()}", "filename": name}
+    uploaded = site("/api/artifacts/1", "POST", data=data)
+    assert uploaded.status == 201
+    return f"/artifacts/1/{uploaded.json['artifact_id']}"
+
+
 def test_nothing_of_language_models_is_there(site: Site, writable: Site) -> None:
     paths = [path for _, path in routes_of(site) if "llm" in path]
     assert len(paths) >= 2
@@ -299,11 +396,7 @@ def test_nothing_of_language_models_is_there(site: Site, writable: Site) -> None
 
 
 def test_uploaded_files_are_saved_and_never_run(writable: Site) -> None:
-    html = base64.b64encode(b"<script>alert(1)</script>").decode()
-    upload = {"file": f"data:text/html;base64,{html}", "filename": "page.html"}
-    uploaded = writable("/api/artifacts/1", "POST", data=upload)
-    assert uploaded.status == 201
-    path = f"/artifacts/1/{uploaded.json['artifact_id']}"
+    path = upload(writable, "page.html", b"<script>alert(1)</script>")
     answer = writable(path)
     assert (answer.status, answer.body) == (200, b"<script>alert(1)</script>")
     assert answer.headers["content-disposition"] == "attachment"
@@ -385,6 +478,42 @@ def test_trials_that_did_not_complete_say_why(searched_anywhere: StudyDefinition
     assert "Takes up trial 3" in retry["note"]["body"]
 
 
+@pytest.mark.parametrize(
+    "attributes", [{"failure": "disk"}, {"failure": {"kind": 1}}, {"attempts": 3}, {"pruning": []}, {"worker": [None]}]
+)
+def test_odd_attributes_cost_a_note_and_not_the_page(site: Site, attributes: dict[str, Any]) -> None:
+    with writing(site) as study:
+        trial = add_trial(study, value=None)
+        for key, value in attributes.items():
+            trial.set_user_attr(key, value)
+        study.tell(trial, state=TrialState.PRUNED)
+    answer = site("/api/studies/1?after=0")
+    assert (answer.status, len(answer.json["trials"])) == (200, 5)
+    assert "width" in answer.json["note"]["body"]
+
+
+@pytest.mark.parametrize("is_missed", [False, True])
+def test_a_study_made_anew_is_shown_without_notes_of_the_old(site: Site, is_missed: bool) -> None:
+    assert len(site("/api/studies/1?after=0").json["trials"]) == 5
+    assert len(site("/csv/1").body.splitlines()) > 5
+    with writing(site) as study:
+        optuna.delete_study(study_name="small", storage=study._storage)
+        if is_missed:
+            assert site("/api/studies/1?after=0").status == 404
+        add_trial(open_study(site.definition, study._storage._backend), value=0.75)  # type: ignore[attr-defined]
+    assert len(site("/csv/1").body.splitlines()) == 2
+    detail = site("/api/studies/1?after=0").json
+    assert [trial["values"] for trial in (*detail["trials"], *detail["best_trials"])] == [[0.75]] * 2
+    assert detail["note"]["body"] == ""
+
+
+def test_a_name_with_marks_of_markdown_shows_as_itself() -> None:
+    marks = r"\`*_{}[]<>()#+!|~$&-"
+    assert notes._escape(f"a{marks}b<img src=x>") == "a" + "".join(f"\\{mark}" for mark in marks) + r"b\<img src=x\>"
+    definition = make_definition("sqlite:///x.db", study={"name": "a__b__-c"})
+    assert notes.describe_study(definition, {"trials": 4}, "x.toml").startswith(r"## a\_\_b\_\_\-c" + "\n")
+
+
 def test_a_note_that_somebody_wrote_stays(writable: Site, searched: StudyDefinition) -> None:
     trial = writable("/api/studies/1?after=0").json["trials"][1]
     for path, text in (("/api/studies/1/note", "Mine"), (f"/api/studies/1/{trial['trial_id']}/note", "Mine, too")):
@@ -457,10 +586,10 @@ def connected(address: str) -> Iterator[Callable[..., http.client.HTTPResponse]]
     place = urlsplit(address)
     connection = http.client.HTTPConnection(str(place.hostname), place.port, timeout=30)
 
-    def ask(path: str, method: str = "GET", **headers: str) -> http.client.HTTPResponse:
-        connection.request(method, path, headers=headers)
+    def ask(path: str, method: str = "GET", body: bytes | None = None, **headers: str) -> http.client.HTTPResponse:
+        connection.request(method, path, body, headers)
         response = connection.getresponse()
-        response.read()
+        response.body = response.read()  # type: ignore[attr-defined]
         return response
 
     try:
@@ -473,11 +602,12 @@ def test_the_server_answers_on_a_free_port_and_ends(searched: StudyDefinition) -
     with dashboard.serve(searched, "small.toml") as address, connected(address) as ask:
         place = urlsplit(address)
         assert address.startswith(f"http://127.0.0.1:{place.port}/dashboard/studies/1?token=")
-        assert len(place.query) > 40
+        assert len(place.query) > 25
         assert ask("/healthz").status == 200
         assert ask("/api/studies").status == 403
         answer = ask(f"{place.path}?{place.query}")
-        assert answer.status == 303
+        assert answer.status == 200
+        assert place.query.removeprefix("token=") not in str(answer.headers)
         cookie = str(answer.headers["Set-Cookie"]).partition(";")[0]
         assert cookie.startswith(f"hpsearch_{place.port}=")
         assert ask("/api/studies", Cookie=cookie).status == 200
@@ -502,15 +632,120 @@ def test_other_machines_need_a_token_of_the_user(searched: StudyDefinition) -> N
         dashboard.serve(searched, "small.toml", host="no.such.host.invalid", token=TOKEN).__enter__()
     with pytest.raises(UsageError, match=r"192\.0\.2\.1, port 0, cannot be used"):
         dashboard.serve(searched, "small.toml", host="192.0.2.1", token=TOKEN).__enter__()
+    for host in ("a" * 70, ".."):
+        with pytest.raises(UsageError, match="is no address of this machine"):
+            dashboard.serve(searched, "small.toml", host=host, token=TOKEN).__enter__()
     with dashboard.serve(searched, "small.toml", host="0.0.0.0", token=TOKEN) as address:
         place = urlsplit(address)
         assert place.hostname == socket.gethostname().lower()
         with connected(f"http://127.0.0.1:{place.port}") as ask:
-            cookie = f"hpsearch_{place.port}={TOKEN}"
-            for host in (socket.gethostname(), "127.0.0.1", *dashboard._names_of("0.0.0.0")):
+            cookie = enter(ask, f"{place.path}?{place.query}")
+            for host in (socket.gethostname(), "127.0.0.1", *dashboard._names_of("0.0.0.0", "0.0.0.0")):
                 assert ask("/api/studies", Host=host, Cookie=cookie).status == 200, host
             assert ask("/api/studies", Host="evil.example", Cookie=cookie).status == 403
             assert ask("/api/studies", Host=socket.gethostname()).status == 403
+
+
+@pytest.mark.parametrize("host", ["0", "0.0.0.0", "0x0", "*", "::", "::0", "0:0:0:0:0:0:0:0"])
+def test_all_addresses_are_known_however_they_are_spelled(searched: StudyDefinition, host: str) -> None:
+    assert not dashboard.is_loopback(host)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "create_server", lambda *_, **__: pytest.fail("it listens"))
+        with pytest.raises(UsageError, match="HPSEARCH_TOKEN"):
+            dashboard.serve(searched, "small.toml", host=host).__enter__()
+    with dashboard.serve(searched, "small.toml", host=host, token=TOKEN) as address:
+        assert urlsplit(address).hostname == socket.gethostname().lower()
+
+
+@pytest.mark.parametrize("host", ["127.1", "127.0.0.2", "LOCALHOST", "localhost", "::1", "0:0:0:0:0:0:0:1"])
+def test_loopback_is_known_however_it_is_spelled(searched: StudyDefinition, host: str) -> None:
+    assert dashboard.is_loopback(host)
+    with dashboard.serve(searched, "small.toml", host=host) as address, connected(address) as ask:
+        assert ask("/healthz").status == 200
+        assert dashboard._names_of(host, "127.0.0.1") <= {host.lower(), f"[{host}]", "localhost", "127.0.0.1", "[::1]"}
+
+
+def test_names_of_this_machine_are_addresses_and_no_hardware() -> None:
+    names = dashboard._names_of("0.0.0.0", "0.0.0.0")
+    hardware = [
+        each.address for found in psutil.net_if_addrs().values() for each in found if each.family == psutil.AF_LINK
+    ]
+    assert hardware
+    assert not names & {spelled for each in hardware for spelled in (each, f"[{each}]")}
+
+
+def test_a_server_refuses_and_leaves_nothing_behind(searched: StudyDefinition) -> None:
+    process = psutil.Process()
+    with dashboard.serve(searched, "small.toml"):
+        pass  # what is loaded once is loaded now
+    before = threading.active_count(), process.num_fds()
+    large = b"x" * 70_000
+    for is_writable in (False, True):
+        with dashboard.serve(searched, "small.toml", is_writable=is_writable) as address, connected(address) as ask:
+            place = urlsplit(address)
+            own = {"Cookie": enter(ask, f"{place.path}?{place.query}"), "Origin": f"http://{place.netloc}"}
+            if not is_writable:
+                assert ask("/api/studies/1", "DELETE", **own).status == 403
+            with connected(address) as ask_much:
+                assert ask_much("/api/artifacts/1", "POST", large, **own).status == (500 if is_writable else 413)
+            redirect = ask("/", **own, **{"X-Forwarded-Host": "evil.example"})
+            assert (redirect.status, redirect.headers["Location"]) == (302, "/dashboard")
+            page, head = ask("/dashboard", **own), ask("/dashboard", "HEAD", **own)
+            assert (page.status, head.status) == (200, 200)
+            assert int(page.headers["Content-Length"]) == len(page.body)  # type: ignore[attr-defined]
+            assert head.headers["Content-Length"] in (None, page.headers["Content-Length"])
+            assert ask("/api/studies", **own).status == 200
+    wait_until(lambda: threading.active_count() <= before[0] and process.num_fds() <= before[1])
+
+
+@pytest.mark.parametrize("name", ["_serving", "build_application", "_listen", "load_study"])
+def test_what_fails_before_it_serves_leaves_nothing_open(searched: StudyDefinition, name: str) -> None:
+    process = psutil.Process()
+    with dashboard.serve(searched, "small.toml"):
+        pass
+    before = process.num_fds()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dashboard, name, lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            dashboard.serve(searched, "small.toml").__enter__()
+    wait_until(lambda: process.num_fds() <= before)
+
+
+def test_a_browser_is_given_a_file_that_only_this_user_can_read(
+    searched: StudyDefinition, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Path] = []
+
+    def look(given: str) -> None:
+        assert "token" not in given
+        file = Path(urlsplit(given).path)
+        seen.append(file)
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+        text = file.read_text()
+        assert re.search(r'content="0; url=http://127\.0\.0\.1:[0-9]+/dashboard/studies/1\?token=[\w-]+"', text), text
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("webbrowser.open", look)
+    monkeypatch.setattr(cli_watch, "load_definition_of", lambda *_: searched)
+    with pytest.raises(KeyboardInterrupt):
+        cli_watch.dashboard("small.toml", token=None, host="127.0.0.1", port=0, opens=True)
+    [file] = seen
+    assert not file.exists()
+    with dashboard.lead_to('http://x/?a=1&"><script>') as place:
+        assert '"0; url=http://x/?a=1&amp;&quot;&gt;&lt;script&gt;"' in Path(urlsplit(place).path).read_text()
+
+
+def wait_until(is_so: Callable[[], bool], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end, "it is not so"
+        gc.collect()
+        time.sleep(0.02)
+
+
+def enter(ask: Callable[..., Any], place: str) -> str:
+    """The cookie that the printed address gives."""
+    return str(ask(place).headers["Set-Cookie"]).partition(";")[0]
 
 
 def test_a_study_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -163,6 +163,12 @@ class Watched:
             self.complaints.append(what)
 
 
+def enter(page: Page, address: str) -> None:
+    """Open the printed address, and wait until the page has the token in its cookie and no longer in its address."""
+    page.goto(address)
+    page.wait_for_url(address.partition("?")[0])
+
+
 def see(page: Page, script: str, is_enough: Callable[[Any], bool], what: str) -> None:
     """Wait until the page shows enough; events of the page are handled meanwhile."""
 
@@ -178,8 +184,8 @@ def test_a_running_search_is_seen_with_its_trials_arriving(tmp_path: Path, brows
     with served(tmp_path, "run", "small.toml", "--workers", "1", "--dashboard") as (address, process):
         watched = [Watched(browser.new_context(viewport={"width": width, "height": 844})) for width in WIDTHS]
         for each in watched:
-            each.page.goto(address)
-            assert "token" not in each.page.url
+            enter(each.page, address)
+            assert each.page.evaluate("history.length") == 2  # a blank page, and this one without its token
             see(each.page, N_POINTS, lambda n: n > 3, "points in the plots")
         base = watched[0].page.url.partition("/dashboard")[2]
         before = {each: each.page.evaluate(N_POINTS) for each in watched}
@@ -214,7 +220,7 @@ def test_a_trial_that_failed_says_why_and_runs_nothing(folder: Path, browser: Br
     with served(folder, "dashboard", "small.toml") as (address, _):
         watched = Watched(browser.new_context())
         watched.page.on("dialog", lambda dialog: watched.complaints.append(dialog.message))
-        watched.page.goto(address)
+        enter(watched.page, address)
         watched.page.goto(f"{watched.page.url}/trials?numbers=2")
         watched.page.get_by_text("RuntimeError: <img").first.wait_for()
         assert [each for each in watched.complaints if "ERR_ABORTED" not in each] == []
@@ -227,13 +233,17 @@ def test_a_page_of_another_origin_can_neither_read_nor_write(folder: Path, brows
             address, _ = stack.enter_context(served(folder, "dashboard", "small.toml", *options))
             site = address.partition("/dashboard")[0]
             context = browser.new_context()
-            context.new_page().goto(address)
+            enter(context.new_page(), address)
             before = context.request.get(f"{site}/api/studies/1").json()
             for host in ("127.0.0.1", "localhost"):
-                page = context.new_page()
+                page, answers = context.new_page(), list[tuple[str, int]]()
+                page.on("response", partial(lambda answer, to: to.append((answer.url, answer.status)), to=answers))
                 page.goto(f"http://{host}:{port}/")
                 got = page.evaluate(ATTACKS, site)
                 assert set(got.values()) == {"nothing"}, got
+                refused = [(url, status) for url, status in answers if url.startswith(site)]
+                assert len(refused) >= 5
+                assert {status for _, status in refused} == {403}, refused
                 assert [frame.url for frame in page.frames[1:]] == ["chrome-error://chromewebdata/"]
                 with page.expect_response(f"{site}/**") as answer:
                     page.evaluate(FORM, site)
@@ -244,11 +254,36 @@ def test_a_page_of_another_origin_can_neither_read_nor_write(folder: Path, brows
 
 def test_a_link_of_another_site_leads_to_the_study(folder: Path, browser: Browser) -> None:
     with another_server(folder / "elsewhere") as port, served(folder, "dashboard", "small.toml") as (address, _):
+        watched = Watched(browser.new_context())
+        follow(watched.page, f"http://localhost:{port}/", address)
+        assert watched.complaints == []
+
+
+def test_a_link_to_another_machine_leads_to_the_study_and_browsers_complain_of_nothing(
+    folder: Path, browser: Browser
+) -> None:
+    options = ("--host", "0.0.0.0", "--token", "a-token-of-the-test")
+    with another_server(folder / "elsewhere") as port, served(folder, "dashboard", "small.toml", *options) as (it, _):
+        watched = Watched(browser.new_context())
+        follow(watched.page, f"http://localhost:{port}/", it)
+        assert watched.complaints == []
+
+
+def test_a_file_leads_to_the_study(folder: Path, browser: Browser) -> None:
+    from hpsearch.dashboard import lead_to
+
+    with served(folder, "dashboard", "small.toml") as (address, _), lead_to(address) as file:
         page = browser.new_context().new_page()
-        page.goto(f"http://localhost:{port}/")
-        page.evaluate("(place) => { location.href = place; }", address)
+        page.goto(file)
         page.wait_for_url(address.partition("?")[0])
         page.get_by_text("small (id=1)").wait_for()
+
+
+def follow(page: Page, start: str, address: str) -> None:
+    page.goto(start)
+    page.evaluate("(place) => { location.href = place; }", address)
+    page.wait_for_url(address.partition("?")[0])
+    page.get_by_text("small (id=1)").wait_for()
 
 
 def test_the_page_itself_may_write_only_where_that_was_allowed(folder: Path, browser: Browser) -> None:
@@ -258,7 +293,7 @@ def test_the_page_itself_may_write_only_where_that_was_allowed(folder: Path, bro
     for options, status in (((), 403), (("--writable",), 204)):
         with served(folder, "dashboard", "small.toml", *options) as (address, _):
             page = browser.new_context().new_page()
-            page.goto(address)
+            enter(page, address)
             assert page.evaluate(write) == status
             if status == 403:
                 assert page.evaluate(delete) == 403
