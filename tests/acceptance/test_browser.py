@@ -252,7 +252,8 @@ def test_a_page_of_another_origin_can_neither_read_nor_write(folder: Path, brows
                 assert set(answers) == {403}
                 network.detach()
                 [frame] = page.frames[1:]
-                see(page, "0", lambda _, it=frame: it.url == "chrome-error://chromewebdata/", "that no frame is shown")
+                is_refused = partial(lambda _, frame: frame.url == "chrome-error://chromewebdata/", frame=frame)
+                see(page, "0", is_refused, "the frame to be refused")
                 with page.expect_response(f"{site}/**") as answer:
                     page.evaluate(FORM, site)
                 assert answer.value.status == 403
