@@ -80,7 +80,7 @@ def render_trials(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()
     """
     names = dict.fromkeys(name for row in rows for name in row["params"])
     columns = columns or [name for name in list_columns(names) if name != "worker"]
-    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=0)
     for name in columns:
         is_text = name in ("state", "worker", "note")
         heading = "trial" if name == "number" else name
