@@ -1,6 +1,7 @@
 """The command line, as `hpsearch` or `python -m hpsearch`: runs a verb, catches `HpsearchError`, and exits."""
 
 import logging
+import os
 import sys
 from typing import Any
 
@@ -18,6 +19,7 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     is_debug = len(arguments) < len(sys.argv) - 1
     logging.basicConfig(level=logging.DEBUG if is_debug else logging.WARNING, format="%(message)s")
+    logging.captureWarnings(True)
     try:
         status = app(arguments, standalone_mode=False)
         if status == _INTERRUPTED:
@@ -35,6 +37,9 @@ def main() -> None:
         _exit_with(f"{error.format_message()}\nsee: {command} --help", error.exit_code)
     except typer.Abort:
         _exit_with("interrupted", _INTERRUPTED)
+    except BrokenPipeError:  # whoever was to read has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
         if is_debug:
             raise

@@ -90,8 +90,11 @@ def print_document(document: Any, render: Callable[[Any], "RenderableType"], *, 
 
 
 def print_status(definition: "StudyDefinition", *, as_json: bool) -> None:
-    """Print the document of `status`."""
-    from hpsearch.console import render_status
+    """Print the document of `status`, and say if the study is stopped."""
+    from hpsearch.console import render_status, say
     from hpsearch.study import summarize
 
-    print_document(summarize(definition, load_study_of(definition)), render_status, as_json=as_json)
+    study = load_study_of(definition)
+    print_document(summarize(definition, study), render_status, as_json=as_json)
+    if study.user_attrs.get("stopped"):
+        say("the study is stopped for all workers; hpsearch run goes on with it")

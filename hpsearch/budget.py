@@ -108,11 +108,19 @@ def seconds_searched(spans: Iterable[tuple[datetime, datetime | None]], now: dat
 
 
 def _minutes_searched(session: Session, study_id: int) -> float:
+    """The minutes in which at least one trial ran; one that runs has done so until its last heartbeat."""
     columns = _TRIAL.__table__.c
-    query = session.query(columns.datetime_start, columns.datetime_complete)
-    rows = query.filter(_TRIAL.study_id == study_id, _TRIAL.state.in_(SEARCHING_STATES))
-    spans = [(start, complete) for start, complete in rows]
-    return seconds_searched(spans, datetime.now(UTC).replace(tzinfo=None)) / 60
+    query = session.query(columns.datetime_start, columns.datetime_complete, models.TrialHeartbeatModel.heartbeat)
+    rows = query.outerjoin(models.TrialHeartbeatModel, models.TrialHeartbeatModel.trial_id == columns.trial_id)
+    rows = rows.filter(_TRIAL.study_id == study_id, _TRIAL.state.in_(SEARCHING_STATES))
+    now = datetime.now(UTC).replace(tzinfo=None)
+    # Heartbeats are in the database's time and time zone.
+    database_now = session.execute(sqlalchemy.select(sqlalchemy.func.now())).scalar_one().replace(tzinfo=None)
+    spans = [
+        (start, complete or (now - max(database_now - heartbeat, timedelta()) if heartbeat else now))
+        for start, complete, heartbeat in rows
+    ]
+    return seconds_searched(spans, now) / 60
 
 
 def _final_failures(session: Session, study_id: int) -> list[str]:

@@ -97,12 +97,13 @@ def run(
 
     definition = load_definition_of(study, storage, trials)
     start_fork_server()
+    from hpsearch.steering import resume_study
     from hpsearch.storage import open_storage
     from hpsearch.study import open_study
 
     # What cannot work is told before torch is loaded.
     opened = open_storage(definition.study.storage)
-    open_study(definition, opened, keeps_extension=trials is None)
+    resume_study(open_study(definition, opened, keeps_extension=trials is None))
     opened.engine.dispose()
     watch = open_watch(definition)
     from hpsearch.pool import run_pool

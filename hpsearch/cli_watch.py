@@ -1,5 +1,6 @@
 """The verbs to watch a search, and to steer it."""
 
+import signal
 import sys
 import time
 from typing import Annotated
@@ -46,6 +47,7 @@ def status(
     from hpsearch.watching import conclude, open_watch
 
     watched = open_watch(definition)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # leaves the terminal as it was
     with LiveView(watched, Console(highlight=False), follows=True) as view:
         view.wait()
     for line in conclude(definition, watched.study, retype(study, storage)):
@@ -72,11 +74,13 @@ def trials(
 
     if as_json and as_csv:
         raise UsageError("--json and --csv do not go together; choose one")
-    rows = list_trials(load_study_of(load_definition_of(study, storage)), state, sort, limit)
+    definition = load_definition_of(study, storage)
+    known = list_columns(definition.search)
     chosen = [name.strip() for name in columns.split(",")] if columns else []
-    check_columns(rows, chosen)
+    check_columns(known, [sort, *chosen])
+    rows = list_trials(load_study_of(definition), state, sort, limit)
     if as_csv:
-        sys.stdout.write(to_csv(rows, chosen or list_columns(rows)))
+        sys.stdout.write(to_csv(rows, chosen or known))
     elif as_json and chosen:
         print_document([{name: flatten(row).get(name) for name in chosen} for row in rows], str, as_json=True)
     else:
@@ -107,16 +111,17 @@ def stop(study: StudyArgument, storage: StorageOption = None) -> None:
 
     definition = load_definition_of(study, storage)
     stop_study(load_study_of(definition))
-    watch, told = open_watch(definition), -1
-    while alive := [worker for worker in watch.look().workers if not worker["is_lost"]]:
-        if len(alive) != told:
-            told = len(alive)
-            say(f"{told} workers finish their epochs and hand their trials back ...")
+    watch, told = open_watch(definition), 0
+    while (scene := watch.look()).is_stopped and scene.n_alive:
+        if scene.n_alive != told:
+            told = scene.n_alive
+            say(f"waiting for {told} trials whose workers finish their epochs ...")
         time.sleep(_POLL)
-    scene = watch.look()
+    if not scene.is_stopped:
+        return say("the study was resumed meanwhile")
     for lost in scene.workers:
         say(f"trial {lost['trial']} of {lost['worker']}, which gives no sign of life, is taken over by the next run")
-    say(f"stopped: {scene.sum_up()}; go on with: hpsearch run {retype(study, storage)}")
+    return say(f"stopped: {scene.sum_up()}; go on with: hpsearch run {retype(study, storage)}")
 
 
 @app.command(epilog="Example:  hpsearch extend studies/mnist-mlp.toml --trials 40")
@@ -131,7 +136,7 @@ def extend(
     from hpsearch.watching import open_watch
 
     definition = load_definition_of(study, storage)
-    n_trials = extend_study(definition, load_study_of(definition), trials)
+    n_trials = extend_study(load_study_of(definition), trials)
     say(f"the budget has {n_trials} trials now; {open_watch(definition).look().say_next(retype(study, storage))}")
 
 

@@ -49,7 +49,7 @@ def trial_line(event: "TrialEvent") -> str:
         parts.append("-" if event.value is None else f"{event.value:.4f}")
     if event.state == "pruned":
         parts.append(f"epoch {event.epoch}")
-    return " ".join([*parts, *event.message.split()])
+    return printable(" ".join([*parts, *event.message.split()]))
 
 
 def render_status(status: Mapping[str, Any]) -> RenderableType:
@@ -68,20 +68,26 @@ def render_status(status: Mapping[str, Any]) -> RenderableType:
     else:
         table.add_row("best", "no trial is complete yet")
     for worker in status["workers"]:
-        table.add_row("worker", f"{worker['id']}: trial {worker['trial']}, epoch {worker['epoch']}")
+        text = f"{worker['id']}: trial {worker['trial']}, epoch {worker['epoch']}"
+        table.add_row("worker", Text(printable(text)))
     return table
 
 
 def render_trials(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> RenderableType:
-    """A table with a row for each trial; by default with a column for each hyperparameter that any of them has."""
-    columns = columns or [name for name in list_columns(rows) if name != "worker"]
-    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    """A table with a row for each trial; by default with a column for each hyperparameter that any of them has.
+
+    On a terminal a note is cut to what is left of its line.
+    """
+    names = dict.fromkeys(name for row in rows for name in row["params"])
+    columns = columns or [name for name in list_columns(names) if name != "worker"]
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=0)
     for name in columns:
         is_text = name in ("state", "worker", "note")
         heading = "trial" if name == "number" else name
         table.add_column(heading, justify="left" if is_text else "right", no_wrap=name != "note")
     for row in map(flatten, rows):
-        table.add_row(*(Text(_show_cell(name, row.get(name))) for name in columns))
+        cells = [printable(_show_cell(name, row.get(name))) for name in columns]
+        table.add_row(*(Text(cell, no_wrap=True, overflow="ellipsis") for cell in cells))
     return table
 
 
@@ -94,17 +100,18 @@ def render_trial(trial: Mapping[str, Any]) -> RenderableType:
     if trial["note"]:
         table.add_row("why", Text(printable(trial["note"]), overflow="fold"))
     for i, (name, value) in enumerate(trial["params"].items()):
-        table.add_row("" if i else "parameters", f"{name} {shorten(value)}")
+        table.add_row("" if i else "parameters", Text(printable(f"{name} {shorten(value)}")))
     if trial["started"]:
         seconds = "" if trial["seconds"] is None else f" ({trial['seconds']:.1f} s)"
         table.add_row("times", f"{trial['started']} to {trial['ended'] or 'now'}{seconds}")
-        table.add_row("worker", Text(str(trial["worker"])))
+        table.add_row("worker", Text(printable(str(trial["worker"]))))
     if trial["images_per_second"]:
         table.add_row("speed", f"{trial['images_per_second']:,} training images a second")
     if trial["attempts"]:
         table.add_row("attempts", f"goes on with trial {', '.join(map(str, trial['attempts']))}")
     if trial["environment"]:
-        table.add_row("ran with", ", ".join(f"{name} {value}" for name, value in trial["environment"].items()))
+        environment = ", ".join(f"{name} {value}" for name, value in trial["environment"].items())
+        table.add_row("ran with", Text(printable(environment)))
     reports = [f"{epoch}: {value:.4f}" for epoch, value in trial["reports"].items()]
     table.add_row("reports", Text("  ".join(reports) or "none", overflow="fold"))
     return table

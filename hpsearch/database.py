@@ -183,13 +183,15 @@ def connect_options(url: URL) -> dict[str, Any]:
 def harden(engine: sqlalchemy.Engine, *, converts: bool, reads_only: bool) -> None:
     """Make every SQLite transaction of the engine take the lock when it starts, and be on disk when it ends.
 
-    Where it `converts`, a database in another journal mode is changed to the safe one. One that `reads_only` takes no
-    lock that others would wait for.
+    Where it `converts`, a database in another journal mode is changed to the safe one. With an engine that `reads_only`
+    nothing can be written, and no lock is taken but for the time of a read.
     """
     if engine.name == "sqlite":
         sqlalchemy.event.listen(engine, "connect", partial(_configure_sqlite, converts))
         sqlalchemy.event.listen(engine, "begin", _begin if reads_only else _begin_immediate)
-        engine.dispose()  # connections from before do not have the listeners
+    elif reads_only:
+        sqlalchemy.event.listen(engine, "connect", lambda connection, _: setattr(connection, "read_only", True))
+    engine.dispose()  # connections from before do not have the listeners
 
 
 def is_transient(error: BaseException) -> bool:
@@ -262,6 +264,7 @@ def _configure_sqlite(converts: bool, connection: sqlite3.Connection, _record: o
 
 
 def _begin(connection: sqlalchemy.Connection) -> None:
+    connection.exec_driver_sql("PRAGMA query_only = ON")
     connection.exec_driver_sql("BEGIN")
 
 

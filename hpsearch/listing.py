@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from unicodedata import normalize
 
@@ -31,8 +31,10 @@ def explain_end(trial: FrozenTrial) -> str:
         return str(attributes["diverged"])
     pruning = attributes.get("pruning", {})
     if trial.state == TrialState.PRUNED and "threshold" in pruning:
-        value, threshold, rule = pruning["value"], pruning["threshold"], pruning["rule"]
-        return f"{value:.4f} is below {threshold:.4f}, {rule}, after epoch {pruning['epoch']}"
+        value, threshold = (f"{pruning[key]:.4f}" for key in ("value", "threshold"))
+        if value == threshold:
+            value, threshold = (f"{pruning[key]:.6f}" for key in ("value", "threshold"))
+        return f"{value} is below {threshold}, {pruning['rule']}, after epoch {pruning['epoch']}"
     return ""
 
 
@@ -76,8 +78,7 @@ def describe_in_full(study: optuna.Study, number: int) -> dict[str, Any]:
 def list_trials(study: optuna.Study, state: str | None, sort: str, limit: int | None) -> list[dict[str, Any]]:
     """The rows of `trials`: those in a state, sorted by a column, at most `limit`.
 
-    By value the best comes first, by any other column the least; rows without a value come last. Raises `UsageError`
-    for an unknown column.
+    By value the best comes first, by any other column the least; rows without a value come last.
     """
     rows = [describe_trial(trial) for trial in study.get_trials(deepcopy=False)]
     chosen = [row for row in rows if state in (None, row["state"])]
@@ -85,7 +86,6 @@ def list_trials(study: optuna.Study, state: str | None, sort: str, limit: int | 
         # A pruned trial's value is from fewer epochs, so it never stands above a complete one.
         chosen.sort(key=lambda row: (row["state"] != "complete", -(row["value"] or 0.0), row["number"]))
     else:
-        check_columns(rows, [sort])
         cells = {row["number"]: flatten(row).get(sort) for row in chosen}
         chosen.sort(key=lambda row: _sort_key(cells[row["number"]]))
     return chosen[:limit]
@@ -99,16 +99,13 @@ def flatten(row: Row) -> dict[str, Any]:
     return flat
 
 
-def list_columns(rows: Sequence[Row]) -> list[str]:
-    """The columns that any of the rows has."""
-    names = list(dict.fromkeys(name for row in rows for name in row["params"]))
-    fixed = ("number", "state", "value", "epoch"), ("worker", "seconds", "note")
-    return [*fixed[0], *names, *fixed[1]]
+def list_columns(hyperparameters: Iterable[str]) -> list[str]:
+    """The columns of rows that have these hyperparameters."""
+    return ["number", "state", "value", "epoch", *hyperparameters, "worker", "seconds", "note"]
 
 
-def check_columns(rows: Sequence[Row], names: Sequence[str]) -> None:
-    """Raise `UsageError` for a column that none of the rows has."""
-    known = list_columns(rows)
+def check_columns(known: Sequence[str], names: Sequence[str]) -> None:
+    """Raise `UsageError` for a column that is not known."""
     for name in names:
         if name not in known:
             raise UsageError(f"no column '{name}'; {did_you_mean(name, known)}")
@@ -128,7 +125,7 @@ def to_csv(rows: Sequence[Row], columns: Sequence[str]) -> str:
 def _defuse(cell: Any) -> Any:
     if not isinstance(cell, str):
         return cell
-    line = " ".join(cell.split())
+    line = "".join(character for character in " ".join(cell.split()) if character.isprintable())
     return f"'{line}" if normalize("NFKC", line).startswith(_FORMULA_STARTS) else line  # signs of full width count, too
 
 

@@ -6,12 +6,12 @@ import sys
 import termios
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import IO, Any, Self
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, ConsoleOptions, OverflowMethod, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, Group, OverflowMethod, RenderableType, RenderResult
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -40,10 +40,13 @@ class LiveView:
 
     def __init__(self, watch: Watch, console: Console, *, follows: bool = False) -> None:
         self.watch, self.console, self.follows = watch, console, follows
-        self.is_live = console.is_terminal and not console.is_dumb_terminal and _is_in_foreground(console.file)
+        # Rich believes FORCE_COLOR, which is no terminal yet.
+        is_terminal = console.is_terminal and console.file.isatty() and not console.is_dumb_terminal
+        self.is_live = is_terminal and _is_in_foreground(console.file)
         self._over = threading.Event()
         self._live, self._size = self._new_live(), console.size
         self._error: Exception | None = None
+        self._drawing = threading.Lock()
         self._ended, self._restores = threading.Event(), ExitStack()
         self._thread = threading.Thread(target=self._follow, name="live view", daemon=True)
 
@@ -67,9 +70,8 @@ class LiveView:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout=2 * _REFRESH)  # it may be waiting for a locked database
+        with self._drawing:
+            self._ended.set()  # the thread may wait for a locked database, but draws no more
         if self.is_live:
             self._live.stop()
             _redirect_log()
@@ -84,17 +86,19 @@ class LiveView:
     def _follow(self) -> None:
         scene, trouble = None, ""
         try:
-            while not self._ended.wait(_REFRESH if scene else 0):
+            while not self._ended.wait(_REFRESH if scene or trouble else 0):
                 try:
                     scene, trouble = self.watch.look(), ""
                 except StorageError as error:  # the workers wait for it as well
+                    if not trouble and not self.is_live:
+                        say(str(error))
                     trouble = str(error)
-                if scene and self.is_live:
-                    self._draw(SceneTable(scene, trouble))
+                if self.is_live:
+                    self._draw(SceneTable(scene, trouble, is_own=not self.follows) if scene else trouble)
                 elif scene and not trouble:
                     for event in scene.news:
                         print(trial_line(event), flush=True)
-                if scene and scene.is_over and not scene.workers:
+                if self.follows and scene and not scene.n_alive and (scene.is_over or scene.is_stopped):
                     return
         except Exception as error:  # noqa: BLE001 - a search goes on though it cannot be shown
             self._error = error
@@ -104,14 +108,17 @@ class LiveView:
     def _new_live(self) -> Live:
         return Live(console=self.console, auto_refresh=False, transient=not self.follows)
 
-    def _draw(self, table: "SceneTable") -> None:
-        if self.console.size != self._size:  # terminals differ in what they make of the old table
-            self._live.stop()
-            self.console.clear()
-            self._live, self._size = self._new_live(), self.console.size
-            self._live.start()
-            _redirect_log()
-        self._live.update(table, refresh=True)
+    def _draw(self, table: "SceneTable | str") -> None:
+        with self._drawing:
+            if self._ended.is_set():
+                return
+            if self.console.size != self._size:  # terminals differ in what they make of the old table
+                self._live.stop()
+                self.console.clear()
+                self._live, self._size = self._new_live(), self.console.size
+                self._live.start()
+                _redirect_log()
+            self._live.update(table, refresh=True)
 
 
 def _is_in_foreground(stream: IO[str]) -> bool:
@@ -125,7 +132,7 @@ def _is_in_foreground(stream: IO[str]) -> bool:
 @contextmanager
 def _no_echo_of_control_keys() -> Iterator[None]:
     """The `^C` that a terminal writes where the cursor is would move the table by a line."""
-    if not sys.stdin.isatty() or not _is_in_foreground(sys.stdin):
+    if not sys.stdin or not sys.stdin.isatty() or not _is_in_foreground(sys.stdin):
         yield
         return
     before = termios.tcgetattr(sys.stdin)
@@ -134,8 +141,9 @@ def _no_echo_of_control_keys() -> Iterator[None]:
     try:
         yield
     finally:
-        if _is_in_foreground(sys.stdin):  # else the shell has set its own modes meanwhile
-            termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+        with suppress(termios.error):  # the terminal may be gone
+            if _is_in_foreground(sys.stdin):  # else the shell has set its own modes meanwhile
+                termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
 
 def _redirect_log() -> None:
@@ -147,10 +155,14 @@ def _redirect_log() -> None:
 
 @dataclass(frozen=True)
 class SceneTable:
-    """A scene as a table as wide and high as its console; `trouble` is why there is no newer one."""
+    """A scene as a table as wide and high as its console; `trouble` is why there is no newer one.
+
+    Of an `is_own` search it goes without saying that workers run, or will in a moment.
+    """
 
     scene: Scene
     trouble: str = ""
+    is_own: bool = False
 
     def __rich_console__(self, _console: Console, options: ConsoleOptions) -> RenderResult:
         scene, width = self.scene, options.max_width
@@ -158,7 +170,7 @@ class SceneTable:
         n_failed = min(len(scene.failed), _MOST_FAILED)
         n_rows = options.max_height - 10 - (n_failed and n_failed + 1) - bool(self.trouble)
         n_workers = min(len(scene.workers), max(n_rows // 2, _LEAST_ROWS))
-        yield _render_head(scene)
+        yield _render_head(scene, is_own=self.is_own)
         yield ""
         if scene.workers:
             blocks = _ASCII_BLOCKS if options.ascii_only else _BLOCKS
@@ -175,7 +187,7 @@ class SceneTable:
             yield _one_line(self.trouble, cut, style="bold red")
 
 
-def _render_head(scene: Scene) -> RenderableType:
+def _render_head(scene: Scene, *, is_own: bool) -> RenderableType:
     status = scene.status
     counts, epochs, best = status["trials"], status["epochs"], status["best"]
     n_trials = status["budget"]["trials"]
@@ -184,7 +196,9 @@ def _render_head(scene: Scene) -> RenderableType:
         top.add_column(no_wrap=True, **column)
     done = min(scene.n_finished, n_trials)
     bar = ProgressBar(total=n_trials, completed=done, complete_style="cyan", finished_style="green")
-    top.add_row(Text(status["study"], style="bold"), bar, f"{scene.n_finished} of {n_trials}", _say_left(scene))
+    top.add_row(
+        Text(status["study"], style="bold"), bar, f"{scene.n_finished} of {n_trials}", _say_left(scene, is_own=is_own)
+    )
     head = Table.grid(padding=(0, 2))
     states = [Text(f"{n} {state}", style=_STYLES.get(state, "") if n else "dim") for state, n in counts.items()]
     head.add_row("trials", Text(", ").join(states))
@@ -195,26 +209,25 @@ def _render_head(scene: Scene) -> RenderableType:
         value = Text(f"{best['value']:.4f} in trial {best['number']}", style="bold green")
         value.append(f"  {join_params(best['params'])}", style="not bold default")
     head.add_row("best", value)
-    both = Table.grid(expand=True)
-    both.add_row(top)
-    both.add_row(head)
-    return both
+    return Group(top, head)
 
 
-def _say_left(scene: Scene) -> Text:
+def _say_left(scene: Scene, *, is_own: bool) -> Text:
     spent = f"{say_duration(scene.seconds)} searched"
     if scene.is_over:
         return Text(spent)
     if scene.is_stopped:
         return Text(f"{spent}, stopped", style="yellow")
-    if all(worker["is_lost"] for worker in scene.workers):
+    if not scene.n_alive and not is_own:
         return Text(f"{spent}, no worker runs", style="yellow")
-    if scene.seconds_left is None:
-        return Text(spent)
-    low, high = map(say_duration, scene.seconds_left)
-    if low.split()[1] == high.split()[1]:
-        low = low.split()[0]
-    return Text(f"{spent}, {high if f'{low} ' in f'{high} ' else f'{low} to {high}'} left")
+    return Text(f"{spent}, {_say_range(*scene.seconds_left)} left" if scene.seconds_left else spent)
+
+
+def _say_range(low: float, high: float) -> str:
+    (low_number, low_unit), (high_number, high_unit) = (say_duration(seconds).split() for seconds in (low, high))
+    if low_unit != high_unit:
+        return f"{low_number} {low_unit} to {high_number} {high_unit}"
+    return f"{high_number} {high_unit}" if low_number == high_number else f"{low_number} to {high_number} {high_unit}"
 
 
 def say_duration(seconds: float) -> str:
@@ -240,7 +253,12 @@ def _render_workers(scene: Scene, n_shown: int, blocks: str, cut: OverflowMethod
     for worker in workers[:n_shown]:
         accuracy = "" if worker["accuracy"] is None else f"{worker['accuracy']:.4f}"
         speed = "" if worker["images_per_second"] is None else f"{worker['images_per_second']:,}"
-        row = [worker["worker"][-_NAME_WIDTH:], str(worker["trial"]), f"{worker['epoch']}/{epochs}", accuracy]
+        row: list[str | Text] = [
+            Text(printable(worker["worker"][-_NAME_WIDTH:])),
+            str(worker["trial"]),
+            f"{worker['epoch']}/{epochs}",
+            accuracy,
+        ]
         row += ["no sign of life" if worker["is_lost"] else draw_curve(worker["curve"], ends, blocks), speed]
         table.add_row(*row, *([Text(join_params(worker["params"]), style="dim")] if is_wide else []))
     if len(workers) > n_shown:

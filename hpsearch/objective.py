@@ -74,7 +74,7 @@ class Objective:
                 seed,
                 validation=self.data.validation,
                 callbacks=(
-                    SpeedCallback(trial, len(self.data.train)),
+                    SpeedCallback(trial, len(self.data.train), skips_one=bool(resumed and resumed["n_batches"])),
                     *self.callbacks,
                     pruning,
                     lambda result: self._keep_the_best(trial, result, checkpoint),
@@ -111,15 +111,19 @@ class Objective:
 
 
 class SpeedCallback:
-    """Keeps how many training images a second the last epoch had, validation included, in a trial's user attribute."""
+    """Keeps how many training images a second the last epoch had, validation included, in a trial's user attribute.
 
-    def __init__(self, trial: optuna.Trial, n_images: int) -> None:
-        self.trial, self.n_images, self.since = trial, n_images, time.perf_counter()
+    The first epoch is skipped where it was begun earlier.
+    """
+
+    def __init__(self, trial: optuna.Trial, n_images: int, *, skips_one: bool = False) -> None:
+        self.trial, self.n_images, self.skips_one, self.since = trial, n_images, skips_one, time.perf_counter()
 
     def __call__(self, _result: EpochResult) -> None:
         now = time.perf_counter()
-        self.trial.set_user_attr("images_per_second", round(self.n_images / (now - self.since)))
-        self.since = now
+        if not self.skips_one:
+            self.trial.set_user_attr("images_per_second", round(self.n_images / (now - self.since)))
+        self.skips_one, self.since = False, now
 
 
 def load_study_data(definition: StudyDefinition, folder: Path | str | None = None) -> ImageData:

@@ -22,9 +22,8 @@ from hpsearch.errors import Drained, HpsearchError, RepeatedFailures, Stopped, S
 from hpsearch.forking import start_fork_server
 from hpsearch.objective import load_study_data
 from hpsearch.signals import Drain
-from hpsearch.steering import resume_study
 from hpsearch.storage import Storage
-from hpsearch.study import open_study
+from hpsearch.study import load_study
 from hpsearch.watching import Emit, TrialEvent
 from hpsearch.worker import (
     HAND_BACK_PATIENCE,
@@ -73,14 +72,13 @@ def run_pool(
 ) -> str:
     """Why the search ended, after `n_workers` processes have run the study to the end of its budget.
 
-    The study is created or resumed. One worker per GPU, else per core, is the default; the cores are shared out among
+    The study must be in its storage. One worker per GPU, else per core, is the default; the cores are shared out among
     them. A worker that dies is replaced, and its trial queued again. When drained, all workers hand their trials
     back, and `Drained` or `Interrupted` is raised. No process outlives the call.
     """
     start_fork_server()
-    storage = open_worker_storage(definition, drain)
-    study = open_study(definition, storage)
-    resume_study(study)
+    storage = open_worker_storage(definition, drain, must_exist=True)
+    study = load_study(definition, storage)
     data = _share(load_study_data(definition, folder))
     drain.check()
     n_finished = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)))
@@ -261,6 +259,9 @@ def _work(
 
     # The supervisor knows where on the terminal there is room for it.
     logging.basicConfig(level=log_level, handlers=[_Sender(send)])
+    logging.captureWarnings(True)
+    optuna.logging.disable_default_handler()
+    optuna.logging.enable_propagation()
     try:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         storage = open_worker_storage(definition, drain, must_exist=True, is_patient=True)

@@ -1,5 +1,6 @@
 """Reports to the pruner after each epoch, ends hopeless trials, and says what they were measured against."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,10 @@ class PruningCallback:
 
     def __call__(self, result: EpochResult) -> None:
         if self.report(result):
-            self.trial.set_user_attr("pruning", explain_pruning(self.trial))
+            pruning = explain_pruning(self.trial)
+            if pruning["value"] >= pruning.get("threshold", math.inf):  # other trials have ended since
+                del pruning["threshold"], pruning["rule"]
+            self.trial.set_user_attr("pruning", pruning)
             raise optuna.TrialPruned(f"pruned in epoch {result.epoch}")
 
     def report(self, result: EpochResult) -> bool:

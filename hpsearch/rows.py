@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import Connection
 from sqlalchemy.dialects import postgresql, sqlite
 
-WRITE_INTERVAL = 0.5  # seconds that a report may wait for others before it is written
+WRITE_INTERVAL = 0.5  # seconds between two writes of reports
 _MAX_VARIABLES = 500  # of a statement; SQLite's default limit is higher
 
 TRIALS: Any = models.TrialModel.__table__
@@ -41,7 +41,7 @@ class HeldTrial:
     def __init__(self, trial: FrozenTrial) -> None:
         self.trial = trial
         self.rows: dict[Any, list[dict[str, Any]]] = defaultdict(list)
-        self.is_due_at = float("inf")  # in the time of `time.monotonic`
+        self.is_due_at, self.written_at = float("inf"), time.monotonic()
 
     def set_param(self, name: str, internal_value: float, distribution: BaseDistribution) -> None:
         self.trial.params[name] = distribution.to_external_repr(internal_value)
@@ -69,7 +69,7 @@ class HeldTrial:
 
     def forget_rows(self) -> None:
         self.rows.clear()
-        self.is_due_at = float("inf")
+        self.is_due_at, self.written_at = float("inf"), time.monotonic()
 
     def snapshot(self) -> FrozenTrial:
         """The trial as it is now, to be kept or changed by the caller."""
@@ -80,7 +80,7 @@ class HeldTrial:
 
     def _add(self, table: Any, delay: float, **columns: Any) -> None:
         self.rows[table].append({"trial_id": self.trial._trial_id, **columns})
-        self.is_due_at = min(self.is_due_at, time.monotonic() + delay)
+        self.is_due_at = min(self.is_due_at, self.written_at + delay)
 
 
 def lock_trial(connection: Connection, trial_id: int) -> TrialState:

@@ -24,16 +24,16 @@ def resume_study(study: optuna.Study) -> None:
         study.set_user_attr("stopped", False)
 
 
-def extend_study(definition: StudyDefinition, study: optuna.Study, n_trials: int) -> int:
+def extend_study(study: optuna.Study, n_trials: int) -> int:
     """The trials of the study's budget, after so many were added; workers that run see it at their next trial.
 
-    The extension holds as long as the study file names the trials that it names now.
+    The extension holds as long as the study is run with the trials that it was run with last.
     """
 
     def extend(budget: dict[str, Any]) -> dict[str, Any]:
-        extended = budget | {"trials": budget["trials"] + n_trials}
-        study.set_user_attr("extension", {"from": definition.budget.trials, "to": extended["trials"]})
-        return extended
+        extension = study.user_attrs.get("extension", {"of": budget["trials"], "by": 0})
+        study.set_user_attr("extension", extension | {"by": extension["by"] + n_trials})
+        return budget | {"trials": budget["trials"] + n_trials}
 
     return int(change_attribute(study, "budget", extend)["trials"])
 

@@ -186,6 +186,7 @@ class Storage(RecoveringStorage):
 
     def _hold(self, held: HeldTrial) -> None:
         held.forget_rows()
+        self.is_stopped = False  # else it would not have been admitted
         self._held[held.trial._trial_id] = held
         self._ended = {}
 
@@ -240,9 +241,10 @@ def open_storage(
 ) -> Storage:
     """The storage at a SQLAlchemy URL of SQLite or PostgreSQL; its tables are created where they are missing.
 
-    One that `reads_only` must exist, and workers never wait for it. `heartbeat`, `grace` and `patience` are seconds.
-    Raises `UsageError` for a URL that cannot be used, `StudyNotFound` where the database must exist and does not,
-    `StorageUnavailable` where it cannot be reached, and `StorageError` where the file is something else.
+    One that `reads_only` must exist; workers wait for it no longer than a read takes. `heartbeat`, `grace` and
+    `patience` are seconds. Raises `UsageError` for a URL that cannot be used, `StudyNotFound` where the database must
+    exist and does not, `StorageUnavailable` where it cannot be reached, and `StorageError` where the file is something
+    else.
     """
     parsed, giving_up, must_exist = parse_url(url), giving_up or threading.Event(), must_exist or reads_only
     if parsed.get_backend_name() == "sqlite":

@@ -5,7 +5,7 @@ import logging
 import uuid
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 def open_study(definition: StudyDefinition, storage: Storage, *, keeps_extension: bool = True) -> optuna.Study:
     """The definition's study in the storage, created or resumed, with its budget and identity written into it.
 
-    The trials to try first are queued once. What `extend` added to the budget is kept as long as the definition's
-    trials are those that it was added to, unless it is not to be kept. Raises `StudyMismatch`, and changes nothing,
+    The trials to try first are queued once. What `extend` added to the budget is kept as long as the definition has
+    the trials that it was added to, unless it is not to be kept. Raises `StudyMismatch`, and changes nothing,
     where the stored study was searched with another definition; budget, recovery and retrain may differ.
     """
     name = definition.study.name
@@ -42,9 +42,12 @@ def open_study(definition: StudyDefinition, storage: Storage, *, keeps_extension
             study.set_user_attr("identity", definition.identity)
         if "id" not in study.user_attrs:
             study.set_user_attr("id", uuid.uuid4().hex[:8])
-        if not keeps_extension:
-            study.set_user_attr("extension", {})
-        study.set_user_attr("budget", _extended_budget(definition, study.user_attrs.get("extension", {})))
+        budget = definition.budget.model_dump(exclude_none=True)
+        extension = study.user_attrs.get("extension", {})
+        if extension.get("of") != budget["trials"] or not keeps_extension:
+            extension = {"of": budget["trials"], "by": 0}
+            study.set_user_attr("extension", extension)
+        study.set_user_attr("budget", budget | {"trials": budget["trials"] + extension["by"]})
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             study.set_metric_names(["validation accuracy"])
@@ -151,12 +154,17 @@ def sweep_checkpoints(definition: StudyDefinition, study: optuna.Study) -> None:
             logger.warning("%s is not needed any more, but cannot be removed (%s)", file, error.strerror)
 
 
-def summarize(definition: StudyDefinition, study: optuna.Study) -> dict[str, Any]:
-    """The document of `status --json`: counts by state, the best trial, the workers, the epochs run and saved."""
-    trials = study.get_trials(deepcopy=False)
+def summarize(
+    definition: StudyDefinition, study: optuna.Study, trials: list[FrozenTrial] | None = None
+) -> dict[str, Any]:
+    """The document of `status --json`: counts by state, the best trial, the workers, the epochs run and saved.
+
+    `trials` are those of the study, where they were read already.
+    """
+    trials = study.get_trials(deepcopy=False) if trials is None else trials
     counts = Counter(trial.state for trial in trials)
     running = [trial for trial in trials if trial.state == TrialState.RUNNING]
-    best = find_best(study) if counts[TrialState.COMPLETE] else None
+    best = min((trial for trial in trials if trial.state == TrialState.COMPLETE), key=_by_value, default=None)
     full = definition.budget.epochs
     # A retried trial has the epochs of its earlier attempts.
     begun = [trial for trial in trials if trial.state != TrialState.WAITING]
@@ -187,11 +195,6 @@ def summarize(definition: StudyDefinition, study: optuna.Study) -> dict[str, Any
 def _by_value(trial: FrozenTrial) -> tuple[float, int]:
     """Sorts the best trial first, and the earlier of equals before the later."""
     return -(trial.value or 0.0), trial.number
-
-
-def _extended_budget(definition: StudyDefinition, extension: Mapping[str, int]) -> dict[str, Any]:
-    budget = definition.budget.model_dump(exclude_none=True)
-    return budget | ({"trials": extension["to"]} if extension.get("from") == budget["trials"] else {})
 
 
 def _check_identity(definition: StudyDefinition, study: optuna.Study) -> None:

@@ -17,8 +17,8 @@ from hpsearch.listing import describe_trial, explain_end
 from hpsearch.storage import Storage, open_storage
 from hpsearch.study import explain_choice, find_best, load_study, summarize
 
-_N_RECENT = 30  # finished trials from which the time left is estimated
-_N_LEAST = 3  # of them, before which nothing is said
+_N_RECENT = 40  # finished trials from which the time left is estimated
+_N_DRAWS = 200
 _N_LISTED = 50  # of finished and of failed trials
 
 
@@ -46,14 +46,16 @@ class Scene:
     """A moment of a search.
 
     `status` is the document of `status --json`. `workers`, `finished` and `failed` are rows, the latest of the last two
-    first; `news` are the trials that ended since the moment before, in their order. `seconds` are those searched, and
-    `seconds_left` the range that the rest of the budget will probably take, None where nobody can say.
+    first; the `n_failed` failed ones are those that were not queued again. `news` are the trials that ended since the
+    moment before, in their order. `seconds` are those searched, and `seconds_left` the range that the rest of the
+    budget will probably take, None where nobody can say.
     """
 
     status: Mapping[str, Any]
     workers: Sequence[Mapping[str, Any]]
     finished: Sequence[Mapping[str, Any]]
     failed: Sequence[Mapping[str, Any]]
+    n_failed: int
     news: Sequence[TrialEvent]
     seconds: float
     seconds_left: tuple[float, float] | None
@@ -65,12 +67,18 @@ class Scene:
         return int(counts["complete"] + counts["pruned"])
 
     @property
+    def n_alive(self) -> int:
+        """How many workers have a trial, and give signs of life."""
+        return sum(not worker["is_lost"] for worker in self.workers)
+
+    @property
     def is_over(self) -> bool:
-        """Whether the budget is spent: its trials, its minutes, or its target reached."""
+        """Whether the budget is spent: its trials, minutes or failures, or its target is reached."""
         budget, best = self.status["budget"], self.status["best"]
         return bool(
             self.n_finished >= budget["trials"]
             or self.seconds / 60 >= budget.get("minutes", math.inf)
+            or self.n_failed >= budget.get("failures", math.inf)
             or (best and best["value"] >= budget.get("target", math.inf))
         )
 
@@ -82,8 +90,8 @@ class Scene:
 
     def say_next(self, command: str) -> str:
         """How the search goes on, with what follows the verb in `command`."""
-        if n_alive := sum(not worker["is_lost"] for worker in self.workers):
-            return f"{n_alive} workers go on with it"
+        if self.n_alive:
+            return "the workers that run go on with it"
         if self.is_over:
             return f"the budget is spent; give it more with: hpsearch extend {command} --trials 20"
         return f"no worker runs; go on with: hpsearch run {command}"
@@ -100,17 +108,18 @@ class Watch:
     def look(self) -> Scene:
         """The search as it is now; raises `StorageError`."""
         trials = self.study.get_trials(deepcopy=False)
-        status = summarize(self.definition, self.study)
+        status = summarize(self.definition, self.study, trials)
         lost = set(self.storage.find_stuck(self.study._study_id))
         running = [trial for trial in trials if trial.state == TrialState.RUNNING]
         ended = [trial for trial in trials if trial.state.is_finished() and trial.datetime_complete]
         ended.sort(key=lambda trial: (trial.datetime_complete, trial.number), reverse=True)
         finished = [trial for trial in ended if trial.state != TrialState.FAIL]
+        failed = [trial for trial in ended if trial.state == TrialState.FAIL and not _is_retried(trial)]
         now = datetime.now()
         spans = [
             (trial.datetime_start, trial.datetime_complete)
             for trial in trials
-            if trial.datetime_start and trial.state in SEARCHING_STATES
+            if trial.datetime_start and trial.state in SEARCHING_STATES and trial._trial_id not in lost
         ]
         seconds = seconds_searched(spans, now)
         seconds_left = estimate_seconds_left(
@@ -126,9 +135,13 @@ class Watch:
         self._known = {trial.number for trial in ended}
         return Scene(
             status=status,
-            workers=[_describe_worker(trial, is_lost=trial._trial_id in lost) for trial in running],
+            workers=sorted(
+                (_describe_worker(trial, is_lost=trial._trial_id in lost) for trial in running),
+                key=lambda row: (row["worker"], row["trial"]),
+            ),
             finished=[describe_trial(trial) for trial in finished[:_N_LISTED]],
-            failed=[describe_trial(trial) for trial in ended if trial.state == TrialState.FAIL][:_N_LISTED],
+            failed=[describe_trial(trial) for trial in failed[:_N_LISTED]],
+            n_failed=len(failed),
             news=[_tell(trial) for trial in reversed(news)],
             seconds=seconds,
             seconds_left=seconds_left,
@@ -152,6 +165,8 @@ def conclude(definition: StudyDefinition, study: optuna.Study, command: str) -> 
     low, high = wilson_interval(round((best.value or 0.0) * n_images), n_images)
     n_alike, n_others = sum((trial.value or 0.0) >= low for trial in complete) - 1, len(complete) - 1
     sure = f"{n_alike} of the {n_others} other complete trials lie in that interval too"
+    if not n_others:
+        sure = "no other trial is complete"
     if "confirmation" in study.user_attrs:
         sure += f"; {explain_choice(study, command)}"
     return [
@@ -171,6 +186,10 @@ def _tell(trial: FrozenTrial) -> TrialEvent:
     return TrialEvent(worker, trial.number, "pruned", epoch, trial.value, trial.user_attrs.get("diverged", ""))
 
 
+def _is_retried(trial: FrozenTrial) -> bool:
+    return bool(trial.user_attrs.get("failure", {}).get("retried"))
+
+
 def _describe_worker(trial: FrozenTrial, *, is_lost: bool) -> dict[str, Any]:
     reports = trial.intermediate_values
     return {
@@ -188,19 +207,33 @@ def _describe_worker(trial: FrozenTrial, *, is_lost: bool) -> dict[str, Any]:
 def estimate_seconds_left(
     recent: Sequence[FrozenTrial], running: Sequence[FrozenTrial], n_left: int, now: datetime
 ) -> tuple[float, float] | None:
-    """A range that holds the seconds until `n_left` more trials are finished about nineteen times in twenty.
+    """A range that probably holds the seconds until `n_left` more trials are finished, else None.
 
-    The trials left are taken to be like the recent finished ones, shared out among as many workers as run now: the sum
-    of n_left durations lies within two deviations of its mean, of which one part is the trials' own and the other the
-    mean's, known from so few. None without workers or with too few finished trials.
+    The rest of the search is drawn many times: its trials last as long as recent ones, each time as a bootstrap sample
+    of them, and each begins where a worker becomes free; those that run last longer than they did so far. The range
+    leaves out the lowest and the highest fortieth. Nothing is said without workers, and before there are at least
+    three recent trials, and two for each worker.
     """
     durations = np.array([trial.duration.total_seconds() for trial in recent if trial.duration])
-    if n_left <= 0 or not running or len(durations) < _N_LEAST:
+    n_workers = min(len(running), n_left)
+    if n_workers < 1 or len(durations) < max(3, 2 * len(running)):
         return None
-    mean, deviation, n_workers = durations.mean(), durations.std(ddof=1), min(len(running), n_left)
-    ages = [(now - trial.datetime_start).total_seconds() for trial in running if trial.datetime_start]
-    begun = sum(min(age, mean) for age in sorted(ages)[:n_workers])
-    # Of the last trials each worker has one, and most workers wait for the last of them.
-    expected = (n_left * mean - begun) / n_workers + mean * (n_workers - 1) / (2 * n_workers)
-    spread = 2 * deviation * math.sqrt(n_left + n_left**2 / len(durations)) / n_workers
-    return max(expected - spread, 0.0), expected + spread
+    generator = np.random.default_rng(0)  # the same each time, so that the range does not flicker
+    samples = generator.choice(durations, (_N_DRAWS, len(durations)))
+    ages = sorted((now - trial.datetime_start).total_seconds() for trial in running if trial.datetime_start)
+    free = np.stack([_draw_rest(generator, durations, age) for age in ages[-n_workers:]], axis=1)
+    n_last = min(n_left - n_workers, 4 * n_workers)  # begun one by one; those before keep all workers busy
+    n_before = n_left - n_workers - n_last
+    noise = generator.standard_normal(_N_DRAWS) * samples.std(axis=1) * math.sqrt(n_before)
+    free += ((n_before * samples.mean(axis=1) + noise) / n_workers)[:, None]
+    every = np.arange(_N_DRAWS)
+    for _ in range(n_last):
+        free[every, free.argmin(axis=1)] += samples[every, generator.integers(len(durations), size=_N_DRAWS)]
+    low, high = np.percentile(free.max(axis=1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _draw_rest(generator: np.random.Generator, durations: np.ndarray[Any, Any], age: float) -> np.ndarray[Any, Any]:
+    """How much longer a trial of that age lasts; one that is older than all others were, up to as long again."""
+    longer = durations[durations > age]
+    return generator.choice(longer, _N_DRAWS) - age if len(longer) else generator.uniform(0, age, _N_DRAWS)

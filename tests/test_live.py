@@ -20,7 +20,9 @@ from .conftest import fill, make_definition
 
 @pytest.fixture
 def watch(tmp_path: Path) -> Watch:
-    definition = make_definition(f"sqlite:///{tmp_path / 'study.db'}", budget={"trials": 60, "epochs": 10})
+    definition = make_definition(
+        f"sqlite:///{tmp_path / 'study.db'}", budget={"trials": 60, "epochs": 10, "failures": 9}
+    )
     storage = open_storage(definition.study.storage)
     fill(storage, open_study(definition, storage), 40)
     return open_watch(definition)
@@ -93,7 +95,11 @@ def test_why_there_is_nothing_newer_is_told_below(scene: Scene) -> None:
 def test_the_head_says_whether_the_search_goes_on(scene: Scene) -> None:
     assert "no worker runs" in draw(replace(scene, workers=[]), 80, 24)[0]
     assert "stopped" in draw(replace(scene, is_stopped=True), 80, 24)[0]
-    assert "3 to 5 min left" in draw(replace(scene, seconds_left=(170, 301)), 80, 24)[0]
+    for low, high, told in (
+        *((170, 301, "3 to 5 min"), (5, 25, "5 to 25 s")),
+        *((0, 20, "0 to 20 s"), (40, 120, "40 s to 2 min")),
+    ):
+        assert f"searched, {told} left" in draw(replace(scene, seconds_left=(low, high)), 80, 24)[0]
     assert "searched, 5 min left" in draw(replace(scene, seconds_left=(290, 301)), 80, 24)[0]
     over = replace(scene, status={**scene.status, "budget": {"trials": 31, "epochs": 10}})
     assert draw(over, 80, 24)[0].rstrip().endswith("searched")

@@ -22,7 +22,9 @@ from .conftest import make_definition
 
 def define(folder: Path, **sections: Any) -> StudyDefinition:
     study = {"artifacts": str(folder / "artifacts")}
-    return make_definition(f"sqlite:///{folder / 'study.db'}", study=study, **sections)
+    definition = make_definition(f"sqlite:///{folder / 'study.db'}", study=study, **sections)
+    open_study(definition, open_storage(definition.study.storage))
+    return definition
 
 
 def test_two_workers_share_a_study_and_tell_what_they_do(tmp_path: Path) -> None:

@@ -122,6 +122,10 @@ def test_a_report_is_seen_by_others_at_the_first_call_after_the_interval(
     now += rows.WRITE_INTERVAL
     storage.store(trial._trial_id)
     assert seen_by_others(url, trial).intermediate_values == {1: 0.5}
+    now += rows.WRITE_INTERVAL
+    trial.report(0.6, 2)  # nothing was written for so long, so it does not wait
+    storage.store(trial._trial_id)
+    assert seen_by_others(url, trial).intermediate_values == {1: 0.5, 2: 0.6}
 
 
 @pytest.mark.parametrize("late", ["store", "tell"])

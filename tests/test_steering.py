@@ -30,13 +30,17 @@ def definition(url: str) -> StudyDefinition:
 def test_an_extension_lasts_until_the_study_file_or_an_option_says_otherwise(definition: StudyDefinition) -> None:
     storage = open_storage(definition.study.storage)
     study = open_study(definition, storage)
-    assert extend_study(definition, study, 4) == 10
-    assert extend_study(definition, study, 5) == 15
+    assert extend_study(study, 4) == 10
+    assert extend_study(study, 5) == 15
     assert open_study(definition, storage).user_attrs["budget"]["trials"] == 15
     changed = evolve(definition, "budget", trials=9)
-    assert open_study(changed, storage).user_attrs["budget"]["trials"] == 9
+    study = open_study(changed, storage)
+    assert study.user_attrs["budget"]["trials"] == 9
+    assert extend_study(study, 2) == 11
+    assert open_study(changed, storage).user_attrs["budget"]["trials"] == 11
+    assert open_study(definition, storage).user_attrs["budget"]["trials"] == 6, "not 15: that was another budget's"
+    assert extend_study(study, 1) == 7
     assert open_study(definition, storage, keeps_extension=False).user_attrs["budget"]["trials"] == 6
-    assert open_study(definition, storage).user_attrs["budget"]["trials"] == 6
 
 
 def test_extensions_at_the_same_time_all_count(definition: StudyDefinition) -> None:
@@ -45,7 +49,7 @@ def test_extensions_at_the_same_time_all_count(definition: StudyDefinition) -> N
     def extend(_: int) -> int:
         storage = open_storage(definition.study.storage)
         try:
-            return extend_study(definition, open_study(definition, storage), 1)
+            return extend_study(open_study(definition, storage), 1)
         finally:
             storage.engine.dispose()
 

@@ -4,7 +4,7 @@ import pickle
 import sqlite3
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import optuna
@@ -14,17 +14,19 @@ from optuna.storages._rdb import models
 from optuna.trial import TrialState
 from sqlalchemy.exc import OperationalError
 
-from hpsearch import database
+from hpsearch import database, rows
 from hpsearch.errors import (
     BudgetInFlight,
     BudgetSpent,
     HpsearchError,
+    Stopped,
     StorageError,
     StorageUnavailable,
     StudyNotFound,
     TooManyFailures,
     UsageError,
 )
+from hpsearch.steering import resume_study, stop_study
 from hpsearch.storage import Storage, open_storage
 from hpsearch.study import open_study
 
@@ -124,6 +126,49 @@ def test_the_minutes_of_searching_end_the_search_and_pauses_do_not_count(storage
         run_trial(day, hour)
     with pytest.raises(BudgetSpent, match=r"searched for 3\.0 minutes"):
         study.ask()
+
+
+def test_a_trial_whose_worker_died_counts_only_until_its_last_heartbeat(storage: Storage) -> None:
+    study = start_study(storage, minutes=3, trials=9)
+    trial_id = study.ask()._trial_id
+    trials, heartbeats = rows.TRIALS, rows.HEARTBEATS
+    with storage.engine.begin() as connection:
+        now = connection.execute(sqlalchemy.select(sqlalchemy.func.now())).scalar_one().replace(tzinfo=None)
+        long_ago = {"datetime_start": datetime.now(UTC).replace(tzinfo=None) - timedelta(hours=60, minutes=2)}
+        connection.execute(trials.update().where(trials.c.trial_id == trial_id).values(long_ago))
+        connection.execute(heartbeats.update().values(heartbeat=now - timedelta(hours=60)))
+    study.ask()
+    with storage.engine.begin() as connection:
+        connection.execute(heartbeats.update().values(heartbeat=now - timedelta(hours=59)))
+    with pytest.raises(BudgetSpent, match=r"searched for 6\d\.\d minutes"):
+        study.ask()
+
+
+def test_a_study_that_is_stopped_starts_no_trial_and_its_workers_hear_of_it_until_it_is_resumed(
+    storage: Storage,
+) -> None:
+    study = start_study(storage, trials=9)
+    trial = study.ask()
+    stop_study(study)
+    assert not storage.is_stopped
+    assert storage.beat(trial._trial_id)
+    assert storage.is_stopped
+    study.tell(trial, 0.5)
+    with pytest.raises(Stopped):
+        study.ask()
+    resume_study(study)
+    study.ask()
+    assert not storage.is_stopped
+
+
+def test_a_storage_that_only_reads_cannot_be_written_to(url: str) -> None:
+    study = start_study(open_storage(url))
+    reading = open_storage(url, reads_only=True)
+    assert reading.get_study_name_from_id(study._study_id) == study.study_name
+    with pytest.raises(StorageError, match=r"readonly|read-only"):
+        reading.set_study_user_attr(study._study_id, "budget", {})
+    assert study.user_attrs["budget"]
+    reading.engine.dispose()
 
 
 def test_failures_that_are_not_retried_end_the_search(storage: Storage) -> None:
