@@ -704,10 +704,13 @@ def test_what_fails_before_it_serves_leaves_nothing_open(searched: StudyDefiniti
     with dashboard.serve(searched, "small.toml"):
         pass
     before = process.num_fds()
+    opened: list[Storage] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dashboard, name, lambda *_, **__: 1 / 0)
+        patch.setattr(dashboard, "open_storage", lambda *a, **k: opened.append(open_storage(*a, **k)) or opened[0])  # type: ignore[func-returns-value]
         with pytest.raises(ZeroDivisionError):
             dashboard.serve(searched, "small.toml").__enter__()
+    assert opened[0].engine.pool.checkedin() == 0  # type: ignore[attr-defined]
     wait_until(lambda: process.num_fds() <= before)
 
 
