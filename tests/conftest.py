@@ -1,6 +1,7 @@
 """Small studies on scikit-learn's digits, which need no download, and databases of both kinds."""
 
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
@@ -22,6 +23,8 @@ from hpsearch.storage import Storage, open_storage
 
 os.environ.pop("HPSEARCH_STORAGE", None)
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait for each other sleep: tests share the cores
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts what is in its background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # commands that tests start would inherit it
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 torch.set_num_threads(1)
 
