@@ -23,6 +23,7 @@ The package, to be read downwards; a file imports only from lines below its own:
     formats                               the files that hold a model, each verified in a fresh process
     gradients                             of a training step, by autograd or written out
     checkpoint | space | network | data | budget | database | rows
+    serving                               a web application at an address of this machine
     forking | images | signals            what workers are forked from; image files to pixels; a wish to stop
     guard | sealed                        who may ask a web application; a folder read only if it is what it was
     errors

@@ -6,6 +6,7 @@ What a verb needs is imported inside it: torch takes seconds to import, and `--h
 import json
 import shlex
 import signal
+import webbrowser
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Annotated
@@ -85,7 +86,10 @@ def run(
     trials: Annotated[int | None, typer.Option(min=1, help="Overrides budget.trials.")] = None,
     storage: StorageOption = None,
     data: DataOption = None,
-    shows_dashboard: Annotated[bool, typer.Option("--dashboard", help="Show the search in a browser, too.")] = False,
+    shows_dashboard: Annotated[
+        bool, typer.Option("--dashboard", help="Serve Optuna's dashboard of the search meanwhile.")
+    ] = False,
+    opens: Annotated[bool, typer.Option("--open", help="Serve it, and open it in a browser.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Create or resume a study and search until its budget is spent."""
@@ -111,10 +115,13 @@ def run(
     drain = Drain().listen(signal.SIGINT, signal.SIGTERM)
     try:
         with ExitStack() as stack:
-            if shows_dashboard:
-                from hpsearch.dashboard import serve
+            if shows_dashboard or opens:
+                from hpsearch.dashboard import lead_to, serve
 
-                say(stack.enter_context(serve(definition, retype(study, storage))))
+                address = stack.enter_context(serve(definition, retype(study, storage)))
+                say(address)
+                if opens:
+                    webbrowser.open(stack.enter_context(lead_to(address)))
             view = stack.enter_context(LiveView(watch, stderr_console()))
             reason = run_pool(
                 definition,

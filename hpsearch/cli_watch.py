@@ -183,7 +183,8 @@ def dashboard(
     from contextlib import ExitStack
 
     from hpsearch.console import say
-    from hpsearch.dashboard import is_loopback, lead_to, serve
+    from hpsearch.dashboard import lead_to, serve
+    from hpsearch.serving import is_loopback
 
     definition, arguments = load_definition_of(study, storage), retype(study, storage)
     with ExitStack() as stack:

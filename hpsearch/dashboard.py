@@ -1,12 +1,9 @@
 """Optuna's dashboard on one study, behind a guard, served by threads of this process."""
 
-import errno
 import html
 import logging
-import os
 import re
 import secrets
-import socket
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,31 +11,25 @@ from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from threading import Thread
 from typing import Any, BinaryIO
 
 import bottle
 import optuna
-import psutil
 from optuna.artifacts import FileSystemArtifactStore
 from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna_dashboard import wsgi
-from waitress import create_server, wasyncore
 
 from hpsearch.definition import StudyDefinition
 from hpsearch.errors import UsageError
 from hpsearch.guard import Guard
 from hpsearch.notes import describe_study, describe_trial
+from hpsearch.serving import LOOPBACK, listen, names_of, resolve, serving, show_host
 from hpsearch.storage import open_storage
 from hpsearch.study import checkpoint_folder, load_study
 
 logger = logging.getLogger(__name__)
 
-LOOPBACK = "127.0.0.1"
 _TOKEN = re.compile(r"[A-Za-z0-9._~-]{8,}")  # nothing that an address or a cookie would have to escape
-_N_THREADS = 4
-_N_CONNECTIONS = 500
-_SILENCE = 20  # seconds until a connection that says nothing is closed
 _LARGEST_UPLOAD = 2**25  # bytes; it is held in memory, several times
 _LARGEST_QUESTION = 2**16
 # What the page writes that is no result of a trial: notes, files, and that a study is gone.
@@ -99,7 +90,7 @@ def serve(
     """
     if token is not None and not _TOKEN.fullmatch(token):
         raise UsageError("a token has at least 8 letters, digits or any of . _ ~ -")
-    family, address = _resolve(host)
+    family, address = resolve(host)
     if token is None and not ip_address(address).is_loopback:
         raise UsageError(
             f"{host} can be reached from other machines, so give a token that visitors must know, at least 8 letters "
@@ -109,18 +100,18 @@ def serve(
         storage = open_storage(definition.study.storage, must_exist=True, reads_only=not is_writable)
         stack.callback(storage.engine.dispose)
         study = load_study(definition, storage)
-        listener = stack.enter_context(_listen(family, address, port))
+        listener = stack.enter_context(listen(family, address, port))
         port = listener.getsockname()[1]
         token = token or secrets.token_urlsafe(16)
         guard = Guard(
             build_application(definition, study, arguments, is_writable=is_writable),
             token=token,
-            names=_names_of(host, address),
+            names=names_of(host, address),
             cookie=f"hpsearch_{port}",
             writes=_WRITES if is_writable else None,
         )
-        stack.enter_context(_serving(guard, listener, _LARGEST_UPLOAD if is_writable else _LARGEST_QUESTION))
-        yield f"http://{_show_host(host, address)}:{port}/dashboard/studies/{study._study_id}?token={token}"
+        stack.enter_context(serving(guard, listener, _LARGEST_UPLOAD if is_writable else _LARGEST_QUESTION))
+        yield f"http://{show_host(host, address)}:{port}/dashboard/studies/{study._study_id}?token={token}"
 
 
 @contextmanager
@@ -148,11 +139,6 @@ def build_application(
     application.catchall = False  # the guard says what failed
     application.install(_Additions(application, definition, study, arguments))
     return application
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach the host's address; raises `UsageError` where it has none."""
-    return ip_address(_resolve(host)[1]).is_loopback
 
 
 class _Additions:
@@ -238,63 +224,3 @@ def _hush() -> None:
 def _cut(record: logging.LogRecord) -> bool:
     record.msg, record.args = f"the dashboard failed: {record.getMessage().splitlines()[0]}", ()
     return True
-
-
-@contextmanager
-def _serving(application: Guard, listener: socket.socket, largest_request: int) -> Iterator[None]:
-    server = create_server(
-        application,
-        sockets=[listener],
-        threads=_N_THREADS,
-        ident=None,
-        max_request_body_size=largest_request,
-        clear_untrusted_proxy_headers=True,
-        channel_timeout=_SILENCE,
-        connection_limit=_N_CONNECTIONS,
-    )
-    thread = Thread(target=server.run, name="dashboard", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        server.trigger.pull_trigger(partial(wasyncore.close_all, server._map))  # in its own thread
-        thread.join(timeout=1)
-        server.task_dispatcher.shutdown(timeout=1)
-
-
-def _resolve(host: str) -> tuple[socket.AddressFamily, str]:
-    """The family of the host's address, and the address in digits."""
-    try:
-        found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (socket.gaierror, UnicodeError) as error:
-        raise UsageError(f"{host} is no address of this machine; leave --host out, or name one") from error
-    family, *_, address = found[0]
-    return family, str(address[0])
-
-
-def _listen(family: socket.AddressFamily, address: str, port: int) -> socket.socket:
-    try:
-        return socket.create_server((address, port), family=family)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise UsageError(f"port {port} is in use; name another with --port") from error
-        raise UsageError(f"{address}, port {port}, cannot be used: {os.strerror(error.errno or 0)}") from error
-
-
-def _names_of(host: str, address: str) -> set[str]:
-    """What browsers on this machine, and on others where they can reach it, may call the host at the address."""
-    names = {LOOPBACK, "localhost", "[::1]", _show_host(host, address), _bracket(address)}
-    if not ip_address(address).is_loopback:
-        found = (each for addresses in psutil.net_if_addrs().values() for each in addresses)
-        own = [each.address for each in found if each.family in (socket.AF_INET, socket.AF_INET6)]
-        names |= {socket.gethostname(), socket.getfqdn(), *(_bracket(each.split("%")[0]) for each in own)}
-    return {name.lower() for name in names}
-
-
-def _show_host(host: str, address: str) -> str:
-    """The host as it stands in an address; for all of this machine's addresses, its name."""
-    return socket.gethostname() if ip_address(address).is_unspecified else _bracket(host)
-
-
-def _bracket(address: str) -> str:
-    return f"[{address}]" if ":" in address else address

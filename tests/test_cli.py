@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -221,6 +223,21 @@ def test_no_output_shows_the_password_of_the_storage(
     monkeypatch.setenv("HPSEARCH_STORAGE", url)
     for arguments in (["check", "small.toml"], ["check", "small.toml", "--json"]):
         assert "secret" not in "".join(map(str, run(*arguments)))
+
+
+def test_a_run_can_open_its_dashboard_in_a_browser(
+    run: Run, study_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study_file()
+    opened: list[str] = []
+    monkeypatch.setattr("hpsearch.pool.run_pool", lambda *_, **__: "the study has its trials")
+    monkeypatch.setattr("webbrowser.open", lambda url: opened.append(Path(urlsplit(url).path).read_text()))
+    code, _, err = run("run", "small.toml", "--open")
+    assert code == 0
+    address = err.splitlines()[0]
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+/dashboard/studies/1\?token=\S{22}", address)
+    [page] = opened
+    assert f"url={address}" in page
 
 
 def test_every_mistake_of_a_study_file_is_on_a_line_of_its_own(run: Run, tmp_path: Path) -> None:

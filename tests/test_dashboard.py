@@ -25,7 +25,7 @@ import sqlalchemy
 import typer.main
 from optuna.trial import TrialState
 
-from hpsearch import cli, cli_watch, dashboard, notes
+from hpsearch import cli, cli_watch, dashboard, notes, serving
 from hpsearch.definition import StudyDefinition
 from hpsearch.errors import StorageUnavailable, StudyNotFound, UsageError
 from hpsearch.guard import READING, WRITING, Guard
@@ -640,7 +640,7 @@ def test_other_machines_need_a_token_of_the_user(searched: StudyDefinition) -> N
         assert place.hostname == socket.gethostname().lower()
         with connected(f"http://127.0.0.1:{place.port}") as ask:
             cookie = enter(ask, f"{place.path}?{place.query}")
-            for host in (socket.gethostname(), "127.0.0.1", *dashboard._names_of("0.0.0.0", "0.0.0.0")):
+            for host in (socket.gethostname(), "127.0.0.1", *serving.names_of("0.0.0.0", "0.0.0.0")):
                 assert ask("/api/studies", Host=host, Cookie=cookie).status == 200, host
             assert ask("/api/studies", Host="evil.example", Cookie=cookie).status == 403
             assert ask("/api/studies", Host=socket.gethostname()).status == 403
@@ -648,7 +648,7 @@ def test_other_machines_need_a_token_of_the_user(searched: StudyDefinition) -> N
 
 @pytest.mark.parametrize("host", ["0", "0.0.0.0", "0x0", "*", "::", "::0", "0:0:0:0:0:0:0:0"])
 def test_all_addresses_are_known_however_they_are_spelled(searched: StudyDefinition, host: str) -> None:
-    assert not dashboard.is_loopback(host)
+    assert not serving.is_loopback(host)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket, "create_server", lambda *_, **__: pytest.fail("it listens"))
         with pytest.raises(UsageError, match="HPSEARCH_TOKEN"):
@@ -659,14 +659,14 @@ def test_all_addresses_are_known_however_they_are_spelled(searched: StudyDefinit
 
 @pytest.mark.parametrize("host", ["127.1", "127.0.0.2", "LOCALHOST", "localhost", "::1", "0:0:0:0:0:0:0:1"])
 def test_loopback_is_known_however_it_is_spelled(searched: StudyDefinition, host: str) -> None:
-    assert dashboard.is_loopback(host)
+    assert serving.is_loopback(host)
     with dashboard.serve(searched, "small.toml", host=host) as address, connected(address) as ask:
         assert ask("/healthz").status == 200
-        assert dashboard._names_of(host, "127.0.0.1") <= {host.lower(), f"[{host}]", "localhost", "127.0.0.1", "[::1]"}
+        assert serving.names_of(host, "127.0.0.1") <= {host.lower(), f"[{host}]", "localhost", "127.0.0.1", "[::1]"}
 
 
 def test_names_of_this_machine_are_addresses_and_no_hardware() -> None:
-    names = dashboard._names_of("0.0.0.0", "0.0.0.0")
+    names = serving.names_of("0.0.0.0", "0.0.0.0")
     hardware = [
         each.address for found in psutil.net_if_addrs().values() for each in found if each.family == psutil.AF_LINK
     ]
@@ -698,7 +698,7 @@ def test_a_server_refuses_and_leaves_nothing_behind(searched: StudyDefinition) -
     wait_until(lambda: threading.active_count() <= before[0] and process.num_fds() <= before[1])
 
 
-@pytest.mark.parametrize("name", ["_serving", "build_application", "_listen", "load_study"])
+@pytest.mark.parametrize("name", ["serving", "build_application", "listen", "load_study"])
 def test_what_fails_before_it_serves_leaves_nothing_open(searched: StudyDefinition, name: str) -> None:
     process = psutil.Process()
     with dashboard.serve(searched, "small.toml"):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pty
 import shutil
 import signal
 import subprocess
@@ -177,35 +176,6 @@ def test_a_signal_ends_a_worker_cleanly(study_file: WriteStudy, number: signal.S
     run.send_signal(signal.SIGTERM)
     run.wait(timeout=30)
     assert status(file)["trials"]["running"] == 0
-
-
-def test_a_terminal_gets_a_live_table_and_is_left_clean(study_file: WriteStudy) -> None:
-    file = study_file(budget="trials = 3\nepochs = 2")
-    controller, terminal = pty.openpty()
-    process = subprocess.Popen(
-        [*HPSEARCH, "run", file.name, "--workers", "1"],
-        cwd=file.parent,
-        env=environment(TERM="xterm", COLUMNS="100"),
-        stdin=terminal,
-        stdout=terminal,
-        stderr=terminal,
-    )
-    os.close(terminal)
-    output = b""
-    while chunk := _read(controller):
-        output += chunk
-    assert process.wait(timeout=60) == 0
-    text = output.decode()
-    assert "3/3 trials" in text
-    assert "trial 0 complete" in text
-    assert text.rfind("\x1b[?25h") > text.rfind("\x1b[?25l"), "the cursor is shown again"
-
-
-def _read(controller: int) -> bytes:
-    try:
-        return os.read(controller, 4096)
-    except OSError:  # Linux reports the closed terminal so
-        return b""
 
 
 def test_a_reader_that_goes_away_ends_the_run_and_leaves_nothing_running(study_file: WriteStudy) -> None:
