@@ -41,7 +41,8 @@ def serving(application: Application, listener: socket.socket, largest_request: 
         yield
     finally:
         server.task_dispatcher.shutdown(timeout=1)
-        server.trigger.thunks.append(partial(wasyncore.close_all, server._map))  # to be called in the server's thread
+        with server.trigger.lock:  # to be called in the server's own thread
+            server.trigger.thunks.append(partial(wasyncore.close_all, server._map))
         with suppress(BrokenPipeError):  # it was awake, and is done already
             os.write(waker, b"x")
         os.close(waker)
