@@ -121,9 +121,9 @@ def load(path: Path | str) -> Classifier:
                 raise
 
 
-def _identify(folder: Path) -> tuple[int, int] | None:
+def _identify(folder: Path) -> tuple[int, int, int] | None:
     status = folder.stat() if folder.exists() else None
-    return status and (status.st_dev, status.st_ino)
+    return status and (status.st_dev, status.st_ino, status.st_ctime_ns)  # numbers are used again
 
 
 def _load(folder: Path) -> Classifier:

@@ -151,7 +151,7 @@ def test_a_run_that_is_refused_leaves_no_process_that_still_imports(study_file: 
 
 
 def test_one_more_worker_joins_from_another_terminal(study_file: WriteStudy) -> None:
-    file = study_file(UNPRUNED, budget=f"trials = 8\nepochs = {epochs_of(seconds=2)}")
+    file = study_file(UNPRUNED, budget=f"trials = 12\nepochs = {epochs_of(seconds=2)}")
     hpsearch("worker", file.name, cwd=file.parent, expect=1)
     run = start("run", file.name, "--workers", 2, cwd=file.parent, log=file.parent / "log")
     wait_for(runs_a_trial(file), "a trial that runs")
@@ -159,7 +159,7 @@ def test_one_more_worker_joins_from_another_terminal(study_file: WriteStudy) -> 
     assert "this worker had its 1 trials" in worker.stderr
     assert run.wait(timeout=200) == 0
     rows = json.loads(hpsearch("trials", file.name, "--json", cwd=file.parent).stdout)
-    assert len(rows) == 8
+    assert len(rows) == 12
     assert len({row["worker"] for row in rows}) == 3
 
 

@@ -4,8 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +16,7 @@ import hpsearch as package
 from hpsearch.data import load_test
 from hpsearch.formats import LOADING, PREDICTING
 
-from .commands import environment, hpsearch, wait_for
+from .commands import hpsearch
 
 STUDIES = Path(__file__).parents[2] / "studies"
 REAL_MNIST = Path(os.environ.get("HPSEARCH_DATA", "/nowhere")) / "MNIST" / "raw"
@@ -153,38 +151,6 @@ def test_a_file_that_is_no_image_is_named_and_the_others_are_predicted(searched:
     process = hpsearch("predict", "dist/digits", "bad.png", "good.png", cwd=searched, expect=1)
     assert process.stderr == "error: bad.png: not an image that can be read\n"
     assert process.stdout.startswith("good.png  ")
-
-
-@pytest.fixture
-def dashboard(searched: Path) -> Iterator[str]:
-    """The address of the stock dashboard on the study."""
-    port = 18_000 + os.getpid() % 10_000
-    program = [str(Path(sys.executable).parent / "optuna-dashboard"), "sqlite:///studies/digits.db"]
-    process = subprocess.Popen(
-        [*program, "--port", str(port)], cwd=searched, env=environment(), stderr=subprocess.DEVNULL
-    )
-    yield f"http://127.0.0.1:{port}"
-    process.kill()
-    process.wait()
-
-
-def test_the_stock_dashboard_opens_the_study(dashboard: str) -> None:
-    def get(path: str) -> bytes:
-        with urllib.request.urlopen(f"{dashboard}{path}", timeout=10) as response:
-            return bytes(response.read())
-
-    def answers() -> bool:
-        try:
-            return bool(get("/dashboard/"))
-        except OSError:
-            return False
-
-    wait_for(answers, "the dashboard")
-    [study] = json.loads(get("/api/studies"))["study_summaries"]
-    assert study["study_name"] == "digits"
-    detail = json.loads(get(f"/api/studies/{study['study_id']}?after=0"))
-    assert len(detail["trials"]) == 30
-    assert detail["objective_names"] == ["validation accuracy"]
 
 
 @pytest.mark.skipif(not REAL_MNIST.is_dir(), reason="no MNIST at hand")

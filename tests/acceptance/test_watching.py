@@ -16,6 +16,7 @@ from optuna.trial import TrialState
 from hpsearch.definition import load_definition
 from hpsearch.storage import open_storage
 from hpsearch.study import load_study, open_study
+from hpsearch.watching import open_watch
 
 from ..conftest import fill
 from .commands import HPSEARCH, environment, epochs_of, hpsearch, start, wait_for
@@ -159,18 +160,18 @@ def test_stop_extend_and_enqueue_steer_four_workers_and_the_budget_stays_exact(
     study_file: StudyFile, tmp_path: Path
 ) -> None:
     study_file(
-        budget=f"trials = 8\nepochs = {epochs_of(1)}",
+        budget=f"trials = 8\nepochs = {epochs_of(2)}",
         body=f'[pruner]\nkind = "none"\n[study]\nstorage = "sqlite:///{tmp_path / "small.db"}"',
     )
     definition = load_definition(tmp_path / "small.toml")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "small.toml").write_text((tmp_path / "small.toml").read_text())
-    run = start("run", "small.toml", "--workers", 3, cwd=tmp_path, log=tmp_path / "run.log")
-    wait_for(lambda: (tmp_path / "small.db").exists(), "the study")
-    wait_for(lambda: "trials are there" in (tmp_path / "run.log").read_text(), "the workers to start")
+    open_study(definition, open_storage(definition.study.storage))
+    watch = open_watch(definition)
     worker = start("worker", "small.toml", cwd=tmp_path / "elsewhere", log=tmp_path / "worker.log")
+    run = start("run", "small.toml", "--workers", 3, cwd=tmp_path, log=tmp_path / "run.log")
     try:
-        wait_for(lambda: status(tmp_path)["trials"]["running"] == 4, "four running trials")
+        wait_for(lambda: watch.look().n_alive == 4, "four running trials")
         told = hpsearch("enqueue", "small.toml", "--set", "lr=0.0123", "--set", "width=17", cwd=tmp_path).stderr
         assert re.match(r"trial \d+ waits with lr=0.0123, width=17; the workers that run go on with it\n", told)
         assert "the budget has 12 trials now" in hpsearch("extend", "small.toml", "--trials", 4, cwd=tmp_path).stderr
@@ -192,7 +193,7 @@ def test_stop_extend_and_enqueue_steer_four_workers_and_the_budget_stays_exact(
 
     run = start("run", "small.toml", "--workers", 4, cwd=tmp_path, log=tmp_path / "again.log")
     try:
-        wait_for(lambda: status(tmp_path)["trials"]["running"] > 0, "the search to go on")
+        wait_for(lambda: watch.look().n_alive > 0, "the search to go on")
         assert "the budget has 14 trials now" in hpsearch("extend", "small.toml", "--trials", 2, cwd=tmp_path).stderr
         assert run.wait(120) == 0
     finally:
