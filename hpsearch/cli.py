@@ -137,7 +137,7 @@ def run(
         raise
     say(f"done: {reason}")
     print_status(definition, as_json=as_json)
-    for line in conclude(definition, watch.study, retype(study, storage)):
+    for line in conclude(watch, retype(study, storage)):
         say(line)
 
 

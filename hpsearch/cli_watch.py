@@ -50,7 +50,7 @@ def status(
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # leaves the terminal as it was
     with LiveView(watched, Console(highlight=False), follows=True) as view:
         view.wait()
-    for line in conclude(definition, watched.study, retype(study, storage)):
+    for line in conclude(watched, retype(study, storage)):
         say(line)
     return None
 

@@ -7,7 +7,6 @@ from datetime import datetime
 from typing import Any, Literal
 
 import numpy as np
-import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from hpsearch.budget import SEARCHING_STATES, seconds_searched
@@ -92,8 +91,10 @@ class Scene:
         """How the search goes on, with what follows the verb in `command`."""
         if self.n_alive:
             return "the workers that run go on with it"
-        if self.is_over:
+        if self.n_finished >= self.status["budget"]["trials"]:
             return f"the budget is spent; give it more with: hpsearch extend {command} --trials 20"
+        if self.is_over:
+            return "its minutes, target or failures are reached; raise them in the study file to go on"
         return f"no worker runs; go on with: hpsearch run {command}"
 
 
@@ -156,8 +157,11 @@ def open_watch(definition: StudyDefinition) -> Watch:
     return Watch(definition, open_storage(url, heartbeat=heartbeat, grace=grace, reads_only=True))
 
 
-def conclude(definition: StudyDefinition, study: optuna.Study, command: str) -> list[str]:
+def conclude(watch: Watch, command: str) -> list[str]:
     """What was found, how sure that is, and what to type next, with what follows the verb in `command`."""
+    definition, study, scene = watch.definition, watch.study, watch.look()
+    if not scene.is_over:  # it was stopped, or extended at its very end
+        return [scene.sum_up(), f"next: {scene.say_next(command)}"]
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if not complete:
         return ["found: nothing yet, no trial is complete", f"next: hpsearch trials {command}"]

@@ -2,6 +2,7 @@
 
 import heapq
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -199,10 +200,9 @@ def test_nothing_is_told_of_the_time_left_without_workers_or_trials_to_judge_by(
     assert estimate_seconds_left(done, running, 0, now) is None
 
 
-def test_the_end_says_what_was_found_how_sure_and_what_to_type(
-    study: optuna.Study, definition: StudyDefinition
-) -> None:
-    found, sure, following = conclude(definition, study, "small")
+def test_the_end_says_what_was_found_how_sure_and_what_to_type(watch: Watch, study: optuna.Study) -> None:
+    study.set_user_attr("budget", {"trials": 31, "epochs": 10})
+    found, sure, following = conclude(watch, "small")
     best = study.best_trial
     assert found.startswith(f"found: trial {best.number}, {best.value:.4f} on 200 validation images (95% interval 0.")
     low = float(found.split("interval ")[1].split(" to ")[0])
@@ -211,7 +211,27 @@ def test_the_end_says_what_was_found_how_sure_and_what_to_type(
     assert following == "next:  hpsearch confirm small  |  hpsearch export small"
 
 
-def test_an_end_without_a_complete_trial_says_so(tmp_path: Path) -> None:
-    definition = make_definition(f"sqlite:///{tmp_path / 'study.db'}")
-    study = open_study(definition, open_storage(definition.study.storage))
-    assert conclude(definition, study, "small")[0] == "found: nothing yet, no trial is complete"
+def test_an_end_with_budget_left_says_how_to_go_on(watch: Watch, definition: StudyDefinition) -> None:
+    with open_storage(definition.study.storage).engine.begin() as connection:
+        connection.execute(sqlalchemy.update(rows.HEARTBEATS).values(heartbeat=datetime(2020, 1, 1)))
+    reached, following = conclude(watch, "small")
+    assert reached.startswith("31 of 60 trials are there, the best 0.9")
+    assert following == "next: no worker runs; go on with: hpsearch run small"
+
+
+def test_what_ends_a_search_but_its_trials_is_not_mended_by_more_trials(watch: Watch, study: optuna.Study) -> None:
+    study.set_user_attr("budget", {"trials": 60, "epochs": 10, "target": 0.5})
+    scene = replace(watch.look(), workers=[])
+    assert (
+        scene.say_next("small") == "its minutes, target or failures are reached; raise them in the study file to go on"
+    )
+    study.set_user_attr("budget", {"trials": 31, "epochs": 10})
+    assert "hpsearch extend small" in replace(watch.look(), workers=[]).say_next("small")
+
+
+def test_an_end_without_a_complete_trial_says_so(watch: Watch) -> None:
+    definition = make_definition(watch.definition.study.storage, study={"name": "empty"}, budget={"trials": 1})
+    storage = open_storage(definition.study.storage)
+    empty = open_study(definition, storage)
+    empty.tell(empty.ask(), state=TrialState.PRUNED)
+    assert conclude(open_watch(definition), "empty")[0] == "found: nothing yet, no trial is complete"
