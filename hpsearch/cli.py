@@ -6,7 +6,6 @@ What a verb needs is imported inside it: torch takes seconds to import, and `--h
 import json
 import shlex
 import signal
-import webbrowser
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Annotated
@@ -116,6 +115,8 @@ def run(
     try:
         with ExitStack() as stack:
             if shows_dashboard or opens:
+                import webbrowser
+
                 from hpsearch.dashboard import lead_to, serve
 
                 address = stack.enter_context(serve(definition, retype(study, storage)))

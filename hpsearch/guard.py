@@ -24,7 +24,6 @@ logger = logging.getLogger(__name__)
 Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
 READING = ("GET", "HEAD")
-WRITING = ("POST", "PUT", "PATCH", "DELETE")
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?", re.IGNORECASE)
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -96,7 +95,7 @@ class Guard:
         return found is not None and found[1].lower() in self.names
 
     def _greet(self, request: BaseRequest) -> HTTPResponse:
-        """Give the token as a cookie, and send on to the same address without it, so that it is not left about."""
+        """Give the secret as a cookie, and send on to the same address without the token, lest that be left about."""
         if not compare_digest(request.query["token"].encode(), self.token.encode()):
             return _text(403, "That is the token of another server; open the address that was printed last.")
         rest = urlencode([(key, value) for key, value in request.query.allitems() if key != "token"], encoding="latin1")

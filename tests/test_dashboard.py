@@ -28,7 +28,7 @@ from optuna.trial import TrialState
 from hpsearch import cli, cli_watch, dashboard, notes, serving
 from hpsearch.definition import StudyDefinition
 from hpsearch.errors import StorageUnavailable, StudyNotFound, UsageError
-from hpsearch.guard import READING, WRITING, Guard
+from hpsearch.guard import READING, Guard
 from hpsearch.storage import Storage, open_storage
 from hpsearch.study import checkpoint_folder, open_study
 
@@ -40,6 +40,7 @@ TOKEN = "a-token-of-the-test"
 HOST = "127.0.0.1:8080"
 SECRET = "a-secret-of-the-server"
 COOKIE = f"hpsearch_8080={SECRET}"
+WRITING = ("POST", "PUT", "PATCH", "DELETE")
 METHODS = (*READING, *WRITING, "OPTIONS", "TRACE", "CONNECT", "delete")
 HOSTILE = "RuntimeError: <img src=x onerror=alert(1)> ``` | **b** [l](javascript:alert(1)) $x$\n````\n# heading"
 
