@@ -20,9 +20,11 @@ The package, to be read downwards; a file imports only from lines below its own:
     recovery | pictures                   RDBStorage that outlasts outages and the ends of workers; figures drawn
     pruning                               ends hopeless trials, and says what they were measured against
     definition | evaluation | training    the study file; figures; the training loop
+    mistakes                              what is wrong in a study file, and where
     formats                               the files that hold a model, each verified in a fresh process
     gradients                             of a training step, by autograd or written out
     checkpoint | space | network | data | budget | database | rows
+    artifacts                             a folder on this machine, or by URL in a store
     serving                               a web application at an address of this machine
     forking | images | signals            what workers are forked from; image files to pixels; a wish to stop
     guard | sealed                        who may ask a web application; a folder read only if it is what it was

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from io import BytesIO
 from ipaddress import ip_address
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -15,10 +16,9 @@ from typing import Any, BinaryIO
 
 import bottle
 import optuna
-from optuna.artifacts import FileSystemArtifactStore
-from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna_dashboard import wsgi
 
+from hpsearch.artifacts import Folder
 from hpsearch.definition import StudyDefinition
 from hpsearch.errors import UsageError
 from hpsearch.guard import Guard
@@ -57,20 +57,23 @@ main .MuiCardContent-root > table :is(th, td) { text-align: left; vertical-align
 )
 
 
-class Files(FileSystemArtifactStore):
-    """Uploaded files; one that is gone is answered with 404."""
+class Files:
+    """Uploaded files, an artifact store in the sense of Optuna; one that is gone is answered with 404."""
+
+    def __init__(self, folder: Folder) -> None:
+        self.folder = folder
 
     def open_reader(self, artifact_id: str) -> BinaryIO:
         try:
-            return super().open_reader(artifact_id)
-        except ArtifactNotFound as error:
+            return BytesIO(self.folder.read(artifact_id))
+        except FileNotFoundError as error:
             raise bottle.HTTPError(404, "This file is gone.") from error
 
+    def write(self, artifact_id: str, content_body: BinaryIO) -> None:
+        self.folder.write(artifact_id, content_body.read())
+
     def remove(self, artifact_id: str) -> None:
-        try:
-            super().remove(artifact_id)
-        except ArtifactNotFound:
-            return  # its study or trial can be rid of it all the same
+        self.folder.remove(artifact_id)
 
 
 @contextmanager
@@ -132,9 +135,7 @@ def build_application(
     """Optuna's dashboard on the storage of the study, which has notes about it and its trials."""
     _hush()
     files = checkpoint_folder(definition, study) / "files"
-    if is_writable:
-        files.mkdir(parents=True, exist_ok=True)
-    store = Files(files) if files.is_dir() else None  # the page offers uploads where there is one
+    store = Files(files) if is_writable or files.find() else None  # the page offers uploads where there is one
     application = wsgi(study._storage, artifact_store=store)  # Optuna's cache around the storage reads only what is new
     application.catchall = False  # the guard says what failed
     application.install(_Additions(application, definition, study, arguments))

@@ -5,30 +5,25 @@ import json
 import os
 import tomllib
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import tomlkit
-from pydantic import Field, TypeAdapter, ValidationError, WithJsonSchema, model_validator
+from pydantic import Field, ValidationError, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 from tomlkit.items import InlineTable
 
+from hpsearch.artifacts import is_url
 from hpsearch.database import parse_url, show_url
 from hpsearch.errors import DefinitionError, UsageError
+from hpsearch.mistakes import check_tables, describe
 from hpsearch.space import (
     AnyDimension,
-    Dimension,
     Hyperparameters,
-    Problem,
     SearchSpace,
     Table,
-    check_space,
-    check_try,
-    check_values,
     did_you_mean,
-    explain,
 )
 
 N_TRAINING_IMAGES = {"mnist": 60_000, "fashion-mnist": 60_000, "kmnist": 60_000, "digits": 1_437}
@@ -37,7 +32,7 @@ N_TRAINING_IMAGES = {"mnist": 60_000, "fashion-mnist": 60_000, "kmnist": 60_000,
 class Study(Table):
     name: str = Field("", pattern=r"^[A-Za-z0-9][\w.-]*$", max_length=100, description="default: the file's stem")
     storage: str = Field("", description="SQLAlchemy URL; default: sqlite:///<name>.db beside the file")
-    artifacts: str = Field("artifacts", description="folder of what trials leave behind, in <artifacts>/<name>/")
+    artifacts: str = Field("artifacts", description="folder or URL of what trials leave behind, in <artifacts>/<name>/")
     seed: int = Field(0, ge=0, lt=2**63)
 
 
@@ -156,12 +151,12 @@ class StudyDefinition(Table):
         return tomlkit.dumps({key: table for key, table in tables.items() if table})
 
 
-def load_definition(path: Path | str, *, storage: str | None = None) -> StudyDefinition:
-    """The definition in a study file, with its defaults and its storage resolved.
+def load_definition(path: Path | str, *, storage: str | None = None, artifacts: str | None = None) -> StudyDefinition:
+    """The definition in a study file, with its defaults, its storage and its artifacts resolved.
 
     `path` may be the bare name of a file in `studies/`. The storage is the argument, else HPSEARCH_STORAGE, else the
-    file's; relative paths in the file are relative to it, others to the current folder. Raises `DefinitionError` with
-    one line for each mistake.
+    file's, and so are the artifacts, with HPSEARCH_ARTIFACTS; relative paths in the file are relative to it, others to
+    the current folder. Raises `DefinitionError` with one line for each mistake.
     """
     file = _find_study_file(str(path))
     try:
@@ -179,12 +174,16 @@ def load_definition(path: Path | str, *, storage: str | None = None) -> StudyDef
         )
     except UsageError as error:
         raise error if given else DefinitionError(str(file), [f"study.storage: {error}"]) from error
-    artifacts = str(file.parent.resolve() / definition.study.artifacts)
-    study = definition.study.model_dump() | {"name": name, "storage": url, "artifacts": artifacts}
+    place = artifacts or os.environ.get("HPSEARCH_ARTIFACTS")
+    try:
+        place = _resolve_artifacts(Path() if place else file.parent, place or definition.study.artifacts)
+    except UsageError as error:
+        raise DefinitionError(str(file), [f"study.artifacts: {error}"]) from None
+    study = definition.study.model_dump() | {"name": name, "storage": url, "artifacts": place}
     try:
         resolved = Study.model_validate(study)
     except ValidationError as error:
-        problem = f"{next(_describe(error))} (from the file's name); set study.name in the file"
+        problem = f"{next(describe(error, StudyDefinition))} (from the file's name); set study.name in the file"
         raise DefinitionError(str(file), [f"study.{problem}"]) from error
     return definition.model_copy(update={"study": resolved})
 
@@ -195,8 +194,8 @@ def parse_definition(raw: Mapping[str, Any], source: str = "study") -> StudyDefi
         definition = StudyDefinition.model_validate(raw)
         problems: list[str] = []
     except ValidationError as error:
-        problems = list(_describe(error))
-    problems += [f"{path}: {message}" for path, message in _check_space(raw)]
+        problems = list(describe(error, StudyDefinition))
+    problems += [f"{path}: {message}" for path, message in check_tables(raw)]
     if problems:
         raise DefinitionError(source, list(dict.fromkeys(problems)))
     return definition
@@ -208,7 +207,7 @@ def evolve(definition: StudyDefinition, section: str, **values: Any) -> StudyDef
     try:
         changed = type(table).model_validate(table.model_dump() | values)
     except ValidationError as error:
-        raise UsageError("; ".join(_describe(error))) from error
+        raise UsageError("; ".join(describe(error, StudyDefinition))) from error
     return definition.model_copy(update={section: changed})
 
 
@@ -233,6 +232,14 @@ def _relative_to(folder: Path, url: str) -> str:
     return parsed.set(database=database).render_as_string(hide_password=False)
 
 
+def _resolve_artifacts(folder: Path, place: str) -> str:
+    if not is_url(place):
+        return str(folder.resolve() / place)
+    if "@" in place.partition("://")[2].partition("/")[0]:
+        raise UsageError("credentials must not stand in a URL that is printed; give them in the environment")
+    return place
+
+
 def _flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in table.items():
         if isinstance(value, Mapping) and value and not (prefix.startswith("search.") and prefix.count(".") == 1):
@@ -245,54 +252,3 @@ def _inline(table: Mapping[str, Any]) -> InlineTable:
     inline = tomlkit.inline_table()
     inline.update({key: _inline(value) if isinstance(value, Mapping) else value for key, value in table.items()})
     return inline
-
-
-def _check_space(raw: Mapping[str, Any]) -> Iterator[Problem]:
-    """The problems of search, fixed and try with each other, as far as each can be read by itself."""
-    search: dict[str, Dimension] = {}
-    for name, table in _table(raw, "search").items():
-        with suppress(ValidationError):  # reported with the tables' own mistakes
-            search[name] = TypeAdapter(AnyDimension).validate_python(table)
-    unread = _table(raw, "search").keys() - search.keys()
-    yield from check_values("search", {name: None for name in unread if name not in Hyperparameters.model_fields})
-    for path, message in check_space(search, _table(raw, "fixed")):
-        if path.rpartition(".")[-1] not in unread:
-            yield path, message
-    if unread:
-        return
-    first = raw.get("try", [])
-    for i, values in enumerate(first if isinstance(first, list) else []):
-        if isinstance(values, Mapping):
-            yield from check_try(f"try.{i}", values, search, _table(raw, "fixed"))
-
-
-def _table(raw: Mapping[str, Any], section: str) -> Mapping[str, Any]:
-    table = raw.get(section)
-    return table if isinstance(table, Mapping) else {}
-
-
-def _describe(error: ValidationError) -> Iterator[str]:
-    """Lines `path: what is wrong` for all entries of a pydantic error."""
-    for entry in error.errors():
-        location = tuple(part for i, part in enumerate(entry["loc"]) if not _is_tag(entry["loc"], i))
-        if location[2:3] == ("choice",) and len(location) == 5:
-            if location[-1] != "str":
-                continue  # the union of scalars complains once for each of its types
-            location, entry["msg"] = location[:-1], "must be a finite number, string or boolean"
-        if location == ("study",) or location[:2] == ("study", "storage"):
-            entry["input"] = type(entry["input"]).__name__  # there may be a password in it
-        yield f"{'.'.join(map(str, location))}: {explain(dict(entry, loc=location), _names_at)}"
-
-
-def _is_tag(location: tuple[Any, ...], index: int) -> bool:
-    return location[0] == "search" and index == 2 and location[index] in ("int", "float", "choice")
-
-
-def _names_at(location: tuple[Any, ...]) -> list[str]:
-    if location[:1] == ("search",):
-        return ["int", "float", "choice", "log", "step", "when"]
-    model: Any = StudyDefinition
-    for part in location:
-        model = model.model_fields[part].annotation
-    fields: dict[str, Any] = model.model_fields
-    return [field.alias or name for name, field in fields.items()]

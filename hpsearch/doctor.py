@@ -19,13 +19,14 @@ import torch
 from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
+from hpsearch.artifacts import Folder
 from hpsearch.data import data_folder, inspect_files
 from hpsearch.database import check_integrity, network_file_system, parse_url, reason, safe_journal, show_url
 from hpsearch.definition import StudyDefinition
-from hpsearch.errors import HpsearchError, StorageUnavailable
+from hpsearch.errors import HpsearchError, StorageUnavailable, UsageError
 from hpsearch.objective import load_study_data
 from hpsearch.storage import Storage, open_storage
-from hpsearch.study import checkpoint_folder, find_unneeded_checkpoints, load_study, sweep_checkpoints
+from hpsearch.study import artifact_folder, checkpoint_folder, find_unneeded_checkpoints, load_study, sweep_checkpoints
 from hpsearch.worker import count_cores, list_devices
 
 _MAX_LATENCY = 1.0  # seconds
@@ -76,7 +77,10 @@ def _examine(definition: StudyDefinition, folder: Path | str | None, fix: bool) 
             yield Finding("study", False, f"the storage stopped answering: {reason(url, error)}")
         finally:
             storage.engine.dispose()
-    folders = {"database": file.parent if file else None, "artifacts": Path(definition.study.artifacts)}
+    artifacts = Folder(definition.study.artifacts)
+    if artifacts.path is None:
+        yield _check_store(artifacts)
+    folders = {"database": file.parent if file else None, "artifacts": artifacts.path}
     for name, place in folders.items():
         if place:
             yield _check_place(name, place, may_be_remote=place != (file and file.parent))
@@ -144,16 +148,16 @@ def _check_stuck(definition: StudyDefinition, storage: Storage, study: optuna.St
 
 
 def _check_checkpoints(definition: StudyDefinition, study: optuna.Study, fix: bool) -> Finding:
-    files = find_unneeded_checkpoints(definition, study)
+    own, files = checkpoint_folder(definition, study), find_unneeded_checkpoints(definition, study)
     if files and not fix:
         advice = "the next trial to finish removes them, or --fix"
-        return Finding("checkpoints", False, f"{len(files)} that no trial needs in {files[0].parent}; {advice}")
+        return Finding("checkpoints", False, f"{len(files)} that no trial needs in {own}; {advice}")
     if fix:
         sweep_checkpoints(definition, study)
-    own = checkpoint_folder(definition, study)
-    others = [file for file in own.parent.glob("*/trial-*.ckpt") if file.parent != own]
+    every = artifact_folder(definition)
+    others = [name for name in every.find() if name.endswith(".ckpt") and not str(every / name).startswith(f"{own}/")]
     message = f"mended: removed {len(files)}" if files else "none is left over"
-    hint = f"; {len(others)} in {own.parent} are of other databases with a study of this name" if others else ""
+    hint = f"; {len(others)} in {every} are of other databases with a study of this name" if others else ""
     return Finding("checkpoints", True, message + hint)
 
 
@@ -184,6 +188,14 @@ def _check_place(name: str, folder: Path, *, may_be_remote: bool) -> Finding:
     if not os.access(existing, os.W_OK):
         return Finding(name, False, f"{existing} cannot be written to; change its permissions, or name another folder")
     return Finding(name, free >= _MIN_FREE, message if free >= _MIN_FREE else f"{message}; make room there")
+
+
+def _check_store(artifacts: Folder) -> Finding:
+    try:
+        artifacts.check()
+    except UsageError as error:
+        return Finding("artifacts", False, f"{error}; give its credentials and endpoint in the environment")
+    return Finding("artifacts", True, f"{artifacts} can be written and read")
 
 
 def _check_data(definition: StudyDefinition, folder: Path | str | None) -> Finding:

@@ -11,6 +11,7 @@ import optuna
 import torch
 from optuna.trial import TrialState
 
+from hpsearch.artifacts import Folder
 from hpsearch.checkpoint import Checkpoint
 from hpsearch.data import ImageData, Split, load_data
 from hpsearch.definition import StudyDefinition
@@ -41,10 +42,12 @@ class Objective:
         device: torch.device | str = "cpu",
         before_batch: Callable[[], None] = lambda: None,
         callbacks: Sequence[Callback] = (),
-        checkpoints: Path | None = None,
+        checkpoints: Folder | Path | str | None = None,
     ) -> None:
         self.definition = definition
-        self.checkpoints = checkpoints
+        self.checkpoints = (
+            checkpoints if checkpoints is None or isinstance(checkpoints, Folder) else Folder(checkpoints)
+        )
         self.folder = folder
         self.device = device
         self.before_batch = before_batch

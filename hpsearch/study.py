@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import optuna
@@ -16,6 +15,7 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from hpsearch.artifacts import Folder
 from hpsearch.checkpoint import find_checkpoints
 from hpsearch.database import creation_lock, show_url
 from hpsearch.definition import StudyDefinition
@@ -125,13 +125,18 @@ def change_attribute(study: optuna.Study, key: str, change: Callable[[Any], Any]
     return value
 
 
-def checkpoint_folder(definition: StudyDefinition, study: optuna.Study) -> Path:
+def artifact_folder(definition: StudyDefinition) -> Folder:
+    """Where studies of the definition's name keep what their trials leave behind."""
+    return Folder(definition.study.artifacts) / definition.study.name
+
+
+def checkpoint_folder(definition: StudyDefinition, study: optuna.Study) -> Folder:
     """Where the study's checkpoints are: apart from those of a study of the same name in another storage."""
-    return Path(definition.study.artifacts, study.study_name, study.user_attrs.get("id", ""))
+    return artifact_folder(definition) / str(study.user_attrs.get("id", ""))
 
 
-def find_unneeded_checkpoints(definition: StudyDefinition, study: optuna.Study) -> list[Path]:
-    """The checkpoints that no trial of the study will be resumed from, and that are not of the `recovery.keep` best."""
+def find_unneeded_checkpoints(definition: StudyDefinition, study: optuna.Study) -> list[str]:
+    """The names of the checkpoints that no trial will be resumed from, and that are not of the `recovery.keep` best."""
     # In this order: a trial is stored before it has a file.
     files = find_checkpoints(checkpoint_folder(definition, study))
     if not files:
@@ -142,16 +147,17 @@ def find_unneeded_checkpoints(definition: StudyDefinition, study: optuna.Study) 
     needed = set[int]()
     for trial in (*best, *(trial for trial in trials if not trial.state.is_finished())):
         needed |= {trial.number, *trial.user_attrs.get("attempts", ())}
-    return [file for file, number in files.items() if number not in needed]
+    return [name for name, number in files.items() if number not in needed]
 
 
 def sweep_checkpoints(definition: StudyDefinition, study: optuna.Study) -> None:
     """Remove the checkpoints that are not needed any more."""
-    for file in find_unneeded_checkpoints(definition, study):
-        try:
-            file.unlink(missing_ok=True)
-        except OSError as error:
-            logger.warning("%s is not needed any more, but cannot be removed (%s)", file, error.strerror)
+    folder = checkpoint_folder(definition, study)
+    try:
+        for name in find_unneeded_checkpoints(definition, study):
+            folder.remove(name)
+    except OSError as error:
+        logger.warning("what is not needed any more in %s cannot be removed (%s)", folder, error.strerror)
 
 
 def summarize(

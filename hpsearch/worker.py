@@ -22,7 +22,7 @@ from hpsearch.objective import Objective, load_study_data
 from hpsearch.signals import Drain
 from hpsearch.storage import Storage, open_storage
 from hpsearch.strategy import build_pruner, build_sampler
-from hpsearch.study import checkpoint_folder, load_study, sweep_checkpoints
+from hpsearch.study import artifact_folder, checkpoint_folder, load_study, sweep_checkpoints
 from hpsearch.training import EpochResult, keep_freed_memory
 from hpsearch.watching import Emit, TrialEvent
 
@@ -108,7 +108,6 @@ class Worker:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of TPE's `group` and of GP
             self.study.sampler, self.study.pruner = build_sampler(definition, stream), build_pruner(definition)
-        self.artifacts = Path(definition.study.artifacts, self.study.study_name)
         checkpoints = checkpoint_folder(definition, self.study)
         self.objective = Objective(definition, data, device=device, checkpoints=checkpoints)
         keep_freed_memory()
@@ -216,13 +215,12 @@ class Worker:
 
     def _keep_traceback(self, trial: optuna.Trial) -> str:
         """Where the traceback of the exception in hand was written, in the folder of the study's artifacts."""
-        file = self.artifacts / f"trial-{trial.number}.txt"
+        folder, name = artifact_folder(self.definition), f"trial-{trial.number}.txt"
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(traceback.format_exc())
+            folder.write(name, traceback.format_exc().encode())
         except OSError as error:
-            return f"its traceback cannot be written to {file} ({error.strerror})"
-        return f"traceback in {file}"
+            return f"its traceback cannot be written to {folder / name} ({error.strerror})"
+        return f"traceback in {folder / name}"
 
     def _drop(self, trial: optuna.Trial) -> None:
         self.storage.release(trial._trial_id)

@@ -16,7 +16,8 @@ import torch
 from optuna.trial import TrialState
 
 from hpsearch import checkpoint
-from hpsearch.checkpoint import Checkpoint, checkpoint_file, find_checkpoints
+from hpsearch.artifacts import Folder
+from hpsearch.checkpoint import Checkpoint, checkpoint_name, find_checkpoints
 from hpsearch.data import ImageData, Split
 from hpsearch.errors import CheckpointError, Drained
 from hpsearch.network import Network, build_network
@@ -44,7 +45,7 @@ def stop_after(n_batches: int) -> Callable[[], None]:
 
 
 def retry_of(kept: Checkpoint) -> Checkpoint:
-    return Checkpoint(kept.file.parent, 9, json.loads(kept.identity), earlier=[0])
+    return Checkpoint(kept.folder, 9, json.loads(kept.identity), earlier=[0])
 
 
 def train_blobs(
@@ -81,7 +82,7 @@ def test_a_training_goes_on_bit_for_bit_from_any_batch(
     hyperparameters = Hyperparameters(depth=2, width=width, batch_size=32, batch_norm=True, **options)
     undisturbed, expected = train_blobs(blobs, hyperparameters, kind)
 
-    kept = Checkpoint(tmp_path, 0, {}, interval=1000)
+    kept = Checkpoint(Folder(tmp_path), 0, {}, interval=1000)
     with pytest.raises(Drained):
         train_blobs(blobs, hyperparameters, kind, checkpoint=kept, before_batch=stop_after(n_batches))
     torch.manual_seed(99)
@@ -100,7 +101,7 @@ def test_random_states_of_torch_and_numpy_and_the_order_are_restored(blobs: Spli
         return torch.rand(()).item(), float(np.random.rand())
 
     expected = draw()
-    kept = Checkpoint(tmp_path, 0, {})
+    kept = Checkpoint(Folder(tmp_path), 0, {})
     with pytest.raises(Drained):
         train_blobs(blobs, Hyperparameters(width=2, dropout=0.1), checkpoint=kept, before_batch=stop_after(3))
     np.random.rand(7)
@@ -112,7 +113,7 @@ def test_checkpoints_are_written_at_the_ends_of_epochs_but_not_more_often_than_t
 ) -> None:
     def count_writes(interval: float) -> int:
         written: list[object] = []
-        kept = Checkpoint(tmp_path, 0, {}, interval=interval)
+        kept = Checkpoint(Folder(tmp_path), 0, {}, interval=interval)
         kept.write = written.append  # type: ignore[method-assign,assignment]
         train_blobs(blobs, Hyperparameters(width=2), checkpoint=kept)
         return len(written)
@@ -135,18 +136,18 @@ def test_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
     file = tmp_path / "trial-0.ckpt"
     file.write_bytes(payload + hashlib.sha256(payload).digest())
     with pytest.raises(CheckpointError, match="is not one of hpsearch"):
-        checkpoint.read(file)
+        checkpoint.read(Folder(tmp_path), file.name)
 
 
 @pytest.mark.parametrize("content", [b"", b"short", bytes(1000)])
 def test_a_file_of_something_else_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"x is damaged"):
-        checkpoint.read(tmp_path / "x")
+        checkpoint.read(Folder(tmp_path), "x")
 
 
 def test_torch_reads_a_checkpoint_as_well(tmp_path: Path) -> None:
-    Checkpoint(tmp_path, 3, {"seed": 1}).write({"epoch": 2})
+    Checkpoint(Folder(tmp_path), 3, {"seed": 1}).write({"epoch": 2})
     assert torch.load(tmp_path / "trial-3.ckpt", weights_only=True)["state"] == {"epoch": 2}
 
 
@@ -154,10 +155,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for number in (0, 4):
-        Checkpoint(tmp_path, number, {}).write({"number": number})
-    retry = Checkpoint(tmp_path, 7, {}, earlier=[0, 4])
+        Checkpoint(Folder(tmp_path), number, {}).write({"number": number})
+    retry = Checkpoint(Folder(tmp_path), 7, {}, earlier=[0, 4])
     assert retry.load() == {"number": 4}
-    with checkpoint_file(tmp_path, 4).open("r+b") as stream:
+    with (tmp_path / checkpoint_name(4)).open("r+b") as stream:
         stream.seek(100)
         stream.write(b"\xff\x00")
     assert retry.load() == {"number": 0}
@@ -165,22 +166,24 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
 
 
 def test_earlier_attempts_go_once_there_is_a_newer_checkpoint(tmp_path: Path) -> None:
-    Checkpoint(tmp_path, 0, {}).write({})
-    Checkpoint(tmp_path, 4, {}, earlier=[0]).write({})
-    assert find_checkpoints(tmp_path) == {tmp_path / "trial-4.ckpt": 4}
+    Checkpoint(Folder(tmp_path), 0, {}).write({})
+    Checkpoint(Folder(tmp_path), 4, {}, earlier=[0]).write({})
+    assert find_checkpoints(Folder(tmp_path)) == {"trial-4.ckpt": 4}
 
 
 def test_the_checkpoint_of_another_training_is_not_resumed_from(tmp_path: Path) -> None:
-    Checkpoint(tmp_path, 0, {"lr": 0.1}).write({})
-    assert Checkpoint(tmp_path, 1, {"lr": 0.2}, earlier=[0]).load() is None
-    assert Checkpoint(tmp_path, 1, {"lr": 0.1}, earlier=[0]).load() == {}
-    assert Checkpoint(tmp_path, 0, {"lr": 0.1}).load() is None, "what is there before the first attempt is not its own"
+    Checkpoint(Folder(tmp_path), 0, {"lr": 0.1}).write({})
+    assert Checkpoint(Folder(tmp_path), 1, {"lr": 0.2}, earlier=[0]).load() is None
+    assert Checkpoint(Folder(tmp_path), 1, {"lr": 0.1}, earlier=[0]).load() == {}
+    assert Checkpoint(Folder(tmp_path), 0, {"lr": 0.1}).load() is None, (
+        "what is there before the first attempt is not its own"
+    )
 
 
 def test_a_full_disk_costs_a_warning_and_leaves_the_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    kept = Checkpoint(tmp_path, 0, {})
+    kept = Checkpoint(Folder(tmp_path), 0, {})
     kept.write({"epoch": 1})
 
     def refuse(_: int) -> None:
@@ -191,7 +194,7 @@ def test_a_full_disk_costs_a_warning_and_leaves_the_last_checkpoint(
         kept.write({"epoch": 2})
         kept.write({"epoch": 3})
     assert retry_of(kept).load() == {"epoch": 1}
-    assert list(tmp_path.iterdir()) == [kept.file]
+    assert [file.name for file in tmp_path.iterdir()] == [kept.name]
     assert caplog.text.count("No space left on device") == 1
 
 
@@ -233,12 +236,12 @@ def test_the_checkpoints_of_the_best_stay_and_those_that_will_be_resumed(digits:
     study.enqueue_trial({}, user_attrs={"attempts": [retried.number]})
     for number in (running.number, retried.number, 17):
         Checkpoint(folder, number, {}).write({})
-    (folder / "trial-1.ckpt.tmp").touch()
+    folder.write("trial-1.ckpt.tmp", b"")
     sweep_checkpoints(definition, study)
     best = sorted(study.trials[:5], key=lambda trial: (-(trial.value or 0), trial.number))[:2]
     kept = {*(trial.number for trial in best), running.number, retried.number}
     assert {*find_checkpoints(folder).values()} == kept
-    final = checkpoint.read(checkpoint_file(folder, best[0].number))["state"]
+    final = checkpoint.read(folder, checkpoint_name(best[0].number))["state"]
     assert len(final["results"]) == 2
     assert final["results"][-1][2] == best[0].value
 
@@ -270,7 +273,7 @@ def test_studies_of_one_name_in_two_databases_have_checkpoints_of_their_own(tmp_
     studies = [open_study(definition, open_storage(f"sqlite:///{tmp_path / name}.db")) for name in "ab"]
     first, second = (checkpoint_folder(definition, study) for study in studies)
     assert first != second
-    assert first.parent == second.parent == tmp_path / "small"
+    assert {str(first).rpartition("/")[0], str(second).rpartition("/")[0]} == {f"{tmp_path}/small"}
 
 
 def test_a_checkpoint_that_cannot_be_removed_costs_a_warning(
@@ -285,4 +288,4 @@ def test_a_checkpoint_that_cannot_be_removed_costs_a_warning(
 
     monkeypatch.setattr(Path, "unlink", refuse)
     sweep_checkpoints(definition, study)
-    assert "trial-7.ckpt is not needed any more, but cannot be removed (Permission denied)" in caplog.text
+    assert f"what is not needed any more in {tmp_path}/small cannot be removed (Permission denied)" in caplog.text

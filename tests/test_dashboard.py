@@ -405,8 +405,8 @@ def test_uploaded_files_are_saved_and_never_run(writable: Site) -> None:
     assert answer.headers["x-content-type-options"] == "nosniff"
     assert "access-control-allow-origin" not in answer.headers
     folder = checkpoint_folder(writable.definition, writable.study) / "files"
-    [file] = folder.iterdir()
-    file.unlink()
+    [name] = folder.find()
+    folder.remove(name)
     gone = writable(path)
     assert gone.status == 404
     assert b"Traceback" not in gone.body

@@ -16,7 +16,7 @@ from hpsearch.checkpoint import Checkpoint
 from hpsearch.definition import StudyDefinition
 from hpsearch.doctor import examine
 from hpsearch.storage import open_storage
-from hpsearch.study import checkpoint_folder, open_study
+from hpsearch.study import artifact_folder, checkpoint_folder, open_study
 
 from .conftest import make_definition
 
@@ -82,11 +82,11 @@ def test_checkpoints_that_no_trial_needs_are_found_and_removed_when_asked(tmp_pa
     folder = checkpoint_folder(definition, study)
     for number in (trial.number, 7):
         Checkpoint(folder, number, {}).write({})
-    Checkpoint(folder.parent / "another", 0, {}).write({})
+    Checkpoint(artifact_folder(definition) / "another", 0, {}).write({})
     assert wrong(definition)["checkpoints"].startswith("1 that no trial needs")
     assert "checkpoints" not in wrong(definition, fix=True)
-    assert [file.name for file in folder.iterdir()] == ["trial-0.ckpt"]
-    assert [file.name for file in (folder.parent / "another").iterdir()] == ["trial-0.ckpt"]
+    assert folder.find() == ["trial-0.ckpt"]
+    assert (artifact_folder(definition) / "another").find() == ["trial-0.ckpt"]
     messages = [finding.message for finding in examine(definition) if finding.check == "checkpoints"]
     assert "none is left over; 1 in " in messages[0]
 

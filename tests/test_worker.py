@@ -231,8 +231,9 @@ def test_a_stopped_study_ends_its_workers_after_a_whole_epoch_until_it_is_resume
     failed, waiting = b.study.trials
     assert (failed.state, waiting.state) == (TrialState.FAIL, TrialState.WAITING)
     assert failed.user_attrs["failure"]["kind"] == "interrupted"
-    [file] = find_checkpoints(checkpoint_folder(b.definition, b.study))
-    state = read(file)["state"]
+    folder = checkpoint_folder(b.definition, b.study)
+    [name] = find_checkpoints(folder)
+    state = read(folder, name)["state"]
     assert state["n_batches"] == 0
     assert [epoch for epoch, *_ in state["results"]] == list(failed.intermediate_values)
     with pytest.raises(Stopped):
@@ -266,8 +267,9 @@ def test_a_worker_that_is_stopped_in_an_outage_hands_its_trial_back_with_a_check
         worker.run()
     assert type(caught.value) is error
     assert [trial.state for trial in b.study.trials] == [TrialState.FAIL, TrialState.WAITING]
-    [file] = find_checkpoints(checkpoint_folder(b.definition, b.study))
-    assert len(read(file)["state"]["results"]) == 2
+    folder = checkpoint_folder(b.definition, b.study)
+    [name] = find_checkpoints(folder)
+    assert len(read(folder, name)["state"]["results"]) == 2
 
 
 def test_a_worker_that_starts_after_an_outage_gives_the_others_a_grace_period(bench: Callable[..., Bench]) -> None:

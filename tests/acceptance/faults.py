@@ -27,6 +27,7 @@ import optuna
 import sqlalchemy
 
 from hpsearch import bundle, checkpoint
+from hpsearch.artifacts import Folder
 from hpsearch.definition import load_definition, parse_definition
 from hpsearch.errors import BudgetInFlight, BudgetSpent, CheckpointError
 from hpsearch.listing import list_trials
@@ -244,7 +245,7 @@ def drain(folder: Path, n: int, rng: random.Random) -> str:
             found = [*(folder / "artifacts").glob(f"small/*/trial-{row['number']}.ckpt")]
             if row["epoch"] or found:
                 [file] = found
-                saved = len(checkpoint.read(file)["state"]["results"])
+                saved = len(checkpoint.read(Folder(file.parent), file.name)["state"]["results"])
                 assert saved >= row["epoch"], f"trial {row['number']} reported {row['epoch']} epochs, {saved} are saved"
         handed_back += len(interrupted)
     search.end(search.run(1))
@@ -391,10 +392,10 @@ def damage_checkpoints(folder: Path, n: int, rng: random.Random) -> str:
     """`n` kills in checkpoint writing, `n` bit flips and truncations."""
     import torch
 
-    file = folder / "trial-0.ckpt"
+    file, place = folder / "trial-0.ckpt", Folder(folder)
     torch.set_num_threads(1)  # no threads of torch's that a fork would lose
     tensors = [torch.arange(20_000, dtype=torch.float32) + i for i in range(4)]
-    checkpoint.write(file, {"version": 0, "tensors": tensors})
+    checkpoint.write(place, file.name, {"version": 0, "tensors": tensors})
     previous, n_new = 0, 0
     for _ in range(n):
         pid = os.fork()
@@ -402,11 +403,13 @@ def damage_checkpoints(folder: Path, n: int, rng: random.Random) -> str:
             version = previous
             while True:
                 version += 1
-                checkpoint.write(file, {"version": version, "tensors": [tensor + version for tensor in tensors]})
+                checkpoint.write(
+                    place, file.name, {"version": version, "tensors": [tensor + version for tensor in tensors]}
+                )
         time.sleep(rng.uniform(0, 0.02))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        content = checkpoint.read(file)
+        content = checkpoint.read(place, file.name)
         version = content["version"]
         assert version >= previous, "a good checkpoint was lost"
         assert all(torch.equal(content["tensors"][i], tensors[i] + version) for i in range(4)), "a torn checkpoint"
@@ -421,7 +424,7 @@ def damage_checkpoints(folder: Path, n: int, rng: random.Random) -> str:
             del damaged[rng.randrange(len(good)) :]
         file.write_bytes(damaged)
         try:
-            checkpoint.read(file)
+            checkpoint.read(place, file.name)
             undetected += 1
         except CheckpointError:
             pass

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from hpsearch.artifacts import Folder
 from hpsearch.checkpoint import read
 from hpsearch.definition import load_definition
 from hpsearch.errors import StudyNotFound
@@ -67,7 +68,7 @@ def test_a_killed_workers_trial_goes_on_and_gets_the_value_that_it_would_have_ha
     for key in ("state", "params", "value"):
         assert retried[key] == expected[key]
     states = [
-        read(next((folder / "artifacts/small").glob(f"*/{name}")))["state"]
+        read(Folder(next((folder / "artifacts/small").glob(f"*/{name}")).parent), name)["state"]
         for folder, name in [(file.parent, "trial-1.ckpt"), (undisturbed, "trial-0.ckpt")]
     ]
     assert states[0]["results"] == states[1]["results"]

@@ -1,0 +1,167 @@
+"""A folder for what trials leave behind: on this machine, or by URL in a store that fsspec knows."""
+
+import errno
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from hpsearch.errors import UsageError
+
+# A file appears in them when it is whole; moving one would copy it.
+_OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "memory"}
+
+
+class Folder:
+    """Files by name in a folder of this machine, or in one by URL, such as `s3://bucket/prefix`.
+
+    What cannot be done raises `OSError`, whatever the store's own package raises. Credentials and endpoints are those
+    of the environment, by the conventions of that package.
+    """
+
+    def __init__(self, place: Path | str) -> None:
+        self.url = str(place).rstrip("/") or "/"
+        local = self.url.removeprefix("file://")
+        self.path = None if is_url(local) else Path(local)
+
+    def __truediv__(self, name: str) -> "Folder":
+        return Folder(f"{self.url}/{name}" if name else self.url)
+
+    def __str__(self) -> str:
+        return self.url
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Folder) and other.url == self.url
+
+    def __hash__(self) -> int:
+        return hash(self.url)
+
+    def read(self, name: str) -> bytes:
+        """The content of a file; raises `FileNotFoundError` where there is none."""
+        if self.path:
+            return (self.path / name).read_bytes()
+        with _as_os_errors(self.url):
+            content: bytes = self._store.cat_file(self._at(name))
+        return content
+
+    def write(self, name: str, content: bytes) -> None:
+        """Replace the file, or leave it as it was: after a kill at any moment, one of both is there, and whole.
+
+        That is so on a disk, where it is synced and renamed, and in an object store; other stores rename as well as
+        they can. Only one process at a time may write the same file.
+        """
+        if self.path:
+            return _write_to_disk(self.path / name, content)
+        with _as_os_errors(self.url):
+            return self._upload(self._at(name), content)
+
+    def remove(self, name: str) -> None:
+        """Remove the file, if it is there."""
+        if self.path:
+            return (self.path / name).unlink(missing_ok=True)
+        with suppress(FileNotFoundError), _as_os_errors(self.url):
+            self._store.rm_file(self._at(name))
+        return None
+
+    def find(self) -> list[str]:
+        """The files in this folder and the folders below it, sorted, by their paths from here."""
+        if self.path:
+            return sorted(str(file.relative_to(self.path)) for file in self.path.rglob("*") if file.is_file())
+        try:
+            with _as_os_errors(self.url):
+                self._store.invalidate_cache()
+                found: list[str] = self._store.find(self._at())
+        except FileNotFoundError:
+            return []
+        start = len(self._at()) + 1
+        return sorted(path[start:] for path in found)
+
+    def check(self) -> None:
+        """Raise `UsageError` where nothing can be written to a store by URL, nor read from it."""
+        if self.path:
+            return
+        name, content = f"probe-{uuid.uuid4().hex}", b"hpsearch"
+        try:
+            self.write(name, content)
+            is_same = self.read(name) == content
+            self.remove(name)
+        except OSError as error:
+            raise UsageError(f"the artifact store {self} cannot be used: {error.strerror or error}") from error
+        if not is_same:
+            raise UsageError(f"the artifact store {self} gives back another content than was written")
+
+    def _upload(self, path: str, content: bytes) -> None:
+        protocols = self._store.protocol
+        if _OBJECT_STORES.intersection([protocols] if isinstance(protocols, str) else protocols):
+            self._store.pipe_file(path, content)
+            return
+        self._store.makedirs(path.rpartition("/")[0], exist_ok=True)
+        self._store.pipe_file(f"{path}.tmp", content)
+        self._store.mv(f"{path}.tmp", path)
+
+    @cached_property
+    def _opened(self) -> tuple[Any, str]:
+        """The store, and where in it this folder is."""
+        import fsspec
+
+        try:
+            store, root = fsspec.core.url_to_fs(self.url)
+        except ImportError as error:
+            raise UsageError(f"artifacts in {self} need another package: {error}") from error
+        except ValueError as error:
+            raise UsageError(f"artifacts in {self}: {error}") from error
+        return store, str(root).rstrip("/")
+
+    @property
+    def _store(self) -> Any:
+        return self._opened[0]
+
+    def _at(self, name: str = "") -> str:
+        return f"{self._opened[1]}/{name}".rstrip("/")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"url": self.url, "path": self.path}  # a connection is not shared with other processes
+
+
+def is_url(place: str) -> bool:
+    """Whether a place is a store by URL rather than a folder of this machine."""
+    return "://" in place
+
+
+def _write_to_disk(file: Path, content: bytes) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f"{file.name}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    descriptor = os.open(file.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _as_os_errors(url: str) -> Iterator[None]:
+    """Raise what a store's package raises as `OSError`: each has errors of its own, such as those of botocore."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(errno.ENOENT, _one_line(error) or "no such file", url) from error
+    except (UsageError, NotImplementedError):
+        raise
+    except Exception as error:
+        raise OSError(errno.EIO, f"{type(error).__name__}: {_one_line(error)}", url) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(getattr(error, "strerror", None) or error).split())
