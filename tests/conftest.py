@@ -125,6 +125,32 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return make_url(server).set(database=name).render_as_string(hide_password=False)
 
 
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """The address of an S3 server with one bucket, `artifacts`."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    address = "http://{}:{}".format(*server.get_host_and_port())
+    client = boto3.client(
+        "s3", endpoint_url=address, aws_access_key_id="me", aws_secret_access_key="secret", region_name="us-east-1"
+    )
+    client.create_bucket(Bucket="artifacts")
+    yield address
+    server.stop()
+
+
+@pytest.fixture
+def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of a bucket, which this process and those that it starts can reach."""
+    keys = {"AWS_ACCESS_KEY_ID": "me", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+    for name, value in (keys | {"AWS_ENDPOINT_URL": s3_server}).items():
+        monkeypatch.setenv(name, value)
+    return "s3://artifacts"
+
+
 @pytest.fixture
 def storage(url: str) -> Iterator[Storage]:
     opened = open_storage(url)
