@@ -10,11 +10,13 @@ The package, to be read downwards; a file imports only from lines below its own:
     live                                  a search while it runs: a table on a terminal, lines in a pipe
     console | report | dashboard          text rendering; a study as one HTML file; Optuna's dashboard, guarded
     plots | notes                         the pictures of a report; what the dashboard says of study and trials
-    pool | doctor                         N workers on this machine under one supervisor; what is wrong with a study
+    pool | cluster                        N workers on this machine under one supervisor; on many, placed by Ray
+    doctor | tasks                        what is wrong with a study; what a search has running in a Ray cluster
     worker | retrain                      one worker; the best trial to a bundle
     confirmation | replay                 the best few from fresh seeds; a trial once more from its own
     watching | steering                   what there is to see of a search; stopped, extended, given values to try
     study | listing | prediction          the studies in a storage; trials as rows; the classes of image files
+    lease                                 what keeps a running trial with its worker
     objective | strategy                  trial to value; sampler and pruner
     storage | bundle                      safe RDBStorage; what a user takes away
     recovery | pictures                   RDBStorage that outlasts outages and the ends of workers; figures drawn
@@ -26,7 +28,8 @@ The package, to be read downwards; a file imports only from lines below its own:
     checkpoint | space | network | data | budget | database | rows
     artifacts                             a folder on this machine, or by URL in a store
     serving                               a web application at an address of this machine
-    forking | images | signals            what workers are forked from; image files to pixels; a wish to stop
+    devices | forking | signals           what there is to compute with; what workers are forked from; a wish to stop
+    images                                image files to pixels
     guard | sealed                        who may ask a web application; a folder read only if it is what it was
     errors
 

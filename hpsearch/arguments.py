@@ -34,9 +34,13 @@ BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder
 StorageOption = Annotated[
     str | None, typer.Option(help="SQLAlchemy URL instead of the study file's; so does HPSEARCH_STORAGE.")
 ]
+ArtifactsOption = Annotated[
+    str | None, typer.Option(help="Folder or URL instead of the study file's; so does HPSEARCH_ARTIFACTS.")
+]
 DataOption = Annotated[
     Path | None, typer.Option(help="Folder of the data sets; else HPSEARCH_DATA, else the user's cache.")
 ]
+TrialsOption = Annotated[int | None, typer.Option(min=1, help="Overrides budget.trials.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 WorkersOption = Annotated[
     int | None, typer.Option("--workers", min=1, max=1024, help="Default: one per GPU, else one per core.")
@@ -53,14 +57,16 @@ class State(StrEnum):
     waiting = "waiting"
 
 
-def load_definition_of(study: str, storage: str | None, trials: int | None = None) -> "StudyDefinition":
+def load_definition_of(
+    study: str, storage: str | None, trials: int | None = None, artifacts: str | None = None
+) -> "StudyDefinition":
     """The study that the argument names; `trials` replaces that of its budget."""
     import optuna
 
     from hpsearch.definition import evolve, load_definition
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    definition = load_definition(study, storage=storage)
+    definition = load_definition(study, storage=storage, artifacts=artifacts)
     return definition if trials is None else evolve(definition, "budget", trials=trials)
 
 

@@ -13,10 +13,12 @@ from typing import Annotated
 import typer
 
 from hpsearch.arguments import (
+    ArtifactsOption,
     DataOption,
     JsonOption,
     StorageOption,
     StudyArgument,
+    TrialsOption,
     WorkersOption,
     complete_study,
     load_definition_of,
@@ -82,8 +84,9 @@ def check(
 def run(
     study: StudyArgument,
     workers: WorkersOption = None,
-    trials: Annotated[int | None, typer.Option(min=1, help="Overrides budget.trials.")] = None,
+    trials: TrialsOption = None,
     storage: StorageOption = None,
+    artifacts: ArtifactsOption = None,
     data: DataOption = None,
     shows_dashboard: Annotated[
         bool, typer.Option("--dashboard", help="Serve Optuna's dashboard of the search meanwhile.")
@@ -98,7 +101,7 @@ def run(
     from hpsearch.signals import Drain
     from hpsearch.watching import conclude, open_watch
 
-    definition = load_definition_of(study, storage, trials)
+    definition = load_definition_of(study, storage, trials, artifacts)
     start_fork_server()
     from hpsearch.steering import resume_study
     from hpsearch.storage import open_storage
@@ -147,6 +150,7 @@ def worker(
     study: StudyArgument,
     max_trials: Annotated[int | None, typer.Option(min=1, help="End after so many trials.")] = None,
     storage: StorageOption = None,
+    artifacts: ArtifactsOption = None,
     data: DataOption = None,
 ) -> None:
     """Run one more worker on an existing study, from any terminal or machine."""
@@ -155,7 +159,7 @@ def worker(
     from hpsearch.signals import Drain
     from hpsearch.watching import open_watch
 
-    definition = load_definition_of(study, storage)
+    definition = load_definition_of(study, storage, artifacts=artifacts)
     watch = open_watch(definition)
     from hpsearch.worker import run_worker
 
@@ -165,11 +169,72 @@ def worker(
     say(f"done: {reason}")
 
 
+@app.command(
+    epilog="Example:  hpsearch launch mnist-mlp --workers 16 --gpus-per-worker 0.25 --address ray://head:10001"
+)
+def launch(
+    study: StudyArgument,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=10_000, help="Default: as many as there is room for.")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Of the Ray cluster; else RAY_ADDRESS, else the one that this machine is in.")
+    ] = None,
+    cpus: Annotated[float, typer.Option("--cpus-per-worker", min=0.01, help="Processor cores of each.")] = 1.0,
+    gpus: Annotated[float, typer.Option("--gpus-per-worker", min=0, help="GPUs of each: 0.25 for four on one.")] = 0.0,
+    detaches: Annotated[bool, typer.Option("--detach", help="Leave the workers to the cluster, and return.")] = False,
+    trials: TrialsOption = None,
+    storage: StorageOption = None,
+    artifacts: ArtifactsOption = None,
+    data: DataOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Create or resume a study and search with workers in a Ray cluster."""
+    from hpsearch.cluster import connect
+    from hpsearch.console import say, stderr_console
+    from hpsearch.live import LiveView
+    from hpsearch.signals import Drain
+    from hpsearch.steering import resume_study
+    from hpsearch.storage import open_storage
+    from hpsearch.study import open_study
+    from hpsearch.tasks import Share
+    from hpsearch.watching import conclude, open_watch
+
+    definition, command = load_definition_of(study, storage, trials, artifacts), retype(study, storage)
+    drain = Drain().listen(signal.SIGINT, signal.SIGTERM)
+    with connect(definition, Share(cpus, gpus), address=address, folder=data) as cluster:
+        opened = open_storage(definition.study.storage)
+        resume_study(open_study(definition, opened, keeps_extension=trials is None))
+        opened.engine.dispose()
+        n_workers = workers or max(cluster.n_fitting, 1)
+        for remark in cluster.remark_on(n_workers):
+            say(remark)
+        watch = open_watch(definition)
+        if detaches:
+            name = cluster.detach(n_workers)
+            say(f"{n_workers} workers were launched, and looked after by the actor {name} in the cluster")
+            return say(f"next: hpsearch status {command} --watch  |  hpsearch stop {command}")
+        try:
+            with LiveView(watch, stderr_console()) as view:
+                view.start(watch.look().n_finished, n_workers)
+                reason = cluster.run(n_workers, drain, view.tell)
+        except Drained:
+            with suppress(StorageError):
+                say(watch.look().sum_up())
+            raise
+    say(f"done: {reason}")
+    print_status(definition, as_json=as_json)
+    for line in conclude(watch, command):
+        say(line)
+    return None
+
+
 @app.command(epilog="Example:  hpsearch doctor studies/mnist-mlp.toml --fix")
 def doctor(
     study: StudyArgument,
     fix: Annotated[bool, typer.Option("--fix", help="Mend what is safe to mend.")] = False,
     storage: StorageOption = None,
+    artifacts: ArtifactsOption = None,
     data: DataOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -179,7 +244,10 @@ def doctor(
     from hpsearch.console import render_findings
     from hpsearch.doctor import examine
 
-    findings = [asdict(finding) for finding in examine(load_definition_of(study, storage), folder=data, fix=fix)]
+    findings = [
+        asdict(finding)
+        for finding in examine(load_definition_of(study, storage, artifacts=artifacts), folder=data, fix=fix)
+    ]
     print_document(findings, render_findings, as_json=as_json)
     if not all(finding["is_ok"] for finding in findings):
         raise typer.Exit(1)

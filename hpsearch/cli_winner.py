@@ -38,7 +38,7 @@ def confirm(
     stored = load_study_of(definition)
     from hpsearch.confirmation import confirm as confirm_trials
     from hpsearch.console import render_confirmation, say
-    from hpsearch.worker import default_workers, list_devices
+    from hpsearch.devices import default_workers, list_devices
 
     confirmation = confirm_trials(
         definition,
@@ -69,9 +69,9 @@ def export(
     definition = load_definition_of(study, storage)
     stored = load_study_of(definition)
     from hpsearch.console import render_export, say
+    from hpsearch.devices import list_devices
     from hpsearch.retrain import export as export_bundle
     from hpsearch.study import explain_choice
-    from hpsearch.worker import list_devices
 
     target = output or Path("dist") / definition.study.name
     if trial is None:
@@ -105,8 +105,8 @@ def replay(
     definition = load_definition_of(study, storage)
     stored = load_study_of(definition)
     from hpsearch.console import render_replay, say
+    from hpsearch.devices import list_devices
     from hpsearch.replay import replay as replay_trial
-    from hpsearch.worker import list_devices
 
     document = replay_trial(
         definition,

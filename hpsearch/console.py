@@ -234,3 +234,11 @@ def _show_cell(name: str, cell: Any) -> str:
 def shorten(value: Any) -> str:
     """A number with three digits that count; anything else as it is."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def say_duration(seconds: float) -> str:
+    """`45 s`, `12 min`, `3.5 h`, `2.1 d`."""
+    for unit, size, most in (("s", 1, 90), ("min", 60, 90), ("h", 3600, 48)):
+        if round(seconds / size) < most:
+            return f"{seconds / size:.{int(unit == 'h')}f} {unit}"
+    return f"{seconds / 86400:.1f} d"

@@ -23,11 +23,11 @@ from hpsearch.artifacts import Folder
 from hpsearch.data import data_folder, inspect_files
 from hpsearch.database import check_integrity, network_file_system, parse_url, reason, safe_journal, show_url
 from hpsearch.definition import StudyDefinition
+from hpsearch.devices import count_cores, list_devices
 from hpsearch.errors import HpsearchError, StorageUnavailable, UsageError
 from hpsearch.objective import load_study_data
 from hpsearch.storage import Storage, open_storage
 from hpsearch.study import artifact_folder, checkpoint_folder, find_unneeded_checkpoints, load_study, sweep_checkpoints
-from hpsearch.worker import count_cores, list_devices
 
 _MAX_LATENCY = 1.0  # seconds
 _MAX_CLOCK_DIFFERENCE = 5.0  # seconds

@@ -13,6 +13,7 @@ HpsearchError                 1
 ├── BudgetInFlight            0
 ├── TooManyFailures           1
 ├── WorkerError               1
+├── ClusterError              1
 ├── RepeatedFailures          1
 ├── CheckpointError           1
 ├── ImageError                1
@@ -95,6 +96,10 @@ class TooManyFailures(HpsearchError):
 
 class WorkerError(HpsearchError):
     """The workers cannot go on."""
+
+
+class ClusterError(HpsearchError):
+    """The Ray cluster cannot be reached, or the tasks in it cannot go on."""
 
 
 class RepeatedFailures(HpsearchError):

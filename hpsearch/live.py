@@ -17,7 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from hpsearch.console import join_params, printable, say, trial_line
+from hpsearch.console import join_params, printable, say, say_duration, trial_line
 from hpsearch.errors import StorageError
 from hpsearch.watching import Scene, TrialEvent, Watch
 
@@ -59,6 +59,13 @@ class LiveView:
         if not self.is_live:
             n_trials = self.watch.study.user_attrs["budget"]["trials"]
             say(f"{n_finished} of {n_trials} trials are there; {n_workers} workers start")
+
+    def tell(self) -> None:
+        """Write a line for each trial that has ended since the last call, where there is no table."""
+        if not self.is_live:
+            with suppress(StorageError):  # the workers wait for it as well
+                for event in self.watch.look().news:
+                    self(event)
 
     def __enter__(self) -> Self:
         if self.is_live:
@@ -228,14 +235,6 @@ def _say_range(low: float, high: float) -> str:
     if low_unit != high_unit:
         return f"{low_number} {low_unit} to {high_number} {high_unit}"
     return f"{high_number} {high_unit}" if low_number == high_number else f"{low_number} to {high_number} {high_unit}"
-
-
-def say_duration(seconds: float) -> str:
-    """`45 s`, `12 min`, `3.5 h`, `2.1 d`."""
-    for unit, size, most in (("s", 1, 90), ("min", 60, 90), ("h", 3600, 48)):
-        if round(seconds / size) < most:
-            return f"{seconds / size:.{int(unit == 'h')}f} {unit}"
-    return f"{seconds / 86400:.1f} d"
 
 
 def _render_workers(scene: Scene, n_shown: int, blocks: str, cut: OverflowMethod, *, is_wide: bool) -> Table:

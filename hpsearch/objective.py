@@ -69,6 +69,7 @@ class Objective:
         resumed = checkpoint.load() if checkpoint else None
         for result in read_results(resumed) if resumed else ():
             pruning.report(result)
+            trial.set_user_attr("resumed_after", result.epoch)
         try:
             _, result = train_from_seed(
                 self.definition,

@@ -18,35 +18,20 @@ from optuna.trial import TrialState
 
 from hpsearch.data import ImageData
 from hpsearch.definition import StudyDefinition
-from hpsearch.errors import Drained, HpsearchError, RepeatedFailures, Stopped, StorageUnavailable, WorkerError
+from hpsearch.devices import count_cores, default_workers, list_devices
+from hpsearch.errors import Drained, RepeatedFailures, Stopped, StorageUnavailable, WorkerError
 from hpsearch.forking import start_fork_server
 from hpsearch.objective import load_study_data
 from hpsearch.signals import Drain
 from hpsearch.storage import Storage
 from hpsearch.study import load_study
 from hpsearch.watching import Emit, TrialEvent
-from hpsearch.worker import (
-    HAND_BACK_PATIENCE,
-    Worker,
-    count_cores,
-    default_workers,
-    list_devices,
-    open_worker_storage,
-    worker_name,
-)
+from hpsearch.worker import HAND_BACK_PATIENCE, End, Worker, end_of, open_worker_storage, worker_name
 
 logger = logging.getLogger(__name__)
 
 _POLL = 0.2  # seconds after which a signal to the supervisor is noticed at the latest
 _MAX_FAILED_STARTS = 3  # for each worker, in a row
-
-
-@dataclass(frozen=True)
-class End:
-    """How a worker ended: the reason, and the error of hpsearch that it would have raised."""
-
-    reason: str
-    error: HpsearchError | None = None
 
 
 @dataclass
@@ -262,22 +247,14 @@ def _work(
     logging.captureWarnings(True)
     optuna.logging.disable_default_handler()
     optuna.logging.enable_propagation()
-    try:
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+    def run() -> str:
         storage = open_worker_storage(definition, drain, must_exist=True, is_patient=True)
-        if not isinstance(data, ImageData):
-            data = load_study_data(definition, data)
-        worker = Worker(definition, storage, stream, drain, data=data, device=device, emit=send)
-        end = End(worker.run())
-    except KeyboardInterrupt:
-        end = End("stopped", Drained())
-    except HpsearchError as error:
-        end = End(str(error), error)
-    except Exception as error:
-        logger.debug("the worker failed", exc_info=True)
-        reason = f"a worker failed: {type(error).__name__}: {error}"
-        end = End(reason, WorkerError(reason))
-    send(end)
+        images = data if isinstance(data, ImageData) else load_study_data(definition, data)
+        return Worker(definition, storage, stream, drain, data=images, device=device, emit=send).run()
+
+    send(end_of(run))
 
 
 class _Sender(QueueHandler):

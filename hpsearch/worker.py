@@ -2,14 +2,14 @@
 
 import logging
 import socket
-import threading
 import time
 import traceback
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
-import joblib
 import optuna
 import torch
 from optuna.exceptions import UpdateFinishedTrialError
@@ -17,13 +17,23 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpsearch.data import ImageData
 from hpsearch.definition import StudyDefinition
-from hpsearch.errors import BudgetInFlight, BudgetSpent, Drained, RepeatedFailures, Stopped, StorageError
+from hpsearch.devices import list_devices
+from hpsearch.errors import (
+    BudgetInFlight,
+    BudgetSpent,
+    Drained,
+    HpsearchError,
+    RepeatedFailures,
+    StorageError,
+    WorkerError,
+)
+from hpsearch.lease import Lease, LeaseLost
 from hpsearch.objective import Objective, load_study_data
 from hpsearch.signals import Drain
 from hpsearch.storage import Storage, open_storage
 from hpsearch.strategy import build_pruner, build_sampler
 from hpsearch.study import artifact_folder, checkpoint_folder, load_study, sweep_checkpoints
-from hpsearch.training import EpochResult, keep_freed_memory
+from hpsearch.training import keep_freed_memory
 from hpsearch.watching import Emit, TrialEvent
 
 logger = logging.getLogger(__name__)
@@ -34,53 +44,12 @@ _POLL = 0.25  # seconds between two looks for room in the budget
 _MAX_FAILURES = 3  # of a worker in a row, after which something is wrong with the worker
 
 
-class LeaseLost(Exception):
-    """The trial was given to another worker."""
+@dataclass(frozen=True)
+class End:
+    """How a worker ended: the reason, and the error of hpsearch that it would have raised."""
 
-
-class Lease(threading.Thread):
-    """While entered, beats for a running trial, notices when it was taken away, and reaps the trials of the dead."""
-
-    def __init__(self, worker: "Worker", trial: optuna.Trial) -> None:
-        super().__init__(name=f"lease of trial {trial.number}", daemon=True)
-        self.worker, self.trial_id = worker, trial._trial_id
-        self.ended, self.lost = threading.Event(), threading.Event()
-        self.is_between_epochs = False
-
-    def check(self) -> None:
-        """Store what is new; raise if the trial is not this worker's any more, or somebody wishes to stop.
-
-        A wish to stop the whole study is heard when the epoch is finished.
-        """
-        self.worker.drain.check()
-        if self.lost.is_set():
-            raise LeaseLost
-        self.worker.storage.store(self.trial_id)
-        if self.is_between_epochs and self.worker.storage.is_stopped:
-            raise Stopped
-        self.is_between_epochs = False
-
-    def finish_epoch(self, _result: EpochResult) -> None:
-        self.is_between_epochs = True
-
-    def run(self) -> None:
-        storage = self.worker.storage
-        while not self.ended.wait(self.worker.definition.recovery.heartbeat):
-            try:
-                if not storage.beat(self.trial_id):
-                    self.lost.set()
-                    return
-                self.worker.reap()
-            except StorageError as error:  # the worker's own calls meet it as well, and end the worker
-                logger.warning("%s", error)
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.ended.set()
-        self.join()
+    reason: str
+    error: HpsearchError | None = None
 
 
 class Worker:
@@ -100,10 +69,11 @@ class Worker:
         device: torch.device | str = "cpu",
         emit: Emit = lambda event: None,
         max_trials: int | None = None,
+        node: str = "",
     ) -> None:
         self.definition, self.storage, self.drain, self.emit = definition, storage, drain, emit
         self.max_trials = max_trials
-        self.name = storage.worker = worker_name(stream)
+        self.name = storage.worker = worker_name(stream, node)
         self.study = load_study(definition, storage)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of TPE's `group` and of GP
@@ -271,22 +241,20 @@ def _is_out_of_memory(error: Exception) -> bool:
     return is_of_cpu or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
-def worker_name(stream: int) -> str:
-    """The name of a worker: its machine, and how many workers joined the study before it."""
-    return f"{socket.gethostname()}-{stream}"
+def worker_name(stream: int, node: str = "") -> str:
+    """The name of a worker: its machine, the node of a cluster that it is on, and how many workers joined before it."""
+    return "-".join(filter(None, (socket.gethostname(), node, str(stream))))
 
 
-def count_cores() -> int:
-    """The processor cores that this process may use, by its affinity and by its container's quota."""
-    return int(joblib.cpu_count())
-
-
-def list_devices() -> list[str]:
-    """The GPUs of this machine, else its CPU."""
-    return [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
-
-
-def default_workers() -> int:
-    """One worker per GPU, else per core."""
-    devices = list_devices()
-    return count_cores() if devices == ["cpu"] else len(devices)
+def end_of(run: Callable[[], str]) -> End:
+    """How the worker ended that `run` runs, which returns why."""
+    try:
+        return End(run())
+    except KeyboardInterrupt:
+        return End("stopped", Drained())
+    except HpsearchError as error:
+        return End(str(error), error)
+    except Exception as error:
+        logger.debug("the worker failed", exc_info=True)
+        reason = f"a worker failed: {type(error).__name__}: {error}"
+        return End(reason, WorkerError(reason))

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from hpsearch.live import LiveView, SceneTable, draw_curve, say_duration
+from hpsearch.console import say_duration
+from hpsearch.live import LiveView, SceneTable, draw_curve
 from hpsearch.storage import open_storage
 from hpsearch.study import open_study
 from hpsearch.watching import Scene, TrialEvent, Watch, open_watch

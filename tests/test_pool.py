@@ -7,15 +7,16 @@ from typing import Any
 
 import pytest
 
-from hpsearch import pool, worker
+from hpsearch import devices, pool
 from hpsearch.data import ImageData
 from hpsearch.definition import StudyDefinition
+from hpsearch.devices import count_cores, default_workers
 from hpsearch.errors import DataError, Interrupted, RepeatedFailures, TooManyFailures, WorkerError
 from hpsearch.signals import Drain
 from hpsearch.storage import open_storage
 from hpsearch.study import load_study, open_study
 from hpsearch.watching import TrialEvent
-from hpsearch.worker import count_cores
+from hpsearch.worker import End
 
 from .conftest import make_definition
 
@@ -88,7 +89,7 @@ def test_a_signal_decides_the_exit_status_even_if_a_worker_had_failed_before(tmp
     drain = Drain()
     drain.set(Interrupted())
     members = pool._Pool(definition, storage, open_study(definition, storage), None, None, drain, lambda event: None)
-    members.ends = [pool.End("three failures", RepeatedFailures())]
+    members.ends = [End("three failures", RepeatedFailures())]
     with pytest.raises(Interrupted):
         members.run(0)
 
@@ -117,7 +118,7 @@ def test_missing_data_are_named_before_any_worker_starts(tmp_path: Path, monkeyp
 
 
 def test_the_default_is_a_worker_per_core_or_per_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "list_devices", lambda: ["cpu"])
-    assert worker.default_workers() == count_cores()
-    monkeypatch.setattr(worker, "list_devices", lambda: ["cuda:0", "cuda:1", "cuda:2"])
-    assert worker.default_workers() == 3
+    monkeypatch.setattr(devices, "list_devices", lambda: ["cpu"])
+    assert default_workers() == count_cores()
+    monkeypatch.setattr(devices, "list_devices", lambda: ["cuda:0", "cuda:1", "cuda:2"])
+    assert default_workers() == 3

@@ -20,6 +20,7 @@ from sqlalchemy.orm import Session
 from hpsearch.checkpoint import find_checkpoints, read
 from hpsearch.data import ImageData
 from hpsearch.errors import Drained, Interrupted, RepeatedFailures, Stopped, StorageUnavailable, TooManyFailures
+from hpsearch.lease import Lease
 from hpsearch.rows import HeldTrial
 from hpsearch.signals import Drain
 from hpsearch.steering import resume_study, stop_study
@@ -27,7 +28,7 @@ from hpsearch.storage import Storage, open_storage
 from hpsearch.study import checkpoint_folder, open_study
 from hpsearch.training import EpochResult
 from hpsearch.watching import TrialEvent
-from hpsearch.worker import Lease, Worker, open_worker_storage, worker_name
+from hpsearch.worker import Worker, open_worker_storage, worker_name
 
 from .conftest import make_definition
 
