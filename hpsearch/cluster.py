@@ -19,6 +19,7 @@ from hpsearch.tasks import STUDY_FILE, Share, Supervisor, Tasks, import_ray, las
 
 _CONNECT_TIMEOUT = 5.0  # seconds
 _NAMESPACE = "hpsearch"
+_ADVICE = "start one with ray start --head, or name another with --address"
 
 
 class Cluster:
@@ -55,7 +56,8 @@ class Cluster:
         When drained, all workers hand their trials back, and `Drained` or `Interrupted` is raised. `on_poll` is
         called about each second.
         """
-        return Tasks(self.definition, self.share, self._node_for_all).run(n_workers, drain, on_poll)
+        with _as_cluster_errors("the cluster failed"):
+            return Tasks(self.definition, self.share, self._node_for_all).run(n_workers, drain, on_poll)
 
     def detach(self, n_workers: int) -> str:
         """The name of an actor in the cluster that does what `run` does, after this process has gone."""
@@ -69,7 +71,7 @@ class Cluster:
         actor = (
             ray.remote(Supervisor).options(**options).remote(name, places, self.share, self._node_for_all, n_workers)
         )
-        with _as_cluster_errors():
+        with _as_cluster_errors("the cluster cannot hold the search's supervisor"):
             ray.get(actor.is_there.remote())
         return name
 
@@ -117,15 +119,16 @@ def connect(
         )
     address = address or os.environ.get("RAY_ADDRESS") or "auto"
     _check_port(address)
+    data = folder or os.environ.get("HPSEARCH_DATA")
     with tempfile.TemporaryDirectory(prefix="hpsearch-") as files:
         Path(files, STUDY_FILE).write_text(definition.to_toml(), encoding="utf-8")
         environment = {
             "py_modules": [str(Path(__file__).parent)],
             "working_dir": files,
-            "env_vars": {"HPSEARCH_DATA": str(folder)} if folder else {},
+            "env_vars": {"HPSEARCH_DATA": str(Path(data).expanduser().absolute())} if data else {},
         }
-        with _as_cluster_errors(f"no Ray cluster answers at {address}"):
-            options = {"namespace": _NAMESPACE, "log_to_driver": False, "logging_level": logging.ERROR}
+        options = {"namespace": _NAMESPACE, "log_to_driver": False, "logging_level": logging.ERROR}
+        with _as_cluster_errors(f"no Ray cluster at {address}; {_ADVICE}"):
             ray.init(address, runtime_env=environment, **options)
         try:
             yield Cluster(definition, share)
@@ -141,16 +144,14 @@ def _check_port(address: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT).close()
     except OSError as error:
-        raise ClusterError(
-            f"no Ray cluster answers at {address} ({error}); start one with: ray start --head"
-        ) from error
+        raise ClusterError(f"no Ray cluster answers at {address} ({error.strerror or error}); {_ADVICE}") from error
 
 
 @contextmanager
-def _as_cluster_errors(what: str = "the cluster failed") -> Iterator[None]:
+def _as_cluster_errors(what: str) -> Iterator[None]:
     import ray
 
     try:
         yield
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-        raise ClusterError(f"{what} ({last_line(error)}); start one with: ray start --head") from error
+        raise ClusterError(f"{what}: {last_line(error)}") from error

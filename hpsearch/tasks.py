@@ -91,7 +91,7 @@ class Tasks:
         options = {"num_cpus": self.share.cpus, "num_gpus": self.share.gpus, "max_retries": _MAX_RETRIES}
         study = self.definition.study
         task = self.ray.remote(_work).options(name=f"worker of {study.name}", **options, **stay_on(self.node))
-        return task.remote(study.storage, study.artifacts, self.data, self.share.cpus)
+        return task.remote(study.storage, study.artifacts, self.data, self.share)
 
     def _read_data(self) -> None:
         """Have the data read, or downloaded, once on each node, to be mapped by its workers."""
@@ -129,21 +129,24 @@ def _read() -> tuple[Any, ...]:
     return (*arrays, data.mean, data.std, data.class_names)
 
 
-def _work(url: str, artifacts: str, data: Mapping[str, Any], n_cpus: float) -> End:
+def _work(url: str, artifacts: str, data: Mapping[str, Any], share: Share) -> End:
     """The task of a worker, on whatever node it is placed; `data` are references, by node."""
     ray = import_ray()
     with _signals_restored():
         drain = Drain().listen(signal.SIGINT, signal.SIGTERM)
-        torch.set_num_threads(max(1, int(n_cpus)))
+        torch.set_num_threads(max(1, int(share.cpus)))
         definition = load_definition(STUDY_FILE, storage=url, artifacts=artifacts)
         node = ray.get_runtime_context().get_node_id()
 
         def run() -> str:
             storage = open_worker_storage(definition, drain, must_exist=True, is_patient=True)
             study = load_study(definition, storage)
-            images = _map(ray.get(data[node])) if node in data else load_study_data(definition)
+            try:
+                images = _map(ray.get(data[node]))
+            except (KeyError, ray.exceptions.RayError):  # of a node that joined later, or they could not be read
+                images = load_study_data(definition)
             stream = storage.join(study._study_id)
-            device = list_devices()[0]
+            device = list_devices()[0] if share.gpus else "cpu"
             worker = Worker(definition, storage, stream, drain, data=images, device=device, node=node[:6])
             return worker.run()
 

@@ -1,5 +1,6 @@
 """Small studies on scikit-learn's digits, which need no download, and databases of both kinds."""
 
+import logging
 import os
 import signal
 import tempfile
@@ -131,6 +132,7 @@ def s3_server() -> Iterator[str]:
     import boto3
     from moto.server import ThreadedMotoServer
 
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # a line for each request
     server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
     server.start()
     address = "http://{}:{}".format(*server.get_host_and_port())

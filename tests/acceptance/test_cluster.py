@@ -1,0 +1,144 @@
+"""Searches in a Ray cluster of simulated nodes, with PostgreSQL and an S3 server: a node dies, a user interrupts."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import FrozenTrial, TrialState
+
+from hpsearch.definition import StudyDefinition, load_definition
+from hpsearch.errors import HpsearchError
+from hpsearch.storage import open_storage
+from hpsearch.study import checkpoint_folder, load_study
+
+from .commands import epochs_of, hpsearch, processes_of, start, wait_for
+
+WriteStudy = Callable[..., Path]
+RECOVERY = "[recovery]\nheartbeat = 1\ngrace = 4\ncheckpoint = 0.3\n[pruner]\nkind = 'none'"
+
+
+@pytest.fixture
+def cluster(bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Three nodes with two cores each, which have the environment of this process."""
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("HPSEARCH_ARTIFACTS", bucket)
+    for name in ("COLUMNS", "LINES"):
+        monkeypatch.delenv(name, raising=False)
+    size: dict[str, Any] = {"num_cpus": 2, "object_store_memory": 100_000_000}
+    opened = Cluster(initialize_head=True, head_node_args={"include_dashboard": False, **size})
+    for _ in range(2):
+        opened.add_node(**size)
+    yield opened
+    opened.shutdown()
+
+
+class Search:
+    """A study file in a folder of its own, and what its study has."""
+
+    def __init__(self, file: Path, url: str) -> None:
+        self.file, self.url = file, url
+
+    @property
+    def definition(self) -> StudyDefinition:
+        return load_definition(self.file, storage=self.url)
+
+    @property
+    def study(self) -> optuna.Study:
+        return load_study(self.definition, open_storage(self.url, must_exist=True))
+
+    def trials(self) -> list[FrozenTrial]:
+        try:
+            return self.study.get_trials(deepcopy=False)
+        except HpsearchError:  # not there yet
+            return []
+
+    def running(self) -> list[FrozenTrial]:
+        return [trial for trial in self.trials() if trial.state == TrialState.RUNNING and (trial.last_step or 0) > 1]
+
+    def is_kept(self, trial: FrozenTrial) -> bool:
+        return f"trial-{trial.number}.ckpt" in checkpoint_folder(self.definition, self.study).find()
+
+
+@pytest.fixture
+def search(study_file: WriteStudy, url: str) -> Callable[..., Search]:
+    def define(trials: int, seconds: float) -> Search:
+        budget = f"trials = {trials}\nepochs = {epochs_of(seconds)}"
+        return Search(study_file(RECOVERY, budget=budget), url)
+
+    return define
+
+
+def node_of(trial: FrozenTrial) -> str:
+    return str(trial.user_attrs["worker"].split("-")[-2])
+
+
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+def test_a_node_that_dies_costs_no_trial_and_its_trials_go_on_elsewhere(
+    cluster: Any, search: Callable[..., Search]
+) -> None:
+    s = search(trials=60, seconds=0.7)
+    arguments = ("--workers", 4, "--address", cluster.address, "--storage", s.url)
+    log = s.file.parent / "log"
+    run = start("launch", s.file.name, *arguments, cwd=s.file.parent, log=log)
+    nodes = {node.node_id[:6]: node for node in cluster.worker_nodes}
+    chosen: list[FrozenTrial] = []
+
+    def trains_on_a_worker_node() -> bool:
+        chosen[:] = [trial for trial in s.running() if node_of(trial) in nodes and s.is_kept(trial)]
+        assert run.poll() is None, log.read_text()
+        return bool(chosen)
+
+    wait_for(trains_on_a_worker_node, "a trial with a checkpoint on a worker node")
+    dead = node_of(chosen[0])
+    cluster.remove_node(nodes[dead], allow_graceful=False)
+    assert run.wait(timeout=150) == 0, log.read_text()
+    trials = s.trials()
+    assert sum(trial.state == TrialState.COMPLETE for trial in trials) == 60
+    failed = [trial for trial in trials if trial.state != TrialState.COMPLETE]
+    assert {trial.state for trial in failed} == {TrialState.FAIL}
+    assert {node_of(trial) for trial in failed} == {dead}
+    assert all(trial.user_attrs["failure"]["kind"] == "killed" for trial in failed)
+    resumed = [trial for trial in trials if trial.user_attrs.get("resumed_after")]
+    assert resumed, "no trial went on from its checkpoint"
+    assert {trial.user_attrs["attempts"][0] for trial in resumed} <= {trial.number for trial in failed}
+    assert all(node_of(trial) != dead for trial in resumed)
+    told = log.read_text().splitlines()
+    assert sum(" complete 0." in line for line in told) == 60, "a result was not told, or twice"
+
+
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+def test_an_interrupted_launch_hands_its_trials_back_and_a_detached_one_goes_on(
+    cluster: Any, search: Callable[..., Search]
+) -> None:
+    s = search(trials=2, seconds=5)
+    arguments = ("--workers", 2, "--address", cluster.address, "--storage", s.url)
+    log, folder = s.file.parent / "log", s.file.parent
+    run = start("launch", s.file.name, *arguments, cwd=folder, log=log)
+    wait_for(lambda: bool(s.running()), "a trial that runs")
+    os.killpg(run.pid, signal.SIGINT)
+    assert run.wait(timeout=60) == 130, log.read_text()
+    assert not processes_of(run.pid)
+    failed = [trial for trial in s.trials() if trial.state == TrialState.FAIL]
+    assert {trial.user_attrs["failure"]["kind"] for trial in failed} == {"interrupted"}
+    assert [trial.state for trial in s.trials()] == [TrialState.FAIL] * len(failed) + [TrialState.WAITING] * len(failed)
+
+    detached = hpsearch("launch", s.file.name, *arguments, "--detach", cwd=folder)
+    assert "next: hpsearch status" in detached.stderr
+    wait_for(lambda: any(trial.user_attrs.get("resumed_after") for trial in s.running()), "a trial that goes on")
+    watched = hpsearch("status", s.file.name, "--storage", s.url, "--watch", cwd=folder)
+    assert watched.stdout.count(" complete 0.") == 2
+    assert sum(trial.state == TrialState.COMPLETE for trial in s.trials()) == 2
+
+
+def test_places_of_one_machine_are_refused_with_what_to_use_instead(cluster: Any, study_file: WriteStudy) -> None:
+    file = study_file()
+    arguments = ("launch", file.name, "--address", cluster.address, "--artifacts", "here")
+    refused = hpsearch(*arguments, cwd=file.parent, expect=2).stderr
+    assert "small.db is a file of this machine, but the cluster has 3 nodes: give a PostgreSQL URL" in refused
+    assert "/here is on this machine, but the cluster has 3 nodes: give a URL such as s3://bucket/prefix" in refused
+    assert not (file.parent / "small.db").exists()
