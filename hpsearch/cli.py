@@ -103,14 +103,9 @@ def run(
 
     definition = load_definition_of(study, storage, trials, artifacts)
     start_fork_server()
-    from hpsearch.steering import resume_study
-    from hpsearch.storage import open_storage
-    from hpsearch.study import open_study
+    from hpsearch.steering import start_study
 
-    # What cannot work is told before torch is loaded.
-    opened = open_storage(definition.study.storage)
-    resume_study(open_study(definition, opened, keeps_extension=trials is None))
-    opened.engine.dispose()
+    start_study(definition, keeps_extension=trials is None)  # what cannot work is told before torch is loaded
     watch = open_watch(definition)
     from hpsearch.pool import run_pool
 
@@ -149,17 +144,22 @@ def run(
 def worker(
     study: StudyArgument,
     max_trials: Annotated[int | None, typer.Option(min=1, help="End after so many trials.")] = None,
+    creates: Annotated[bool, typer.Option("--create", help="Create the study, if nobody has yet.")] = False,
     storage: StorageOption = None,
     artifacts: ArtifactsOption = None,
     data: DataOption = None,
 ) -> None:
-    """Run one more worker on an existing study, from any terminal or machine."""
+    """Run one more worker on a study, from any terminal or machine."""
     from hpsearch.console import say, stderr_console
     from hpsearch.live import LiveView
     from hpsearch.signals import Drain
     from hpsearch.watching import open_watch
 
     definition = load_definition_of(study, storage, artifacts=artifacts)
+    if creates:
+        from hpsearch.steering import start_study
+
+        start_study(definition, resumes=False)
     watch = open_watch(definition)
     from hpsearch.worker import run_worker
 
@@ -194,18 +194,14 @@ def launch(
     from hpsearch.console import say, stderr_console
     from hpsearch.live import LiveView
     from hpsearch.signals import Drain
-    from hpsearch.steering import resume_study
-    from hpsearch.storage import open_storage
-    from hpsearch.study import open_study
+    from hpsearch.steering import start_study
     from hpsearch.tasks import Share
     from hpsearch.watching import conclude, open_watch
 
     definition, command = load_definition_of(study, storage, trials, artifacts), retype(study, storage)
-    drain = Drain().listen(signal.SIGINT, signal.SIGTERM)
     with connect(definition, Share(cpus, gpus), address=address, folder=data) as cluster:
-        opened = open_storage(definition.study.storage)
-        resume_study(open_study(definition, opened, keeps_extension=trials is None))
-        opened.engine.dispose()
+        drain = Drain().listen(signal.SIGINT, signal.SIGTERM)  # Ray has set handlers of its own
+        start_study(definition, keeps_extension=trials is None)
         n_workers = workers or max(cluster.n_fitting, 1)
         for remark in cluster.remark_on(n_workers):
             say(remark)

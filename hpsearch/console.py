@@ -108,7 +108,9 @@ def render_trial(trial: Mapping[str, Any]) -> RenderableType:
     if trial["images_per_second"]:
         table.add_row("speed", f"{trial['images_per_second']:,} training images a second")
     if trial["attempts"]:
-        table.add_row("attempts", f"goes on with trial {', '.join(map(str, trial['attempts']))}")
+        after = trial["resumed_after"]
+        how = f"from its checkpoint after epoch {after}" if after else "from the beginning"
+        table.add_row("attempts", f"goes on with trial {', '.join(map(str, trial['attempts']))}, {how}")
     if trial["environment"]:
         environment = ", ".join(f"{name} {value}" for name, value in trial["environment"].items())
         table.add_row("ran with", Text(printable(environment)))

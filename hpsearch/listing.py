@@ -69,6 +69,7 @@ def describe_in_full(study: optuna.Study, number: int) -> dict[str, Any]:
         "reports": {str(epoch): value for epoch, value in sorted(trial.intermediate_values.items())},
         "images_per_second": attributes.get("images_per_second"),
         "attempts": attributes.get("attempts", []),
+        "resumed_after": attributes.get("resumed_after"),
         "failure": attributes.get("failure"),
         "pruning": attributes.get("pruning"),
         "environment": attributes.get("environment"),

@@ -15,6 +15,7 @@ import torch
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
+from hpsearch.artifacts import Folder
 from hpsearch.data import ImageData
 from hpsearch.definition import StudyDefinition
 from hpsearch.devices import list_devices
@@ -206,6 +207,7 @@ def run_worker(
     max_trials: int | None = None,
 ) -> str:
     """Why the worker ended that this process was on the definition's study, which must exist already."""
+    Folder(definition.study.artifacts).check()
     storage = open_worker_storage(definition, drain, must_exist=True)
     study = load_study(definition, storage)
     data = load_study_data(definition, folder)

@@ -223,6 +223,7 @@ def test_an_interrupted_trial_gets_the_value_that_it_would_have_had(digits: Imag
         values.append((value, study.get_trials()[-1].intermediate_values))
     assert values[0] == values[1], "the reports from before are there as well"
     assert trained == [3, 4]
+    assert study.get_trials()[-1].user_attrs["resumed_after"] == 2
 
 
 def test_the_checkpoints_of_the_best_stay_and_those_that_will_be_resumed(digits: ImageData, tmp_path: Path) -> None:

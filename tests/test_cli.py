@@ -24,6 +24,7 @@ VERBS = (
     "check",
     "run",
     "worker",
+    "launch",
     "status",
     "trials",
     "show",
@@ -76,6 +77,10 @@ BAD_ARGUMENTS = [
     (["run", "small.toml", "--storage", "sqlite://"], "cannot be shared"),
     (["run", "small.toml", "--storage", "sqlite:////no/such/folder/x.db"], "no folder /no/such/folder"),
     (["worker", "small.toml", "--max-trials", "0"], "--max-trials"),
+    (["launch", "small.toml", "--gpus-per-worker", "-1"], "--gpus-per-worker"),
+    (["launch", "small.toml", "--storage", "postgresql://me:secret@host/db"], "PGPASSWORD or a password file"),
+    (["run", "small.toml", "--artifacts", "nonsense://x"], "artifacts in nonsense://x: Protocol not known"),
+    (["run", "small.toml", "--artifacts", "gs://x"], "artifacts in gs://x need another package"),
     (["status"], "Missing argument 'STUDY'"),
     (["trials", "small.toml", "--json", "--csv"], "choose one"),
     (["status", "small.toml", "--watch", "--json"], "do not go together"),
@@ -125,6 +130,7 @@ def test_a_wrong_argument_gives_one_clear_message_and_status_2(
         (["confirm", "small.toml"], 1, "no database"),
         (["replay", "small.toml", "--trial", "0"], 1, "no database"),
         (["worker", "small.toml"], 1, "no database"),
+        (["launch", "small.toml", "--address", "127.0.0.1:9"], 1, "no Ray cluster answers at 127.0.0.1:9"),
         (["dashboard", "small.toml"], 1, "no database"),
         (["evaluate", "dist/small"], 1, "is not a bundle"),
         (["predict", "dist/small", "x.png"], 1, "is not a bundle"),
@@ -344,3 +350,10 @@ def test_a_pipe_gets_tables_that_are_not_cut_off(capsys: pytest.CaptureFixture[s
     row = {"number": 1, "state": "failed", "value": None, "epoch": 0, "params": {}, "seconds": None, "note": "x" * 300}
     show(render_trials([row]))
     assert "x" * 300 in capsys.readouterr().out
+
+
+def test_a_worker_creates_the_study_where_it_is_asked_to(run: Run, study_file: Callable[..., Path]) -> None:
+    study_file(budget="trials = 2\nepochs = 1")
+    code, _, err = run("worker", "small.toml", "--create")
+    assert code == 0, err
+    assert err.count(" complete 0.") == 2

@@ -131,6 +131,17 @@ def test_relative_paths_in_the_file_are_relative_to_it(tmp_path: Path, monkeypat
     monkeypatch.setenv("HPSEARCH_STORAGE", "sqlite:///other.db")
     assert load_definition(file).study.storage == f"sqlite:///{tmp_path}/other.db"
     assert load_definition(file, storage="sqlite:///third.db").study.storage == f"sqlite:///{tmp_path}/third.db"
+    assert load_definition(file, artifacts="mine").study.artifacts == f"{tmp_path}/mine"
+    monkeypatch.setenv("HPSEARCH_ARTIFACTS", "s3://bucket/prefix")
+    assert load_definition(file).study.artifacts == "s3://bucket/prefix"
+
+
+def test_credentials_in_the_url_of_artifacts_are_refused_and_not_repeated(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text("[search]\nwidth = { int = [8, 32] }")
+    with pytest.raises(DefinitionError, match=r"study\.artifacts: credentials must not stand in a URL") as caught:
+        load_definition(file, artifacts="sftp://me:secret@host/folder")
+    assert "secret" not in str(caught.value)
 
 
 def test_a_bare_name_finds_a_file_in_studies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
