@@ -180,12 +180,11 @@ def _write_rows(storage: Storage, rows: Rows, source: Storage) -> None:
         trials = [row | {"study_id": study_id} for row in rows[TRIALS]]
         new_ids = _insert(connection, TRIALS, [_without_key(TRIALS, row) for row in trials])
         trial_ids = dict(zip((row["trial_id"] for row in trials), new_ids, strict=True))
+        ids = {"study_id": {study["study_id"]: study_id}, "trial_id": trial_ids}
         for table in _ATTACHED:
-            owner, ids = (
-                ("study_id", {study["study_id"]: study_id}) if "study_id" in table.c else ("trial_id", trial_ids)
-            )
+            [owner] = ids.keys() & {*table.c.keys()}
             if rows[table]:
-                attached = [_without_key(table, row) | {owner: ids[row[owner]]} for row in rows[table]]
+                attached = [_without_key(table, row) | {owner: ids[owner][row[owner]]} for row in rows[table]]
                 connection.execute(sqlalchemy.insert(table), attached)
         now = _read_clock(connection)
         for beat in rows[HEARTBEATS]:

@@ -233,6 +233,16 @@ def test_a_study_that_changes_while_it_is_copied_is_not_written(
     assert read(target) == read(definition)
 
 
+def test_the_rows_of_a_source_are_those_of_one_moment(postgres_url: str, tmp_path: Path) -> None:
+    url = create_database(postgres_url, f"moment{abs(hash(tmp_path))}")  # in SQLite a reader keeps others from writing
+    study = open_study(make_definition(url), open_storage(url))
+    count = sqlalchemy.text("SELECT count(*) FROM trials")
+    with copying._one_moment(open_storage(url, reads_only=True)) as connection:
+        assert connection.execute(count).scalar() == 0
+        study.enqueue_trial({"width": 9})
+        assert connection.execute(count).scalar() == 0
+
+
 def test_a_copy_that_is_not_equal_is_told(
     definition: StudyDefinition, study: optuna.Study, target: StudyDefinition, monkeypatch: pytest.MonkeyPatch
 ) -> None:
