@@ -3,7 +3,8 @@
 The package, to be read downwards; a file imports only from lines below its own:
 
     __main__                              runs a verb, catches errors, exits
-    cli                                   the verbs that search and look after a study
+    cli                                   the verbs that search
+    cli_upkeep                            the verbs that look after a study
     cli_watch                             the verbs to watch a search, and to steer it
     cli_winner                            the verbs for what was found
     arguments                             what the verbs take
@@ -14,6 +15,7 @@ The package, to be read downwards; a file imports only from lines below its own:
     doctor | tasks                        what is wrong with a study; what a search has running in a Ray cluster
     worker | retrain                      one worker; the best trial to a bundle
     confirmation | replay                 the best few from fresh seeds; a trial once more from its own
+    copying                               a study copied to another database, and compared
     watching | steering                   what there is to see of a search; stopped, extended, given values to try
     study | listing | prediction          the studies in a storage; trials as rows; the classes of image files
     lease                                 what keeps a running trial with its worker

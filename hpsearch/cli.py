@@ -4,10 +4,8 @@ What a verb needs is imported inside it: torch takes seconds to import, and `--h
 """
 
 import json
-import shlex
 import signal
 from contextlib import ExitStack, suppress
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -22,11 +20,10 @@ from hpsearch.arguments import (
     WorkersOption,
     complete_study,
     load_definition_of,
-    load_study_of,
-    print_document,
     print_status,
     retype,
 )
+from hpsearch.cli_upkeep import app as upkeep_app
 from hpsearch.cli_watch import app as watch_app
 from hpsearch.cli_winner import app as winner_app
 from hpsearch.errors import Drained, StorageError, UsageError
@@ -225,47 +222,6 @@ def launch(
     return None
 
 
-@app.command(epilog="Example:  hpsearch doctor studies/mnist-mlp.toml --fix")
-def doctor(
-    study: StudyArgument,
-    fix: Annotated[bool, typer.Option("--fix", help="Mend what is safe to mend.")] = False,
-    storage: StorageOption = None,
-    artifacts: ArtifactsOption = None,
-    data: DataOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Check database, trials, checkpoints, disk, data, devices and threads, and say how to mend what is wrong."""
-    from dataclasses import asdict
-
-    from hpsearch.console import render_findings
-    from hpsearch.doctor import examine
-
-    findings = [
-        asdict(finding)
-        for finding in examine(load_definition_of(study, storage, artifacts=artifacts), folder=data, fix=fix)
-    ]
-    print_document(findings, render_findings, as_json=as_json)
-    if not all(finding["is_ok"] for finding in findings):
-        raise typer.Exit(1)
-
-
-@app.command(epilog="Example:  hpsearch backup studies/mnist-mlp.toml mnist-mlp-backup.db")
-def backup(
-    study: StudyArgument,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A new file: a SQLite database.")],
-    storage: StorageOption = None,
-) -> None:
-    """Copy the SQLite database of a study, which may be running, to a new file, and check the copy."""
-    from hpsearch.console import say
-    from hpsearch.database import backup as backup_database
-    from hpsearch.database import parse_url
-
-    definition = load_definition_of(study, storage)
-    load_study_of(definition)
-    backup_database(parse_url(definition.study.storage), file)
-    place = shlex.quote(f"sqlite:///{file}")
-    say(f"{file} is a whole copy; look at it with: hpsearch status {shlex.quote(study)} --storage {place}")
-
-
+app.add_typer(upkeep_app)
 app.add_typer(watch_app)
 app.add_typer(winner_app)
