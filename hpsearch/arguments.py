@@ -63,10 +63,17 @@ def load_definition_of(
     """The study that the argument names; `trials` replaces that of its budget."""
     import optuna
 
+    from hpsearch.console import say
+    from hpsearch.database import find_secrets
     from hpsearch.definition import evolve, load_definition
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     definition = load_definition(study, storage=storage, artifacts=artifacts)
+    if storage and find_secrets(storage):
+        say(
+            "others can read the password of --storage in the list of processes; better places for it are "
+            "HPSEARCH_STORAGE, PGPASSWORD and ~/.pgpass"
+        )
     return definition if trials is None else evolve(definition, "budget", trials=trials)
 
 

@@ -7,7 +7,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,11 @@ from filelock import FileLock, Timeout
 from optuna.exceptions import StorageInternalError
 from optuna.storages._rdb.models import BaseModel
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, InterfaceError, OperationalError
+from sqlalchemy.exc import ArgumentError, InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.pool import NullPool
 
+from hpsearch import postgresql
 from hpsearch.errors import StorageError, StorageUnavailable, UsageError
 
 logger = logging.getLogger(__name__)
@@ -45,8 +48,26 @@ _WAL_IS_SAFE_FROM = (3, 51, 3)  # before, SQLite's "WAL-reset" bug can corrupt a
 def show_url(url: URL | str) -> str:
     """The URL as it may be printed, its passwords hidden."""
     parsed = make_url(url)
-    hidden = {key: "hidden" for key in parsed.query if "pass" in key}
+    hidden = dict.fromkeys(filter(_is_secret, parsed.query), "hidden")
     return parsed.update_query_dict(hidden).render_as_string(hide_password=True)
+
+
+def find_secrets(url: URL | str) -> list[str]:
+    """The passwords in a URL."""
+    parsed = make_url(url)
+    found = [parsed.password, *(value for key, value in parsed.query.items() if _is_secret(key))]
+    return [str(secret) for secret in found if secret]
+
+
+def remove_secrets(url: str) -> str:
+    """The URL without its passwords."""
+    parsed = make_url(url)
+    parsed = parsed.difference_update_query(filter(_is_secret, parsed.query))
+    return parsed._replace(password=None).render_as_string()
+
+
+def _is_secret(key: str) -> bool:
+    return "pass" in key and key != "passfile"
 
 
 def parse_url(url: str) -> URL:
@@ -84,12 +105,12 @@ def creation_lock(url: URL) -> Iterator[None]:
         finally:
             lock.release()
         return
-    try:
-        connection = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool).connect()
-        connection.execute(sqlalchemy.text("SELECT pg_advisory_lock(hashtext('hpsearch'))"))
-    except (OperationalError, InterfaceError) as error:
-        raise unavailable(url, error) from error
-    with connection:
+    engine = sqlalchemy.create_engine(url, poolclass=NullPool, connect_args=connect_arguments(url))
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(postgresql.server_lock(engine, LOCK_TIMEOUT))
+        except SQLAlchemyError as error:
+            raise failure(url, error) from error
         yield
 
 
@@ -155,7 +176,7 @@ def safe_journal() -> str:
 
 def check_tables(url: URL) -> None:
     """Raise `StorageError` for a database of something else, before any table is created in it."""
-    engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, **connect_options(url))
+    engine = sqlalchemy.create_engine(url, poolclass=NullPool, connect_args=connect_arguments(url))
     with engine.connect() as connection:
         found = sqlalchemy.inspect(connection)
         names = found.get_table_names()
@@ -174,10 +195,10 @@ def check_tables(url: URL) -> None:
         )
 
 
-def connect_options(url: URL) -> dict[str, Any]:
-    """What `sqlalchemy.create_engine` needs beside the URL."""
+def connect_arguments(url: URL) -> dict[str, Any]:
+    """What the database's driver needs beside the URL."""
     is_sqlite = url.get_backend_name() == "sqlite"
-    return {"connect_args": {"timeout": BUSY_TIMEOUT}} if is_sqlite else {"pool_pre_ping": True}
+    return {"timeout": BUSY_TIMEOUT} if is_sqlite else postgresql.connect_arguments(url)
 
 
 def harden(engine: sqlalchemy.Engine, *, converts: bool, reads_only: bool) -> None:
@@ -191,15 +212,16 @@ def harden(engine: sqlalchemy.Engine, *, converts: bool, reads_only: bool) -> No
         sqlalchemy.event.listen(engine, "begin", _begin if reads_only else _begin_immediate)
     elif reads_only:
         sqlalchemy.event.listen(engine, "connect", lambda connection, _: setattr(connection, "read_only", True))
-    engine.dispose()  # connections from before do not have the listeners
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the database may answer later: locked, full, restarting or unreachable."""
-    code = _sqlite_code(error)
+    """Whether the database may answer later: locked, full, restarting, busy or unreachable."""
     if isinstance(error, StorageUnavailable):
         return True
-    return isinstance(_cause(error), OperationalError | InterfaceError) and (code is None or code in _PASSING_CODES)
+    cause, code = _cause(error), _sqlite_code(error)
+    if isinstance(cause, OperationalError | InterfaceError):
+        return (code is None or code in _PASSING_CODES) and not postgresql.advise(cause)
+    return isinstance(cause, PoolTimeout)
 
 
 def _cause(error: BaseException) -> Any:
@@ -236,21 +258,24 @@ def retrying(url: URL, patience: float, longest_pause: int, giving_up: threading
     )
 
 
-def unavailable(url: URL, error: BaseException) -> StorageUnavailable:
-    """The error that says that the database cannot be reached, and why."""
-    return StorageUnavailable(f"the storage {show_url(url)} cannot be reached: {reason(url, error)}")
+def failure(url: URL, error: BaseException) -> StorageError:
+    """The error that says that the database cannot be reached or cannot be used, and why."""
+    if is_transient(error):
+        return StorageUnavailable(f"the storage {show_url(url)} cannot be reached: {reason(url, error)}")
+    return StorageError(f"{show_url(url)} cannot be used: {reason(url, error)}")
 
 
 def reason(url: URL, error: BaseException) -> str:
-    """What the database's driver said, on one line, without the password; with the free space where a disk is full."""
+    """What the database's driver said, on one line, without the password, and what to do about it."""
     cause = _cause(error)
     text = " ".join(str(getattr(cause, "orig", cause)).split())
-    secrets = [url.password, *(value for key, value in url.query.items() if "pass" in key)]
-    for secret in filter(None, secrets):
-        text = text.replace(str(secret), "***")
+    for secret in find_secrets(url):
+        text = text.replace(secret, "***")
     if _sqlite_code(error) in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
         folder = Path(url.database or "").parent
         text += f"; {shutil.disk_usage(folder).free / 1e6:.1f} MB are free in {folder}: make room there"
+    if advice := postgresql.advise(cause):
+        text += f"; {advice}"
     return text
 
 

@@ -15,7 +15,7 @@ from pydantic_core import PydanticCustomError
 from tomlkit.items import InlineTable
 
 from hpsearch.artifacts import is_url
-from hpsearch.database import parse_url, show_url
+from hpsearch.database import parse_url, remove_secrets, show_url
 from hpsearch.errors import DefinitionError, UsageError
 from hpsearch.mistakes import check_tables, describe
 from hpsearch.space import (
@@ -30,10 +30,23 @@ N_TRAINING_IMAGES = {"mnist": 60_000, "fashion-mnist": 60_000, "kmnist": 60_000,
 
 
 class Study(Table):
+    """Its repr and its pickle do not have the passwords in the URL of the storage."""
+
     name: str = Field("", pattern=r"^[A-Za-z0-9][\w.-]*$", max_length=100, description="default: the file's stem")
     storage: str = Field("", description="SQLAlchemy URL; default: sqlite:///<name>.db beside the file")
     artifacts: str = Field("artifacts", description="folder or URL of what trials leave behind, in <artifacts>/<name>/")
     seed: int = Field(0, ge=0, lt=2**63)
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        for name, value in super().__repr_args__():
+            yield name, show_url(value) if name == "storage" and value else value
+
+    def __getstate__(self) -> dict[Any, Any]:
+        state = super().__getstate__()
+        values = state["__dict__"]
+        if values["storage"]:
+            state["__dict__"] = values | {"storage": remove_secrets(values["storage"])}
+        return state
 
 
 class Budget(Table):

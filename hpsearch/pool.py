@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from logging.handlers import QueueHandler
 from multiprocessing import connection
 from pathlib import Path
-from queue import Queue
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -17,7 +17,7 @@ import torch
 from optuna.trial import TrialState
 
 from hpsearch.data import ImageData
-from hpsearch.definition import StudyDefinition
+from hpsearch.definition import StudyDefinition, evolve
 from hpsearch.devices import count_cores, default_workers, list_devices
 from hpsearch.errors import Drained, RepeatedFailures, Stopped, StorageUnavailable, WorkerError
 from hpsearch.forking import start_fork_server
@@ -146,6 +146,8 @@ class _Pool:
         stream = self.storage.join(self.study._study_id)
         devices = list_devices()
         receiver, sender = context.Pipe(duplex=False)
+        url, url_sender = context.Pipe(duplex=False)
+        url_sender.send_bytes(self.definition.study.storage.encode())  # not in the pickle of the definition
         process = context.Process(
             target=_work,
             args=(
@@ -156,11 +158,13 @@ class _Pool:
                 max(1, count_cores() // n_workers),
                 logging.getLogger().getEffectiveLevel(),
                 sender,
+                url,
             ),
             name=worker_name(stream),
         )
         process.start()
-        sender.close()
+        for end in (sender, url, url_sender):
+            end.close()
         self.members.insert(place, Member(worker_name(stream), process, receiver))
 
     def _read(self, member: Member) -> None:
@@ -226,8 +230,9 @@ def _work(
     n_threads: int,
     log_level: int,
     messages: connection.Connection,
+    url: connection.Connection,
 ) -> None:
-    """The main function of a worker's process; `data` are shared, or the folder to read them from."""
+    """The main function of a worker's process; `data` are shared, or where to read them, `url` the storage's."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # multiprocessing gives its children Python's own handler
     drain = Drain().listen(signal.SIGTERM)
     threading.Thread(target=_watch_supervisor, args=(drain,), daemon=True).start()
@@ -243,29 +248,20 @@ def _work(
             drain.set(Drained("the supervisor is gone"))
 
     # The supervisor knows where on the terminal there is room for it.
-    logging.basicConfig(level=log_level, handlers=[_Sender(send)])
+    queue: Any = SimpleNamespace(put_nowait=send)
+    logging.basicConfig(level=log_level, handlers=[QueueHandler(queue)])
     logging.captureWarnings(True)
     optuna.logging.disable_default_handler()
     optuna.logging.enable_propagation()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
     def run() -> str:
-        storage = open_worker_storage(definition, drain, must_exist=True, is_patient=True)
+        whole = evolve(definition, "study", storage=url.recv_bytes().decode())
+        storage = open_worker_storage(whole, drain, must_exist=True, is_patient=True)
         images = data if isinstance(data, ImageData) else load_study_data(definition, data)
-        return Worker(definition, storage, stream, drain, data=images, device=device, emit=send).run()
+        return Worker(whole, storage, stream, drain, data=images, device=device, emit=send).run()
 
     send(end_of(run))
-
-
-class _Sender(QueueHandler):
-    """Gives the log of a worker's process to a function."""
-
-    def __init__(self, send: Callable[[logging.LogRecord], None]) -> None:
-        super().__init__(Queue())
-        self.send = send
-
-    def enqueue(self, record: logging.LogRecord) -> None:
-        self.send(record)
 
 
 def _watch_supervisor(drain: Drain) -> None:

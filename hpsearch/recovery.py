@@ -13,6 +13,7 @@ from functools import wraps
 from typing import Any
 
 import optuna
+import sqlalchemy
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.storages._rdb import models
@@ -21,17 +22,11 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
+from sqlalchemy.pool import NullPool
 
-from hpsearch.database import (
-    connect_options,
-    harden,
-    is_transient,
-    reason,
-    retrying,
-    show_url,
-    unavailable,
-)
-from hpsearch.errors import StorageError
+from hpsearch import postgresql
+from hpsearch.budget import INDEXES
+from hpsearch.database import connect_arguments, failure, harden, is_transient, retrying
 
 _TRIAL: Any = models.TrialModel
 
@@ -52,9 +47,7 @@ def patiently(method: Callable[..., Any]) -> Callable[..., Any]:
                 again = retrying(url, patience, self.heartbeat_interval or 1, self.giving_up)
                 answer = again(method, self, *args, **kwargs)
         except (StorageInternalError, SQLAlchemyError) as error:
-            if is_transient(error):
-                raise unavailable(url, error) from error
-            raise StorageError(f"{show_url(url)}: {reason(url, error)}") from error
+            raise failure(url, error) from error
         self._note_answer()
         return answer
 
@@ -74,15 +67,28 @@ class RecoveringStorage(RDBStorage):
         self.trusts_heartbeats_from = 0.0  # seconds since 1970
         # Optuna formats the URL as a template, so braces in a password would break it.
         template = url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
+        arguments = connect_arguments(url)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)  # of the heartbeat
             super().__init__(
                 template,
-                connect_options(url),
+                {"poolclass": NullPool, "connect_args": arguments},
                 heartbeat_interval=heartbeat,
                 grace_period=grace,
                 skip_table_creation=not creates,
+                skip_compatibility_check=True,
             )
+        versions = self._version_manager
+        if versions.get_current_version() != versions.get_head_version():
+            versions.check_table_schema_compatibility()  # on two connections at once
+        for index in INDEXES if creates else ():
+            index.create(self.engine, checkfirst=True)  # of tables that were created before there were these
+        # To create tables Optuna needs two connections at once; from now on one will do.
+        is_sqlite = url.get_backend_name() == "sqlite"
+        options = {} if is_sqlite else postgresql.pool_options(reads_only=reads_only)
+        self.engine = sqlalchemy.create_engine(url, connect_args=arguments, **options)
+        self.scoped_session.remove()
+        self.scoped_session.configure(bind=self.engine)
         harden(self.engine, converts=creates, reads_only=reads_only)
 
     def __getstate__(self) -> dict[Any, Any]:

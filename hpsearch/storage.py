@@ -7,6 +7,7 @@ trial is written together.
 
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -22,17 +23,16 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from hpsearch import rows
-from hpsearch.budget import admit, is_stopped, lock_study
+from hpsearch.budget import Searched, admit, is_stopped, lock_study
 from hpsearch.database import (
     check_place,
     check_tables,
     creation_lock,
-    is_transient,
+    failure,
     parse_url,
     reason,
     retrying,
     show_url,
-    unavailable,
 )
 from hpsearch.errors import StorageError, StudyNotFound, UsageError
 from hpsearch.recovery import RecoveringStorage, patiently
@@ -50,6 +50,7 @@ class Storage(RecoveringStorage):
         self.is_stopped = False  # the study, as seen when a trial was last written or kept alive
         self._held: dict[int, HeldTrial] = {}
         self._ended: dict[int, HeldTrial] = {}  # the last one
+        self._searched = defaultdict[int, Searched](Searched)  # of each study
         super().__init__(*args, **options)
 
     def store(self, trial_id: int) -> None:
@@ -151,7 +152,7 @@ class Storage(RecoveringStorage):
     def _start(self, study_id: int) -> FrozenTrial:
         """A new running trial: admitted, signed, with a heartbeat, and held."""
         with _create_scoped_session(self.scoped_session) as session:
-            number, connection = admit(session, study_id), session.connection()
+            number, connection = admit(session, study_id, self._searched[study_id]), session.connection()
             held = HeldTrial(rows.insert_trial(connection, study_id, number, datetime.now()))
             self._sign(held, connection)
         self._hold(held)
@@ -168,7 +169,7 @@ class Storage(RecoveringStorage):
             trial = held.trial
             self.check_trial_is_updatable(trial_id, trial.state)
             if trial.state == TrialState.WAITING:
-                admit(session, study_id)
+                admit(session, study_id, self._searched[study_id])
                 trial.state, trial.datetime_start = TrialState.RUNNING, datetime.now()
                 rows.change_state(connection, trial, before=TrialState.WAITING)
                 self._sign(held, connection)
@@ -269,11 +270,9 @@ def open_storage(
     try:
         storage = retrying(parsed, patience, heartbeat, giving_up)(connect)
     except (StorageInternalError, SQLAlchemyError) as error:
-        if is_transient(error):
-            raise unavailable(parsed, error) from error
         if must_exist and "version_info" in reason(parsed, error):
             raise StudyNotFound(f"no study in {show_url(parsed)}; start one with: hpsearch run STUDY") from error
-        raise StorageError(f"{show_url(parsed)} cannot be used: {reason(parsed, error)}") from error
+        raise failure(parsed, error) from error
     except RuntimeError as error:  # another version of Optuna's tables
         raise StorageError(f"{show_url(parsed)}: {error}") from error
     except ImportError as error:

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -235,6 +236,42 @@ def test_no_output_shows_the_password_of_the_storage(
     monkeypatch.setenv("HPSEARCH_STORAGE", url)
     for arguments in (["check", "small.toml"], ["check", "small.toml", "--json"]):
         assert "secret" not in "".join(map(str, run(*arguments)))
+
+
+@pytest.mark.parametrize("verb", [*VERBS, "trials --json", "status --watch"])
+def test_no_traceback_and_no_log_shows_the_password_of_the_storage(
+    run: Run,
+    study_file: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+    verb: str,
+) -> None:
+    study_file()
+    monkeypatch.setenv("HPSEARCH_STORAGE", "postgresql://me:s3cr3t@127.0.0.1:9/db?sslpassword=s3cr3t")
+    more = {
+        "show": ["0"],
+        "extend": ["--trials", "2"],
+        "enqueue": ["--set", "width=9"],
+        "replay": ["--trial", "0"],
+        "backup": ["copy.db"],
+        "predict": ["x.png"],
+    }
+    words = [*verb.split(), "small.toml", *more.get(verb, []), "--debug"]
+    monkeypatch.setattr(sys, "argv", ["hpsearch", *words])
+    with caplog.at_level("DEBUG"), pytest.raises(BaseException) as caught:
+        __main__.main()
+    shown = "".join(traceback.format_exception(caught.value)) + caplog.text + "".join(capfd.readouterr())
+    assert "s3cr3t" not in shown
+    if verb not in ("check", "evaluate", "predict", "doctor", "backup"):
+        assert "cannot be reached" in shown
+
+
+def test_a_password_on_the_command_line_is_frowned_upon_once(run: Run, study_file: Callable[..., Path]) -> None:
+    study_file()
+    err = run("status", "small.toml", "--storage", "postgresql://me:secret@127.0.0.1:9/db")[2]
+    assert err.count("HPSEARCH_STORAGE, PGPASSWORD and ~/.pgpass") == 1
+    assert "PGPASSWORD" not in run("status", "small.toml", "--storage", "postgresql://me@127.0.0.1:9/db")[2]
 
 
 def test_a_run_can_open_its_dashboard_in_a_browser(

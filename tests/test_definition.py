@@ -1,5 +1,7 @@
 """The study file: all mistakes at once, defaults resolved, identity fingerprinted."""
 
+import copy
+import pickle
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -114,6 +116,20 @@ def test_the_resolved_study_reads_back_as_the_same_study() -> None:
     again = parse_definition(tomllib.loads(definition.to_toml()))
     assert again == definition
     assert again.fingerprint == definition.fingerprint
+
+
+@pytest.mark.parametrize(
+    "url", ["postgresql://me:secret@host:5433/db?sslmode=require&sslpassword=secret", "sqlite:////tmp/study.db"]
+)
+def test_neither_the_repr_nor_the_pickle_of_a_definition_has_a_password(url: str) -> None:
+    definition = make_definition(url)
+    assert "secret" not in f"{definition!r} {definition} {definition.study!r}"
+    pickled = pickle.dumps(definition)
+    assert b"secret" not in pickled
+    there = pickle.loads(pickled)
+    assert there.fingerprint == definition.fingerprint
+    assert there.study.storage == url.replace(":secret", "").replace("&sslpassword=secret", "")
+    assert copy.deepcopy(definition).study.storage == url
 
 
 def test_the_resolved_study_hides_the_password() -> None:

@@ -1,11 +1,13 @@
 """The storage on SQLite and PostgreSQL: exact budget, first heartbeat, one retry, no password shown."""
 
 import pickle
+import re
 import sqlite3
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -15,6 +17,7 @@ from optuna.trial import TrialState
 from sqlalchemy.exc import OperationalError
 
 from hpsearch import database, rows
+from hpsearch.budget import INDEXES
 from hpsearch.errors import (
     BudgetInFlight,
     BudgetSpent,
@@ -126,6 +129,74 @@ def test_the_minutes_of_searching_end_the_search_and_pauses_do_not_count(storage
         run_trial(day, hour)
     with pytest.raises(BudgetSpent, match=r"searched for 3\.0 minutes"):
         study.ask()
+
+
+def test_trials_that_have_ended_are_read_once_for_the_minutes_that_they_took(storage: Storage) -> None:
+    study = start_study(storage, minutes=3, trials=99)
+    n_read = list[int]()
+    sqlalchemy.event.listen(
+        storage.engine,
+        "after_cursor_execute",
+        lambda connection, cursor, statement, *_: n_read.extend([cursor.rowcount] * ("heartbeat" in statement)),
+    )
+    running = study.ask()
+    for _ in range(3):
+        study.tell(study.ask(), 0.5)
+    study.tell(running, 0.5)
+    reads = []
+    for _ in range(3):
+        n_read.clear()
+        study.tell(study.ask(), 0.5)
+        reads.append(max(n_read))
+    if storage.engine.name == "postgresql":  # SQLite does not count them
+        assert reads == [4, 1, 1]
+    assert next(iter(storage._searched.values())).until == 6
+
+
+def test_the_queries_of_each_trial_look_at_an_index(storage: Storage) -> None:
+    study = start_study(storage, target=0.9, trials=99)
+    statements: dict[str, Any] = {}
+    sqlalchemy.event.listen(
+        storage.engine,
+        "before_cursor_execute",
+        lambda connection, cursor, statement, parameters, *_: statements.update({statement: parameters}),
+    )
+    trial = study.ask()
+    storage.beat(trial._trial_id)
+    storage.reap(study._study_id, 2)
+    study.tell(trial, 0.5)
+    looked_at = [statement for statement in statements if statement.startswith("SELECT") and "trials" in statement]
+    assert len(looked_at) >= 5
+    explain = "EXPLAIN QUERY PLAN" if storage.engine.name == "sqlite" else "EXPLAIN"
+    with storage.engine.connect() as connection:
+        if storage.engine.name == "postgresql":
+            connection.exec_driver_sql("SET enable_seqscan = off")  # it is quicker for so few rows
+        for statement in looked_at:
+            plan = connection.exec_driver_sql(f"{explain} {statement}", statements[statement]).all()
+            text = "\n".join(str(row[-1]) for row in plan)
+            assert not re.search(r"(?i)^SCAN |Seq Scan", text, re.MULTILINE), f"{statement}\n{text}"
+
+
+def test_a_database_without_the_indexes_can_be_read_and_gets_them_at_the_next_run(url: str) -> None:
+    storage = open_storage(url)
+    study = start_study(storage)
+    with storage.engine.begin() as connection:
+        for index in INDEXES:
+            index.drop(connection)
+    storage.engine.dispose()
+    worker = open_storage(url, must_exist=True)
+    worker.worker = "me-0"
+    optuna.load_study(study_name=study.study_name, storage=worker).ask()
+
+    def names() -> set[str | None]:
+        found = sqlalchemy.inspect(worker.engine)
+        return {index["name"] for table in ("trials", "trial_values") for index in found.get_indexes(table)}
+
+    ours = {index.name for index in INDEXES}
+    assert not names() & ours
+    open_storage(url).engine.dispose()
+    assert ours <= names()
+    worker.engine.dispose()
 
 
 def test_a_trial_whose_worker_died_counts_only_until_its_last_heartbeat(storage: Storage) -> None:

@@ -12,7 +12,7 @@ import optuna
 
 from hpsearch.data import data_folder, load_test
 from hpsearch.errors import HpsearchError
-from tests.benchmark import pieces, quality, searches, watching
+from tests.benchmark import many, pieces, quality, searches, watching
 from tests.benchmark.report import UNFAIR, Options, Row, show
 
 PARTS = {
@@ -25,6 +25,7 @@ PARTS = {
     "scaling": searches.scaling,
     "watching": watching.watching,
     "gpu": searches.gpu,
+    "many": many.many,
 }
 
 
