@@ -80,7 +80,6 @@ BAD_ARGUMENTS = [
     (["run", "small.toml", "--storage", "sqlite:////no/such/folder/x.db"], "no folder /no/such/folder"),
     (["worker", "small.toml", "--max-trials", "0"], "--max-trials"),
     (["launch", "small.toml", "--gpus-per-worker", "-1"], "--gpus-per-worker"),
-    (["launch", "small.toml", "--storage", "postgresql://me:secret@host/db"], "PGPASSWORD or a password file"),
     (["run", "small.toml", "--artifacts", "nonsense://x"], "artifacts in nonsense://x: Protocol not known"),
     (["run", "small.toml", "--artifacts", "gs://x"], "artifacts in gs://x need another package"),
     (["status"], "Missing argument 'STUDY'"),

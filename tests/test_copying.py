@@ -91,7 +91,7 @@ def count_rows(definition: StudyDefinition) -> dict[str, int]:
     with engine.connect() as connection:
         return {
             name: connection.execute(sqlalchemy.text(f"SELECT count(*) FROM {name}")).scalar_one()
-            for name in sqlalchemy.inspect(engine).get_table_names()
+            for name in sqlalchemy.inspect(connection).get_table_names()
         }
 
 
