@@ -28,7 +28,7 @@ The package, to be read downwards; a file imports only from lines below its own:
     formats                               the files that hold a model, each verified in a fresh process
     gradients                             of a training step, by autograd or written out
     checkpoint | space | network | data | budget | database | rows
-    artifacts                             a folder on this machine, or by URL in a store
+    artifacts | postgresql                a folder here or by URL in a store; what is particular about PostgreSQL
     serving                               a web application at an address of this machine
     devices | forking | signals           what there is to compute with; what workers are forked from; a wish to stop
     images                                image files to pixels

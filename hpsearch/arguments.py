@@ -63,18 +63,24 @@ def load_definition_of(
     """The study that the argument names; `trials` replaces that of its budget."""
     import optuna
 
-    from hpsearch.console import say
-    from hpsearch.database import find_secrets
     from hpsearch.definition import evolve, load_definition
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     definition = load_definition(study, storage=storage, artifacts=artifacts)
-    if storage and find_secrets(storage):
+    frown_on_password("--storage", storage)
+    return definition if trials is None else evolve(definition, "budget", trials=trials)
+
+
+def frown_on_password(option: str, url: str | None) -> None:
+    """Say that a password was typed where it can be read."""
+    from hpsearch.console import say
+    from hpsearch.database import find_secrets
+
+    if url and find_secrets(url):
         say(
-            "others can read the password of --storage in the list of processes; better places for it are "
+            f"others can read the password of {option} in the list of processes; better places for it are "
             "HPSEARCH_STORAGE, PGPASSWORD and ~/.pgpass"
         )
-    return definition if trials is None else evolve(definition, "budget", trials=trials)
 
 
 def load_study_of(definition: "StudyDefinition") -> "optuna.Study":

@@ -12,6 +12,7 @@ from hpsearch.arguments import (
     JsonOption,
     StorageOption,
     StudyArgument,
+    frown_on_password,
     load_definition_of,
     load_study_of,
     print_document,
@@ -82,6 +83,7 @@ def copy(
     parse_url(to)  # an empty one is not the study file's
     definition = load_definition_of(study, storage, artifacts=artifacts)
     target = load_definition(study, storage=to, artifacts=artifacts_to or artifacts)
+    frown_on_password("--to", to)
     made = copy_study(definition, target)
     place, files = show_url(target.study.storage), target.study.artifacts
     what = "was there already" if made.was_there else "is there now"

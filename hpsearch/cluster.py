@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hpsearch.artifacts import Folder
-from hpsearch.database import network_file_system, parse_url, show_url
+from hpsearch.database import find_secrets, network_file_system, parse_url, show_url
 from hpsearch.definition import StudyDefinition
 from hpsearch.errors import ClusterError, UsageError
 from hpsearch.signals import Drain
@@ -111,8 +111,8 @@ def connect(
     not: a password in the storage's URL is refused with `UsageError`, as are places that other nodes cannot reach.
     `ClusterError` is raised where no cluster answers.
     """
-    ray, url = import_ray(), parse_url(definition.study.storage)
-    if url.password or any("pass" in key for key in url.query):
+    ray = import_ray()
+    if find_secrets(definition.study.storage):
         raise UsageError(
             "the storage's URL has a password, which would be readable in Ray; leave it out, and give each node "
             "PGPASSWORD or a password file (~/.pgpass) before ray start"

@@ -255,6 +255,7 @@ def test_no_traceback_and_no_log_shows_the_password_of_the_storage(
         "replay": ["--trial", "0"],
         "backup": ["copy.db"],
         "predict": ["x.png"],
+        "copy": ["--to", "postgresql://me:s3cr3t@127.0.0.1:9/other?sslpassword=s3cr3t"],
     }
     words = [*verb.split(), "small.toml", *more.get(verb, []), "--debug"]
     monkeypatch.setattr(sys, "argv", ["hpsearch", *words])
@@ -262,7 +263,7 @@ def test_no_traceback_and_no_log_shows_the_password_of_the_storage(
         __main__.main()
     shown = "".join(traceback.format_exception(caught.value)) + caplog.text + "".join(capfd.readouterr())
     assert "s3cr3t" not in shown
-    if verb not in ("check", "evaluate", "predict", "doctor", "backup"):
+    if verb not in ("check", "evaluate", "predict", "doctor", "backup", "launch"):
         assert "cannot be reached" in shown
 
 
