@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import typer.core
 import typer.main
+import yaml
 
 import hpsearch
 from hpsearch import cli, errors
@@ -56,6 +57,21 @@ def test_every_command_and_program_of_the_readme_runs(tmp_path: Path) -> None:
             assert "MNIST can be neither found nor downloaded" in process.stderr
             assert "test accuracy 0.9" in process.stdout
     subprocess.run([sys.executable, "-c", "\n".join(blocks("python"))], cwd=tmp_path, env=environment, check=True)
+
+
+def test_scripts_and_manifests_of_the_readme_are_well_formed_and_their_options_exist() -> None:
+    for script in blocks("bash"):
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    [manifest] = map(yaml.safe_load, blocks("yaml"))
+    [container] = manifest["spec"]["template"]["spec"]["containers"]
+    lines = [line for script in blocks("bash") for line in script.splitlines()] + [" ".join(container["command"])]
+    group = typer.main.get_command(cli.app)
+    assert isinstance(group, typer.core.TyperGroup)
+    typed = [match for line in lines if (match := re.match(r"(?:srun )?hpsearch (\w+) (.*)", line))]
+    assert len(typed) > 5
+    for match in typed:
+        known = {name for parameter in group.commands[match[1]].params for name in parameter.opts}
+        assert set(re.findall(r"--[\w-]+", match[2].partition("#")[0])) <= known, match[0]
 
 
 def test_the_study_file_of_the_readme_is_valid() -> None:
