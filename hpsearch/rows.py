@@ -98,11 +98,28 @@ def find_study(connection: Connection, trial_id: int) -> int:
     return study_id
 
 
-def insert_trial(connection: Connection, study_id: int, number: int, start: datetime) -> FrozenTrial:
-    """A new running trial of the study, whose row must be locked."""
+def insert_trial(
+    connection: Connection, study_id: int, number: int, start: datetime, worker: str | None = None
+) -> FrozenTrial:
+    """A new running trial of the study, whose row must be locked; that of a worker is signed and has a heartbeat."""
     columns = {"study_id": study_id, "number": number, "state": TrialState.RUNNING, "datetime_start": _to_utc(start)}
-    result: Any = connection.execute(sqlalchemy.insert(TRIALS), columns)
-    return _new_trial(result.inserted_primary_key[0], number, TrialState.RUNNING, start)
+    if worker and connection.dialect.name == "postgresql":  # in one statement: others wait for the lock meanwhile
+        trial_id = connection.execute(_insert_signed(), columns | {"signature": json.dumps(worker)}).scalar_one()
+    else:
+        result: Any = connection.execute(sqlalchemy.insert(TRIALS), columns)
+        trial_id = result.inserted_primary_key[0]
+        if worker:
+            sign(connection, trial_id, worker)
+    trial = _new_trial(trial_id, number, TrialState.RUNNING, start)
+    trial.user_attrs |= {"worker": worker} if worker else {}
+    return trial
+
+
+def sign(connection: Connection, trial_id: int, worker: str) -> None:
+    """Write whose trial it is, and its first heartbeat: there is no moment without one."""
+    columns = {"trial_id": trial_id, "key": "worker", "value_json": json.dumps(worker)}
+    connection.execute(_upsert(USER_ATTRS, connection.dialect.name), columns)
+    beat(connection, trial_id)
 
 
 def change_state(connection: Connection, trial: FrozenTrial, before: TrialState) -> bool:
@@ -146,7 +163,7 @@ def read_trials(
     if above is not None:
         found += connection.execute(_SELECT_ABOVE, {"study_id": study_id, "above": above}).all()
     for some in _in_groups(sorted(ids)):
-        found += connection.execute(_SELECT_TRIALS, {"ids": some}).all()
+        found += connection.execute(_select_among(TRIALS, connection.dialect.name), {"ids": some}).all()
     found.sort(key=lambda row: row.trial_id)
     trials: dict[int, FrozenTrial] = {}
     to_read: list[int] = []
@@ -164,23 +181,26 @@ def read_trials(
 
 
 def _read_children(connection: Connection, trials: Mapping[int, FrozenTrial], ids: list[int]) -> None:
-    for row in connection.execute(_select_children(PARAMS), {"ids": ids}):
+    def select(table: Any) -> Any:
+        return connection.execute(_select_among(table, connection.dialect.name), {"ids": ids})
+
+    for row in select(PARAMS):
         trial, distribution = trials[row.trial_id], _parse_distribution(row.distribution_json)
         trial.distributions[row.param_name] = distribution
         trial.params[row.param_name] = distribution.to_external_repr(row.param_value)
-    for row in connection.execute(_select_children(VALUES), {"ids": ids}):
+    for row in select(VALUES):
         trial = trials[row.trial_id]
         value = models.TrialValueModel.stored_repr_to_value(row.value, row.value_type)
         trial.values = [*(trial.values or ()), value]
-    for row in connection.execute(_select_children(REPORTS), {"ids": ids}):
+    for row in select(REPORTS):
         trials[row.trial_id].intermediate_values[row.step] = (
             models.TrialIntermediateValueModel.stored_repr_to_intermediate_value(
                 row.intermediate_value, row.intermediate_value_type
             )
         )
-    for row in connection.execute(_select_children(USER_ATTRS), {"ids": ids}):
+    for row in select(USER_ATTRS):
         trials[row.trial_id].user_attrs[row.key] = json.loads(row.value_json)
-    for row in connection.execute(_select_children(SYSTEM_ATTRS), {"ids": ids}):
+    for row in select(SYSTEM_ATTRS):
         trials[row.trial_id].system_attrs[row.key] = json.loads(row.value_json)
 
 
@@ -213,7 +233,6 @@ def _in_groups(ids: list[int]) -> Iterable[list[int]]:
     return (ids[i : i + _MAX_VARIABLES] for i in range(0, len(ids), _MAX_VARIABLES))
 
 
-_IDS: Any = sqlalchemy.bindparam("ids", expanding=True)
 _SELECT_STATE = (
     sqlalchemy.select(TRIALS.c.state).where(TRIALS.c.trial_id == sqlalchemy.bindparam("trial_id")).with_for_update()
 )
@@ -226,16 +245,32 @@ _CHANGE_STATE = (
         datetime_complete=sqlalchemy.bindparam("complete"),
     )
 )
-_SELECT_TRIALS = sqlalchemy.select(TRIALS).where(TRIALS.c.trial_id.in_(_IDS))
 _SELECT_ABOVE = sqlalchemy.select(TRIALS).where(
     TRIALS.c.study_id == sqlalchemy.bindparam("study_id"), TRIALS.c.trial_id > sqlalchemy.bindparam("above")
 )
 
 
 @lru_cache
-def _select_children(table: Any) -> Any:
-    primary_key = table.primary_key.columns[0]  # in the order in which they were written
-    return sqlalchemy.select(table).where(table.c.trial_id.in_(_IDS)).order_by(primary_key)
+def _insert_signed() -> Any:
+    names = ("study_id", "number", "state", "datetime_start")
+    insert = sqlalchemy.insert(TRIALS).values({name: sqlalchemy.bindparam(name) for name in names})
+    trial = insert.returning(TRIALS.c.trial_id).cte("trial")
+    signature = sqlalchemy.select(trial.c.trial_id, sqlalchemy.literal("worker"), sqlalchemy.bindparam("signature"))
+    attribute = sqlalchemy.insert(USER_ATTRS).from_select(["trial_id", "key", "value_json"], signature)
+    now = sqlalchemy.select(trial.c.trial_id, sqlalchemy.func.now())
+    heartbeat = sqlalchemy.insert(HEARTBEATS).from_select(["trial_id", "heartbeat"], now)
+    return sqlalchemy.select(trial.c.trial_id).add_cte(attribute.cte("attribute"), heartbeat.cte("heartbeat"))
+
+
+@lru_cache
+def _select_among(table: Any, dialect: str) -> Any:
+    """The rows of the trials with some `ids`, in the order in which they were written."""
+    if dialect == "postgresql":  # one parameter, so that neither SQLAlchemy nor psycopg has to read the query again
+        ids: Any = sqlalchemy.bindparam("ids", type_=postgresql.ARRAY(sqlalchemy.Integer))
+        condition = table.c.trial_id == sqlalchemy.any_(ids)
+    else:
+        condition = table.c.trial_id.in_(sqlalchemy.bindparam("ids", expanding=True))
+    return sqlalchemy.select(table).where(condition).order_by(table.primary_key.columns[0])
 
 
 @lru_cache

@@ -18,7 +18,6 @@ from optuna.distributions import BaseDistribution, check_distribution_compatibil
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages._rdb.storage import _create_scoped_session
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
@@ -50,6 +49,7 @@ class Storage(RecoveringStorage):
         self.is_stopped = False  # the study, as seen when a trial was last written or kept alive
         self._held: dict[int, HeldTrial] = {}
         self._ended: dict[int, HeldTrial] = {}  # the last one
+        self._fresh_until = 0.0  # what was read last of the trials of others
         self._searched = defaultdict[int, Searched](Searched)  # of each study
         super().__init__(*args, **options)
 
@@ -75,6 +75,7 @@ class Storage(RecoveringStorage):
 
     def fail(self, trial_id: int, kind: str, message: str, *, retries: int = 0) -> bool:
         has_failed = super().fail(trial_id, kind, message, retries=retries)
+        self._fresh_until = 0.0
         self.release(trial_id)
         return has_failed
 
@@ -133,14 +134,14 @@ class Storage(RecoveringStorage):
         self, study_id: int, states: Any, included_trial_ids: set[int], trial_id_greater_than: int
     ) -> list[FrozenTrial]:
         ids = {trial_id for trial_id in included_trial_ids if trial_id <= trial_id_greater_than}
+        if self._held and time.monotonic() < self._fresh_until:  # others write what is new no more often
+            return [held.snapshot() for held in self._held.values()]
+        known = self._held | self._ended
         with _create_scoped_session(self.scoped_session) as session:
             trials = rows.read_trials(
-                session.connection(),
-                study_id=study_id,
-                above=trial_id_greater_than,
-                ids=ids,
-                known=self._held | self._ended,
+                session.connection(), study_id=study_id, above=trial_id_greater_than, ids=ids, known=known
             )
+        self._fresh_until = time.monotonic() + rows.WRITE_INTERVAL
         return [trial for trial in trials if states is None or trial.state in states]
 
     @patiently
@@ -153,8 +154,7 @@ class Storage(RecoveringStorage):
         """A new running trial: admitted, signed, with a heartbeat, and held."""
         with _create_scoped_session(self.scoped_session) as session:
             number, connection = admit(session, study_id, self._searched[study_id]), session.connection()
-            held = HeldTrial(rows.insert_trial(connection, study_id, number, datetime.now()))
-            self._sign(held, connection)
+            held = HeldTrial(rows.insert_trial(connection, study_id, number, datetime.now(), self.worker))
         self._hold(held)
         return held.snapshot()
 
@@ -172,18 +172,13 @@ class Storage(RecoveringStorage):
                 admit(session, study_id, self._searched[study_id])
                 trial.state, trial.datetime_start = TrialState.RUNNING, datetime.now()
                 rows.change_state(connection, trial, before=TrialState.WAITING)
-                self._sign(held, connection)
+                rows.sign(connection, trial_id, str(self.worker))
+                trial.user_attrs["worker"] = self.worker
             elif trial.user_attrs.get("worker") != self.worker:
                 return False
             # Else an earlier try to claim it went through unanswered.
         self._hold(held)
         return True
-
-    def _sign(self, held: HeldTrial, connection: Connection) -> None:
-        """Write whose trial it is, and its first heartbeat: there is no moment without one."""
-        held.set_user_attr("worker", self.worker)
-        held.write(connection)
-        rows.beat(connection, held.trial._trial_id)
 
     def _hold(self, held: HeldTrial) -> None:
         held.forget_rows()

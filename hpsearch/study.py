@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import optuna
 from optuna.exceptions import ExperimentalWarning
@@ -23,6 +24,8 @@ from hpsearch.errors import NoCompletedTrial, StudyMismatch, StudyNotFound
 from hpsearch.storage import Storage
 
 logger = logging.getLogger(__name__)
+
+_ids = WeakKeyDictionary[optuna.Study, str]()  # they never change, and are needed after each trial
 
 
 def open_study(definition: StudyDefinition, storage: Storage, *, keeps_extension: bool = True) -> optuna.Study:
@@ -132,7 +135,9 @@ def artifact_folder(definition: StudyDefinition) -> Folder:
 
 def checkpoint_folder(definition: StudyDefinition, study: optuna.Study) -> Folder:
     """Where the study's checkpoints are: apart from those of a study of the same name in another storage."""
-    return artifact_folder(definition) / str(study.user_attrs.get("id", ""))
+    if study not in _ids and (found := study.user_attrs.get("id")):
+        _ids[study] = found
+    return artifact_folder(definition) / _ids.get(study, "")
 
 
 def find_unneeded_checkpoints(definition: StudyDefinition, study: optuna.Study) -> list[str]:

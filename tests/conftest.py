@@ -6,6 +6,7 @@ import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -116,18 +117,33 @@ def postgres_url() -> Iterator[str]:
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A new, empty database of each kind."""
+def new_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[], str]]:
+    """Makes new, empty databases of each kind."""
+    numbers = count()
     if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / 'study.db'}"
+        yield lambda: f"sqlite:///{tmp_path / f'study-{next(numbers)}.db'}"
+        return
     import psycopg
     from sqlalchemy.engine import make_url
 
-    server: str = request.getfixturevalue("postgres_url")
-    name = f"t{abs(hash(tmp_path))}"
-    with psycopg.connect(server, autocommit=True) as connection:
-        connection.execute(f'CREATE DATABASE "{name}"')  # type: ignore[arg-type,unused-ignore]
-    return make_url(server).set(database=name).render_as_string(hide_password=False)
+    server, made = make_url(request.getfixturevalue("postgres_url")), list[str]()
+    with psycopg.connect(server.render_as_string(hide_password=False), autocommit=True) as connection:
+        execute: Callable[[Any], Any] = connection.execute
+
+        def make() -> str:
+            made.append(f"t{abs(hash(tmp_path))}_{next(numbers)}")
+            execute(f"CREATE DATABASE {made[-1]}")
+            return server.set(database=made[-1]).render_as_string(hide_password=False)
+
+        yield make
+        for name in made:
+            execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def url(new_url: Callable[[], str]) -> str:
+    """A new, empty database of each kind."""
+    return new_url()
 
 
 @pytest.fixture(scope="session")

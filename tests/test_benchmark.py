@@ -10,7 +10,7 @@ import pytest
 import torchvision
 
 from hpsearch.data import load_data
-from tests.benchmark import pieces, searches, textbook, watching
+from tests.benchmark import many, pieces, searches, textbook, watching
 from tests.benchmark.report import Options, Row, show, summarize
 from tests.benchmark.textbook import Outcome
 
@@ -52,6 +52,15 @@ def test_unequal_work_is_noticed() -> None:
 
 def test_the_cost_of_a_trial_in_the_storage_is_measured(tmp_path: Path) -> None:
     assert pieces._measure_cost(f"sqlite:///{tmp_path}/cost.db", 2, n_before=5, n_trials=3) > 0
+
+
+@pytest.mark.parametrize("new_url", ["postgresql"], indirect=True)
+def test_what_many_workers_wait_for_is_measured(url: str) -> None:
+    figures = many.run(url, n_workers=2, n_trials=6)
+    assert figures["beyond the budget", "trials"] == 0
+    assert {"throughput", "ask", "objective", "tell", "CPU of workers", "CPU of PostgreSQL"} <= {
+        what for what, _ in figures
+    }
 
 
 def test_the_cost_of_watching_is_measured(tmp_path: Path) -> None:

@@ -65,8 +65,10 @@ def test_a_stuck_trial_is_found_and_queued_again_when_asked(url: str, tmp_path: 
     assert [trial.state for trial in study.trials] == [TrialState.FAIL, TrialState.WAITING]
 
 
-def test_a_running_trial_without_a_heartbeat_is_given_a_grace_period(tmp_path: Path) -> None:
-    definition = define(tmp_path, recovery={"heartbeat": 1, "grace": 2})
+def test_a_running_trial_without_a_heartbeat_is_given_a_grace_period(url: str, tmp_path: Path) -> None:
+    definition = make_definition(
+        url, study={"artifacts": str(tmp_path / "artifacts")}, recovery={"heartbeat": 1, "grace": 2}
+    )
     storage = open_storage(definition.study.storage)
     study = open_study(definition, storage)
     study.ask()
@@ -75,8 +77,8 @@ def test_a_running_trial_without_a_heartbeat_is_given_a_grace_period(tmp_path: P
     assert study.trials[0].state == TrialState.RUNNING
 
 
-def test_checkpoints_that_no_trial_needs_are_found_and_removed_when_asked(tmp_path: Path) -> None:
-    definition = define(tmp_path)
+def test_checkpoints_that_no_trial_needs_are_found_and_removed_when_asked(url: str, tmp_path: Path) -> None:
+    definition = make_definition(url, study={"artifacts": str(tmp_path / "artifacts")})
     study = open_study(definition, open_storage(definition.study.storage))
     trial = study.ask()
     folder = checkpoint_folder(definition, study)

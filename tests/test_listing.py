@@ -2,7 +2,6 @@
 
 import csv
 import io
-from pathlib import Path
 from typing import Any
 
 import optuna
@@ -17,8 +16,8 @@ from .conftest import fill, make_definition
 
 
 @pytest.fixture
-def study(tmp_path: Path) -> optuna.Study:
-    definition = make_definition(f"sqlite:///{tmp_path / 'study.db'}")
+def study(url: str) -> optuna.Study:
+    definition = make_definition(url)
     storage = open_storage(definition.study.storage)
     study = open_study(definition, storage)
     fill(storage, study, 40)

@@ -72,7 +72,7 @@ def count_connections(storage: Storage) -> int:
         return int(connection.execute(query).fetchall()[0][0])  # type: ignore[arg-type,unused-ignore]
 
 
-@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("new_url", ["postgresql"], indirect=True)
 def test_all_threads_of_a_worker_share_one_connection(url: str) -> None:
     storage = open_storage(url)
     study = open_study(make_definition(budget={"trials": 99}), storage)
@@ -95,7 +95,7 @@ def test_all_threads_of_a_worker_share_one_connection(url: str) -> None:
     storage.engine.dispose()
 
 
-@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("new_url", ["postgresql"], indirect=True)
 def test_whoever_only_reads_may_read_in_several_threads_at_once(url: str) -> None:
     open_storage(url).engine.dispose()
     storage = open_storage(url, reads_only=True)
@@ -105,7 +105,7 @@ def test_whoever_only_reads_may_read_in_several_threads_at_once(url: str) -> Non
     storage.engine.dispose()
 
 
-@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("new_url", ["postgresql"], indirect=True)
 def test_a_thread_that_waits_in_vain_for_the_connection_tells_an_outage(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,7 +116,7 @@ def test_a_thread_that_waits_in_vain_for_the_connection_tells_an_outage(
     storage.engine.dispose()
 
 
-@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("new_url", ["postgresql"], indirect=True)
 def test_what_the_user_has_set_of_a_connection_is_kept(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PGCONNECT_TIMEOUT", "7")
     mine = make_url(url).update_query_dict({"application_name": "mine", "keepalives_idle": "5"})
@@ -143,7 +143,7 @@ def test_a_server_that_has_no_connection_left_is_waited_for(guarded: sqlalchemy.
         connection.close()
 
 
-@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("new_url", ["postgresql"], indirect=True)
 def test_one_process_at_a_time_creates_and_who_waits_is_in_no_transaction(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -83,7 +83,7 @@ def test_a_trial_of_many_reports_is_written_in_three_transactions(url: str, monk
 
     @sqlalchemy.event.listens_for(storage.engine, "before_cursor_execute")
     def note_writing(*arguments: Any) -> None:
-        if arguments[2].startswith(("INSERT", "UPDATE")):
+        if arguments[2].startswith(("INSERT", "UPDATE", "WITH")):
             writing.add(len(commits))
 
     sqlalchemy.event.listen(storage.engine, "commit", commits.append)

@@ -114,12 +114,12 @@ def test_a_trial_that_was_queued_again_is_no_failure_to_look_at(watch: Watch, de
     assert scene.status["trials"]["failed"] == 8
 
 
-def test_watching_needs_no_lock_that_a_worker_holds(tmp_path: Path) -> None:
-    definition = make_definition(f"sqlite:///{tmp_path / 'study.db'}")
+def test_watching_needs_no_lock_that_a_worker_holds(url: str) -> None:
+    definition = make_definition(url)
     storage = open_storage(definition.study.storage)
     fill(storage, open_study(definition, storage), 5)
     watch = open_watch(definition)
-    with storage.engine.begin() as connection:  # BEGIN IMMEDIATE: no other writer could begin now
+    with storage.engine.begin() as connection:  # on SQLite no other writer could begin now
         connection.execute(sqlalchemy.update(rows.TRIALS).values(number=rows.TRIALS.c.number))
         assert watch.look().n_finished == 1
 
@@ -134,10 +134,10 @@ def test_a_watch_writes_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "study.db").read_bytes() == before
 
 
-def test_the_budget_is_over_by_trials_minutes_target_or_failures(tmp_path: Path) -> None:
+def test_the_budget_is_over_by_trials_minutes_target_or_failures(url: str) -> None:
     usual = {"trials": 99, "epochs": 10, "failures": 6}
     for limits in ({"trials": 20}, {"minutes": 0.1}, {"target": 0.5}, {"failures": 5}):
-        definition = make_definition(f"sqlite:///{tmp_path / 'study.db'}", budget=usual | limits)
+        definition = make_definition(url, budget=usual | limits)
         storage = open_storage(definition.study.storage)
         study = open_study(definition, storage)
         fill(storage, study, 40)

@@ -34,11 +34,11 @@ from .conftest import make_definition
 
 
 class Bench:
-    """A study on SQLite, a worker on it, and what the worker said."""
+    """A study on a database of each kind, a worker on it, and what the worker said."""
 
-    def __init__(self, folder: Path, data: ImageData, **sections: Any) -> None:
+    def __init__(self, folder: Path, url: str, data: ImageData, **sections: Any) -> None:
         study = {"artifacts": str(folder / "artifacts")}
-        self.definition = make_definition(f"sqlite:///{folder / 'study.db'}", study=study, **sections)
+        self.definition = make_definition(url, study=study, **sections)
         self.storage = open_storage(self.definition.study.storage)
         self.study = open_study(self.definition, self.storage)
         self.drain = Drain()
@@ -60,8 +60,8 @@ class Bench:
 
 
 @pytest.fixture
-def bench(tmp_path: Path, digits: ImageData) -> Callable[..., Bench]:
-    return lambda **sections: Bench(tmp_path, digits, **sections)
+def bench(tmp_path: Path, url: str, digits: ImageData) -> Callable[..., Bench]:
+    return lambda **sections: Bench(tmp_path, url, digits, **sections)
 
 
 def test_a_worker_runs_the_budget_and_names_itself_in_each_trial(bench: Callable[..., Bench]) -> None:
@@ -84,11 +84,12 @@ def test_a_result_is_announced_after_the_storage_has_it(bench: Callable[..., Ben
             assert event.epoch == 3
 
 
-def test_a_single_worker_repeats_a_study_of_the_same_seed(tmp_path: Path, digits: ImageData) -> None:
+def test_a_single_worker_repeats_a_study_of_the_same_seed(
+    tmp_path: Path, new_url: Callable[[], str], digits: ImageData
+) -> None:
     trials = []
     for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        b = Bench(tmp_path / name, digits, budget={"trials": 3})
+        b = Bench(tmp_path / name, new_url(), digits, budget={"trials": 3})
         b.worker().run()
         trials.append([(trial.params, trial.value) for trial in b.study.trials])
     assert trials[0] == trials[1]
