@@ -19,6 +19,7 @@ from hpsearch.study import load_study, open_study
 from hpsearch.watching import TrialEvent
 from hpsearch.worker import End
 
+from .acceptance.commands import epochs_of
 from .conftest import make_definition
 
 
@@ -32,8 +33,9 @@ def define(folder: Path, url: str, **sections: Any) -> StudyDefinition:
 def test_two_workers_share_a_study_and_tell_what_they_do(tmp_path: Path, url: str) -> None:
     events: list[TrialEvent] = []
     started: list[tuple[int, int]] = []
+    definition = define(tmp_path, url, budget={"epochs": epochs_of(1)})  # so that none of them has all trials
     reason = pool.run_pool(
-        define(tmp_path, url), Drain(), n_workers=2, emit=events.append, on_start=lambda *counts: started.append(counts)
+        definition, Drain(), n_workers=2, emit=events.append, on_start=lambda *counts: started.append(counts)
     )
     assert "has its 4 trials" in reason
     assert started == [(0, 2)]
