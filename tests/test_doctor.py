@@ -78,7 +78,7 @@ def test_a_running_trial_without_a_heartbeat_is_given_a_grace_period(url: str, t
 
 
 def test_checkpoints_that_no_trial_needs_are_found_and_removed_when_asked(url: str, tmp_path: Path) -> None:
-    definition = make_definition(url, study={"artifacts": str(tmp_path / "artifacts")})
+    definition = make_definition(url, study={"artifacts": str(tmp_path)}, recovery={"heartbeat": 1, "grace": 2})
     study = open_study(definition, open_storage(definition.study.storage))
     trial = study.ask()
     folder = checkpoint_folder(definition, study)
