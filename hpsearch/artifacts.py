@@ -2,8 +2,10 @@
 
 import errno
 import os
+import re
+import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 from hpsearch.errors import UsageError
 
+TIMEOUT = 20.0  # seconds for a store's answer; a worker that is stopped hands its trial back soon after
 # A file appears in them when it is whole; moving one would copy it.
 _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "memory"}
 
@@ -24,7 +27,7 @@ class Folder:
 
     def __init__(self, place: Path | str) -> None:
         self.url = str(place).rstrip("/") or "/"
-        local = self.url.removeprefix("file://")
+        local = re.sub(r"^(file|local)://", "", self.url)
         self.path = None if is_url(local) else Path(local)
 
     def __truediv__(self, name: str) -> "Folder":
@@ -43,8 +46,7 @@ class Folder:
         """The content of a file; raises `FileNotFoundError` where there is none."""
         if self.path:
             return (self.path / name).read_bytes()
-        with _as_os_errors(self.url):
-            content: bytes = self._store.cat_file(self._at(name))
+        content: bytes = self._ask(lambda: self._store.cat_file(self._at(name)))
         return content
 
     def write(self, name: str, content: bytes) -> None:
@@ -55,15 +57,15 @@ class Folder:
         """
         if self.path:
             return _write_to_disk(self.path / name, content)
-        with _as_os_errors(self.url):
-            return self._upload(self._at(name), content)
+        self._ask(lambda: self._upload(self._at(name), content))
+        return None
 
     def remove(self, name: str) -> None:
         """Remove the file, if it is there."""
         if self.path:
             return (self.path / name).unlink(missing_ok=True)
-        with suppress(FileNotFoundError), _as_os_errors(self.url):
-            self._store.rm_file(self._at(name))
+        with suppress(FileNotFoundError):
+            self._ask(lambda: self._store.rm_file(self._at(name)))
         return None
 
     def find(self) -> list[str]:
@@ -71,9 +73,7 @@ class Folder:
         if self.path:
             return sorted(str(file.relative_to(self.path)) for file in self.path.rglob("*") if file.is_file())
         try:
-            with _as_os_errors(self.url):
-                self._store.invalidate_cache()
-                found: list[str] = self._store.find(self._at())
+            found: list[str] = self._ask(self._list)
         except FileNotFoundError:
             return []
         start = len(self._at()) + 1
@@ -93,6 +93,34 @@ class Folder:
         if not is_same:
             raise UsageError(f"the artifact store {self} gives back another content than was written")
 
+    def _ask(self, call: Callable[[], Any]) -> Any:
+        """The answer of the store, which may take so long; else `TimeoutError`, which is an `OSError`, too.
+
+        The packages of stores try again for minutes; a worker that is stopped meanwhile would not be heard.
+        """
+        answers: list[Any] = []
+
+        def run() -> None:
+            try:
+                with _as_os_errors(self.url):
+                    answers.append(call())
+            except OSError as error:
+                answers.append(error)
+
+        thread = threading.Thread(target=run, name=f"request to {self.url}", daemon=True)
+        thread.start()
+        thread.join(TIMEOUT)
+        if not answers:
+            raise TimeoutError(errno.ETIMEDOUT, f"no answer in {TIMEOUT:.0f} s", self.url)
+        if isinstance(answers[0], OSError):
+            raise answers[0]
+        return answers[0]
+
+    def _list(self) -> list[str]:
+        self._store.invalidate_cache()
+        found: list[str] = self._store.find(self._at())
+        return found
+
     def _upload(self, path: str, content: bytes) -> None:
         protocols = self._store.protocol
         if _OBJECT_STORES.intersection([protocols] if isinstance(protocols, str) else protocols):
@@ -107,12 +135,7 @@ class Folder:
         """The store, and where in it this folder is."""
         import fsspec
 
-        try:
-            store, root = fsspec.core.url_to_fs(self.url)
-        except ImportError as error:
-            raise UsageError(f"artifacts in {self} need another package: {error}") from error
-        except ValueError as error:
-            raise UsageError(f"artifacts in {self}: {error}") from error
+        store, root = fsspec.core.url_to_fs(self.url)
         return store, str(root).rstrip("/")
 
     @property
@@ -157,8 +180,8 @@ def _as_os_errors(url: str) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise FileNotFoundError(errno.ENOENT, _one_line(error) or "no such file", url) from error
-    except (UsageError, NotImplementedError):
-        raise
+    except ImportError as error:
+        raise OSError(errno.EIO, f"another package is needed: {_one_line(error)}", url) from error
     except Exception as error:
         raise OSError(errno.EIO, f"{type(error).__name__}: {_one_line(error)}", url) from error
 

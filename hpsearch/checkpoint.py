@@ -20,6 +20,7 @@ from hpsearch.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 State = dict[str, Any]
+_LONGEST_INTERVAL = 300.0  # seconds between two tries where writing fails
 _DIGEST_SIZE = hashlib.sha256().digest_size
 _NAME = re.compile(r"trial-(\d+)\.ckpt(\.tmp)?")
 
@@ -69,6 +70,7 @@ class Checkpoint:
             for name in self.earlier:
                 self.folder.remove(name)
         except OSError as error:
+            self.interval = min(max(2 * self.interval, 1.0), max(self.interval, _LONGEST_INTERVAL))
             if not self._has_warned:
                 logger.warning(
                     "no checkpoint can be written to %s (%s), so this trial would start again from its last one",

@@ -195,11 +195,15 @@ def launch(
     from hpsearch.tasks import Share
     from hpsearch.watching import conclude, open_watch
 
+    if detaches and address == "local":
+        raise UsageError("a cluster that is started for the search ends with it; use ray start --head for --detach")
     definition, command = load_definition_of(study, storage, trials, artifacts), retype(study, storage)
     with connect(definition, Share(cpus, gpus), address=address, folder=data) as cluster:
         drain = Drain().listen(signal.SIGINT, signal.SIGTERM)  # Ray has set handlers of its own
+        n_workers = workers or cluster.n_fitting
+        if not n_workers:
+            raise UsageError("no node of the cluster has room for a worker; to wait for one, say how many: --workers")
         start_study(definition, keeps_extension=trials is None)
-        n_workers = workers or max(cluster.n_fitting, 1)
         for remark in cluster.remark_on(n_workers):
             say(remark)
         watch = open_watch(definition)

@@ -19,7 +19,10 @@ from hpsearch.tasks import STUDY_FILE, Share, Supervisor, Tasks, import_ray, las
 
 _CONNECT_TIMEOUT = 5.0  # seconds
 _NAMESPACE = "hpsearch"
-_ADVICE = "start one with ray start --head, or name another with --address"
+_ADVICE = (
+    "start one with ray start --head, or name another with --address; "
+    "one that asks for a token needs RAY_AUTH_MODE=token here, too"
+)
 
 
 class Cluster:
@@ -97,7 +100,8 @@ class Cluster:
     def _node_for_all(self) -> str | None:
         """The node that workers must stay on since the study's places are on this machine, if they are."""
         is_sqlite = parse_url(self.definition.study.storage).get_backend_name() == "sqlite"
-        is_local = is_sqlite or Folder(self.definition.study.artifacts).path is not None
+        path = Folder(self.definition.study.artifacts).path
+        is_local = is_sqlite or (path is not None and not network_file_system(path))
         return self.nodes[0]["NodeID"] if is_local and len(self.nodes) == 1 else None
 
 
@@ -125,19 +129,31 @@ def connect(
         environment = {
             "py_modules": [str(Path(__file__).parent)],
             "working_dir": files,
-            "env_vars": {"HPSEARCH_DATA": str(Path(data).expanduser().absolute())} if data else {},
+            "env_vars": {"HPSEARCH_DATA": _place_of(str(data))} if data else {},
         }
         options = {"namespace": _NAMESPACE, "log_to_driver": False, "logging_level": logging.ERROR}
-        with _as_cluster_errors(f"no Ray cluster at {address}; {_ADVICE}"):
+        try:
             ray.init(address, runtime_env=environment, **options)
+        except ConnectionError as error:
+            raise ClusterError(f"no Ray cluster at {address}: {last_line(error)}; {_ADVICE}") from error
+        except (ValueError, RuntimeError) as error:  # other versions of Ray or Python, among others
+            text = " ".join(str(error).split())
+            raise ClusterError(f"the Ray cluster at {address} cannot be used: {text}") from error
         try:
             yield Cluster(definition, share)
         finally:
             ray.shutdown()
 
 
+def _place_of(folder: str) -> str:
+    """The folder as nodes are to look for it; the home of each is its own."""
+    return folder if folder.startswith("~") else str(Path(folder).absolute())
+
+
 def _check_port(address: str) -> None:
     """Raise `ClusterError` where nothing listens at the address; Ray itself would wait for minutes."""
+    if address.startswith("http"):
+        raise ClusterError(f"{address} is Ray's dashboard; name the cluster as host:6379 or ray://host:10001")
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not port.isdigit():
         return

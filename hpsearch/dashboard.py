@@ -57,6 +57,14 @@ main .MuiCardContent-root > table :is(th, td) { text-align: left; vertical-align
 )
 
 
+def _has_any(folder: Folder) -> bool:
+    try:
+        return bool(folder.find())
+    except OSError as error:  # the trials can be looked at all the same
+        logger.warning("attached files are not shown: %s cannot be read (%s)", folder, error.strerror)
+        return False
+
+
 class Files:
     """Uploaded files, an artifact store in the sense of Optuna; one that is gone is answered with 404."""
 
@@ -135,7 +143,7 @@ def build_application(
     """Optuna's dashboard on the storage of the study, which has notes about it and its trials."""
     _hush()
     files = checkpoint_folder(definition, study) / "files"
-    store = Files(files) if is_writable or files.find() else None  # the page offers uploads where there is one
+    store = Files(files) if is_writable or _has_any(files) else None  # the page offers uploads where there is one
     application = wsgi(study._storage, artifact_store=store)  # Optuna's cache around the storage reads only what is new
     application.catchall = False  # the guard says what failed
     application.install(_Additions(application, definition, study, arguments))

@@ -248,8 +248,13 @@ def _relative_to(folder: Path, url: str) -> str:
 def _resolve_artifacts(folder: Path, place: str) -> str:
     if not is_url(place):
         return str(folder.resolve() / place)
-    if "@" in place.partition("://")[2].partition("/")[0]:
-        raise UsageError("credentials must not stand in a URL that is printed; give them in the environment")
+    scheme, _, rest = place.partition("://")
+    if ":" in rest.rpartition("@")[0]:
+        raise UsageError("a URL is printed, so it must not have a password; give it in the environment")
+    if not rest.strip("/"):
+        raise UsageError(f"{place} names no place")
+    if scheme == "memory":
+        raise UsageError("memory:// is of one process, and the others do not see it; use a folder or an object store")
     return place
 
 

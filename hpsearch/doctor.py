@@ -57,6 +57,8 @@ def _examine(definition: StudyDefinition, folder: Path | str | None, fix: bool) 
     file = Path(url.database or "") if url.get_backend_name() == "sqlite" else None
     if file and file.exists():
         yield from _check_file(file, fix)
+    folder_of_artifacts = Folder(definition.study.artifacts)
+    artifacts = _check_store(folder_of_artifacts)
     try:
         recovery = definition.recovery
         storage = open_storage(
@@ -71,16 +73,16 @@ def _examine(definition: StudyDefinition, folder: Path | str | None, fix: bool) 
             yield _check_latency(storage)
             yield _check_clock(storage)
             yield _check_stuck(definition, storage, study, fix)
-            yield _check_checkpoints(definition, study, fix)
+            if artifacts.is_ok:
+                yield _check_checkpoints(definition, study, fix)
             yield _check_threads(study)
         except (StorageUnavailable, SQLAlchemyError) as error:
             yield Finding("study", False, f"the storage stopped answering: {reason(url, error)}")
         finally:
             storage.engine.dispose()
-    artifacts = Folder(definition.study.artifacts)
-    if artifacts.path is None:
-        yield _check_store(artifacts)
-    folders = {"database": file.parent if file else None, "artifacts": artifacts.path}
+    if folder_of_artifacts.path is None:
+        yield artifacts
+    folders = {"database": file.parent if file else None, "artifacts": folder_of_artifacts.path}
     for name, place in folders.items():
         if place:
             yield _check_place(name, place, may_be_remote=place != (file and file.parent))

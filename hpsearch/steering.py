@@ -9,24 +9,30 @@ from optuna.trial import TrialState
 
 from hpsearch.artifacts import Folder
 from hpsearch.definition import StudyDefinition
-from hpsearch.errors import UsageError
+from hpsearch.errors import StudyNotFound, UsageError
 from hpsearch.space import check_try
 from hpsearch.storage import open_storage
-from hpsearch.study import change_attribute, open_study
+from hpsearch.study import change_attribute, load_study, open_study
 
 
 def start_study(definition: StudyDefinition, *, keeps_extension: bool = True, resumes: bool = True) -> None:
     """Create or resume the definition's study, as `open_study` does, once its artifacts are seen to have a place.
 
-    Where it `resumes`, a study that was stopped lets workers begin trials again. Raises `UsageError` where nothing can
-    be written to the artifact store, and what `open_storage` and `open_study` raise.
+    Unless it `resumes`, a study that is there already is left as it is, with its budget, and stopped if it was. Raises
+    `UsageError` where nothing can be written to the artifact store, and what `open_storage` and `open_study` raise.
     """
     Folder(definition.study.artifacts).check()
     storage = open_storage(definition.study.storage)
-    study = open_study(definition, storage, keeps_extension=keeps_extension)
-    if resumes:
-        resume_study(study)
-    storage.engine.dispose()
+    try:
+        if resumes:
+            resume_study(open_study(definition, storage, keeps_extension=keeps_extension))
+            return
+        try:
+            load_study(definition, storage)
+        except StudyNotFound:
+            open_study(definition, storage)
+    finally:
+        storage.engine.dispose()
 
 
 def stop_study(study: optuna.Study) -> None:

@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from optuna.trial import TrialState
 
+from hpsearch.artifacts import Folder
 from hpsearch.data import ImageData, Split
 from hpsearch.definition import StudyDefinition, load_definition
 from hpsearch.devices import list_devices
@@ -19,13 +21,12 @@ from hpsearch.errors import (
     ClusterError,
     Drained,
     Interrupted,
-    RepeatedFailures,
     Stopped,
-    StorageUnavailable,
     UsageError,
 )
 from hpsearch.objective import load_study_data
 from hpsearch.signals import Drain
+from hpsearch.storage import open_storage
 from hpsearch.study import load_study
 from hpsearch.worker import End, Worker, end_of, open_worker_storage
 
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 STUDY_FILE = "study.toml"  # in the working directory of all tasks
 _MAX_RETRIES = 20  # of a worker's task, by Ray, each for a node that died
+_KNOWN_WITHIN = 60.0  # seconds in which the command that made a supervisor hears of it
 _POLL = 1.0  # seconds between two looks at the tasks
 
 
@@ -42,6 +44,11 @@ class Share:
 
     cpus: float = 1.0
     gpus: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, share in (("--cpus-per-worker", self.cpus), ("--gpus-per-worker", self.gpus)):
+            if share > 1 and share != int(share):
+                raise UsageError(f"{name} {share}: Ray gives a part of one, or whole ones, so use {int(share)}")
 
 
 class Tasks:
@@ -62,8 +69,8 @@ class Tasks:
                 error = self._end_of(task).error
                 if isinstance(error, Drained) and not isinstance(error, Stopped) and not drain.event.is_set():
                     running.append(self._start())  # its node was drained, not the search
-            if drain.event.is_set() and not is_cancelled:
-                is_cancelled = True
+            if not is_cancelled and (drain.event.is_set() or self._is_over()):
+                is_cancelled = True  # also those that still wait for room
                 for task in running:
                     self.ray.cancel(task, force=False)
             on_poll()
@@ -73,6 +80,17 @@ class Tasks:
         drain.check()
         raise self.ends[0].error or ClusterError
 
+    def _is_over(self) -> bool:
+        """Whether a worker has seen the budget spent, and none has a trial in hand."""
+        if all(end.error for end in self.ends):
+            return False
+        storage = open_storage(self.definition.study.storage, reads_only=True)
+        try:
+            study = load_study(self.definition, storage)
+            return not study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        finally:
+            storage.engine.dispose()
+
     def _end_of(self, task: Any) -> End:
         """How the task ended; whatever is no end of a search is remembered, and told where others go on."""
         exceptions = self.ray.exceptions
@@ -81,10 +99,11 @@ class Tasks:
         except (exceptions.TaskCancelledError, KeyboardInterrupt):
             end = End("stopped", Interrupted())
         except exceptions.RayError as error:
-            end = End("", ClusterError(f"a worker's task failed: {last_line(error)}"))
+            reason = f"a worker's task failed: {last_line(error)}"
+            end = End(reason, ClusterError(reason))
+        if end.error and not isinstance(end.error, Drained) and end.reason not in {other.reason for other in self.ends}:
+            logger.warning("a worker has ended: %s", end.error)  # the others may go on
         self.ends.append(end)
-        if isinstance(end.error, RepeatedFailures | StorageUnavailable | ClusterError):
-            logger.warning("%s", end.error)
         return end
 
     def _start(self) -> Any:
@@ -109,12 +128,14 @@ class Supervisor:
         self.name = name
         definition = load_definition(STUDY_FILE, storage=places[0], artifacts=places[1])
         tasks = Tasks(definition, share, node)
+        self.is_known = threading.Event()
         threading.Thread(target=self._run, args=(tasks, n_workers), daemon=True).start()
 
-    def is_there(self) -> bool:
-        return True
+    def is_there(self) -> None:
+        self.is_known.set()
 
     def _run(self, tasks: Tasks, n_workers: int) -> None:
+        self.is_known.wait(_KNOWN_WITHIN)
         end = end_of(lambda: tasks.run(n_workers, Drain(), lambda: None))
         logger.warning("%s", end.reason)  # in Ray's log of this actor
         tasks.ray.kill(tasks.ray.get_actor(self.name), no_restart=True)
@@ -139,6 +160,7 @@ def _work(url: str, artifacts: str, data: Mapping[str, Any], share: Share) -> En
         node = ray.get_runtime_context().get_node_id()
 
         def run() -> str:
+            Folder(artifacts).check()
             storage = open_worker_storage(definition, drain, must_exist=True, is_patient=True)
             study = load_study(definition, storage)
             try:

@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 from hpsearch.artifacts import Folder
 from hpsearch.data import ImageData
 from hpsearch.definition import StudyDefinition
-from hpsearch.devices import list_devices
+from hpsearch.devices import count_cores, list_devices
 from hpsearch.errors import (
     BudgetInFlight,
     BudgetSpent,
@@ -213,6 +213,7 @@ def run_worker(
     data = load_study_data(definition, folder)
     stream = storage.join(study._study_id)
     device = list_devices()[0]
+    torch.set_num_threads(count_cores())  # torch itself does not know of a container's quota
     return Worker(definition, storage, stream, drain, data=data, device=device, emit=emit, max_trials=max_trials).run()
 
 

@@ -1,6 +1,7 @@
 """A folder on a disk, in memory and on a real S3 server: files are whole or absent, and errors are OSErrors."""
 
 import pickle
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -78,8 +79,9 @@ def test_a_store_without_whole_uploads_has_the_file_renamed_into_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """fsspec's own local file system stands for stores like SFTP, which write in place."""
-    folder = Folder(f"local://{tmp_path}/files")
+    folder = Folder(f"simplecache::file://{tmp_path}/files")
     assert folder.path is None
+    folder._opened = fsspec.filesystem("local"), f"{tmp_path}/files"
     folder.write("a.txt", b"first")
     store = type(fsspec.filesystem("local"))
     monkeypatch.setattr(store, "mv", lambda *_: (_ for _ in ()).throw(ConnectionResetError("the line is dead")))
@@ -93,8 +95,8 @@ def test_a_store_that_cannot_be_used_is_named_with_the_reason(
 ) -> None:
     for url, reason in {
         "s3://no-such-bucket/x": "s3://no-such-bucket/x cannot be used: The specified bucket does not exist",
-        "nonsense://x": "Protocol not known: nonsense",
-        "gs://bucket/x": "need another package: Please install gcsfs",
+        "nonsense://x": "nonsense://x cannot be used: ValueError: Protocol not known: nonsense",
+        "gs://bucket/x": "cannot be used: another package is needed: Please install gcsfs",
     }.items():
         with pytest.raises(UsageError, match=reason):
             Folder(url).check()
@@ -105,3 +107,23 @@ def test_a_store_that_cannot_be_used_is_named_with_the_reason(
 def test_a_file_url_is_a_folder_of_this_machine(tmp_path: Path) -> None:
     Folder(f"file://{tmp_path}/x").write("a.txt", b"")
     assert (tmp_path / "x" / "a.txt").exists()
+
+
+def test_a_store_that_does_not_answer_is_not_waited_for(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that accepts connections, and says nothing."""
+    program = (
+        "from hpsearch import artifacts, errors; artifacts.TIMEOUT = 1.0\n"
+        "try: artifacts.Folder('s3://silent/x').check()\n"
+        "except errors.UsageError as error: print(error)"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        asked = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=60)
+    assert asked.stdout == "the artifact store s3://silent/x cannot be used: no answer in 1 s\n"
+
+
+def test_a_store_that_fails_is_asked_less_and_less_often(bucket: str) -> None:
+    kept = Checkpoint(Folder("s3://no-such-bucket/x"), 0, {}, interval=5)
+    for interval in (10, 20):
+        kept.write({"epoch": 1})
+        assert kept.interval == interval

@@ -80,8 +80,15 @@ BAD_ARGUMENTS = [
     (["run", "small.toml", "--storage", "sqlite:////no/such/folder/x.db"], "no folder /no/such/folder"),
     (["worker", "small.toml", "--max-trials", "0"], "--max-trials"),
     (["launch", "small.toml", "--gpus-per-worker", "-1"], "--gpus-per-worker"),
-    (["run", "small.toml", "--artifacts", "nonsense://x"], "artifacts in nonsense://x: Protocol not known"),
-    (["run", "small.toml", "--artifacts", "gs://x"], "artifacts in gs://x need another package"),
+    (
+        ["run", "small.toml", "--artifacts", "nonsense://x"],
+        "nonsense://x cannot be used: ValueError: Protocol",
+    ),
+    (["run", "small.toml", "--artifacts", "s3:///"], "s3:/// names no place"),
+    (["run", "small.toml", "--artifacts", "memory://x"], "memory:// is of one process"),
+    (["launch", "small.toml", "--address", "local", "--detach"], "use ray start --head for --detach"),
+    (["launch", "small.toml", "--gpus-per-worker", "1.5"], "--gpus-per-worker 1.5: Ray gives a part of one, or whole"),
+    (["run", "small.toml", "--artifacts", "gs://x"], "gs://x cannot be used: another package is needed"),
     (["status"], "Missing argument 'STUDY'"),
     (["trials", "small.toml", "--json", "--csv"], "choose one"),
     (["status", "small.toml", "--watch", "--json"], "do not go together"),
@@ -101,7 +108,10 @@ BAD_ARGUMENTS = [
     (["copy", "small.toml"], "Missing option '--to'"),
     (["copy", "small.toml", "--to", ""], "must be a URL"),
     (["copy", "small.toml", "--to", "mysql://me:secret@host/db"], "use SQLite or PostgreSQL"),
-    (["copy", "small.toml", "--to", "sqlite:///x.db", "--artifacts-to", "s3://me:secret@b"], "credentials must not"),
+    (
+        ["copy", "small.toml", "--to", "sqlite:///x.db", "--artifacts-to", "s3://me:secret@b"],
+        "must not have a password",
+    ),
     (["evaluate"], "Missing argument 'BUNDLE'"),
     (["predict", "dist/small"], "Missing argument 'IMAGE...'"),
     (["check"], "name a study file to check"),
@@ -400,3 +410,6 @@ def test_a_worker_creates_the_study_where_it_is_asked_to(run: Run, study_file: C
     code, _, err = run("worker", "small.toml", "--create")
     assert code == 0, err
     assert err.count(" complete 0.") == 2
+    study_file(budget="trials = 1\nepochs = 1")
+    code, _, err = run("worker", "small.toml", "--create")
+    assert "the study has its 2 trials" in err, "the budget of a study that is there stays"

@@ -16,13 +16,26 @@ from .acceptance.commands import hpsearch
 from .conftest import make_definition
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:9", "ray://127.0.0.1:9", "nonsense"])
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "ray://127.0.0.1:9"])
 def test_a_cluster_that_does_not_answer_is_named_with_what_to_do(address: str) -> None:
     message = f"no Ray cluster .*{address}.*start one with ray start --head, or name another with --address"
     with (
         pytest.raises(ClusterError, match=message),
         connect(make_definition("sqlite:///x.db"), Share(), address=address),
     ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("nonsense", "cluster at nonsense cannot be used: Invalid"),
+        ("http://host:8265", "name the cluster as host:6379"),
+    ],
+)
+def test_what_is_no_address_of_a_cluster_is_told_apart(address: str, message: str) -> None:
+    definition = make_definition("sqlite:///x.db")
+    with pytest.raises(ClusterError, match=message), connect(definition, Share(), address=address):
         pass
 
 
