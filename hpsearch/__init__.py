@@ -22,6 +22,7 @@ The package, to be read downwards; a file imports only from lines below its own:
     objective | strategy                  trial to value; sampler and pruner
     storage | bundle                      safe RDBStorage; what a user takes away
     recovery | pictures                   RDBStorage that outlasts outages and the ends of workers; figures drawn
+    tally                                 what `status` says, counted by the database
     pruning                               ends hopeless trials, and says what they were measured against
     definition | evaluation | training    the study file; figures; the training loop
     mistakes                              what is wrong in a study file, and where

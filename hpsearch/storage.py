@@ -36,6 +36,7 @@ from hpsearch.database import (
 from hpsearch.errors import StorageError, StudyNotFound, UsageError
 from hpsearch.recovery import RecoveringStorage, patiently
 from hpsearch.rows import HeldTrial
+from hpsearch.tally import Tally, read_tally
 
 
 class Storage(RecoveringStorage):
@@ -143,6 +144,12 @@ class Storage(RecoveringStorage):
             )
         self._fresh_until = time.monotonic() + rows.WRITE_INTERVAL
         return [trial for trial in trials if states is None or trial.state in states]
+
+    @patiently
+    def tally(self, study_id: int) -> Tally:
+        """What `status` says of the study."""
+        with _create_scoped_session(self.scoped_session) as session:
+            return read_tally(session.connection(), study_id)
 
     @patiently
     def _read_trial(self, trial_id: int) -> FrozenTrial:

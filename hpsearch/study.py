@@ -4,7 +4,6 @@ import json
 import logging
 import uuid
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import UTC, datetime
@@ -22,6 +21,7 @@ from hpsearch.database import creation_lock, show_url
 from hpsearch.definition import StudyDefinition
 from hpsearch.errors import NoCompletedTrial, StudyMismatch, StudyNotFound
 from hpsearch.storage import Storage
+from hpsearch.tally import count_trials
 
 logger = logging.getLogger(__name__)
 
@@ -172,34 +172,30 @@ def summarize(
 
     `trials` are those of the study, where they were read already.
     """
-    trials = study.get_trials(deepcopy=False) if trials is None else trials
-    counts = Counter(trial.state for trial in trials)
-    running = [trial for trial in trials if trial.state == TrialState.RUNNING]
-    best = min((trial for trial in trials if trial.state == TrialState.COMPLETE), key=_by_value, default=None)
-    full = definition.budget.epochs
-    # A retried trial has the epochs of its earlier attempts.
-    begun = [trial for trial in trials if trial.state != TrialState.WAITING]
-    superseded = {number for trial in begun for number in trial.user_attrs.get("attempts", ())}
+    storage = getattr(study._storage, "_backend", None)  # Optuna wraps it in a cache
+    if trials is None and isinstance(storage, Storage):
+        tally = storage.tally(study._study_id)
+    else:
+        tally = count_trials(study.get_trials(deepcopy=False) if trials is None else trials)
+    counts, best, full = tally.counts, tally.best, definition.budget.epochs
+    n_pruned = counts.get(TrialState.PRUNED, 0)
     return {
         "study": study.study_name,
         "storage": show_url(definition.study.storage),
         "budget": study.user_attrs["budget"],
         "trials": {
-            "complete": counts[TrialState.COMPLETE],
-            "pruned": counts[TrialState.PRUNED],
-            "failed": counts[TrialState.FAIL],
-            "running": counts[TrialState.RUNNING],
-            "waiting": counts[TrialState.WAITING],
+            "complete": counts.get(TrialState.COMPLETE, 0),
+            "pruned": n_pruned,
+            "failed": counts.get(TrialState.FAIL, 0),
+            "running": counts.get(TrialState.RUNNING, 0),
+            "waiting": counts.get(TrialState.WAITING, 0),
         },
         "best": best and {"number": best.number, "value": best.value, "params": best.params},
         "workers": [
             {"id": trial.user_attrs.get("worker"), "trial": trial.number, "epoch": trial.last_step or 0}
-            for trial in running
+            for trial in tally.running
         ],
-        "epochs": {
-            "run": sum(trial.last_step or 0 for trial in trials if trial.number not in superseded),
-            "saved": sum(full - (trial.last_step or 0) for trial in trials if trial.state == TrialState.PRUNED),
-        },
+        "epochs": {"run": tally.n_epochs, "saved": full * n_pruned - tally.n_epochs_of_pruned},
     }
 
 

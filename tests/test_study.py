@@ -12,6 +12,7 @@ from hpsearch.listing import list_trials
 from hpsearch.storage import Storage, open_storage
 from hpsearch.study import count_test_reading, find_best, load_study, open_study, summarize
 
+from .conftest import fill as write_many
 from .conftest import make_definition
 
 
@@ -154,3 +155,20 @@ def test_readings_of_the_test_set_that_meet_are_all_counted(storage: Storage, ur
     with ThreadPoolExecutor(4) as pool:
         [*pool.map(read_five_times, range(4))]
     assert len(study.user_attrs["test_reads"]) == 20
+
+
+def test_what_the_database_counts_is_what_reading_all_trials_gives(storage: Storage) -> None:
+    definition = make_definition("sqlite:///x", budget={"trials": 100, "epochs": 10, "failures": 99})
+    study = open_study(definition, storage)
+    write_many(storage, study, 60)
+    study.enqueue_trial({"width": 9})
+    stopped = study.get_trials(deepcopy=False)[57]
+    storage.fail(stopped._trial_id, "interrupted", "Ctrl-C")
+    storage.worker = "me-0"
+    for _ in range(2):  # one of them goes on with the interrupted trial
+        study.ask()
+    study.add_trial(optuna.trial.create_trial(value=study.best_value))  # a later equal is not the best
+    counted = summarize(definition, study)
+    assert counted == summarize(definition, study, study.get_trials(deepcopy=False))
+    assert counted["trials"]["failed"] > 5
+    assert len(counted["workers"]) == 5
