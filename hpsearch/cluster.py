@@ -66,14 +66,10 @@ class Cluster:
         """The name of an actor in the cluster that does what `run` does, after this process has gone."""
         ray = import_ray()
         name = f"{self.definition.study.name}-{uuid.uuid4().hex[:8]}"
-        options = {"name": name, "lifetime": "detached", "max_restarts": -1, "num_cpus": 0} | stay_on(
-            self._node_for_all
-        )
-        study = self.definition.study
+        study, node = self.definition.study, self._node_for_all
+        options = {"name": name, "lifetime": "detached", "max_restarts": -1, "num_cpus": 0, **stay_on(node)}
         places = study.storage, study.artifacts
-        actor = (
-            ray.remote(Supervisor).options(**options).remote(name, places, self.share, self._node_for_all, n_workers)
-        )
+        actor = ray.remote(Supervisor).options(**options).remote(name, places, self.share, node, n_workers)
         with _as_cluster_errors("the cluster cannot hold the search's supervisor"):
             ray.get(actor.is_there.remote())
         return name

@@ -11,19 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from optuna.trial import TrialState
 
 from hpsearch.artifacts import Folder
 from hpsearch.data import ImageData, Split
 from hpsearch.definition import StudyDefinition, load_definition
 from hpsearch.devices import list_devices
-from hpsearch.errors import (
-    ClusterError,
-    Drained,
-    Interrupted,
-    Stopped,
-    UsageError,
-)
+from hpsearch.errors import ClusterError, Drained, Interrupted, Stopped, StorageError, UsageError
 from hpsearch.objective import load_study_data
 from hpsearch.signals import Drain
 from hpsearch.storage import open_storage
@@ -34,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 STUDY_FILE = "study.toml"  # in the working directory of all tasks
 _MAX_RETRIES = 20  # of a worker's task, by Ray, each for a node that died
-_KNOWN_WITHIN = 60.0  # seconds in which the command that made a supervisor hears of it
+_KNOWN_WITHIN = 20.0  # seconds in which the command that made a supervisor hears of it
 _POLL = 1.0  # seconds between two looks at the tasks
 
 
@@ -67,7 +60,8 @@ class Tasks:
             ended, running = self.ray.wait(running, num_returns=1, timeout=_POLL)
             for task in ended:
                 error = self._end_of(task).error
-                if isinstance(error, Drained) and not isinstance(error, Stopped) and not drain.event.is_set():
+                is_drained = isinstance(error, Drained) and not isinstance(error, Stopped)
+                if is_drained and not is_cancelled and not drain.event.is_set():
                     running.append(self._start())  # its node was drained, not the search
             if not is_cancelled and (drain.event.is_set() or self._is_over()):
                 is_cancelled = True  # also those that still wait for room
@@ -84,12 +78,13 @@ class Tasks:
         """Whether a worker has seen the budget spent, and none has a trial in hand."""
         if all(end.error for end in self.ends):
             return False
-        storage = open_storage(self.definition.study.storage, reads_only=True)
         try:
-            study = load_study(self.definition, storage)
-            return not study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        finally:
+            storage = open_storage(self.definition.study.storage, reads_only=True)
+            tally = storage.tally(load_study(self.definition, storage)._study_id)
             storage.engine.dispose()
+        except StorageError:  # the workers wait for it as well
+            return False
+        return not tally.running
 
     def _end_of(self, task: Any) -> End:
         """How the task ended; whatever is no end of a search is remembered, and told where others go on."""

@@ -77,7 +77,7 @@ def node_of(trial: FrozenTrial) -> str:
     return str(trial.user_attrs["worker"].split("-")[-2])
 
 
-@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("new_url", ["postgresql"], indirect=True)
 def test_a_node_that_dies_costs_no_trial_and_its_trials_go_on_elsewhere(
     cluster: Any, search: Callable[..., Search]
 ) -> None:
@@ -111,7 +111,7 @@ def test_a_node_that_dies_costs_no_trial_and_its_trials_go_on_elsewhere(
     assert sum(" complete 0." in line for line in told) == 60, "a result was not told, or twice"
 
 
-@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("new_url", ["postgresql"], indirect=True)
 def test_an_interrupted_launch_hands_its_trials_back_and_a_detached_one_goes_on(
     cluster: Any, search: Callable[..., Search]
 ) -> None:
