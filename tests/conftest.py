@@ -88,6 +88,13 @@ def fill(storage: Storage, study: optuna.Study, n_trials: int, *, epochs: int = 
                     rows.write_values(connection, trial._trial_id, [float(curve[n_reports - 1])])
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """What a command in this process has set does not change the last bits of the trainings of other tests."""
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def digits() -> ImageData:
     return load_data("digits", validation=200, train=300)
