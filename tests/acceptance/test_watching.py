@@ -160,7 +160,7 @@ def test_stop_extend_and_enqueue_steer_four_workers_and_the_budget_stays_exact(
     study_file: StudyFile, tmp_path: Path
 ) -> None:
     study_file(
-        budget=f"trials = 8\nepochs = {epochs_of(2)}",
+        budget=f"trials = 8\nepochs = {epochs_of(3)}",
         body=f'[pruner]\nkind = "none"\n[study]\nstorage = "sqlite:///{tmp_path / "small.db"}"',
     )
     definition = load_definition(tmp_path / "small.toml")
