@@ -14,6 +14,7 @@ import numpy as np
 import optuna
 import pytest
 import torch
+from filelock import FileLock
 from optuna.distributions import FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 
@@ -151,6 +152,13 @@ def new_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable
 def url(new_url: Callable[[], str]) -> str:
     """A new, empty database of each kind."""
     return new_url()
+
+
+@pytest.fixture
+def ray_alone() -> Iterator[None]:
+    """One test at a time starts Ray: two that do so at once may take the same ports."""
+    with FileLock(Path(tempfile.gettempdir()) / "hpsearch-tests-ray.lock"):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ RECOVERY = "[recovery]\nheartbeat = 1\ngrace = 4\ncheckpoint = 0.3\n[pruner]\nki
 
 
 @pytest.fixture
-def cluster(bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def cluster(ray_alone: None, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Three nodes with two cores each, which have the environment of this process."""
     from ray.cluster_utils import Cluster
 
