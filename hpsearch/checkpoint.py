@@ -20,7 +20,7 @@ from hpsearch.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 State = dict[str, Any]
-_LONGEST_INTERVAL = 300.0  # seconds between two tries where writing fails
+_LONGEST_PAUSE = 300.0  # seconds between two tries where writing fails
 _DIGEST_SIZE = hashlib.sha256().digest_size
 _NAME = re.compile(r"trial-(\d+)\.ckpt(\.tmp)?")
 
@@ -30,7 +30,8 @@ class Checkpoint:
 
     `earlier` are the numbers of the trial's attempts before this one, whose files are resumed from, and go once there
     is a newer one. `identity` says what is trained; a file of anything else is not resumed from. `interval` is the
-    least number of seconds between two writes. A file that cannot be written costs a warning, not the trial.
+    least number of seconds between two writes. A file that cannot be written costs a warning, not the trial, and the
+    next tries are further and further apart until one succeeds.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Checkpoint:
         self.earlier = [checkpoint_name(attempt) for attempt in earlier]
         self.identity = json.dumps(identity, sort_keys=True)
         self.interval = interval
+        self._pause = 0.0  # seconds, after failures
         self._written = time.monotonic()
         self._has_warned = False
 
@@ -60,17 +62,23 @@ class Checkpoint:
 
     def write_if_due(self, capture: Callable[[], State]) -> None:
         """Write the state that `capture` returns, unless the last write was less than `interval` seconds ago."""
-        if time.monotonic() - self._written >= self.interval:
+        if time.monotonic() - self._written >= max(self.interval, self._pause):
             self.write(capture())
+
+    def insist(self) -> None:
+        """From now on write whenever it is asked for."""
+        self.interval = self._pause = 0.0
 
     def write(self, state: State) -> None:
         """Write the state now; once it is safe, the files of earlier attempts go."""
         try:
             write(self.folder, self.name, {"identity": self.identity, "state": state})
-            for name in self.earlier:
-                self.folder.remove(name)
+            self._pause = 0.0
+            while self.earlier:
+                self.folder.remove(self.earlier[0])
+                self.earlier.pop(0)
         except OSError as error:
-            self.interval = min(max(2 * self.interval, 1.0), max(self.interval, _LONGEST_INTERVAL))
+            self._pause = min(2 * max(self.interval, self._pause, 0.5), _LONGEST_PAUSE)
             if not self._has_warned:
                 logger.warning(
                     "no checkpoint can be written to %s (%s), so this trial would start again from its last one",
