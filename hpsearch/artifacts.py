@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hpsearch.errors import UsageError
+from hpsearch.errors import StorageUnavailable, UsageError
 
 TIMEOUT = 20.0  # seconds for a store's answer; a worker that is stopped hands its trial back soon after
 # A file appears in them when it is whole; moving one would copy it.
@@ -80,7 +80,10 @@ class Folder:
         return sorted(path[start:] for path in found)
 
     def check(self) -> None:
-        """Raise `UsageError` where nothing can be written to a store by URL, nor read from it."""
+        """Write to a store by URL, and read from it.
+
+        Raises `StorageUnavailable` where it cannot be reached, and `UsageError` where it cannot be used.
+        """
         if self.path:
             return
         name, content = f"probe-{uuid.uuid4().hex}", b"hpsearch"
@@ -89,7 +92,9 @@ class Folder:
             is_same = self.read(name) == content
             self.remove(name)
         except OSError as error:
-            raise UsageError(f"the artifact store {self} cannot be used: {error.strerror or error}") from error
+            if error.errno in (errno.EIO, errno.ETIMEDOUT):
+                raise StorageUnavailable(f"the artifact store {self} cannot be reached: {error.strerror}") from error
+            raise UsageError(f"the artifact store {self} cannot be used: {error.strerror}") from error
         if not is_same:
             raise UsageError(f"the artifact store {self} gives back another content than was written")
 
@@ -175,15 +180,24 @@ def _write_to_disk(file: Path, content: bytes) -> None:
 
 @contextmanager
 def _as_os_errors(url: str) -> Iterator[None]:
-    """Raise what a store's package raises as `OSError`: each has errors of its own, such as those of botocore."""
+    """Raise what a store's package raises as `OSError`: each has errors of its own, such as those of botocore.
+
+    Its number is EIO where the store may answer later.
+    """
     try:
         yield
     except FileNotFoundError as error:
         raise FileNotFoundError(errno.ENOENT, _one_line(error) or "no such file", url) from error
+    except PermissionError as error:
+        raise PermissionError(errno.EACCES, _one_line(error) or "permission denied", url) from error
     except ImportError as error:
-        raise OSError(errno.EIO, f"another package is needed: {_one_line(error)}", url) from error
+        raise OSError(errno.EINVAL, f"another package is needed: {_one_line(error)}", url) from error
+    except ValueError as error:
+        raise OSError(errno.EINVAL, _one_line(error), url) from error
     except Exception as error:
-        raise OSError(errno.EIO, f"{type(error).__name__}: {_one_line(error)}", url) from error
+        name = type(error).__name__
+        number = errno.EACCES if "Credentials" in name else errno.EIO
+        raise OSError(number, f"{name}: {_one_line(error)}", url) from error
 
 
 def _one_line(error: Exception) -> str:

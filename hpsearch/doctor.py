@@ -24,7 +24,7 @@ from hpsearch.data import data_folder, inspect_files
 from hpsearch.database import check_integrity, network_file_system, parse_url, reason, safe_journal, show_url
 from hpsearch.definition import StudyDefinition
 from hpsearch.devices import count_cores, list_devices
-from hpsearch.errors import HpsearchError, StorageUnavailable, UsageError
+from hpsearch.errors import HpsearchError, StorageUnavailable
 from hpsearch.objective import load_study_data
 from hpsearch.storage import Storage, open_storage
 from hpsearch.study import artifact_folder, checkpoint_folder, find_unneeded_checkpoints, load_study, sweep_checkpoints
@@ -195,7 +195,7 @@ def _check_place(name: str, folder: Path, *, may_be_remote: bool) -> Finding:
 def _check_store(artifacts: Folder) -> Finding:
     try:
         artifacts.check()
-    except UsageError as error:
+    except HpsearchError as error:
         return Finding("artifacts", False, f"{error}; give its credentials and endpoint in the environment")
     return Finding("artifacts", True, f"{artifacts} can be written and read")
 

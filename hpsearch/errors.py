@@ -63,7 +63,7 @@ class StorageError(HpsearchError):
 
 
 class StorageUnavailable(StorageError):
-    """The storage cannot be reached."""
+    """The storage, or the artifact store, cannot be reached."""
 
     exit_status = 75
 

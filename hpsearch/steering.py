@@ -19,7 +19,7 @@ def start_study(definition: StudyDefinition, *, keeps_extension: bool = True, re
     """Create or resume the definition's study, as `open_study` does, once its artifacts are seen to have a place.
 
     Unless it `resumes`, a study that is there already is left as it is, with its budget, and stopped if it was. Raises
-    `UsageError` where nothing can be written to the artifact store, and what `open_storage` and `open_study` raise.
+    what `Folder.check`, `open_storage` and `open_study` raise.
     """
     Folder(definition.study.artifacts).check()
     storage = open_storage(definition.study.storage)

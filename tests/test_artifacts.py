@@ -4,6 +4,7 @@ import pickle
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,7 +96,7 @@ def test_a_store_that_cannot_be_used_is_named_with_the_reason(
 ) -> None:
     for url, reason in {
         "s3://no-such-bucket/x": "s3://no-such-bucket/x cannot be used: The specified bucket does not exist",
-        "nonsense://x": "nonsense://x cannot be used: ValueError: Protocol not known: nonsense",
+        "nonsense://x": "nonsense://x cannot be used: Protocol not known: nonsense",
         "gs://bucket/x": "cannot be used: another package is needed: Please install gcsfs",
     }.items():
         with pytest.raises(UsageError, match=reason):
@@ -114,16 +115,24 @@ def test_a_store_that_does_not_answer_is_not_waited_for(bucket: str, monkeypatch
     program = (
         "from hpsearch import artifacts, errors; artifacts.TIMEOUT = 1.0\n"
         "try: artifacts.Folder('s3://silent/x').check()\n"
-        "except errors.UsageError as error: print(error)"
+        "except errors.StorageUnavailable as error: print(error)"
     )
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
         asked = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=60)
-    assert asked.stdout == "the artifact store s3://silent/x cannot be used: no answer in 1 s\n"
+    assert asked.stdout == "the artifact store s3://silent/x cannot be reached: no answer in 1 s\n"
 
 
-def test_a_store_that_fails_is_asked_less_and_less_often(bucket: str) -> None:
+def test_a_store_that_fails_is_asked_less_and_less_often_until_it_works_again(bucket: str, tmp_path: Path) -> None:
     kept = Checkpoint(Folder("s3://no-such-bucket/x"), 0, {}, interval=5)
-    for interval in (10, 20):
-        kept.write({"epoch": 1})
-        assert kept.interval == interval
+
+    def tries_after(seconds: float) -> bool:
+        kept._written = time.monotonic() - seconds
+        before = kept._written
+        kept.write_if_due(lambda: {"after": seconds})
+        return kept._written != before
+
+    assert [tries_after(seconds) for seconds in (4, 6, 9, 11, 19)] == [False, True, False, True, False]
+    kept.folder = Folder(tmp_path)
+    assert [tries_after(seconds) for seconds in (19, 21, 4, 6)] == [False, True, False, True]
+    assert checkpoint.read(kept.folder, kept.name)["state"] == {"after": 6}

@@ -82,7 +82,7 @@ BAD_ARGUMENTS = [
     (["launch", "small.toml", "--gpus-per-worker", "-1"], "--gpus-per-worker"),
     (
         ["run", "small.toml", "--artifacts", "nonsense://x"],
-        "nonsense://x cannot be used: ValueError: Protocol",
+        "nonsense://x cannot be used: Protocol not known",
     ),
     (["run", "small.toml", "--artifacts", "s3:///"], "s3:/// names no place"),
     (["run", "small.toml", "--artifacts", "memory://x"], "memory:// is of one process"),
