@@ -45,15 +45,16 @@ def read_tally(connection: Connection, study_id: int) -> Tally:
     last = steps.join(TRIALS).where(mine).group_by(REPORTS.c.trial_id).subquery()
     total: Any = sqlalchemy.select(TRIALS.c.state, sqlalchemy.func.sum(last.c.last)).join(last)
     epochs: dict[TrialState, int] = dict(_rows(connection, total.group_by(TRIALS.c.state)))
-    twice = connection.execute(
-        sqlalchemy.select(sqlalchemy.func.sum(last.c.last)).join(TRIALS).where(TRIALS.c.number.in_(superseded))
-    ).scalar()
+    twice = 0
+    if superseded:
+        again = sqlalchemy.select(sqlalchemy.func.sum(last.c.last)).join(TRIALS).where(TRIALS.c.number.in_(superseded))
+        twice = connection.execute(again).scalar() or 0
     found = read_trials(connection, ids=[*connection.execute(is_running).scalars(), *([best] if best else [])])
     return Tally(
         counts=counts,
         running=[trial for trial in found if trial._trial_id != best],
         best=next((trial for trial in found if trial._trial_id == best), None),
-        n_epochs=int(sum(epochs.values()) - (twice or 0)),
+        n_epochs=int(sum(epochs.values()) - twice),
         n_epochs_of_pruned=int(epochs.get(TrialState.PRUNED, 0)),
     )
 
