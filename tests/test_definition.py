@@ -119,7 +119,7 @@ def test_the_resolved_study_reads_back_as_the_same_study() -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["postgresql://me:secret@host:5433/db?sslmode=require&sslpassword=secret", "sqlite:////tmp/study.db"]
+    "url", ["postgresql://me:secret@host:5433/db?sslmode=require&sslpassword=secret", "sqlite:////anywhere/study.db"]
 )
 def test_neither_the_repr_nor_the_pickle_of_a_definition_has_a_password(url: str) -> None:
     definition = make_definition(url)
