@@ -6,7 +6,7 @@ What a verb needs is imported inside it: torch takes seconds to import, and `--h
 import json
 import signal
 from contextlib import ExitStack, suppress
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -27,6 +27,9 @@ from hpsearch.cli_upkeep import app as upkeep_app
 from hpsearch.cli_watch import app as watch_app
 from hpsearch.cli_winner import app as winner_app
 from hpsearch.errors import Drained, StorageError, UsageError
+
+if TYPE_CHECKING:
+    from hpsearch.watching import Watch
 
 app = typer.Typer(
     name="hpsearch",
@@ -96,7 +99,7 @@ def run(
     from hpsearch.forking import start_fork_server
     from hpsearch.live import LiveView
     from hpsearch.signals import Drain
-    from hpsearch.watching import conclude, open_watch
+    from hpsearch.watching import open_watch
 
     definition = load_definition_of(study, storage, trials, artifacts)
     start_fork_server()
@@ -128,13 +131,9 @@ def run(
                 on_start=view.start,
             )
     except Drained:
-        with suppress(StorageError):
-            say(watch.look().sum_up())
+        _say_how_far(watch)
         raise
-    say(f"done: {reason}")
-    print_status(definition, as_json=as_json)
-    for line in conclude(watch, retype(study, storage)):
-        say(line)
+    _say_what_was_found(watch, reason, retype(study, storage), as_json=as_json)
 
 
 @app.command(epilog="Example:  hpsearch worker studies/mnist-mlp.toml --max-trials 5")
@@ -193,7 +192,7 @@ def launch(
     from hpsearch.signals import Drain
     from hpsearch.steering import start_study
     from hpsearch.tasks import Share
-    from hpsearch.watching import conclude, open_watch
+    from hpsearch.watching import open_watch
 
     if detaches and address == "local":
         raise UsageError("a cluster that is started for the search ends with it; use ray start --head for --detach")
@@ -216,14 +215,26 @@ def launch(
                 view.start(watch.look().n_finished, n_workers)
                 reason = cluster.run(n_workers, drain, view.tell)
         except Drained:
-            with suppress(StorageError):
-                say(watch.look().sum_up())
+            _say_how_far(watch)
             raise
+    return _say_what_was_found(watch, reason, command, as_json=as_json)
+
+
+def _say_how_far(watch: "Watch") -> None:
+    from hpsearch.console import say
+
+    with suppress(StorageError):
+        say(watch.look().sum_up())
+
+
+def _say_what_was_found(watch: "Watch", reason: str, command: str, *, as_json: bool) -> None:
+    from hpsearch.console import say
+    from hpsearch.watching import conclude
+
     say(f"done: {reason}")
-    print_status(definition, as_json=as_json)
+    print_status(watch.definition, as_json=as_json)
     for line in conclude(watch, command):
         say(line)
-    return None
 
 
 app.add_typer(upkeep_app)
