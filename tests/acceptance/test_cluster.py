@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,10 +39,15 @@ def cluster(ray_alone: None, bucket: str, monkeypatch: pytest.MonkeyPatch) -> It
 
 
 class Search:
-    """A study file in a folder of its own, and what its study has."""
+    """A study file in a folder of its own, launched in a cluster, and what its study has."""
 
-    def __init__(self, file: Path, url: str) -> None:
-        self.file, self.url = file, url
+    def __init__(self, file: Path, url: str, address: str) -> None:
+        self.file, self.url, self.folder, self.log = file, url, file.parent, file.parent / "log"
+        self.options = ("--address", address, "--storage", url)
+
+    def launch(self, n_workers: int) -> "subprocess.Popen[bytes]":
+        arguments = ("launch", self.file.name, "--workers", n_workers, *self.options)
+        return start(*arguments, cwd=self.folder, log=self.log)
 
     @property
     def definition(self) -> StudyDefinition:
@@ -65,10 +71,10 @@ class Search:
 
 
 @pytest.fixture
-def search(study_file: WriteStudy, url: str) -> Callable[..., Search]:
+def search(study_file: WriteStudy, cluster: Any, url: str) -> Callable[..., Search]:
     def define(trials: int, seconds: float) -> Search:
         budget = f"trials = {trials}\nepochs = {epochs_of(seconds)}"
-        return Search(study_file(RECOVERY, budget=budget), url)
+        return Search(study_file(RECOVERY, budget=budget), url, cluster.address)
 
     return define
 
@@ -82,21 +88,22 @@ def test_a_node_that_dies_costs_no_trial_and_its_trials_go_on_elsewhere(
     cluster: Any, search: Callable[..., Search]
 ) -> None:
     s = search(trials=60, seconds=0.7)
-    arguments = ("--workers", 4, "--address", cluster.address, "--storage", s.url)
-    log = s.file.parent / "log"
-    run = start("launch", s.file.name, *arguments, cwd=s.file.parent, log=log)
+    run = s.launch(n_workers=4)
     nodes = {node.node_id[:6]: node for node in cluster.worker_nodes}
     chosen: list[FrozenTrial] = []
 
+    half = s.definition.budget.epochs / 2  # so that it is not over before its node is
+
     def trains_on_a_worker_node() -> bool:
-        chosen[:] = [trial for trial in s.running() if node_of(trial) in nodes and s.is_kept(trial)]
-        assert run.poll() is None, log.read_text()
+        begun = [trial for trial in s.running() if node_of(trial) in nodes and (trial.last_step or 0) < half]
+        chosen[:] = [trial for trial in begun if s.is_kept(trial)]
+        assert run.poll() is None, s.log.read_text()
         return bool(chosen)
 
     wait_for(trains_on_a_worker_node, "a trial with a checkpoint on a worker node")
     dead = node_of(chosen[0])
     cluster.remove_node(nodes[dead], allow_graceful=False)
-    assert run.wait(timeout=150) == 0, log.read_text()
+    assert run.wait(timeout=150) == 0, s.log.read_text()
     trials = s.trials()
     assert sum(trial.state == TrialState.COMPLETE for trial in trials) == 60
     failed = [trial for trial in trials if trial.state != TrialState.COMPLETE]
@@ -107,30 +114,28 @@ def test_a_node_that_dies_costs_no_trial_and_its_trials_go_on_elsewhere(
     assert resumed, "no trial went on from its checkpoint"
     assert {trial.user_attrs["attempts"][0] for trial in resumed} <= {trial.number for trial in failed}
     assert all(node_of(trial) != dead for trial in resumed)
-    told = log.read_text().splitlines()
+    told = s.log.read_text().splitlines()
     assert sum(" complete 0." in line for line in told) == 60, "a result was not told, or twice"
 
 
 @pytest.mark.parametrize("new_url", ["postgresql"], indirect=True)
 def test_an_interrupted_launch_hands_its_trials_back_and_a_detached_one_goes_on(
-    cluster: Any, search: Callable[..., Search]
+    search: Callable[..., Search],
 ) -> None:
     s = search(trials=2, seconds=5)
-    arguments = ("--workers", 2, "--address", cluster.address, "--storage", s.url)
-    log, folder = s.file.parent / "log", s.file.parent
-    run = start("launch", s.file.name, *arguments, cwd=folder, log=log)
+    run = s.launch(n_workers=2)
     wait_for(lambda: bool(s.running()), "a trial that runs")
     os.killpg(run.pid, signal.SIGINT)
-    assert run.wait(timeout=60) == 130, log.read_text()
+    assert run.wait(timeout=60) == 130, s.log.read_text()
     assert not processes_of(run.pid)
     failed = [trial for trial in s.trials() if trial.state == TrialState.FAIL]
     assert {trial.user_attrs["failure"]["kind"] for trial in failed} == {"interrupted"}
     assert [trial.state for trial in s.trials()] == [TrialState.FAIL] * len(failed) + [TrialState.WAITING] * len(failed)
 
-    detached = hpsearch("launch", s.file.name, *arguments, "--detach", cwd=folder)
+    detached = hpsearch("launch", s.file.name, "--workers", 2, *s.options, "--detach", cwd=s.folder)
     assert "next: hpsearch status" in detached.stderr
     wait_for(lambda: any(trial.user_attrs.get("resumed_after") for trial in s.running()), "a trial that goes on")
-    watched = hpsearch("status", s.file.name, "--storage", s.url, "--watch", cwd=folder)
+    watched = hpsearch("status", s.file.name, "--storage", s.url, "--watch", cwd=s.folder)
     assert watched.stdout.count(" complete 0.") == 2
     assert sum(trial.state == TrialState.COMPLETE for trial in s.trials()) == 2
 
