@@ -1,40 +1,16 @@
 """Hyperparameter search for PyTorch image classifiers.
 
-The package, to be read downwards; a file imports only from lines below its own:
+Nine rooms; each imports only from the rooms below it. `README.md` in this folder leads through them:
 
-    __main__                              runs a verb, catches errors, exits
-    cli                                   the verbs that search
-    cli_upkeep                            the verbs that look after a study
-    cli_watch                             the verbs to watch a search, and to steer it
-    cli_winner                            the verbs for what was found
-    arguments                             what the verbs take
-    live                                  a search while it runs: a table on a terminal, lines in a pipe
-    console | report | dashboard          text rendering; a study as one HTML file; Optuna's dashboard, guarded
-    plots | notes                         the pictures of a report; what the dashboard says of study and trials
-    pool | cluster                        N workers on this machine under one supervisor; on many, placed by Ray
-    doctor | tasks                        what is wrong with a study; what a search has running in a Ray cluster
-    worker | retrain                      one worker; the best trial to a bundle
-    confirmation | replay                 the best few from fresh seeds; a trial once more from its own
-    copying                               a study copied to another database, and compared
-    watching | steering                   what there is to see of a search; stopped, extended, given values to try
-    study | listing | prediction          the studies in a storage; trials as rows; the classes of image files
-    lease                                 what keeps a running trial with its worker
-    objective | strategy                  trial to value; sampler and pruner
-    storage | bundle                      safe RDBStorage; what a user takes away
-    recovery | pictures                   RDBStorage that outlasts outages and the ends of workers; figures drawn
-    tally                                 what `status` says, counted by the database
-    pruning                               ends hopeless trials, and says what they were measured against
-    definition | evaluation | training    the study file; figures; the training loop
-    mistakes                              what is wrong in a study file, and where
-    formats                               the files that hold a model, each verified in a fresh process
-    gradients                             of a training step, by autograd or written out
-    checkpoint | space | network | data | budget | database | rows
-    artifacts | postgresql                a folder here or by URL in a store; what is particular about PostgreSQL
-    serving                               a web application at an address of this machine
-    devices | forking | signals           what there is to compute with; what workers are forked from; a wish to stop
-    images                                image files to pixels
-    guard | sealed                        who may ask a web application; a folder read only if it is what it was
-    errors
+    cli        the commands: parse, call one function, print
+    monitor    what a search looks like: status, live table, report, doctor, dashboard
+    bundle     from the best trial to a verified model folder
+    workers    who runs trials, and where: processes here, tasks in Ray
+    search     the search loop: study, objective, samplers, pruners, steering
+    storage    what survives: trials, budget, checkpoints, files
+    training   hyperparameters and data to a trained network
+    data       data sets as tensors in memory, image files as pixels
+    config     the study file and the search space
 
     >>> definition = hpsearch.load_definition("studies/digits.toml")
     >>> study = optuna.create_study(direction="maximize")
@@ -47,42 +23,42 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hpsearch.bundle import Classifier, load
-    from hpsearch.confirmation import confirm
-    from hpsearch.data import ImageData, Split, load_data, load_test
-    from hpsearch.definition import StudyDefinition, load_definition
+    from hpsearch.bundle.bundle import Classifier, load
+    from hpsearch.bundle.confirm import confirm
+    from hpsearch.bundle.evaluation import Evaluation
+    from hpsearch.bundle.retrain import export
+    from hpsearch.config.definition import StudyDefinition, load_definition
+    from hpsearch.config.space import Hyperparameters, suggest
+    from hpsearch.data.dataset import ImageData, Split, load_data, load_test
     from hpsearch.errors import HpsearchError
-    from hpsearch.evaluation import Evaluation
-    from hpsearch.network import build_network
-    from hpsearch.objective import Objective
-    from hpsearch.pruning import PruningCallback
-    from hpsearch.retrain import export
-    from hpsearch.space import Hyperparameters, suggest
-    from hpsearch.storage import open_storage
-    from hpsearch.study import open_study
-    from hpsearch.training import train
+    from hpsearch.search.objective import Objective
+    from hpsearch.search.pruning import PruningCallback
+    from hpsearch.search.study import open_study
+    from hpsearch.storage.rdb import open_storage
+    from hpsearch.training.networks import build_network
+    from hpsearch.training.trainer import train
 
 _HOMES = {
-    "Classifier": "bundle",
-    "Evaluation": "evaluation",
+    "Classifier": "bundle.bundle",
+    "Evaluation": "bundle.evaluation",
     "HpsearchError": "errors",
-    "Hyperparameters": "space",
-    "ImageData": "data",
-    "Objective": "objective",
-    "PruningCallback": "pruning",
-    "Split": "data",
-    "StudyDefinition": "definition",
-    "build_network": "network",
-    "confirm": "confirmation",
-    "export": "retrain",
-    "load": "bundle",
-    "load_data": "data",
-    "load_definition": "definition",
-    "load_test": "data",
-    "open_storage": "storage",
-    "open_study": "study",
-    "suggest": "space",
-    "train": "training",
+    "Hyperparameters": "config.space",
+    "ImageData": "data.dataset",
+    "Objective": "search.objective",
+    "PruningCallback": "search.pruning",
+    "Split": "data.dataset",
+    "StudyDefinition": "config.definition",
+    "build_network": "training.networks",
+    "confirm": "bundle.confirm",
+    "export": "bundle.retrain",
+    "load": "bundle.bundle",
+    "load_data": "data.dataset",
+    "load_definition": "config.definition",
+    "load_test": "data.dataset",
+    "open_storage": "storage.rdb",
+    "open_study": "search.study",
+    "suggest": "config.space",
+    "train": "training.trainer",
 }
 
 __all__ = [

@@ -8,7 +8,7 @@ from typing import Any
 import typer
 from typer.exceptions import TyperException
 
-from hpsearch.cli import app
+from hpsearch.cli.app import app
 from hpsearch.errors import HpsearchError
 
 _INTERRUPTED = 130  # typer returns it for Ctrl-C, and says nothing

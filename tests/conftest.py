@@ -18,11 +18,11 @@ from filelock import FileLock
 from optuna.distributions import FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 
-from hpsearch import rows
-from hpsearch.data import ImageData, Split, load_data
-from hpsearch.definition import StudyDefinition, parse_definition
-from hpsearch.rows import HeldTrial
-from hpsearch.storage import Storage, open_storage
+from hpsearch.config.definition import StudyDefinition, parse_definition
+from hpsearch.data.dataset import ImageData, Split, load_data
+from hpsearch.storage import tables
+from hpsearch.storage.rdb import Storage, open_storage
+from hpsearch.storage.tables import HeldTrial
 
 os.environ.pop("HPSEARCH_STORAGE", None)
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait for each other sleep: tests share the cores
@@ -57,7 +57,7 @@ def fill(storage: Storage, study: optuna.Study, n_trials: int, *, epochs: int = 
     with storage.engine.begin() as connection:
         for number in range(n_before, n_trials):
             begun = start + timedelta(seconds=number)
-            held = HeldTrial(rows.insert_trial(connection, study._study_id, number, begun))
+            held = HeldTrial(tables.insert_trial(connection, study._study_id, number, begun))
             trial = held.trial
             for name, distribution in distributions.items():
                 low, high = distribution.low, distribution.high
@@ -67,7 +67,7 @@ def fill(storage: Storage, study: optuna.Study, n_trials: int, *, epochs: int = 
             held.set_user_attr("images_per_second", 40_000 + number)
             if number >= n_trials - n_running:
                 trial.state = TrialState.RUNNING
-                rows.beat(connection, trial._trial_id)
+                tables.beat(connection, trial._trial_id)
                 n_reports = 1 + number % epochs
             elif number % 7 == 5:
                 trial.state, n_reports = TrialState.FAIL, 2
@@ -84,9 +84,9 @@ def fill(storage: Storage, study: optuna.Study, n_trials: int, *, epochs: int = 
             held.write(connection)
             if trial.state.is_finished():
                 trial.datetime_complete = begun + timedelta(seconds=1.5)
-                rows.change_state(connection, trial, before=TrialState.RUNNING)
+                tables.change_state(connection, trial, before=TrialState.RUNNING)
                 if trial.state != TrialState.FAIL:
-                    rows.write_values(connection, trial._trial_id, [float(curve[n_reports - 1])])
+                    tables.write_values(connection, trial._trial_id, [float(curve[n_reports - 1])])
 
 
 @pytest.fixture(autouse=True)

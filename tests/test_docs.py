@@ -14,7 +14,8 @@ import typer.main
 import yaml
 
 import hpsearch
-from hpsearch import cli, errors
+from hpsearch import errors
+from hpsearch.cli import app
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -65,7 +66,7 @@ def test_scripts_and_manifests_of_the_readme_are_well_formed_and_their_options_e
     [manifest] = map(yaml.safe_load, blocks("yaml"))
     [container] = manifest["spec"]["template"]["spec"]["containers"]
     lines = [line for script in blocks("bash") for line in script.splitlines()] + [" ".join(container["command"])]
-    group = typer.main.get_command(cli.app)
+    group = typer.main.get_command(app.app)
     assert isinstance(group, typer.core.TyperGroup)
     typed = [match for line in lines if (match := re.match(r"(?:srun )?hpsearch (\w+) (.*)", line))]
     assert len(typed) > 5
@@ -77,16 +78,16 @@ def test_scripts_and_manifests_of_the_readme_are_well_formed_and_their_options_e
 def test_the_study_file_of_the_readme_is_valid() -> None:
     import tomllib
 
-    from hpsearch.definition import parse_definition
+    from hpsearch.config.definition import parse_definition
 
     [text] = blocks("toml")
     assert parse_definition(tomllib.loads(text)).budget.trials == 60
 
 
 def test_the_readme_names_every_verb_and_hyperparameter() -> None:
-    from hpsearch.space import Hyperparameters
+    from hpsearch.config.space import Hyperparameters
 
-    group = typer.main.get_command(cli.app)
+    group = typer.main.get_command(app.app)
     assert isinstance(group, typer.core.TyperGroup)
     assert set(re.findall(r"^\| `hpsearch (\w+)", README, re.MULTILINE)) == set(group.commands)
     assert set(Hyperparameters.model_fields) <= set(re.findall(r"\| `(\w+)` \|", README))

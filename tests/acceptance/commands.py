@@ -8,10 +8,10 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from hpsearch.data import load_data
-from hpsearch.network import build_network
-from hpsearch.space import Hyperparameters
-from hpsearch.training import train
+from hpsearch.config.space import Hyperparameters
+from hpsearch.data.dataset import load_data
+from hpsearch.training.networks import build_network
+from hpsearch.training.trainer import train
 
 HPSEARCH = (sys.executable, "-m", "hpsearch")
 

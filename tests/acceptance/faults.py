@@ -26,13 +26,14 @@ from typing import Any
 import optuna
 import sqlalchemy
 
-from hpsearch import bundle, checkpoint
-from hpsearch.artifacts import Folder
-from hpsearch.definition import load_definition, parse_definition
+from hpsearch.bundle import bundle
+from hpsearch.config.definition import load_definition, parse_definition
 from hpsearch.errors import BudgetInFlight, BudgetSpent, CheckpointError
-from hpsearch.listing import list_trials
-from hpsearch.storage import open_storage
-from hpsearch.study import load_study, open_study
+from hpsearch.monitor.trials import list_trials
+from hpsearch.search.study import load_study, open_study
+from hpsearch.storage import checkpoints
+from hpsearch.storage.artifacts import Folder
+from hpsearch.storage.rdb import open_storage
 
 from .commands import HPSEARCH, environment, epochs_of, hpsearch, processes_of, wait_for, workers_of
 
@@ -245,7 +246,7 @@ def drain(folder: Path, n: int, rng: random.Random) -> str:
             found = [*(folder / "artifacts").glob(f"small/*/trial-{row['number']}.ckpt")]
             if row["epoch"] or found:
                 [file] = found
-                saved = len(checkpoint.read(Folder(file.parent), file.name)["state"]["results"])
+                saved = len(checkpoints.read(Folder(file.parent), file.name)["state"]["results"])
                 assert saved >= row["epoch"], f"trial {row['number']} reported {row['epoch']} epochs, {saved} are saved"
         handed_back += len(interrupted)
     search.end(search.run(1))
@@ -395,7 +396,7 @@ def damage_checkpoints(folder: Path, n: int, rng: random.Random) -> str:
     file, place = folder / "trial-0.ckpt", Folder(folder)
     torch.set_num_threads(1)  # no threads of torch's that a fork would lose
     tensors = [torch.arange(20_000, dtype=torch.float32) + i for i in range(4)]
-    checkpoint.write(place, file.name, {"version": 0, "tensors": tensors})
+    checkpoints.write(place, file.name, {"version": 0, "tensors": tensors})
     previous, n_new = 0, 0
     for _ in range(n):
         pid = os.fork()
@@ -403,13 +404,13 @@ def damage_checkpoints(folder: Path, n: int, rng: random.Random) -> str:
             version = previous
             while True:
                 version += 1
-                checkpoint.write(
+                checkpoints.write(
                     place, file.name, {"version": version, "tensors": [tensor + version for tensor in tensors]}
                 )
         time.sleep(rng.uniform(0, 0.02))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        content = checkpoint.read(place, file.name)
+        content = checkpoints.read(place, file.name)
         version = content["version"]
         assert version >= previous, "a good checkpoint was lost"
         assert all(torch.equal(content["tensors"][i], tensors[i] + version) for i in range(4)), "a torn checkpoint"
@@ -424,7 +425,7 @@ def damage_checkpoints(folder: Path, n: int, rng: random.Random) -> str:
             del damaged[rng.randrange(len(good)) :]
         file.write_bytes(damaged)
         try:
-            checkpoint.read(place, file.name)
+            checkpoints.read(place, file.name)
             undetected += 1
         except CheckpointError:
             pass
@@ -652,7 +653,7 @@ def _define(url: str, trials: int) -> Any:
 def _in_processes(n: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """What a function returned in each of `n` processes, all of which started together."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["optuna", "hpsearch.storage"])
+    context.set_forkserver_preload(["optuna", "hpsearch.storage.rdb"])
     with context.Pool(n, _remember, (context.Barrier(n),)) as pool:
         answers = [pool.apply_async(function, (f"worker-{i}", *args)) for i in range(n)]
         return [answer.get(timeout=300) for answer in answers]

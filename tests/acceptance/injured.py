@@ -44,7 +44,7 @@ def die(*_: object) -> None:
 def injure_transactions() -> None:
     import sqlalchemy
 
-    from hpsearch.storage import Storage
+    from hpsearch.storage.rdb import Storage
 
     moment = None
 
@@ -74,23 +74,23 @@ def injure_transactions() -> None:
 
 
 def injure_checkpoints() -> None:
-    from hpsearch import checkpoint
+    from hpsearch.storage import checkpoints
 
-    original = checkpoint.write
+    original = checkpoints.write
 
     def write(*args: Any) -> None:
         if hits("checkpoint"):
-            place, name = chance.choice([(os, "fsync"), (Path, "replace"), (checkpoint, "_sync_folder")])
+            place, name = chance.choice([(os, "fsync"), (Path, "replace"), (os, "open")])
             setattr(place, name, die)
         original(*args)
 
-    checkpoint.write = write  # type: ignore[assignment]
+    checkpoints.write = write  # type: ignore[assignment]
 
 
 def injure_trainings() -> None:
     import torch
 
-    from hpsearch import objective
+    from hpsearch.search import objective
 
     original = objective.train  # type: ignore[attr-defined]
 

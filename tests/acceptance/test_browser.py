@@ -213,7 +213,7 @@ def test_a_running_search_is_seen_with_its_trials_arriving(tmp_path: Path, brows
 
 
 def test_a_trial_that_failed_says_why_and_runs_nothing(folder: Path, browser: Browser) -> None:
-    from hpsearch.storage import open_storage
+    from hpsearch.storage.rdb import open_storage
 
     storage = open_storage(f"sqlite:///{folder / 'small.db'}")
     trial_id = storage.create_new_trial(1)
@@ -279,7 +279,7 @@ def test_a_link_to_another_machine_leads_to_the_study_and_browsers_complain_of_n
 
 
 def test_a_file_leads_to_the_study(folder: Path, browser: Browser) -> None:
-    from hpsearch.dashboard import lead_to
+    from hpsearch.monitor.dashboard.app import lead_to
 
     with served(folder, "dashboard", "small.toml") as (address, _), lead_to(address) as file:
         page = browser.new_context().new_page()

@@ -11,10 +11,10 @@ import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
-from hpsearch.definition import StudyDefinition, load_definition
+from hpsearch.config.definition import StudyDefinition, load_definition
 from hpsearch.errors import HpsearchError
-from hpsearch.storage import open_storage
-from hpsearch.study import checkpoint_folder, load_study
+from hpsearch.search.study import checkpoint_folder, load_study
+from hpsearch.storage.rdb import open_storage
 
 from .commands import epochs_of, hpsearch, processes_of, start, wait_for
 

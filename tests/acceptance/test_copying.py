@@ -6,14 +6,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from hpsearch.artifacts import Folder
-from hpsearch.definition import load_definition
+from hpsearch.config.definition import load_definition
 from hpsearch.errors import StudyNotFound
-from hpsearch.storage import open_storage
-from hpsearch.study import artifact_folder, checkpoint_folder, find_best, load_study, open_study
+from hpsearch.search.study import artifact_folder, checkpoint_folder, find_best, load_study, open_study
+from hpsearch.storage.artifacts import Folder
+from hpsearch.storage.rdb import open_storage
 
 from ..conftest import fill
-from ..test_copying import count_rows, create_database, read
+from ..search.test_copy import count_rows, create_database, read
 from .commands import hpsearch, start
 
 N_KILLS = 10

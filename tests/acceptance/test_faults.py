@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from hpsearch.artifacts import Folder
-from hpsearch.checkpoint import read
-from hpsearch.definition import load_definition
+from hpsearch.config.definition import load_definition
 from hpsearch.errors import StudyNotFound
-from hpsearch.storage import open_storage
-from hpsearch.study import load_study, open_study, summarize
+from hpsearch.search.study import load_study, open_study, summarize
+from hpsearch.storage.artifacts import Folder
+from hpsearch.storage.checkpoints import read
+from hpsearch.storage.rdb import open_storage
 
 from .commands import HPSEARCH, environment, epochs_of, hpsearch, processes_of, start, wait_for, workers_of
 

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 import hpsearch as package
-from hpsearch.data import load_test
-from hpsearch.formats import LOADING, PREDICTING
+from hpsearch.bundle.formats import LOADING, PREDICTING
+from hpsearch.data.dataset import load_test
 
 from .commands import hpsearch
 

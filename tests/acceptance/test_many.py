@@ -4,7 +4,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from hpsearch.storage import open_storage
+from hpsearch.storage.rdb import open_storage
 from tests.benchmark import many
 
 

@@ -13,10 +13,10 @@ import pyte
 import pytest
 from optuna.trial import TrialState
 
-from hpsearch.definition import load_definition
-from hpsearch.storage import open_storage
-from hpsearch.study import load_study, open_study
-from hpsearch.watching import open_watch
+from hpsearch.config.definition import load_definition
+from hpsearch.monitor.status import open_watch
+from hpsearch.search.study import load_study, open_study
+from hpsearch.storage.rdb import open_storage
 
 from ..conftest import fill
 from .commands import HPSEARCH, environment, epochs_of, hpsearch, start, wait_for

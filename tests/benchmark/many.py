@@ -15,12 +15,12 @@ import psutil
 import psycopg
 from optuna.trial import TrialState
 
-from hpsearch.definition import StudyDefinition, parse_definition
-from hpsearch.signals import Drain
-from hpsearch.space import suggest
-from hpsearch.storage import open_storage
-from hpsearch.study import load_study, open_study
-from hpsearch.worker import Worker, open_worker_storage
+from hpsearch.config.definition import StudyDefinition, parse_definition
+from hpsearch.config.space import suggest
+from hpsearch.search.study import load_study, open_study
+from hpsearch.storage.rdb import open_storage
+from hpsearch.workers.shutdown import Drain
+from hpsearch.workers.worker import Worker, open_worker_storage
 from tests.benchmark.pieces import _new_database, _postgresql
 from tests.benchmark.report import UNFAIR, Options, Row, summarize
 from tests.benchmark.searches import SPACE

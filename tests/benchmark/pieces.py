@@ -14,13 +14,13 @@ import torch
 from optuna.trial import TrialState
 from torch.utils.data import DataLoader
 
-from hpsearch import rows
-from hpsearch.data import load_data
-from hpsearch.definition import StudyDefinition, parse_definition
-from hpsearch.space import suggest
-from hpsearch.storage import Storage, open_storage
-from hpsearch.strategy import build_pruner, build_sampler
-from hpsearch.study import load_study, open_study
+from hpsearch.config.definition import StudyDefinition, parse_definition
+from hpsearch.config.space import suggest
+from hpsearch.data.dataset import load_data
+from hpsearch.search.samplers import build_pruner, build_sampler
+from hpsearch.search.study import load_study, open_study
+from hpsearch.storage import tables
+from hpsearch.storage.rdb import Storage, open_storage
 from tests.benchmark.report import Options, Row, ratios, summarize
 from tests.benchmark.searches import SPACE
 
@@ -72,7 +72,7 @@ def _measure_cost(
     n_before: int = 0,
     sampler: str = "random",
     n_trials: int = 60,
-    interval: float = rows.WRITE_INTERVAL,
+    interval: float = tables.WRITE_INTERVAL,
 ) -> float:
     definition = define(url, sampler)
     opened = open_storage(url, patience=60)
@@ -90,7 +90,7 @@ def _measure_cost(
 
 def _time_worker(arguments: tuple[str, str, int, int, float]) -> float:
     url, sampler, stream, n_trials, interval = arguments
-    rows.WRITE_INTERVAL = interval  # of this process
+    tables.WRITE_INTERVAL = interval  # of this process
     definition = define(url, sampler)
     opened = open_storage(url, patience=60)
     study = load_study(definition, opened)
@@ -126,17 +126,17 @@ def _fill(storage: Storage, study_id: int, n_trials: int) -> None:
         for number in range(n_trials):
             example = drawn.ask()
             suggest(example, space)
-            trial = rows.insert_trial(connection, study_id, number, now)
-            held, value = rows.HeldTrial(trial), number / n_trials / 2  # below those of the trials that are timed
+            trial = tables.insert_trial(connection, study_id, number, now)
+            held, value = tables.HeldTrial(trial), number / n_trials / 2  # below those of the trials that are timed
             for name, distribution in example.distributions.items():
                 held.set_param(name, distribution.to_internal_repr(example.params[name]), distribution)
             for epoch in range(1, _N_REPORTS + 1):
                 held.report(epoch, value)
             held.set_system_attr("completed_rung_0", value)
             held.write(connection)
-            rows.write_values(connection, trial._trial_id, [value])
+            tables.write_values(connection, trial._trial_id, [value])
             trial.state, trial.datetime_complete = TrialState.COMPLETE, now
-            rows.change_state(connection, trial, TrialState.RUNNING)
+            tables.change_state(connection, trial, TrialState.RUNNING)
 
 
 @contextmanager

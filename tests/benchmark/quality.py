@@ -13,7 +13,7 @@ import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from hpsearch.definition import StudyDefinition, load_definition, parse_definition
+from hpsearch.config.definition import StudyDefinition, load_definition, parse_definition
 from hpsearch.errors import Drained
 from tests.acceptance.commands import HPSEARCH, environment
 from tests.benchmark.report import Options, Row, summarize

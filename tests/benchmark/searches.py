@@ -14,8 +14,8 @@ import optuna
 import psutil
 import torch
 
-from hpsearch.definition import StudyDefinition, evolve, parse_definition
-from hpsearch.space import suggest
+from hpsearch.config.definition import StudyDefinition, evolve, parse_definition
+from hpsearch.config.space import suggest
 from tests.acceptance.commands import HPSEARCH, environment, wait_for, workers_of
 from tests.benchmark import textbook
 from tests.benchmark.report import UNFAIR, Options, Row, ratios, summarize

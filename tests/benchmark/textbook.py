@@ -16,9 +16,9 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from hpsearch.definition import StudyDefinition
-from hpsearch.network import describe_layers
-from hpsearch.space import Hyperparameters, suggest
+from hpsearch.config.definition import StudyDefinition
+from hpsearch.config.space import Hyperparameters, suggest
+from hpsearch.training.networks import describe_layers
 
 _OPTIMIZERS = {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD", "rmsprop": "RMSprop"}
 

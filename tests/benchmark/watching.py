@@ -11,9 +11,9 @@ from pathlib import Path
 import pexpect
 import psutil
 
-from hpsearch.definition import load_definition
-from hpsearch.storage import open_storage
-from hpsearch.study import load_study, open_study
+from hpsearch.config.definition import load_definition
+from hpsearch.search.study import load_study, open_study
+from hpsearch.storage.rdb import open_storage
 from tests.acceptance.commands import HPSEARCH, environment
 from tests.benchmark.report import Options, Row, ratios, summarize
 from tests.conftest import fill

@@ -1,0 +1,242 @@
+"""The bundle that a user takes away: saved beside its target, verified in fresh processes, loaded only if whole."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from numpy.typing import NDArray
+from pydantic import Field, StringConstraints
+from safetensors import SafetensorError
+from safetensors.torch import load as from_safetensors
+
+from hpsearch.bundle import formats
+from hpsearch.bundle.evaluation import Evaluation, evaluate
+from hpsearch.bundle.figures import draw_calibration, draw_confusion_matrix, draw_mistakes
+from hpsearch.bundle.manifest import MAX_BYTES, SealedFolder, parse, replacing, seal
+from hpsearch.config.space import Hyperparameters, Table
+from hpsearch.data.dataset import CLASS_NAMES, load_test, normalise
+from hpsearch.data.image_files import read_image
+from hpsearch.errors import BundleError, ImageError
+from hpsearch.training.networks import Network, describe_layers, from_layers
+
+FORMAT_VERSION = 1
+DIGITS = ("mnist", "digits")  # data sets whose images were made the way of MNIST
+REQUIRED = (
+    *("model.safetensors", "model.pt", "config.json", "metrics.json", "study.toml", "confusion_matrix.png"),
+    "README.md",
+)
+OPTIONAL = ("model.onnx", "model.pt2", "mistakes.png", "calibration.png")
+_MAX_MODEL_BYTES = 2**32
+
+_Name = Annotated[str, StringConstraints(max_length=100)]
+_Side = Annotated[int, Field(ge=1, le=4096)]
+
+
+class Config(Table):
+    """`config.json`: what rebuilds the network. `layers` is for readers without hpsearch."""
+
+    format_version: Literal[1]
+    data: Literal["mnist", "fashion-mnist", "kmnist", "digits"]
+    kind: Literal["mlp", "cnn"]
+    hyperparameters: Hyperparameters
+    image_shape: list[_Side] = Field(min_length=3, max_length=3)
+    mean: float = Field(ge=0, le=1)
+    std: float = Field(gt=0, le=1)
+    class_names: list[_Name] = Field(min_length=2, max_length=1000)
+    layers: list[Any]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What goes into a bundle: a network on the CPU and plain values."""
+
+    network: Network
+    config: dict[str, Any]
+    metrics: dict[str, Any]
+    evaluation: Evaluation
+    study_toml: str
+
+
+class Classifier:
+    """A network that was loaded from a bundle, with all that it needs to classify raw pixels."""
+
+    def __init__(self, network: Network, config: Config) -> None:
+        self.network, self.config = network, config
+        channels, height, width = config.image_shape
+        self.image_shape = (channels, height, width)
+        self.class_names = tuple(config.class_names)
+
+    def predict_proba(self, images: NDArray[np.uint8] | torch.Tensor) -> NDArray[np.float32]:
+        """Softmax probabilities, float32, shape (N, classes), of raw pixels.
+
+        `images` are uint8 of shape (N, 1, H, W) or (N, H, W), as a NumPy array or a tensor; anything else raises
+        `ImageError`.
+        """
+        array = np.array(images.numpy(force=True) if isinstance(images, torch.Tensor) else images)
+        if array.dtype != np.uint8:
+            raise ImageError(f"images must be raw pixels of type uint8, but got {array.dtype}")
+        pixels = torch.from_numpy(array)
+        if pixels.ndim == 3:
+            pixels = pixels.unsqueeze(1)
+        if pixels.shape[1:] != self.image_shape:
+            raise ImageError(f"images must have shape (N, {', '.join(map(str, self.image_shape))}), "
+                             f"but got {tuple(pixels.shape)}")  # fmt: skip
+        if not len(pixels):
+            return np.empty((0, len(self.class_names)), dtype=np.float32)
+        inputs = normalise(pixels, self.config.mean, self.config.std)
+        probabilities: NDArray[np.float32] = self.network.predict_proba(inputs).numpy()
+        return probabilities
+
+    def predict_file(self, file: Path | str, top: int = 3) -> list[tuple[str, float]]:
+        """The likeliest classes of an image file with their probabilities; raises `ImageError`."""
+        pixels = read_image(file, self.image_shape, is_digit=self.config.data in DIGITS)
+        [probabilities] = self.predict_proba(pixels[np.newaxis])
+        order = probabilities.argsort()[::-1][:top]
+        return [(self.class_names[i], float(probabilities[i])) for i in order]
+
+    def evaluate(self, folder: Path | str | None = None) -> Evaluation:
+        """The figures on the test set of the data that it was searched on; raises `DataError`."""
+        images, labels = load_test(self.config.data, folder)
+        return evaluate(self.predict_proba(images), labels.numpy(), self.class_names)
+
+
+def load(path: Path | str) -> Classifier:
+    """The classifier in a bundle, after every file's SHA-256 was checked; runs no code from it.
+
+    Only the known names are read, only regular files, and no more bytes than the network can have. Raises
+    `BundleError` naming the file that is missing, damaged, too large, a link, not of a bundle or not understood.
+    """
+    folder = Path(path)
+    while True:
+        before = _identify(folder)
+        try:
+            return _load(folder)
+        except BundleError:
+            if _identify(folder) == before:  # else it was replaced by another bundle meanwhile
+                raise
+
+
+def _identify(folder: Path) -> tuple[int, int, int] | None:
+    status = folder.stat() if folder.exists() else None
+    return status and (status.st_dev, status.st_ino, status.st_ctime_ns)  # numbers are used again
+
+
+def _load(folder: Path) -> Classifier:
+    try:
+        files = SealedFolder(folder, REQUIRED, OPTIONAL)
+        config = parse(Config, files.read("config.json"), folder / "config.json")
+        outline = _outline(config, folder)
+        n_bytes = sum(tensor.numel() * tensor.element_size() for tensor in outline.values())
+        bound = min(n_bytes + n_bytes // 4 + 2**22, _MAX_MODEL_BYTES)  # names and graphs take some room
+        for name in files.names:
+            content = files.read(name, bound if name.startswith("model.") else MAX_BYTES)
+            if name == "model.safetensors":
+                weights = content
+    except OSError as error:
+        raise BundleError(f"{error.filename or folder} cannot be read: {error.strerror}") from error
+    network = _restore_network(config, outline, weights, folder / "model.safetensors")
+    return Classifier(network, config)
+
+
+def _outline(config: Config, folder: Path) -> dict[str, torch.Tensor]:
+    """The network's state without its memory, which a hostile config could ask for without end."""
+    channels, height, width = config.image_shape
+    shape, n_classes = (channels, height, width), len(config.class_names)
+    if tuple(config.class_names) != CLASS_NAMES[config.data]:
+        raise BundleError(f"{folder / 'config.json'} is not understood: class_names: not those of {config.data}")
+    layers = describe_layers(config.kind, config.hyperparameters, shape, n_classes)
+    if json.loads(json.dumps(layers)) != config.layers:
+        raise BundleError(f"{folder / 'config.json'} is not understood: layers: not those of the hyperparameters")
+    with torch.device("meta"):
+        return from_layers(layers).state_dict()
+
+
+def _restore_network(config: Config, outline: dict[str, torch.Tensor], content: bytes, file: Path) -> Network:
+    try:
+        state = from_safetensors(content)
+    except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
+        raise BundleError(f"{file} is not understood: {error}") from error
+    kinds = [{name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()} for tensors in (state, outline)]
+    if kinds[0] != kinds[1]:
+        raise BundleError(f"{file} does not fit config.json: its tensors have other names, shapes or types")
+    if not all(tensor.isfinite().all() for tensor in state.values()):
+        raise BundleError(f"{file} has weights that are not finite")
+    with torch.device("meta"):
+        network = from_layers([(name, options) for name, options in config.layers])
+    network.load_state_dict(state, assign=True)
+    return network.eval()
+
+
+def save(
+    contents: Contents,
+    target: Path,
+    images: torch.Tensor,
+    labels: NDArray[np.int64],
+    *,
+    onnx: bool = False,
+    torch_export: bool = False,
+) -> dict[str, dict[str, float]]:
+    """Write a bundle to `target`, replacing an older bundle there; returns what `formats.verify_models` found.
+
+    It is written in a temporary folder beside the target, each model file is loaded again in a fresh process and asked
+    for the `images` (uint8, (N, C, H, W)), and takes the target's place in one step if all agree. Raises `BundleError`,
+    and leaves the target as it was, if they do not.
+    """
+    check_target(target)
+    with replacing(target) as new:
+        formats.write_models(contents.network, contents.config, new, onnx=onnx, torch_export=torch_export)
+        _write_json(contents.config, new / "config.json")
+        (new / "study.toml").write_text(contents.study_toml, encoding="utf-8")
+        draw_confusion_matrix(contents.evaluation, new / "confusion_matrix.png")
+        draw_calibration(contents.evaluation, new / "calibration.png")
+        draw_mistakes(contents.evaluation, images, new / "mistakes.png")
+        _write_texts(contents, new, {})
+        verified = formats.verify_models(contents.network, contents.config, new, images, labels)
+        _write_texts(contents, new, verified)
+        load(new)
+    return verified
+
+
+def check_target(target: Path) -> None:
+    """Raise `BundleError` if a bundle cannot be written to the target, or would overwrite something else there."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(target.parent, os.W_OK):
+        raise BundleError(f"{target.parent} cannot be written to; choose another --output")
+    if target.is_symlink() or (target.exists() and not (target.is_dir() and not any(target.iterdir()))):
+        try:
+            if target.is_symlink():
+                raise BundleError("it is a link")
+            SealedFolder(target, REQUIRED, OPTIONAL)
+        except (BundleError, OSError) as error:
+            raise BundleError(f"{target} is in the way, so choose another --output: {error}") from error
+
+
+def _write_texts(contents: Contents, folder: Path, verified: dict[str, dict[str, float]]) -> None:
+    """Write what is known only after the models were verified."""
+    _write_json(contents.metrics | {"verified": verified}, folder / "metrics.json")
+    (folder / "README.md").write_text(_write_card(contents, verified), encoding="utf-8")
+    seal(folder)
+
+
+def _write_json(document: dict[str, Any], file: Path) -> None:
+    file.write_text(json.dumps(document, indent=2) + "\n")
+
+
+def _write_card(contents: Contents, verified: dict[str, dict[str, float]]) -> str:
+    loader = PackageLoader("hpsearch.bundle", "")
+    environment = Environment(loader=loader, undefined=StrictUndefined, keep_trailing_newline=True)  # noqa: S701 - text
+    return environment.get_template("model_card.md.jinja").render(
+        m=contents.metrics,
+        config=contents.config,
+        confirmed=contents.metrics.get("confirmed"),
+        verified=verified,
+        loading=formats.LOADING,
+        predicting=formats.PREDICTING,
+        loading_onnx=formats.LOADING_ONNX + formats.PREDICTING_ONNX,
+        loading_torch_export=formats.LOADING_TORCH_EXPORT + formats.PREDICTING_TORCH_EXPORT,
+    )

@@ -1,0 +1,207 @@
+"""The best few trials trained again from fresh seeds, to see which of them is the best, and how lucky it was."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import cache, partial
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import torch
+from optuna.trial import FrozenTrial
+from scipy import stats
+
+from hpsearch.config.definition import StudyDefinition
+from hpsearch.config.space import suggest
+from hpsearch.data.dataset import ImageData
+from hpsearch.errors import Diverged, UsageError, WorkerError
+from hpsearch.search.objective import load_study_data, train_from_seed, trial_seed
+from hpsearch.search.study import change_attribute, find_best_few
+from hpsearch.training.networks import describe_layers, from_layers
+from hpsearch.training.trainer import keep_freed_memory, measure_accuracy
+from hpsearch.workers.forkserver import start_fork_server
+
+_FIRST_REPETITION = 1_000  # of a trial's seeds: 0 is the search's, those after it are the retraining's
+_LEVEL = 0.95
+
+Run = tuple[FrozenTrial, int]
+
+
+def confirm(
+    definition: StudyDefinition,
+    study: optuna.Study,
+    *,
+    top: int = 3,
+    seeds: int = 3,
+    n_workers: int = 1,
+    folder: Path | str | None = None,
+    devices: Sequence[str] = ("cpu",),
+    on_run: Callable[[int, int, float], None] = lambda trial, run, accuracy: None,
+) -> dict[str, Any]:
+    """The comparison of the `top` best trials, each trained `seeds` times, which is stored in the study.
+
+    A training differs from the search's in its seed alone: on the training split, for the budget's epochs, measured
+    on the validation split; one that diverges counts as accuracy 0. Each is stored when it is done (and `on_run` gets
+    its trial, number and accuracy), and a later call does not repeat it. `n_workers` processes share the work and the
+    devices. Raises `NoCompletedTrial`, `DataError`, `UsageError` for less than two seeds, and `WorkerError` if one of
+    the processes dies.
+    """
+    if seeds < 2:
+        raise UsageError(f"seeds >= 2 must hold, but got {seeds}: a single training shows no variance")
+    trials = find_best_few(study, top)
+    data = load_study_data(definition, folder)
+    done: dict[str, float] = dict(study.user_attrs.get("confirmed_runs", {}))
+    missing = [(trial, i) for i in range(seeds) for trial in trials if f"{trial.number}/{i}" not in done]
+    for (trial, i), accuracy in _train_all(definition, data, missing, n_workers, devices):
+        new = {f"{trial.number}/{i}": accuracy}
+        done |= change_attribute(study, "confirmed_runs", partial(_merge, new))
+        on_run(trial.number, i, accuracy)
+    accuracies = {trial.number: [done[f"{trial.number}/{i}"] for i in range(seeds)] for trial in trials}
+    sizes = {trial.number: _count_parameters(definition, data, trial) for trial in trials}
+    winner, is_tie = choose_winner(accuracies, sizes)
+    candidates = [
+        {
+            "number": trial.number,
+            "search_value": trial.value,
+            "accuracies": accuracies[trial.number],
+            "mean": float(np.mean(accuracies[trial.number])),
+            "interval": mean_interval(accuracies[trial.number]),
+            "n_parameters": sizes[trial.number],
+        }
+        for trial in trials
+    ]
+    confirmation = {
+        "seeds": seeds,
+        "epochs": definition.budget.epochs,
+        "candidates": candidates,
+        "winner": winner,
+        "is_tie": is_tie,
+        "optimism": (trials[0].value or 0.0) - float(np.mean(accuracies[trials[0].number])),
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    study.set_user_attr("confirmation", confirmation)
+    return confirmation
+
+
+def _merge(new: dict[str, float], stored: dict[str, float] | None) -> dict[str, float]:
+    return {**(stored or {}), **new}
+
+
+def choose_winner(accuracies: Mapping[int, list[float]], sizes: Mapping[int, int]) -> tuple[int, bool]:
+    """The winner's number, and whether others are as good: then it is the smallest network among them.
+
+    Tukey's honestly significant difference (1949, https://doi.org/10.2307/3001913), with simultaneous intervals of 95%
+    for all pairs and a variance that the candidates share: one is as good as the highest mean if the interval of their
+    difference holds 0. Of equal sizes the higher mean wins. A candidate of which a training diverged, and has accuracy
+    0, is compared only if that is true of all.
+    """
+    sound = {number: values for number, values in accuracies.items() if min(values) > 0}
+    accuracies = sound or accuracies
+    means = {number: float(np.mean(values)) for number, values in accuracies.items()}
+    best = max(means, key=lambda number: (means[number], -sizes[number]))
+    numbers = list(accuracies)
+    if all(np.ptp(values) == 0 for values in accuracies.values()):  # there is no variance to go by
+        equals = [number for number in numbers if means[number] == means[best]]
+    elif len(numbers) == 1:
+        equals = numbers
+    else:
+        lows = stats.tukey_hsd(*accuracies.values()).confidence_interval(_LEVEL).low[numbers.index(best)]
+        equals = [number for number, low in zip(numbers, lows, strict=True) if low <= 0]
+    return min(equals, key=lambda number: (sizes[number], -means[number], number)), len(equals) > 1
+
+
+def mean_interval(accuracies: list[float]) -> list[float] | None:
+    """The 95% interval of the mean over seeds by Student's t, within [0, 1]; None for a single one."""
+    if len(accuracies) < 2:
+        return None
+    mean, error = float(np.mean(accuracies)), float(stats.sem(accuracies))
+    margin = float(stats.t.ppf((1 + _LEVEL) / 2, len(accuracies) - 1)) * error
+    return [max(0.0, mean - margin), min(1.0, mean + margin)]
+
+
+def _count_parameters(definition: StudyDefinition, data: ImageData, trial: FrozenTrial) -> int:
+    hyperparameters, n_classes = suggest(trial, definition.space), len(data.class_names)
+    with torch.device("meta"):
+        network = from_layers(describe_layers(definition.network.kind, hyperparameters, data.image_shape, n_classes))
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def _train_all(
+    definition: StudyDefinition, data: ImageData, runs: list[Run], n_workers: int, devices: Sequence[str]
+) -> Iterator[tuple[Run, float]]:
+    """The runs with their accuracies, in the order in which they end."""
+    n_workers = min(n_workers, len(runs))
+    if n_workers <= 1:
+        here = data.to(devices[0])
+        keep_freed_memory()
+        yield from ((run, _measure(definition, here, run)) for run in runs)
+        return
+    with _processes(n_workers, (definition, data, max(1, torch.get_num_threads() // n_workers))) as pool:
+        try:
+            chosen = cycle(devices)
+            futures = {pool.submit(_measure_shared, run, next(chosen)): run for run in runs}
+            yield from ((futures[future], future.result()) for future in as_completed(futures))
+        except BrokenProcessPool as error:
+            raise WorkerError(
+                "a process of confirm was killed (by the system, for want of memory?); start it again to go on"
+            ) from error
+
+
+def _measure(definition: StudyDefinition, data: ImageData, run: Run) -> float:
+    """The validation accuracy of a trial's training from the fresh seed of that number."""
+    trial, i = run
+    seed = trial_seed(definition.study.seed, trial, _FIRST_REPETITION + i)
+    try:
+        network, _ = train_from_seed(definition, data, suggest(trial, definition.space), seed)
+    except Diverged:
+        return 0.0
+    return measure_accuracy(network, data.validation)
+
+
+@contextmanager
+def _processes(n_workers: int, shared: tuple[StudyDefinition, ImageData, int]) -> Iterator[ProcessPoolExecutor]:
+    """Processes that call `_measure_shared`; none outlives the block."""
+    start_fork_server()
+    context = multiprocessing.get_context("forkserver")
+    others = {*multiprocessing.active_children()}
+    pool = ProcessPoolExecutor(n_workers, context, _prepare_process, shared)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in {*multiprocessing.active_children()} - others:
+            process.kill()
+            process.join()
+
+
+_shared: dict[str, Any] = {}  # in a process of the pool
+
+
+def _prepare_process(definition: StudyDefinition, data: ImageData, n_threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the others
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(n_threads)
+    keep_freed_memory()
+    _shared["measure"] = partial(_measure, definition)
+    _shared["data_on"] = cache(data.to)
+
+
+def _measure_shared(run: Run, device: str) -> float:
+    accuracy: float = _shared["measure"](_shared["data_on"](device), run)
+    return accuracy
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

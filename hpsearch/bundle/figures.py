@@ -1,0 +1,162 @@
+"""Evaluations as PNG pictures: the confusion matrix, the calibration and a gallery of the worst mistakes.
+
+matplotlib is imported where it is used, so that a bundle can be loaded without it; and without pyplot, which has state.
+"""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from hpsearch.bundle.evaluation import N_BINS, Evaluation, bin_of, wilson_interval
+from hpsearch.errors import UsageError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+RIGHT, WRONG, FAINT = "#2f6db3", "#d1603d", "#8a8f98"
+N_COLUMNS = 8  # of the gallery
+
+
+def check_folder(folder: Path, bundle: Path) -> None:
+    """Make a folder for pictures; raises `UsageError` where none can be, and in the bundle, which stays as it is."""
+    if folder.resolve().is_relative_to(bundle.resolve()):
+        raise UsageError(f"--pictures {folder}: a bundle stays as it is; choose a folder outside it")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UsageError(f"--pictures {folder}: a file is in the way, choose a folder") from error
+    except OSError as error:
+        raise UsageError(f"--pictures {folder}: {error.strerror}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"--pictures {folder}: cannot be written to")
+
+
+def draw_evaluation(evaluation: Evaluation, images: ArrayLike, folder: Path) -> list[Path]:
+    """The files written to a folder: all pictures of an evaluation of `images`, raw pixels of shape (N, 1, H, W)."""
+    files = [folder / f"{name}.png" for name in ("confusion_matrix", "calibration", "mistakes")]
+    draw_confusion_matrix(evaluation, files[0])
+    draw_calibration(evaluation, files[1])
+    draw_mistakes(evaluation, images, files[2])
+    return files
+
+
+def draw_confusion_matrix(evaluation: Evaluation, file: Path) -> None:
+    """Write the confusion matrix; the shade of a cell is its share of the true class, log scaled, mistakes in red."""
+    from matplotlib.colors import LogNorm
+
+    counts = np.array(evaluation.confusion_matrix)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    names = [row["name"] for row in evaluation.per_class]
+    longest = max(map(len, names))
+    side = 1.4 + 0.52 * len(names)
+    figure = _new_figure(side + 0.09 * longest, side + 0.06 * longest)
+    axes = figure.add_subplot()
+    is_right = np.eye(len(names), dtype=bool)
+    for colours, hidden in (("Blues", ~is_right), ("Reds", is_right)):
+        shown = np.ma.array(np.maximum(shares, 3e-4), mask=hidden | (counts == 0))
+        axes.imshow(shown, cmap=colours, norm=LogNorm(3e-4, 1.5))
+    for (i, j), count in np.ndenumerate(counts):
+        if count:
+            is_dark = shares[i, j] > 0.06
+            axes.text(j, i, str(count), ha="center", va="center", size=9, color="white" if is_dark else "black")
+    turn = 0 if longest <= 4 else 45
+    axes.set_xticks(range(len(names)), names, rotation=turn, ha="right" if turn else "center")
+    axes.set_yticks(range(len(names)), names)
+    _draw_grid(axes, len(names))
+    low, high = evaluation.interval
+    axes.set(xlabel="predicted", ylabel="true")
+    axes.set_title(f"test accuracy {evaluation.accuracy:.2%}\n", size=12, weight="bold")
+    axes.text(0.5, 1.02, f"95% interval {low:.2%} to {high:.2%}", transform=axes.transAxes, ha="center", size=9)
+    _save(figure, file)
+
+
+def draw_calibration(evaluation: Evaluation, file: Path) -> None:
+    """Write the reliability diagram: the accuracy of each bin with its 95% interval, and how many images it holds."""
+    bins = evaluation.calibration["bins"]
+    confidence, accuracy, counts = (np.array([row[key] for row in bins]) for key in ("confidence", "accuracy", "n"))
+    centres = (bin_of(confidence) + 0.5) / N_BINS
+    intervals = np.array([wilson_interval(round(row["accuracy"] * row["n"]), row["n"]) for row in bins]).T
+    figure = _new_figure(6, 6.4)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3.2, 1])
+    upper.plot([0, 1], [0, 1], color=FAINT, linestyle="--", linewidth=1, label="perfect calibration")
+    upper.bar(centres, accuracy, width=0.94 / N_BINS, color=RIGHT, alpha=0.25)
+    whiskers = np.abs(intervals - accuracy)
+    points = {"fmt": "o", "color": RIGHT, "markersize": 5, "linewidth": 1.2, "capsize": 2.5, "clip_on": False}
+    upper.errorbar(confidence, accuracy, yerr=whiskers, label="accuracy, 95% interval", **points)
+    upper.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="accuracy")
+    upper.set_title(f"expected calibration error {evaluation.calibration['error']:.4f}", size=12, weight="bold")
+    upper.legend(loc="upper left", frameon=False)
+    lower.bar(centres, counts, width=0.94 / N_BINS, color=RIGHT)
+    for centre, count in zip(centres, counts, strict=True):
+        lower.annotate(f"{count:,}", (centre, count), (0, 2), textcoords="offset points", ha="center", size=7)
+    lower.set(yscale="log", ylim=(0.7, counts.max() * 5), xlabel="confidence: the top probability", ylabel="images")
+    for axes in (upper, lower):
+        axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, file)
+
+
+def draw_mistakes(evaluation: Evaluation, images: ArrayLike, file: Path) -> None:
+    """Write a gallery of the worst mistakes, each with its true class, the predicted one and its probability.
+
+    `images` are the raw pixels that were evaluated, shape (N, 1, H, W).
+    """
+    mistakes, pixels = evaluation.mistakes, np.asarray(images)
+    longest = max(len(row["name"]) for row in evaluation.per_class)
+    arrow = " \N{RIGHTWARDS ARROW} " if longest <= 4 else " \N{RIGHTWARDS ARROW}\n"
+    width, height = (1.0, 1.4) if longest <= 4 else (max(1.2, 0.08 * longest + 0.35), 1.65)
+    n_columns = max(1, min(N_COLUMNS, len(mistakes)))
+    n_rows = -(-len(mistakes) // n_columns)
+    figure = _new_figure(max(n_columns * width + 0.3, 5.5), n_rows * height + 0.9)
+    figure.suptitle(_title_of(evaluation), size=11, weight="bold")
+    grid = figure.subplots(max(n_rows, 1), n_columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for axes, mistake in zip(grid.flat, mistakes, strict=False):
+        axes.set_title(f"{mistake['true']}{arrow}{mistake['predicted']}", size=9, pad=3)
+        _draw_image(axes, pixels[mistake["index"], 0], f"{mistake['probability']:.1%}")
+    _save(figure, file)
+
+
+def _title_of(evaluation: Evaluation) -> str:
+    n_images = int(np.sum(evaluation.confusion_matrix))
+    n_mistakes = n_images - int(np.trace(evaluation.confusion_matrix))
+    if not n_mistakes:
+        return f"no mistake among {n_images:,} images"
+    n_shown = len(evaluation.mistakes)
+    which = f"the {n_shown} most confident of {n_mistakes:,} mistakes" if n_shown < n_mistakes else "all mistakes"
+    return f"{which} among {n_images:,} images\ntrue \N{RIGHTWARDS ARROW} predicted, probability"
+
+
+def _draw_image(axes: "Axes", pixels: NDArray[np.uint8], label: str) -> None:
+    axes.set_axis_on()
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_color("#d5d8dc")
+    axes.imshow(pixels, cmap="gray_r", vmin=0, vmax=255)
+    axes.set_xlabel(label, size=8, color=WRONG, labelpad=2)
+
+
+def _draw_grid(axes: "Axes", n: int) -> None:
+    edges = np.arange(n + 1) - 0.5
+    axes.set_xticks(edges, minor=True)
+    axes.set_yticks(edges, minor=True)
+    axes.grid(which="minor", color="#e4e6e9", linewidth=0.8)
+    axes.tick_params(which="both", length=0)
+    axes.spines[:].set_visible(False)
+
+
+def _new_figure(width: float, height: float) -> "Figure":
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08))
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: "Figure", file: Path) -> None:
+    figure.savefig(file, dpi=120, facecolor="white", transparent=False, format="png")

@@ -1,0 +1,195 @@
+"""The files that hold a model, each loaded again in a fresh process to see that it gives the same probabilities."""
+
+import importlib.util
+import logging
+import subprocess
+import sys
+import tempfile
+import textwrap
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, nn
+
+from hpsearch.data.dataset import normalise
+from hpsearch.errors import BundleError, UsageError
+from hpsearch.training.networks import Network, from_layers
+
+logger = logging.getLogger(__name__)
+
+LOADING = """\
+import json, torch
+config = json.load(open("config.json"))
+network = torch.nn.Sequential(*(getattr(torch.nn, name)(**options) for name, options in config["layers"]))
+network.load_state_dict(torch.load("model.pt", weights_only=True))
+network.eval()
+"""
+PREDICTING = """\
+with torch.inference_mode():
+    probabilities = network((images.float() / 255 - config["mean"]) / config["std"]).softmax(dim=1)
+"""
+LOADING_ONNX = """\
+import onnxruntime
+session = onnxruntime.InferenceSession("model.onnx")
+"""
+PREDICTING_ONNX = """\
+[probabilities] = session.run(None, {"images": images})
+"""
+LOADING_TORCH_EXPORT = """\
+import torch
+model = torch.export.load("model.pt2").module()
+"""
+PREDICTING_TORCH_EXPORT = """\
+probabilities = model(images)
+"""
+_LOADING_HPSEARCH = 'import hpsearch\nclassifier = hpsearch.load(".")\n'
+_BATCH_SIZE = 512
+_TIMEOUT = 900  # seconds for one file
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a file is loaded by whoever has it, and how `images`, raw pixels, become `probabilities`."""
+
+    name: str
+    loading: str
+    predicting: str
+    tolerance: float  # between its probabilities and those of the network that was written
+    has_tensors: bool = True  # `images` is a tensor, else an array of NumPy
+
+
+FORMATS = (
+    Format("model.safetensors", _LOADING_HPSEARCH, "probabilities = classifier.predict_proba(images)", 1e-5, False),
+    Format("model.pt", LOADING, PREDICTING, 1e-5),
+    Format("model.onnx", LOADING_ONNX, PREDICTING_ONNX, 1e-4, False),
+    Format("model.pt2", LOADING_TORCH_EXPORT, PREDICTING_TORCH_EXPORT, 1e-4),
+)
+
+
+class _Deployed(nn.Module):
+    """Raw pixels (uint8) to probabilities: a network with normalisation and softmax around it."""
+
+    def __init__(self, network: Network, mean: float, std: float) -> None:
+        super().__init__()
+        self.network, self.mean, self.std = network, mean, std
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.network((images.float() / 255 - self.mean) / self.std)
+        return logits.softmax(dim=1)
+
+
+def check_onnx() -> None:
+    """Raise `UsageError` where the packages of the extra `onnx` are missing."""
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing:
+        names = " ".join(missing)
+        raise UsageError(f"an ONNX file needs packages that are missing; install them with: pip install {names}")
+
+
+def write_models(
+    network: Network, config: dict[str, Any], folder: Path, *, onnx: bool = False, torch_export: bool = False
+) -> None:
+    """Write the network into the folder, in the two formats of every bundle and in those that are asked for."""
+    # After training, parameters share one memory, which `torch.save` would write whole.
+    layout = torch.contiguous_format
+    state = {name: tensor.clone(memory_format=layout) for name, tensor in network.state_dict().items()}
+    (folder / "model.safetensors").write_bytes(to_safetensors(state))
+    torch.save(state, folder / "model.pt")
+    if not onnx and not torch_export:
+        return
+    copy = from_layers(config["layers"])
+    copy.load_state_dict(state)
+    model = _Deployed(copy, config["mean"], config["std"]).eval().requires_grad_(False)
+    example = (torch.zeros((2, *config["image_shape"]), dtype=torch.uint8),)
+    shapes = ({0: torch.export.Dim("n_images")},)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own about itself
+        if torch_export:
+            exported = torch.export.export(model, example, dynamic_shapes=shapes)
+            for node in exported.graph.nodes:
+                node.meta.pop("stack_trace", None)  # it has paths of this machine
+            torch.export.save(exported, folder / "model.pt2")
+        if onnx:
+            program = torch.onnx.export(
+                *(model, example),
+                dynamo=True,
+                dynamic_shapes=shapes,
+                verbose=False,
+                input_names=["images"],
+                output_names=["probabilities"],
+            )
+            if program is None:
+                raise BundleError("torch gives no ONNX model of this network")
+            content = program.model_proto
+            for node in content.graph.node:
+                del node.metadata_props[:]  # here, too
+            (folder / "model.onnx").write_bytes(content.SerializeToString())
+
+
+def verify_models(
+    network: Network, config: dict[str, Any], folder: Path, images: Tensor, labels: NDArray[np.int64]
+) -> dict[str, dict[str, float]]:
+    """For each model in the folder the largest difference of its probabilities, and its accuracy on the images.
+
+    `images` are raw pixels, uint8, (N, C, H, W); each file is loaded in a fresh process, by the lines of the model
+    card, in batches. Raises `BundleError` where a difference is above the format's tolerance; `model.pt2` is then
+    removed instead.
+    """
+    expected = network.predict_proba(normalise(images, config["mean"], config["std"])).numpy()
+    found: dict[str, dict[str, float]] = {}
+    kinds = [kind for kind in FORMATS if (folder / kind.name).exists()]
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary, ThreadPoolExecutor() as pool:
+        pixels = Path(temporary, "images.npy")
+        np.save(pixels, images.numpy())
+        answers = {kind: pool.submit(_predict, kind, folder, pixels) for kind in kinds}
+        for kind, answer in answers.items():
+            try:
+                found[kind.name] = _compare(kind, answer.result(), expected, labels)
+            except BundleError as error:
+                if kind.name != "model.pt2":
+                    raise
+                logger.warning("%s; it is left out", error)
+                (folder / kind.name).unlink()
+    return found
+
+
+def _predict(kind: Format, folder: Path, pixels: Path) -> NDArray[np.float32]:
+    """The probabilities that a fresh process gets from a file of the folder."""
+    answers = pixels.with_name(f"{kind.name}.npy")
+    wrap = "torch.from_numpy(images)" if kind.has_tensors else "images"
+    program = (
+        f"{kind.loading}import sys, numpy\nparts, pixels = [], numpy.load(sys.argv[1])\n"
+        f"for start in range(0, len(pixels), {_BATCH_SIZE}):\n"
+        f"    images = pixels[start : start + {_BATCH_SIZE}]\n    images = {wrap}\n"
+        f"{textwrap.indent(kind.predicting, '    ')}\n    parts.append(numpy.asarray(probabilities))\n"
+        "numpy.save(sys.argv[2], numpy.concatenate(parts))\n"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", program, str(pixels.resolve()), str(answers.resolve())]
+    try:
+        process = subprocess.run(  # noqa: S603
+            command, cwd=folder, capture_output=True, text=True, check=False, timeout=_TIMEOUT
+        )
+    except subprocess.TimeoutExpired as error:
+        raise BundleError(f"{kind.name} was not loaded and asked in a fresh process within {_TIMEOUT} s") from error
+    if process.returncode:
+        last = process.stderr.strip().splitlines()[-1:] or [f"exit status {process.returncode}"]
+        raise BundleError(f"{kind.name} cannot be loaded in a fresh process: {last[0]}")
+    probabilities: NDArray[np.float32] = np.load(answers)
+    return probabilities
+
+
+def _compare(
+    kind: Format, probabilities: NDArray[np.float32], expected: NDArray[np.float32], labels: NDArray[np.int64]
+) -> dict[str, float]:
+    difference = float(np.abs(probabilities - expected).max())
+    if not difference <= kind.tolerance:
+        raise BundleError(f"{kind.name} gives other probabilities when loaded again, by up to {difference:.2g}")
+    accuracy = int((probabilities.argmax(axis=1) == labels).sum()) / len(labels)
+    return {"difference": difference, "accuracy": accuracy}

@@ -1,0 +1,138 @@
+"""From the best trial to a bundle: trained on training and validation images, measured once on the test set."""
+
+import platform
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import torch
+from optuna.trial import FrozenTrial
+
+from hpsearch.bundle import bundle, formats
+from hpsearch.bundle.evaluation import Evaluation, evaluate
+from hpsearch.config.definition import StudyDefinition
+from hpsearch.config.space import Hyperparameters, suggest
+from hpsearch.data.dataset import ImageData, load_test
+from hpsearch.errors import Diverged
+from hpsearch.search.objective import load_study_data, train_from_seed, trial_seed
+from hpsearch.search.study import count_test_reading, find_best, find_winner
+from hpsearch.training.networks import describe_layers
+from hpsearch.training.trainer import EpochResult, keep_freed_memory
+
+
+def export(
+    definition: StudyDefinition,
+    study: optuna.Study,
+    target: Path,
+    *,
+    number: int | None = None,
+    onnx: bool = False,
+    torch_export: bool = False,
+    folder: Path | str | None = None,
+    device: torch.device | str = "cpu",
+    on_epoch: Callable[[int, EpochResult], None] = lambda seed, result: None,
+) -> dict[str, Any]:
+    """The metrics of the bundle that it writes to `target`: of the confirmed winner, else the best, or trial `number`.
+
+    The network is trained on training and validation images together, once for each of `retrain.seeds`; the first
+    model is exported. The test set is read after all training is done, so nothing can be chosen on it, and the study
+    counts the reading. Raises `NoCompletedTrial`, `DataError`, `UsageError` where packages for ONNX are missing,
+    `Diverged`, and `BundleError`; a bundle that cannot be verified leaves nothing behind.
+    """
+    keep_freed_memory()
+    trial = find_winner(study) if number is None else find_best(study, number)
+    if onnx:
+        formats.check_onnx()
+    bundle.check_target(target)
+    hyperparameters = suggest(trial, definition.space)
+    data = load_study_data(definition, folder)
+    images = data.merged().to(device)
+    epochs = definition.retrain.epochs or definition.budget.epochs
+    seeds = [trial_seed(definition.study.seed, trial, 1 + i) for i in range(definition.retrain.seeds)]
+    networks = []
+    for i, seed in enumerate(seeds):
+        report = [lambda result, i=i: on_epoch(i, result)]
+        try:
+            network, _ = train_from_seed(
+                *(definition, data, hyperparameters, seed), split=images, epochs=epochs, callbacks=report
+            )
+        except Diverged as error:
+            raise Diverged(f"trial {trial.number}, model {i + 1}: {error}; export another one with --trial") from error
+        networks.append(network.cpu())
+
+    n_readings = count_test_reading(study, trial)
+    test_images, test_labels = load_test(definition.data.name, folder)
+    inputs = data.split_of(test_images, test_labels).images
+    labels = test_labels.numpy()
+    evaluations = [evaluate(network.predict_proba(inputs).numpy(), labels, data.class_names) for network in networks]
+    metrics = {
+        **_describe_figures(evaluations),
+        "test_reads": n_readings,
+        "n_images": {"train": len(images), "validation": len(data.validation), "test": len(labels)},
+        "n_parameters": sum(parameter.numel() for parameter in networks[0].parameters()),
+        **_describe_search(study, trial),
+        "epochs": epochs,
+        "seeds": {"study": definition.study.seed, "training": seeds},
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("hpsearch", "torch", "torchvision", "optuna", "numpy")},
+    }
+    config = _describe_network(definition, data, hyperparameters)
+    contents = bundle.Contents(networks[0], config, metrics, evaluations[0], definition.to_toml())
+    verified = bundle.save(contents, target, test_images, labels, onnx=onnx, torch_export=torch_export)
+    return metrics | {"verified": verified}
+
+
+def _describe_figures(evaluations: list[Evaluation]) -> dict[str, Any]:
+    """What the models' evaluations came to; the first one is that of the exported model."""
+    accuracies, first = [evaluation.accuracy for evaluation in evaluations], evaluations[0]
+    return {
+        "test_accuracy": first.accuracy,
+        "test_interval": first.interval,
+        "test_accuracies": {
+            "of_each_seed": accuracies,
+            "mean": float(np.mean(accuracies)),
+            "std": float(np.std(accuracies, ddof=1)) if len(accuracies) > 1 else None,
+        },
+        "per_class": first.per_class,
+        "confusion_matrix": first.confusion_matrix,
+        "calibration": first.calibration,
+    }
+
+
+def _describe_search(study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
+    """How the trial was found, and what `confirm` said of it, if it did."""
+    confirmation = study.user_attrs.get("confirmation", {"candidates": []})
+    candidates = confirmation["candidates"]
+    confirmed = [
+        candidate
+        | {"is_winner": trial.number == confirmation["winner"]}
+        | {"is_tie": confirmation["is_tie"], "n_compared": len(candidates)}
+        for candidate in candidates
+        if candidate["number"] == trial.number
+    ]
+    return {
+        "validation_accuracy": trial.value,
+        "confirmed": confirmed[0] if confirmed else None,
+        "study": study.study_name,
+        "trial": trial.number,
+        "n_trials": sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False)),
+    }
+
+
+def _describe_network(definition: StudyDefinition, data: ImageData, hyperparameters: Hyperparameters) -> dict[str, Any]:
+    """The document `config.json`."""
+    layers = describe_layers(definition.network.kind, hyperparameters, data.image_shape, len(data.class_names))
+    return {
+        "format_version": bundle.FORMAT_VERSION,
+        "data": definition.data.name,
+        "kind": definition.network.kind,
+        "hyperparameters": hyperparameters.model_dump(),
+        "image_shape": list(data.image_shape),
+        "mean": data.mean,
+        "std": data.std,
+        "class_names": list(data.class_names),
+        "layers": layers,
+    }

@@ -1,0 +1,242 @@
+"""The verbs of the command line: each calls one function and prints what it returns.
+
+What a verb needs is imported inside it: torch takes seconds to import, and `--help` should not.
+"""
+
+import json
+import signal
+from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hpsearch.cli.care import app as upkeep_app
+from hpsearch.cli.options import (
+    ArtifactsOption,
+    DataOption,
+    JsonOption,
+    StorageOption,
+    StudyArgument,
+    TrialsOption,
+    WorkersOption,
+    complete_study,
+    load_definition_of,
+    print_status,
+    retype,
+)
+from hpsearch.cli.result import app as winner_app
+from hpsearch.cli.watch import app as watch_app
+from hpsearch.errors import Drained, StorageError, UsageError
+
+if TYPE_CHECKING:
+    from hpsearch.monitor.status import Watch
+
+app = typer.Typer(
+    name="hpsearch",
+    help="Hyperparameter search for PyTorch image classifiers: launch workers, watch them, export the best model.",
+    epilog="First steps:  hpsearch run digits  |  hpsearch status digits  |  hpsearch export digits",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=True,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"hpsearch {version('hpsearch')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global_options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    _debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and details; may stand anywhere.")] = False,
+) -> None:
+    pass
+
+
+@app.command(epilog="Example:  hpsearch check studies/mnist-mlp.toml")
+def check(
+    study: Annotated[
+        str | None, typer.Argument(metavar="STUDY", help="A study file, or a name.", autocompletion=complete_study)
+    ] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of study files.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Validate a study file and print the resolved study."""
+    from hpsearch.config.definition import StudyDefinition, load_definition
+
+    if schema:
+        print(json.dumps(StudyDefinition.model_json_schema(), indent=2))
+    elif study is None:
+        raise UsageError("name a study file to check, or use --schema")
+    else:
+        definition = load_definition(study)
+        print(json.dumps(definition.to_tables(), indent=2) if as_json else definition.to_toml().rstrip())
+
+
+@app.command(epilog="Example:  hpsearch run studies/mnist-mlp.toml --workers 2 --trials 20")
+def run(
+    study: StudyArgument,
+    workers: WorkersOption = None,
+    trials: TrialsOption = None,
+    storage: StorageOption = None,
+    artifacts: ArtifactsOption = None,
+    data: DataOption = None,
+    shows_dashboard: Annotated[
+        bool, typer.Option("--dashboard", help="Serve Optuna's dashboard of the search meanwhile.")
+    ] = False,
+    opens: Annotated[bool, typer.Option("--open", help="Serve it, and open it in a browser.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Create or resume a study and search until its budget is spent."""
+    from hpsearch.monitor.live import LiveView
+    from hpsearch.monitor.status import open_watch
+    from hpsearch.monitor.text import say, stderr_console
+    from hpsearch.workers.forkserver import start_fork_server
+    from hpsearch.workers.shutdown import Drain
+
+    definition = load_definition_of(study, storage, trials, artifacts)
+    start_fork_server()
+    from hpsearch.search.steering import start_study
+
+    start_study(definition, keeps_extension=trials is None)  # what cannot work is told before torch is loaded
+    watch = open_watch(definition)
+    from hpsearch.workers.processes import run_pool
+
+    drain = Drain().listen(signal.SIGINT, signal.SIGTERM)
+    try:
+        with ExitStack() as stack:
+            if shows_dashboard or opens:
+                import webbrowser
+
+                from hpsearch.monitor.dashboard.app import lead_to, serve
+
+                address = stack.enter_context(serve(definition, retype(study, storage)))
+                say(address)
+                if opens:
+                    webbrowser.open(stack.enter_context(lead_to(address)))
+            view = stack.enter_context(LiveView(watch, stderr_console()))
+            reason = run_pool(
+                definition,
+                drain,
+                n_workers=workers,
+                folder=data,
+                emit=view,
+                on_start=view.start,
+            )
+    except Drained:
+        _say_how_far(watch)
+        raise
+    _say_what_was_found(watch, reason, retype(study, storage), as_json=as_json)
+
+
+@app.command(epilog="Example:  hpsearch worker studies/mnist-mlp.toml --max-trials 5")
+def worker(
+    study: StudyArgument,
+    max_trials: Annotated[int | None, typer.Option(min=1, help="End after so many trials.")] = None,
+    creates: Annotated[bool, typer.Option("--create", help="Create the study, if nobody has yet.")] = False,
+    storage: StorageOption = None,
+    artifacts: ArtifactsOption = None,
+    data: DataOption = None,
+) -> None:
+    """Run one more worker on a study, from any terminal or machine."""
+    from hpsearch.monitor.live import LiveView
+    from hpsearch.monitor.status import open_watch
+    from hpsearch.monitor.text import say, stderr_console
+    from hpsearch.workers.shutdown import Drain
+
+    definition = load_definition_of(study, storage, artifacts=artifacts)
+    if creates:
+        from hpsearch.search.steering import start_study
+
+        start_study(definition, resumes=False)
+    watch = open_watch(definition)
+    from hpsearch.workers.worker import run_worker
+
+    drain = Drain().listen(signal.SIGINT, signal.SIGTERM)
+    with LiveView(watch, stderr_console()) as view:
+        reason = run_worker(definition, drain, folder=data, emit=view, max_trials=max_trials)
+    say(f"done: {reason}")
+
+
+@app.command(
+    epilog="Example:  hpsearch launch mnist-mlp --workers 16 --gpus-per-worker 0.25 --address ray://head:10001"
+)
+def launch(
+    study: StudyArgument,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=10_000, help="Default: as many as there is room for.")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Of the Ray cluster; else RAY_ADDRESS, else the one that this machine is in.")
+    ] = None,
+    cpus: Annotated[float, typer.Option("--cpus-per-worker", min=0.01, help="Processor cores of each.")] = 1.0,
+    gpus: Annotated[float, typer.Option("--gpus-per-worker", min=0, help="GPUs of each: 0.25 for four on one.")] = 0.0,
+    detaches: Annotated[bool, typer.Option("--detach", help="Leave the workers to the cluster, and return.")] = False,
+    trials: TrialsOption = None,
+    storage: StorageOption = None,
+    artifacts: ArtifactsOption = None,
+    data: DataOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Create or resume a study and search with workers in a Ray cluster."""
+    from hpsearch.monitor.live import LiveView
+    from hpsearch.monitor.status import open_watch
+    from hpsearch.monitor.text import say, stderr_console
+    from hpsearch.search.steering import start_study
+    from hpsearch.workers.ray import connect
+    from hpsearch.workers.shutdown import Drain
+    from hpsearch.workers.tasks import Share
+
+    if detaches and address == "local":
+        raise UsageError("a cluster that is started for the search ends with it; use ray start --head for --detach")
+    definition, command = load_definition_of(study, storage, trials, artifacts), retype(study, storage)
+    with connect(definition, Share(cpus, gpus), address=address, folder=data) as cluster:
+        drain = Drain().listen(signal.SIGINT, signal.SIGTERM)  # Ray has set handlers of its own
+        n_workers = workers or cluster.n_fitting
+        if not n_workers:
+            raise UsageError("no node of the cluster has room for a worker; to wait for one, say how many: --workers")
+        start_study(definition, keeps_extension=trials is None)
+        for remark in cluster.remark_on(n_workers):
+            say(remark)
+        watch = open_watch(definition)
+        if detaches:
+            name = cluster.detach(n_workers)
+            say(f"{n_workers} workers were launched, and looked after by the actor {name} in the cluster")
+            return say(f"next: hpsearch status {command} --watch  |  hpsearch stop {command}")
+        try:
+            with LiveView(watch, stderr_console()) as view:
+                view.start(watch.look().n_finished, n_workers)
+                reason = cluster.run(n_workers, drain, view.tell)
+        except Drained:
+            _say_how_far(watch)
+            raise
+    return _say_what_was_found(watch, reason, command, as_json=as_json)
+
+
+def _say_how_far(watch: "Watch") -> None:
+    from hpsearch.monitor.text import say
+
+    with suppress(StorageError):
+        say(watch.look().sum_up())
+
+
+def _say_what_was_found(watch: "Watch", reason: str, command: str, *, as_json: bool) -> None:
+    from hpsearch.monitor.status import conclude
+    from hpsearch.monitor.text import say
+
+    say(f"done: {reason}")
+    print_status(watch.definition, as_json=as_json)
+    for line in conclude(watch, command):
+        say(line)
+
+
+app.add_typer(upkeep_app)
+app.add_typer(watch_app)
+app.add_typer(winner_app)

@@ -1,0 +1,235 @@
+"""Optuna's dashboard on one study, behind a guard, served by threads of this process."""
+
+import html
+import logging
+import re
+import secrets
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from io import BytesIO
+from ipaddress import ip_address
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any, BinaryIO
+
+import bottle
+import optuna
+from optuna_dashboard import wsgi
+
+from hpsearch.config.definition import StudyDefinition
+from hpsearch.errors import UsageError
+from hpsearch.monitor.dashboard.auth import Guard
+from hpsearch.monitor.dashboard.notes import describe_study, describe_trial
+from hpsearch.monitor.dashboard.server import LOOPBACK, listen, names_of, resolve, serving, show_host
+from hpsearch.search.study import checkpoint_folder, load_study
+from hpsearch.storage.artifacts import Folder
+from hpsearch.storage.rdb import open_storage
+
+logger = logging.getLogger(__name__)
+
+_TOKEN = re.compile(r"[A-Za-z0-9._~-]{8,}")  # nothing that an address or a cookie would have to escape
+_LARGEST_UPLOAD = 2**25  # bytes; it is held in memory, several times
+_LARGEST_QUESTION = 2**16
+# What the page writes that is no result of a trial: notes, files, and that a study is gone.
+_WRITES = re.compile(
+    r"PUT /api/studies/[0-9]+(/[0-9]+)?/note|POST /api/artifacts/[0-9]+(/[0-9]+)?"
+    r"|DELETE /api/artifacts/[0-9]+(/[0-9]+)?/[0-9a-fA-F-]+|DELETE /api/studies/[0-9]+"
+)
+# The page lets one long line push the rest out of sight, and leaves a phone two columns.
+_END, _STYLE = (
+    b"</head>",
+    b"""<style>
+main { min-width: 0; }
+main p, main td:last-child, main .MuiTypography-root { overflow-wrap: anywhere; }
+main p, main .MuiBox-root:not(:has(*)) { white-space: normal !important; overflow-wrap: anywhere; min-width: 0; }
+main :has(> p), main :has(> :has(> p)) { min-width: 0; }
+main pre, main pre * { white-space: pre-wrap !important; overflow-wrap: anywhere; }
+main .MuiCardContent-root > table :is(th, td) { text-align: left; vertical-align: top; padding-right: 1em; }
+@media (max-width: 700px) {
+  main .MuiGrid-container { flex-wrap: wrap; }
+  main .MuiGrid-container > .MuiGrid-item { flex-basis: 100%; max-width: 100%; }
+  main :has(> .MuiDivider-vertical) { flex-direction: column; }
+  main :has(> .MuiDivider-vertical) > :first-child { height: 11em; width: 100%; flex: none; }
+}
+</style>""",
+)
+
+
+def _has_any(folder: Folder) -> bool:
+    try:
+        return bool(folder.find())
+    except OSError as error:  # the trials can be looked at all the same
+        logger.warning("attached files are not shown: %s cannot be read (%s)", folder, error.strerror)
+        return False
+
+
+class Files:
+    """Uploaded files, an artifact store in the sense of Optuna; one that is gone is answered with 404."""
+
+    def __init__(self, folder: Folder) -> None:
+        self.folder = folder
+
+    def open_reader(self, artifact_id: str) -> BinaryIO:
+        try:
+            return BytesIO(self.folder.read(artifact_id))
+        except FileNotFoundError as error:
+            raise bottle.HTTPError(404, "This file is gone.") from error
+
+    def write(self, artifact_id: str, content_body: BinaryIO) -> None:
+        self.folder.write(artifact_id, content_body.read())
+
+    def remove(self, artifact_id: str) -> None:
+        self.folder.remove(artifact_id)
+
+
+@contextmanager
+def serve(
+    definition: StudyDefinition,
+    arguments: str,
+    *,
+    host: str = LOOPBACK,
+    port: int = 0,
+    token: str | None = None,
+    is_writable: bool = False,
+) -> Iterator[str]:
+    """The address of the study's dashboard, which is served meanwhile; port 0 is a free one.
+
+    `arguments` are those of the study as they are typed, for its note. Raises `UsageError` where `host`, `port` or
+    `token` cannot be used; what anybody may reach needs a `token` of the user's.
+    """
+    if token is not None and not _TOKEN.fullmatch(token):
+        raise UsageError("a token has at least 8 letters, digits or any of . _ ~ -")
+    family, address = resolve(host)
+    if token is None and not ip_address(address).is_loopback:
+        raise UsageError(
+            f"{host} can be reached from other machines, so give a token that visitors must know, at least 8 letters "
+            "and digits, as HPSEARCH_TOKEN or with --token"
+        )
+    with ExitStack() as stack:
+        storage = open_storage(definition.study.storage, must_exist=True, reads_only=not is_writable)
+        stack.callback(storage.engine.dispose)
+        study = load_study(definition, storage)
+        listener = stack.enter_context(listen(family, address, port))
+        port = listener.getsockname()[1]
+        token = token or secrets.token_urlsafe(16)
+        guard = Guard(
+            build_application(definition, study, arguments, is_writable=is_writable),
+            token=token,
+            names=names_of(host, address),
+            cookie=f"hpsearch_{port}",
+            writes=_WRITES if is_writable else None,
+        )
+        stack.enter_context(serving(guard, listener, _LARGEST_UPLOAD if is_writable else _LARGEST_QUESTION))
+        yield f"http://{show_host(host, address)}:{port}/dashboard/studies/{study._study_id}?token={token}"
+
+
+@contextmanager
+def lead_to(address: str) -> Iterator[str]:
+    """The address of a file, there meanwhile, that leads a browser of this user to `address`.
+
+    Everybody on the machine sees what a browser is started with, and so would have the token.
+    """
+    with NamedTemporaryFile("w", prefix="hpsearch-", suffix=".html", encoding="utf-8") as file:
+        file.write(f'<!DOCTYPE html><meta http-equiv="refresh" content="0; url={html.escape(address)}">\n')
+        file.flush()
+        yield Path(file.name).as_uri()
+
+
+def build_application(
+    definition: StudyDefinition, study: optuna.Study, arguments: str, *, is_writable: bool = False
+) -> bottle.Bottle:
+    """Optuna's dashboard on the storage of the study, which has notes about it and its trials."""
+    _hush()
+    files = checkpoint_folder(definition, study) / "files"
+    store = Files(files) if is_writable or _has_any(files) else None  # the page offers uploads where there is one
+    application = wsgi(study._storage, artifact_store=store)  # Optuna's cache around the storage reads only what is new
+    application.catchall = False  # the guard says what failed
+    application.install(_Additions(application, definition, study, arguments))
+    return application
+
+
+class _Additions:
+    """A plugin of Bottle: a style for the page, and notes made for its answers where nobody has written one.
+
+    Nothing is stored by it.
+    """
+
+    name, api = "hpsearch", 2
+
+    def __init__(
+        self, application: bottle.Bottle, definition: StudyDefinition, study: optuna.Study, arguments: str
+    ) -> None:
+        self.application, self.definition, self.study, self.arguments = application, definition, study, arguments
+        self.identity = study.user_attrs.get("id")
+        self.identities = {study._study_id: self.identity}  # of all studies that were asked for
+
+    def apply(self, callback: Callable[..., Any], route: bottle.Route) -> Callable[..., Any]:
+        style, notes = "/dashboard<:re:(/.*)?>", "/api/studies/<study_id:int>"
+        additions: dict[str, Callable[..., Any]] = {style: self._add_style, notes: self._add_notes}
+        add = additions.get(route.rule) if route.method == "GET" else None
+
+        def answer(**values: Any) -> Any:
+            if "study_id" in values:
+                self._forget_if_replaced(values["study_id"])
+            given = callback(**values)
+            return given if add is None else add(given, **values)
+
+        return answer
+
+    def _forget_if_replaced(self, study_id: int) -> None:
+        """Drop what was read of a study before it was deleted, as SQLite gives its number to the next one."""
+        storage: Any = self.study._storage
+        try:
+            identity = storage.get_study_user_attrs(study_id).get("id")
+        except KeyError:
+            identity = None
+        if self.identities.setdefault(study_id, identity) != identity:
+            with storage._lock:
+                for name in ("_studies", "_trial_id_to_study_id_and_number", "_study_id_and_number_to_trial_id"):
+                    getattr(storage, name).clear()
+            self.application._inmemory_cache.clear()
+            self.identities[study_id] = identity
+
+    def _add_style(self, page: bottle.HTTPResponse) -> bottle.HTTPResponse:
+        if page.status_code == 200:
+            if page.body:  # none for HEAD
+                with page.body as file:
+                    page.body = file.read().replace(_END, _STYLE + _END, 1)
+            page.set_header("Content-Length", str(page.content_length + len(_STYLE)))
+        return page
+
+    def _add_notes(self, detail: Any, study_id: int) -> Any:
+        is_ours = study_id == self.study._study_id and self.identities[study_id] == self.identity
+        if not is_ours or not isinstance(detail, dict) or "note" not in detail:
+            return detail
+        _fill(detail, lambda: describe_study(self.definition, self.study.user_attrs["budget"], self.arguments))
+        # Read after the answer was made: a trial that has ended in that has ended here.
+        trials = {trial._trial_id: trial for trial in self.study.get_trials(deepcopy=False)}
+        for shown in (*detail["trials"], *detail["best_trials"]):
+            if trial := trials.get(shown["trial_id"]):
+                _fill(shown, partial(describe_trial, trial))
+        return detail
+
+
+def _fill(shown: dict[str, Any], describe: Callable[[], str]) -> None:
+    if shown["note"]["version"] == 0:
+        try:
+            shown["note"]["body"] = describe()
+        except Exception:  # attributes are anybody's to set; without a note the page is still of use
+            logger.debug("no note could be made", exc_info=True)
+
+
+def _hush() -> None:
+    """Silence what would be printed whenever few trials are drawn, and make one line of a failure."""
+    if logging.getLogger().getEffectiveLevel() > logging.DEBUG:
+        for name in ("optuna.visualization", "optuna.importance", "waitress"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        logging.getLogger("optuna_dashboard._bottle_util").addFilter(_cut)  # it appends a traceback
+        warnings.filterwarnings("ignore", module="optuna.(importance|visualization)")
+
+
+def _cut(record: logging.LogRecord) -> bool:
+    record.msg, record.args = f"the dashboard failed: {record.getMessage().splitlines()[0]}", ()
+    return True

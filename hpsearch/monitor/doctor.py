@@ -1,0 +1,239 @@
+"""What may be wrong with a study, its database, its data and this machine, and what can be mended."""
+
+import os
+import shutil
+import socket
+import sqlite3
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import optuna
+import psutil
+import sqlalchemy
+import torch
+from optuna.trial import TrialState
+from sqlalchemy.exc import SQLAlchemyError
+
+from hpsearch.config.definition import StudyDefinition
+from hpsearch.data.dataset import data_folder, inspect_files
+from hpsearch.errors import HpsearchError, StorageUnavailable
+from hpsearch.search.objective import load_study_data
+from hpsearch.search.study import (
+    artifact_folder,
+    checkpoint_folder,
+    find_unneeded_checkpoints,
+    load_study,
+    sweep_checkpoints,
+)
+from hpsearch.storage.artifacts import Folder
+from hpsearch.storage.engine import check_integrity, network_file_system, parse_url, reason, safe_journal, show_url
+from hpsearch.storage.rdb import Storage, open_storage
+from hpsearch.training.devices import count_cores, list_devices
+
+_MAX_LATENCY = 1.0  # seconds
+_MAX_CLOCK_DIFFERENCE = 5.0  # seconds
+_MIN_FREE = 500  # megabytes
+_MAX_LOAD = 1.5  # runnable processes a core
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found: in order, or what is wrong and how to mend it."""
+
+    check: str
+    is_ok: bool
+    message: str
+
+
+def examine(definition: StudyDefinition, *, folder: Path | str | None = None, fix: bool = False) -> list[Finding]:
+    """The findings of all checks; with `fix`, what is safe to mend is mended, and the findings say so.
+
+    Without `fix` nothing of the study is changed, and nothing is downloaded in any case.
+    """
+    return list(_examine(definition, folder, fix))
+
+
+def _examine(definition: StudyDefinition, folder: Path | str | None, fix: bool) -> Iterator[Finding]:
+    url = parse_url(definition.study.storage)
+    file = Path(url.database or "") if url.get_backend_name() == "sqlite" else None
+    if file and file.exists():
+        yield from _check_file(file, fix)
+    folder_of_artifacts = Folder(definition.study.artifacts)
+    artifacts = _check_store(folder_of_artifacts)
+    try:
+        recovery = definition.recovery
+        storage = open_storage(
+            definition.study.storage, heartbeat=recovery.heartbeat, grace=recovery.grace, must_exist=True
+        )
+        study = load_study(definition, storage)
+    except HpsearchError as error:
+        yield Finding("study", False, str(error))
+    else:
+        yield Finding("study", True, f"'{study.study_name}' in {show_url(url)}")
+        try:
+            yield _check_latency(storage)
+            yield _check_clock(storage)
+            yield _check_stuck(definition, storage, study, fix)
+            if artifacts.is_ok:
+                yield _check_checkpoints(definition, study, fix)
+            yield _check_threads(study)
+        except (StorageUnavailable, SQLAlchemyError) as error:
+            yield Finding("study", False, f"the storage stopped answering: {reason(url, error)}")
+        finally:
+            storage.engine.dispose()
+    if folder_of_artifacts.path is None:
+        yield artifacts
+    folders = {"database": file.parent if file else None, "artifacts": folder_of_artifacts.path}
+    for name, place in folders.items():
+        if place:
+            yield _check_place(name, place, may_be_remote=place != (file and file.parent))
+    yield _check_data(definition, folder)
+    yield _check_devices()
+
+
+def _check_file(file: Path, fix: bool) -> Iterator[Finding]:
+    with closing(sqlite3.connect(file, timeout=_MAX_LATENCY)) as connection:
+        try:
+            problems = check_integrity(connection)
+            journal = connection.execute("PRAGMA journal_mode").fetchone()[0]
+            if fix and journal == "wal" != safe_journal():
+                journal = connection.execute(f"PRAGMA journal_mode = {safe_journal()}").fetchone()[0]
+        except sqlite3.Error as error:
+            is_locked = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY
+            advice = "a program holds it: find it with fuser, and end it" if is_locked else "restore the last backup"
+            yield Finding("integrity", False, f"{file}: {error}; {advice}")
+            return
+    advice = "stop the workers, restore the last backup (hpsearch backup), or try sqlite3's .recover"
+    yield Finding("integrity", not problems, f"{problems}; {advice}" if problems else "ok, says SQLite")
+    version = f"SQLite {sqlite3.sqlite_version}"
+    if journal == "wal" != safe_journal():
+        advice = "stop all programs on it, then use --fix"
+        yield Finding("journal", False, f"mode WAL can damage a database with {version}; {advice}")
+    else:
+        yield Finding("journal", True, f"workers use mode {safe_journal().upper()}, which is safe with {version}")
+
+
+def _check_latency(storage: Storage) -> Finding:
+    def lock() -> None:
+        with storage.engine.begin() as connection:
+            connection.execute(sqlalchemy.text("SELECT 1"))
+
+    seconds = statistics.median(_time(lock) for _ in range(5))
+    message = f"{seconds * 1000:.1f} ms to lock the database"
+    advice = f"{message}; too many workers share it, or its disk is slow: use fewer workers, or PostgreSQL"
+    return Finding("latency", seconds < _MAX_LATENCY, message if seconds < _MAX_LATENCY else advice)
+
+
+def _check_clock(storage: Storage) -> Finding:
+    with storage.engine.begin() as connection:
+        theirs = connection.execute(sqlalchemy.text("SELECT CURRENT_TIMESTAMP")).scalar_one()
+    if not isinstance(theirs, datetime):
+        theirs = datetime.fromisoformat(theirs)  # SQLite has whole seconds, in UTC
+    theirs = theirs if theirs.tzinfo else theirs.replace(tzinfo=UTC)
+    difference = abs((datetime.now(UTC) - theirs).total_seconds())
+    is_ok = difference <= _MAX_CLOCK_DIFFERENCE
+    message = f"{difference:.0f} s between this machine and the database"
+    return Finding("clock", is_ok, message if is_ok else f"{message}; set both by NTP")
+
+
+def _check_stuck(definition: StudyDefinition, storage: Storage, study: optuna.Study, fix: bool) -> Finding:
+    stuck = storage.find_stuck(study._study_id)
+    if stuck and fix:
+        time.sleep(definition.recovery.heartbeat)  # there may just have been an outage: who is alive beats now
+        n_stuck, n_mended = len(stuck), len(storage.reap(study._study_id, definition.recovery.retries))
+        if n_mended == n_stuck:
+            return Finding("trials", True, f"mended: {n_mended} stuck trials failed, and queued again within retries")
+        advice = f"unless their workers show up; use --fix again in {definition.recovery.grace} s"
+        return Finding("trials", False, f"{n_mended} of {n_stuck} stuck trials mended; the others follow {advice}")
+    numbers = ", ".join(str(storage.get_trial(trial_id).number) for trial_id in stuck)
+    advice = "any worker mends that within the grace period, or use --fix now and again in a minute"
+    return Finding("trials", not stuck, f"RUNNING without a worker: {numbers}; {advice}" if stuck else "none is stuck")
+
+
+def _check_checkpoints(definition: StudyDefinition, study: optuna.Study, fix: bool) -> Finding:
+    own, files = checkpoint_folder(definition, study), find_unneeded_checkpoints(definition, study)
+    if files and not fix:
+        advice = "the next trial to finish removes them, or --fix"
+        return Finding("checkpoints", False, f"{len(files)} that no trial needs in {own}; {advice}")
+    if fix:
+        sweep_checkpoints(definition, study)
+    every = artifact_folder(definition)
+    others = [name for name in every.find() if name.endswith(".ckpt") and not str(every / name).startswith(f"{own}/")]
+    message = f"mended: removed {len(files)}" if files else "none is left over"
+    hint = f"; {len(others)} in {every} are of other databases with a study of this name" if others else ""
+    return Finding("checkpoints", True, message + hint)
+
+
+def _check_threads(study: optuna.Study) -> Finding:
+    n_cores, load = count_cores(), psutil.getloadavg()[0]
+    n_threads = int(os.environ.get("OMP_NUM_THREADS") or 1)
+    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    here = [trial for trial in running if str(trial.user_attrs.get("worker")).startswith(f"{socket.gethostname()}-")]
+    message = f"{n_cores} cores, {len(here)} workers of this study on them, load {load:.1f}"
+    if len(here) > n_cores and not torch.cuda.is_available():
+        return Finding("threads", False, f"{message}: workers wait for each other; use --workers {n_cores}")
+    if n_threads > n_cores:
+        return Finding("threads", False, f"OMP_NUM_THREADS={n_threads} is more than {n_cores} cores; unset it")
+    if load > _MAX_LOAD * n_cores:
+        return Finding(
+            "threads", False, f"{message}: the cores are overloaded; end other programs, or use fewer workers"
+        )
+    return Finding("threads", True, message)
+
+
+def _check_place(name: str, folder: Path, *, may_be_remote: bool) -> Finding:
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    kind, free = network_file_system(existing), shutil.disk_usage(existing).free / 1e6
+    message = f"{free:,.0f} MB are free in {folder}"
+    if kind and not may_be_remote:
+        advice = "put the database on this machine's disk, or use PostgreSQL"
+        return Finding(name, False, f"{folder} is on a network file system ({kind}), whose locks fail; {advice}")
+    if not os.access(existing, os.W_OK):
+        return Finding(name, False, f"{existing} cannot be written to; change its permissions, or name another folder")
+    return Finding(name, free >= _MIN_FREE, message if free >= _MIN_FREE else f"{message}; make room there")
+
+
+def _check_store(artifacts: Folder) -> Finding:
+    try:
+        artifacts.check()
+    except HpsearchError as error:
+        return Finding("artifacts", False, f"{error}; give its credentials and endpoint in the environment")
+    return Finding("artifacts", True, f"{artifacts} can be written and read")
+
+
+def _check_data(definition: StudyDefinition, folder: Path | str | None) -> Finding:
+    name = definition.data.name
+    missing, is_unpacked = inspect_files(name, folder)
+    if missing:
+        advice = "the next run downloads them; without a network, put them there yourself"
+        return Finding("data", False, f"{name}: no sound {', '.join(missing)} in {data_folder(folder)}; {advice}")
+    if not is_unpacked:
+        return Finding("data", True, f"{name} is whole; the next run unpacks it")
+    try:
+        data = load_study_data(definition, folder)
+    except HpsearchError as error:
+        return Finding("data", False, str(error))
+    return Finding(
+        "data", True, f"{name} is whole: {len(data.train)} images to train on, {len(data.validation)} held out"
+    )
+
+
+def _check_devices() -> Finding:
+    devices = list_devices()
+    try:
+        for device in devices:
+            torch.ones(8, 8, device=device).matmul(torch.ones(8, 8, device=device)).sum().item()
+    except RuntimeError as error:
+        return Finding("devices", False, f"{device}: {error}; check the driver with nvidia-smi")
+    return Finding("devices", True, f"{', '.join(devices)} with torch {torch.__version__}")
+
+
+def _time(call: Callable[[], None]) -> float:
+    start = time.monotonic()
+    call()
+    return time.monotonic() - start

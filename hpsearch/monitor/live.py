@@ -1,0 +1,296 @@
+"""What is shown while a search runs: on a terminal a table of all of it, drawn anew each second; in a pipe lines."""
+
+import logging
+import os
+import sys
+import termios
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import IO, Any, Self
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, ConsoleOptions, Group, OverflowMethod, RenderableType, RenderResult
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from hpsearch.errors import StorageError
+from hpsearch.monitor.status import Scene, TrialEvent, Watch
+from hpsearch.monitor.text import join_params, printable, say, say_duration, trial_line
+
+_REFRESH = 1.0  # seconds between two looks at the study
+_LEAST_ROWS = 3  # of each list, however low the terminal is
+_MOST_FAILED = 3
+_WIDE = 120  # columns from which there is room for the workers' hyperparameters
+_CURVE_WIDTH = 12
+_NAME_WIDTH = 20  # the end of a worker's name is its own number
+_BLOCKS, _ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-~=+*#"
+_STYLES = {"complete": "green", "pruned": "yellow", "failed": "red"}
+
+
+class LiveView:
+    """While entered, shows a search: a table on a terminal, else a line for each trial that has ended.
+
+    The lines are those of the events that it is called with; where it `follows`, those of all trials of the study
+    instead.
+    """
+
+    def __init__(self, watch: Watch, console: Console, *, follows: bool = False) -> None:
+        self.watch, self.console, self.follows = watch, console, follows
+        # Rich believes FORCE_COLOR, which is no terminal yet.
+        is_terminal = console.is_terminal and console.file.isatty() and not console.is_dumb_terminal
+        self.is_live = is_terminal and _is_in_foreground(console.file)
+        self._over = threading.Event()
+        self._live, self._size = self._new_live(), console.size
+        self._error: Exception | None = None
+        self._drawing = threading.Lock()
+        self._ended, self._restores = threading.Event(), ExitStack()
+        self._thread = threading.Thread(target=self._follow, name="live view", daemon=True)
+
+    def __call__(self, event: TrialEvent) -> None:
+        if not self.is_live and event.state != "running":
+            say(trial_line(event))
+
+    def start(self, n_finished: int, n_workers: int) -> None:
+        """Say in a pipe where the study stands before the first worker starts."""
+        if not self.is_live:
+            n_trials = self.watch.study.user_attrs["budget"]["trials"]
+            say(f"{n_finished} of {n_trials} trials are there; {n_workers} workers start")
+
+    def tell(self) -> None:
+        """Write a line for each trial that has ended since the last call, where there is no table."""
+        if not self.is_live:
+            with suppress(StorageError):  # the workers wait for it as well
+                for event in self.watch.look().news:
+                    self(event)
+
+    def __enter__(self) -> Self:
+        if self.is_live:
+            self._restores.enter_context(_no_echo_of_control_keys())
+            self._live.start()
+            _redirect_log()
+        if self.is_live or self.follows:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._drawing:
+            self._ended.set()  # the thread may wait for a locked database, but draws no more
+        if self.is_live:
+            self._live.stop()
+            _redirect_log()
+            self._restores.close()
+
+    def wait(self) -> None:
+        """Wait until the search is over; raises what kept it from being shown, such as a pipe that was closed."""
+        self._over.wait()
+        if self._error:
+            raise self._error
+
+    def _follow(self) -> None:
+        scene, trouble = None, ""
+        try:
+            while not self._ended.wait(_REFRESH if scene or trouble else 0):
+                try:
+                    scene, trouble = self.watch.look(), ""
+                except StorageError as error:  # the workers wait for it as well
+                    if not trouble and not self.is_live:
+                        say(str(error))
+                    trouble = str(error)
+                if self.is_live:
+                    self._draw(SceneTable(scene, trouble, is_own=not self.follows) if scene else trouble)
+                elif scene and not trouble:
+                    for event in scene.news:
+                        print(trial_line(event), flush=True)
+                if self.follows and scene and not scene.n_alive and (scene.is_over or scene.is_stopped):
+                    return
+        except Exception as error:  # noqa: BLE001 - a search goes on though it cannot be shown
+            self._error = error
+        finally:
+            self._over.set()
+
+    def _new_live(self) -> Live:
+        return Live(console=self.console, auto_refresh=False, transient=not self.follows)
+
+    def _draw(self, table: "SceneTable | str") -> None:
+        with self._drawing:
+            if self._ended.is_set():
+                return
+            if self.console.size != self._size:  # terminals differ in what they make of the old table
+                self._live.stop()
+                self.console.clear()
+                self._live, self._size = self._new_live(), self.console.size
+                self._live.start()
+                _redirect_log()
+            self._live.update(table, refresh=True)
+
+
+def _is_in_foreground(stream: IO[str]) -> bool:
+    """Whether this process has the stream's terminal for itself; a job in the background must leave it alone."""
+    try:
+        return os.tcgetpgrp(stream.fileno()) == os.getpgrp()
+    except OSError:  # nothing with jobs
+        return True
+
+
+@contextmanager
+def _no_echo_of_control_keys() -> Iterator[None]:
+    """The `^C` that a terminal writes where the cursor is would move the table by a line."""
+    if not sys.stdin or not sys.stdin.isatty() or not _is_in_foreground(sys.stdin):
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    quiet = [*before[:3], before[3] & ~termios.ECHOCTL, *before[4:]]
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, quiet)
+    try:
+        yield
+    finally:
+        with suppress(termios.error):  # the terminal may be gone
+            if _is_in_foreground(sys.stdin):  # else the shell has set its own modes meanwhile
+                termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+
+
+def _redirect_log() -> None:
+    """Let the log write to the stderr of now, which is above the table while there is one."""
+    for handler in logging.getLogger().handlers:
+        if type(handler) is logging.StreamHandler:
+            handler.setStream(sys.stderr)
+
+
+@dataclass(frozen=True)
+class SceneTable:
+    """A scene as a table as wide and high as its console; `trouble` is why there is no newer one.
+
+    Of an `is_own` search it goes without saying that workers run, or will in a moment.
+    """
+
+    scene: Scene
+    trouble: str = ""
+    is_own: bool = False
+
+    def __rich_console__(self, _console: Console, options: ConsoleOptions) -> RenderResult:
+        scene, width = self.scene, options.max_width
+        cut: OverflowMethod = "crop" if options.ascii_only else "ellipsis"
+        n_failed = min(len(scene.failed), _MOST_FAILED)
+        n_rows = options.max_height - 10 - (n_failed and n_failed + 1) - bool(self.trouble)
+        n_workers = min(len(scene.workers), max(n_rows // 2, _LEAST_ROWS))
+        yield _render_head(scene, is_own=self.is_own)
+        yield ""
+        if scene.workers:
+            blocks = _ASCII_BLOCKS if options.ascii_only else _BLOCKS
+            yield _render_workers(scene, n_workers, blocks, cut, is_wide=width >= _WIDE)
+            yield ""
+            n_rows -= n_workers + 3
+        if scene.finished:
+            yield _render_finished(scene.finished[: max(n_rows, _LEAST_ROWS)], cut, is_wide=width >= _WIDE)
+        if n_failed:
+            yield ""
+        for row in scene.failed[:n_failed]:
+            yield _one_line(f"trial {row['number']} failed {row['note']}", cut, style="red")
+        if self.trouble:
+            yield _one_line(self.trouble, cut, style="bold red")
+
+
+def _render_head(scene: Scene, *, is_own: bool) -> RenderableType:
+    status = scene.status
+    counts, epochs, best = status["trials"], status["epochs"], status["best"]
+    n_trials = status["budget"]["trials"]
+    top = Table.grid(padding=(0, 2), expand=True)
+    for column in ({}, {"ratio": 1}, {}, {"justify": "right"}):
+        top.add_column(no_wrap=True, **column)
+    done = min(scene.n_finished, n_trials)
+    bar = ProgressBar(total=n_trials, completed=done, complete_style="cyan", finished_style="green")
+    top.add_row(
+        Text(status["study"], style="bold"), bar, f"{scene.n_finished} of {n_trials}", _say_left(scene, is_own=is_own)
+    )
+    head = Table.grid(padding=(0, 2))
+    states = [Text(f"{n} {state}", style=_STYLES.get(state, "") if n else "dim") for state, n in counts.items()]
+    head.add_row("trials", Text(", ").join(states))
+    share = epochs["saved"] / max(epochs["run"] + epochs["saved"], 1)
+    head.add_row("epochs", f"{epochs['run']:,} run, {epochs['saved']:,} saved by pruning ({share:.0%})")
+    value = Text("no trial is complete yet")
+    if best:
+        value = Text(f"{best['value']:.4f} in trial {best['number']}", style="bold green")
+        value.append(f"  {join_params(best['params'])}", style="not bold default")
+    head.add_row("best", value)
+    return Group(top, head)
+
+
+def _say_left(scene: Scene, *, is_own: bool) -> Text:
+    spent = f"{say_duration(scene.seconds)} searched"
+    if scene.is_over:
+        return Text(spent)
+    if scene.is_stopped:
+        return Text(f"{spent}, stopped", style="yellow")
+    if not scene.n_alive and not is_own:
+        return Text(f"{spent}, no worker runs", style="yellow")
+    return Text(f"{spent}, {_say_range(*scene.seconds_left)} left" if scene.seconds_left else spent)
+
+
+def _say_range(low: float, high: float) -> str:
+    (low_number, low_unit), (high_number, high_unit) = (say_duration(seconds).split() for seconds in (low, high))
+    if low_unit != high_unit:
+        return f"{low_number} {low_unit} to {high_number} {high_unit}"
+    return f"{high_number} {high_unit}" if low_number == high_number else f"{low_number} to {high_number} {high_unit}"
+
+
+def _render_workers(scene: Scene, n_shown: int, blocks: str, cut: OverflowMethod, *, is_wide: bool) -> Table:
+    epochs, workers = scene.status["budget"]["epochs"], scene.workers
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), expand=is_wide)
+    table.add_column("worker", no_wrap=True)
+    for heading in ("trial", "epoch", "accuracy"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("curve", min_width=_CURVE_WIDTH, no_wrap=True)
+    table.add_column("images/s", justify="right", no_wrap=True)
+    if is_wide:
+        table.add_column("hyperparameters", ratio=1, no_wrap=True, overflow=cut)
+    values = [value for worker in workers for value in worker["curve"]]
+    ends = (min(values), max(values)) if values else (0.0, 1.0)
+    for worker in workers[:n_shown]:
+        accuracy = "" if worker["accuracy"] is None else f"{worker['accuracy']:.4f}"
+        speed = "" if worker["images_per_second"] is None else f"{worker['images_per_second']:,}"
+        row: list[str | Text] = [
+            Text(printable(worker["worker"][-_NAME_WIDTH:])),
+            str(worker["trial"]),
+            f"{worker['epoch']}/{epochs}",
+            accuracy,
+        ]
+        row += ["no sign of life" if worker["is_lost"] else draw_curve(worker["curve"], ends, blocks), speed]
+        table.add_row(*row, *([Text(join_params(worker["params"]), style="dim")] if is_wide else []))
+    if len(workers) > n_shown:
+        table.add_row(f"and {len(workers) - n_shown} more", style="dim")
+    return table
+
+
+def draw_curve(values: Sequence[float], ends: tuple[float, float], blocks: str = _BLOCKS) -> str:
+    """A block for each value, or for the last of several, as high as the value lies between the ends."""
+    low, high = ends
+    step = max(len(values) / _CURVE_WIDTH, 1)
+    n_shown = min(len(values), _CURVE_WIDTH)
+    shown = [values[min(int((i + 1) * step) - 1, len(values) - 1)] for i in range(n_shown)]
+    top = len(blocks) - 1
+    return "".join(blocks[round((value - low) / ((high - low) or 1) * top)] for value in shown)
+
+
+def _render_finished(rows: Sequence[Mapping[str, Any]], cut: OverflowMethod, *, is_wide: bool) -> Table:
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), expand=True)
+    table.add_column("finished", justify="right", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    for heading in ("value", "epoch", *(["seconds"] if is_wide else [])):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("", ratio=1, no_wrap=True, overflow=cut)
+    for row in rows:
+        figures = ["" if row["value"] is None else f"{row['value']:.4f}", str(row["epoch"])]
+        if is_wide:
+            figures.append("" if row["seconds"] is None else f"{row['seconds']:.1f}")
+        why = row["note"].replace(" is below ", " < ")
+        remark = Text(printable(why)) if why else Text(join_params(row["params"]), style="dim")
+        table.add_row(str(row["number"]), Text(row["state"], style=_STYLES[row["state"]]), *figures, remark)
+    return table
+
+
+def _one_line(text: str, cut: OverflowMethod, style: str) -> Text:
+    return Text(printable(" ".join(text.split())), style=style, no_wrap=True, overflow=cut)

@@ -1,0 +1,290 @@
+"""The report of a study: one HTML file that opens offline and that a stranger to the project can read."""
+
+import base64
+import json
+import math
+import platform
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import optuna
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from optuna.trial import FrozenTrial, TrialState
+
+from hpsearch.bundle import bundle as bundles
+from hpsearch.bundle import formats
+from hpsearch.bundle.evaluation import wilson_interval
+from hpsearch.config.definition import StudyDefinition
+from hpsearch.config.space import IntRange, Range, check_values
+from hpsearch.errors import BundleError, UsageError
+from hpsearch.monitor import plots
+from hpsearch.monitor.trials import list_trials
+from hpsearch.search.study import summarize
+
+MIN_TRIALS = 5  # complete ones, for an importance or a map that is more than chance
+MAX_ROWS = 12
+PICTURES = ("confusion_matrix.png", "calibration.png", "mistakes.png")
+VERSIONS = ("hpsearch", "optuna", "torch", "torchvision", "numpy", "matplotlib")
+
+
+def write_report(
+    definition: StudyDefinition, study: optuna.Study, file: Path, *, bundle: Path | None = None, command: str
+) -> None:
+    """Write the report to a file, whole or not at all; raises `UsageError` where that cannot be written.
+
+    `command` is what follows the verbs in the commands that do it again. A bundle that is damaged, or that another
+    search made, is named in the report and left out.
+    """
+    environment = Environment(
+        loader=PackageLoader("hpsearch.monitor", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": _percent, "duration": _duration, "short": _short, "count": _count}
+    text = environment.get_template("report.html.jinja").render(_collect(definition, study, bundle, command))
+    temporary = file.with_name(f".{file.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8", errors="replace")
+        temporary.replace(file)
+    except OSError as error:
+        raise UsageError(f"{file} cannot be written ({error.strerror}); choose another --output") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def find_bundle(folder: Path, name: str) -> Path | None:
+    """The folder, if there is a bundle of the study of that name in it."""
+    try:
+        metrics = json.loads((folder / "metrics.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return folder if isinstance(metrics, dict) and metrics.get("study") == name else None
+
+
+def _collect(definition: StudyDefinition, study: optuna.Study, folder: Path | None, command: str) -> dict[str, Any]:
+    """All that the template shows."""
+    trials = study.get_trials(deepcopy=False)
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    confirmation = study.user_attrs.get("confirmation") if complete else None
+    rows = list_trials(study, None, "value", None)
+    best = trials[rows[0]["number"]] if complete else None
+    chosen = trials[confirmation["winner"]] if confirmation else best
+    exported, problem = _read_bundle(folder, study, trials)
+    compared = [candidate["number"] for candidate in confirmation["candidates"]] if confirmation else []
+    reads = study.user_attrs.get("test_reads")
+    return {
+        "definition": definition,
+        "summary": summarize(definition, study),
+        "best": best,
+        "chosen": chosen,
+        "interval": chosen and _interval(chosen.value or 0.0, definition.data.validation),
+        "confirmation": confirmation,
+        "is_best_compared": bool(best and best.number in compared),
+        "bundle": exported,
+        "bundle_problem": problem,
+        "n_test_reads": len(reads) if reads is not None else exported and exported["metrics"].get("test_reads"),
+        "loading": formats.LOADING + formats.PREDICTING,
+        "loading_onnx": formats.LOADING_ONNX + formats.PREDICTING_ONNX,
+        "top": [row for row in rows if row["state"] == "complete"][:MAX_ROWS],
+        "names": list(definition.search),
+        "time": _sum_time(rows, definition.budget.epochs, trials),
+        "notes": Counter((row["state"], row["note"][:300]) for row in rows if row["note"]).most_common(MAX_ROWS),
+        "advice": list(advise(definition, chosen)) if chosen else [],
+        "versions": {"Python": platform.python_version()} | {name: version(name) for name in VERSIONS},
+        "toml": definition.to_toml(),
+        "command": command,
+        "min_trials": MIN_TRIALS,
+        **_draw(definition, study, trials, complete, chosen),
+    }
+
+
+def _draw(
+    definition: StudyDefinition,
+    study: optuna.Study,
+    trials: Sequence[FrozenTrial],
+    complete: Sequence[FrozenTrial],
+    chosen: FrozenTrial | None,
+) -> dict[str, Any]:
+    """The pictures that so many trials allow; the others are None."""
+    values = [trial.value or 0.0 for trial in complete]
+    names = [name for name in definition.search if any(name in trial.params for trial in complete)]
+    ranked: dict[str, float] = {}
+    if len(complete) >= MIN_TRIALS and len(set(values)) > 1 and len(names) > 1:
+        ranked = plots.rank_hyperparameters(study, names)
+    pair = _find_pair(list(ranked), complete)
+    curves = [trial for trial in trials if trial.intermediate_values]
+    return {
+        "importances": ranked,
+        "history": plots.draw_history(study, values) if complete else None,
+        "importance_picture": plots.draw_importances(study, names) if ranked else None,
+        "slices": [plots.draw_slice(study, name, chosen, values) for name in ranked or names] if chosen else [],
+        "contour": plots.draw_contour(study, pair, len(complete)) if pair else None,
+        "pair": pair,
+        "curves": plots.draw_curves(curves, chosen) if curves else None,
+    }
+
+
+def _find_pair(ranked: Sequence[str], complete: Sequence[FrozenTrial]) -> tuple[str, str] | None:
+    """The two most important hyperparameters that enough trials have together, with several values of each."""
+    for pair in ((first, second) for i, second in enumerate(ranked) for first in ranked[:i]):
+        both = [[trial.params[name] for name in pair] for trial in complete if set(pair) <= trial.params.keys()]
+        if len(both) >= MIN_TRIALS and all(len(set(column)) > 1 for column in zip(*both, strict=True)):
+            return pair
+    return None
+
+
+def _read_bundle(
+    folder: Path | None, study: optuna.Study, trials: Sequence[FrozenTrial]
+) -> tuple[dict[str, Any] | None, str]:
+    """What a verified bundle holds, or None and why it cannot be used."""
+    if folder is None:
+        return None, ""
+    try:
+        config = bundles.load(folder).config
+        metrics = json.loads((folder / "metrics.json").read_bytes())
+        _check_origin(folder, study, trials, metrics, config.hyperparameters.model_dump())
+        return _describe_bundle(folder, config, metrics), ""
+    except BundleError as error:
+        return None, str(error)
+    except (LookupError, TypeError, ValueError, OSError) as error:  # it was sealed again by somebody
+        return None, f"{folder / 'metrics.json'} is not understood: {error!r}"
+
+
+def _describe_bundle(folder: Path, config: bundles.Config, metrics: dict[str, Any]) -> dict[str, Any]:
+    classes = [row["name"] for row in metrics["per_class"]]
+    confusions = [
+        (n, classes[i], classes[j])
+        for i, row in enumerate(metrics["confusion_matrix"])
+        for j, n in enumerate(row)
+        if n and i != j
+    ]
+    pictures = {name: folder / name for name in PICTURES if (folder / name).is_file()}
+    return {
+        "folder": str(folder),
+        "metrics": metrics,
+        "config": config,
+        "interval": metrics.get("test_interval") or _interval(metrics["test_accuracy"], metrics["n_images"]["test"]),
+        "confusions": sorted(confusions, key=lambda confusion: -confusion[0])[:5],
+        "pictures": {name: base64.b64encode(file.read_bytes()).decode() for name, file in pictures.items()},
+    }
+
+
+def _check_origin(
+    folder: Path, study: optuna.Study, trials: Sequence[FrozenTrial], metrics: dict[str, Any], values: dict[str, Any]
+) -> None:
+    """Raise `BundleError` if the bundle is not from a trial of this study, but from another or an earlier one."""
+    if metrics["study"] != study.study_name:
+        raise BundleError(f"{folder} is of study '{metrics['study']}', not of '{study.study_name}'")
+    source = next((trial for trial in trials if trial.number == metrics["trial"] and trial.params), None)
+    if source is None or any(values.get(name) != value for name, value in source.params.items()):
+        raise BundleError(f"{folder} was made by another search of that name; export it again")
+
+
+def _sum_time(rows: Sequence[dict[str, Any]], full: int, trials: Sequence[FrozenTrial]) -> dict[str, Any]:
+    """Trials, epochs and seconds by state and by worker, and the seconds that pruning saved."""
+    # A retried trial has the epochs of its earlier attempts.
+    superseded = {number for trial in trials for number in trial.user_attrs.get("attempts", ())}
+    begun = [
+        row | {"seconds": row["seconds"] or 0.0, "epoch": 0 if row["number"] in superseded else row["epoch"]}
+        for row in rows
+        if row["state"] != "waiting"
+    ]
+    pruned = [row for row in begun if row["state"] == "pruned" and row["epoch"]]
+    starts = [trial.datetime_start for trial in trials if trial.datetime_start]
+    ends = [trial.datetime_complete for trial in trials if trial.datetime_complete]
+    return {
+        "seconds": sum(row["seconds"] for row in begun),
+        "by_state": _group(begun, "state"),
+        "by_worker": _group(begun, "worker"),
+        "saved": sum((full - row["epoch"]) * row["seconds"] / row["epoch"] for row in pruned),
+        "wall": (max(ends) - min(starts)).total_seconds() if starts and ends else 0.0,
+        "since": min(starts, default=None),
+    }
+
+
+def _group(rows: Sequence[dict[str, Any]], key: str) -> list[dict[str, Any]]:
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row[key], []).append(row)
+    sums = [
+        {
+            "name": name,
+            "n": len(group),
+            "epoch": sum(row["epoch"] for row in group),
+            "seconds": sum(row["seconds"] for row in group),
+        }
+        for name, group in groups.items()
+    ]
+    return sorted(sums, key=lambda group: -group["seconds"])
+
+
+def advise(definition: StudyDefinition, trial: FrozenTrial) -> Iterator[dict[str, str]]:
+    """For each value of the trial at an end of its range: which end, and the line of the study file now and wider."""
+    for name, dimension in definition.search.items():
+        if not isinstance(dimension, Range) or name not in trial.params:
+            continue
+        value = trial.params[name]
+        low, high, place = (math.log(x) if dimension.log else x for x in (*dimension.range, value))
+        share = (place - low) / (high - low) if high > low else 0.5
+        if 0.02 < share < 0.98:
+            continue
+        ends: list[Any] = list(dimension.range)
+        end = int(share > 0.5)
+        ends[end] = _find_wider(name, dimension, end)
+        if ends[end] is not None:
+            wider = dimension.model_copy(update={"range": ends})
+            lines = [_toml_line(definition, name, table) for table in (dimension, wider)]
+            yield {"name": name, "value": _short(value), "end": ("lower", "upper")[end]} | dict(
+                zip(("now", "then"), lines, strict=True)
+            )
+
+
+def _find_wider(name: str, dimension: Range, end: int) -> int | float | None:
+    """A value beyond an end of the range, as far as the hyperparameter can go; None if the end is its limit."""
+    low, high = dimension.range
+    sign, is_int = (-1, 1)[end], isinstance(dimension, IntRange)
+    for part in (2.0**-i for i in range(8)):
+        if dimension.log:
+            value = dimension.range[end] * (2 if is_int else 10) ** (sign * part)
+        else:
+            room = (high - low) / 2 * part
+            value = dimension.range[end] + sign * (
+                max(1, round(room / dimension.step)) * dimension.step if dimension.step else room
+            )
+        value = round(value) if is_int else float(f"{value:.3g}")
+        if value != dimension.range[end] and not any(check_values("search", {name: value})):
+            return value
+    return None
+
+
+def _toml_line(definition: StudyDefinition, name: str, dimension: Range) -> str:
+    toml = definition.model_copy(update={"search": {name: dimension}}).to_toml()
+    return next(line for line in toml.splitlines() if line.startswith(f"{name} = {{"))
+
+
+def _interval(accuracy: float, n: int) -> list[float]:
+    return wilson_interval(round(accuracy * n), n)
+
+
+def _percent(value: float, digits: int = 2) -> str:
+    return f"{100 * value:.{digits}f}%"
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}" + ("" if n == 1 else "s")
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

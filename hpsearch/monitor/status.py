@@ -1,0 +1,243 @@
+"""What there is to see of a search while it runs, read from its study, so that every watcher sees all workers."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+import numpy as np
+from optuna.trial import FrozenTrial, TrialState
+
+from hpsearch.bundle.evaluation import wilson_interval
+from hpsearch.config.definition import StudyDefinition
+from hpsearch.monitor.trials import describe_trial, explain_end
+from hpsearch.search.study import explain_choice, find_best, load_study, summarize
+from hpsearch.storage.budget import SEARCHING_STATES, seconds_searched
+from hpsearch.storage.rdb import Storage, open_storage
+
+_N_RECENT = 40  # finished trials from which the time left is estimated
+_N_DRAWS = 200
+_N_LISTED = 50  # of finished and of failed trials
+
+
+@dataclass(frozen=True)
+class TrialEvent:
+    """What became of a trial; all but "running" are told after the storage has acknowledged it.
+
+    `epoch` is the last one that was reported, `value` its validation accuracy. A trial that another worker has
+    taken over is "dropped".
+    """
+
+    worker: str
+    number: int
+    state: Literal["running", "complete", "pruned", "failed", "dropped"]
+    epoch: int = 0
+    value: float | None = None
+    message: str = ""
+
+
+Emit = Callable[[TrialEvent], None]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A moment of a search.
+
+    `status` is the document of `status --json`. `workers`, `finished` and `failed` are rows, the latest of the last two
+    first; the `n_failed` failed ones are those that were not queued again. `news` are the trials that ended since the
+    moment before, in their order. `seconds` are those searched, and `seconds_left` the range that the rest of the
+    budget will probably take, None where nobody can say.
+    """
+
+    status: Mapping[str, Any]
+    workers: Sequence[Mapping[str, Any]]
+    finished: Sequence[Mapping[str, Any]]
+    failed: Sequence[Mapping[str, Any]]
+    n_failed: int
+    news: Sequence[TrialEvent]
+    seconds: float
+    seconds_left: tuple[float, float] | None
+    is_stopped: bool
+
+    @property
+    def n_finished(self) -> int:
+        counts = self.status["trials"]
+        return int(counts["complete"] + counts["pruned"])
+
+    @property
+    def n_alive(self) -> int:
+        """How many workers have a trial, and give signs of life."""
+        return sum(not worker["is_lost"] for worker in self.workers)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the budget is spent: its trials, minutes or failures, or its target is reached."""
+        budget, best = self.status["budget"], self.status["best"]
+        return bool(
+            self.n_finished >= budget["trials"]
+            or self.seconds / 60 >= budget.get("minutes", math.inf)
+            or self.n_failed >= budget.get("failures", math.inf)
+            or (best and best["value"] >= budget.get("target", math.inf))
+        )
+
+    def sum_up(self) -> str:
+        """How far the search has come, in one line."""
+        best = self.status["best"]
+        found = f", the best {best['value']:.4f} in trial {best['number']}" if best else ""
+        return f"{self.n_finished} of {self.status['budget']['trials']} trials are there{found}"
+
+    def say_next(self, command: str) -> str:
+        """How the search goes on, with what follows the verb in `command`."""
+        if self.n_alive:
+            return "the workers that run go on with it"
+        if self.n_finished >= self.status["budget"]["trials"]:
+            return f"the budget is spent; give it more with: hpsearch extend {command} --trials 20"
+        if self.is_over:
+            return "its minutes, target or failures are reached; raise them in the study file to go on"
+        return f"no worker runs; go on with: hpsearch run {command}"
+
+
+class Watch:
+    """Reads a study again and again; only what is new of it comes from the database each time."""
+
+    def __init__(self, definition: StudyDefinition, storage: Storage) -> None:
+        self.definition, self.storage = definition, storage
+        self.study = load_study(definition, storage)
+        self._known: set[int] | None = None  # the numbers of the trials that have ended
+
+    def look(self) -> Scene:
+        """The search as it is now; raises `StorageError`."""
+        trials = self.study.get_trials(deepcopy=False)
+        status = summarize(self.definition, self.study, trials)
+        lost = set(self.storage.find_stuck(self.study._study_id))
+        running = [trial for trial in trials if trial.state == TrialState.RUNNING]
+        ended = [trial for trial in trials if trial.state.is_finished() and trial.datetime_complete]
+        ended.sort(key=lambda trial: (trial.datetime_complete, trial.number), reverse=True)
+        finished = [trial for trial in ended if trial.state != TrialState.FAIL]
+        failed = [trial for trial in ended if trial.state == TrialState.FAIL and not _is_retried(trial)]
+        now = datetime.now()
+        spans = [
+            (trial.datetime_start, trial.datetime_complete)
+            for trial in trials
+            if trial.datetime_start and trial.state in SEARCHING_STATES and trial._trial_id not in lost
+        ]
+        seconds = seconds_searched(spans, now)
+        seconds_left = estimate_seconds_left(
+            finished[:_N_RECENT],
+            [trial for trial in running if trial._trial_id not in lost],
+            status["budget"]["trials"] - len(finished),
+            now,
+        )
+        if seconds_left and "minutes" in status["budget"]:
+            most = max(status["budget"]["minutes"] * 60 - seconds, 0.0)
+            seconds_left = min(seconds_left[0], most), min(seconds_left[1], most)
+        news = [] if self._known is None else [trial for trial in ended if trial.number not in self._known]
+        self._known = {trial.number for trial in ended}
+        return Scene(
+            status=status,
+            workers=sorted(
+                (_describe_worker(trial, is_lost=trial._trial_id in lost) for trial in running),
+                key=lambda row: (row["worker"], row["trial"]),
+            ),
+            finished=[describe_trial(trial) for trial in finished[:_N_LISTED]],
+            failed=[describe_trial(trial) for trial in failed[:_N_LISTED]],
+            n_failed=len(failed),
+            news=[_tell(trial) for trial in reversed(news)],
+            seconds=seconds,
+            seconds_left=seconds_left,
+            is_stopped=bool(self.study.user_attrs.get("stopped")),
+        )
+
+
+def open_watch(definition: StudyDefinition) -> Watch:
+    """A watch of the definition's study; raises `StudyNotFound`, `StudyMismatch` or `StorageError`."""
+    recovery = definition.recovery
+    url, heartbeat, grace = definition.study.storage, recovery.heartbeat, recovery.grace
+    return Watch(definition, open_storage(url, heartbeat=heartbeat, grace=grace, reads_only=True))
+
+
+def conclude(watch: Watch, command: str) -> list[str]:
+    """What was found, how sure that is, and what to type next, with what follows the verb in `command`."""
+    definition, study, scene = watch.definition, watch.study, watch.look()
+    if not scene.is_over:  # it was stopped, or extended at its very end
+        return [scene.sum_up(), f"next: {scene.say_next(command)}"]
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    if not complete:
+        return ["found: nothing yet, no trial is complete", f"next: hpsearch trials {command}"]
+    best, n_images = find_best(study), definition.data.validation
+    low, high = wilson_interval(round((best.value or 0.0) * n_images), n_images)
+    n_alike, n_others = sum((trial.value or 0.0) >= low for trial in complete) - 1, len(complete) - 1
+    sure = f"{n_alike} of the {n_others} other complete trials lie in that interval too"
+    if not n_others:
+        sure = "no other trial is complete"
+    if "confirmation" in study.user_attrs:
+        sure += f"; {explain_choice(study, command)}"
+    return [
+        f"found: trial {best.number}, {best.value:.4f} on {n_images:,} validation images "
+        f"(95% interval {low:.4f} to {high:.4f})",
+        f"sure:  {sure}",
+        f"next:  hpsearch confirm {command}  |  hpsearch export {command}",
+    ]
+
+
+def _tell(trial: FrozenTrial) -> TrialEvent:
+    worker, epoch = trial.user_attrs.get("worker", "unknown"), trial.last_step or 0
+    if trial.state == TrialState.FAIL:
+        return TrialEvent(worker, trial.number, "failed", epoch, message=explain_end(trial))
+    if trial.state == TrialState.COMPLETE:
+        return TrialEvent(worker, trial.number, "complete", epoch, trial.value)
+    return TrialEvent(worker, trial.number, "pruned", epoch, trial.value, trial.user_attrs.get("diverged", ""))
+
+
+def _is_retried(trial: FrozenTrial) -> bool:
+    return bool(trial.user_attrs.get("failure", {}).get("retried"))
+
+
+def _describe_worker(trial: FrozenTrial, *, is_lost: bool) -> dict[str, Any]:
+    reports = trial.intermediate_values
+    return {
+        "worker": trial.user_attrs.get("worker", "unknown"),
+        "trial": trial.number,
+        "epoch": trial.last_step or 0,
+        "accuracy": reports[max(reports)] if reports else None,
+        "curve": [reports[epoch] for epoch in sorted(reports)],
+        "images_per_second": trial.user_attrs.get("images_per_second"),
+        "params": trial.params,
+        "is_lost": is_lost,
+    }
+
+
+def estimate_seconds_left(
+    recent: Sequence[FrozenTrial], running: Sequence[FrozenTrial], n_left: int, now: datetime
+) -> tuple[float, float] | None:
+    """A range that probably holds the seconds until `n_left` more trials are finished, else None.
+
+    The rest of the search is drawn many times: its trials last as long as recent ones, each time as a bootstrap sample
+    of them, and each begins where a worker becomes free; those that run last longer than they did so far. The range
+    leaves out the lowest and the highest fortieth. Nothing is said without workers, and before there are at least
+    three recent trials, and two for each worker.
+    """
+    durations = np.array([trial.duration.total_seconds() for trial in recent if trial.duration])
+    n_workers = min(len(running), n_left)
+    if n_workers < 1 or len(durations) < max(3, 2 * len(running)):
+        return None
+    generator = np.random.default_rng(0)  # the same each time, so that the range does not flicker
+    samples = generator.choice(durations, (_N_DRAWS, len(durations)))
+    ages = sorted((now - trial.datetime_start).total_seconds() for trial in running if trial.datetime_start)
+    free = np.stack([_draw_rest(generator, durations, age) for age in ages[-n_workers:]], axis=1)
+    n_last = min(n_left - n_workers, 4 * n_workers)  # begun one by one; those before keep all workers busy
+    n_before = n_left - n_workers - n_last
+    noise = generator.standard_normal(_N_DRAWS) * samples.std(axis=1) * math.sqrt(n_before)
+    free += ((n_before * samples.mean(axis=1) + noise) / n_workers)[:, None]
+    every = np.arange(_N_DRAWS)
+    for _ in range(n_last):
+        free[every, free.argmin(axis=1)] += samples[every, generator.integers(len(durations), size=_N_DRAWS)]
+    low, high = np.percentile(free.max(axis=1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _draw_rest(generator: np.random.Generator, durations: np.ndarray[Any, Any], age: float) -> np.ndarray[Any, Any]:
+    """How much longer a trial of that age lasts; one that is older than all others were, up to as long again."""
+    longer = durations[durations > age]
+    return generator.choice(longer, _N_DRAWS) - age if len(longer) else generator.uniform(0, age, _N_DRAWS)

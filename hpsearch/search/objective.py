@@ -1,0 +1,180 @@
+"""The Optuna objective: a trial becomes hyperparameters, a network, a training run and a value."""
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import torch
+from optuna.trial import TrialState
+
+from hpsearch.config.definition import StudyDefinition
+from hpsearch.config.space import Hyperparameters, Suggests, suggest
+from hpsearch.data.dataset import ImageData, Split, load_data
+from hpsearch.errors import Diverged
+from hpsearch.search.pruning import PruningCallback
+from hpsearch.storage.artifacts import Folder
+from hpsearch.storage.checkpoints import Checkpoint
+from hpsearch.training.networks import Network, build_network
+from hpsearch.training.trainer import Callback, EpochResult, read_results, seed_everything, train
+
+_CHECKPOINT_FORMAT = 2
+
+
+class Objective:
+    """Validation accuracy after the last epoch, to be maximized.
+
+    Works in plain Optuna, `study.optimize(Objective(definition), n_trials=3)`, where the data are read at the first
+    trial. A trial whose loss is not finite ends as pruned. `before_batch` may raise to end the training, `callbacks`
+    are called after each epoch, before the trial may be pruned. Where `checkpoints` names a folder, training states are
+    kept there, and a retried trial goes on from its last one.
+    """
+
+    def __init__(
+        self,
+        definition: StudyDefinition,
+        data: ImageData | None = None,
+        *,
+        folder: Path | str | None = None,
+        device: torch.device | str = "cpu",
+        before_batch: Callable[[], None] = lambda: None,
+        callbacks: Sequence[Callback] = (),
+        checkpoints: Folder | Path | str | None = None,
+    ) -> None:
+        self.definition = definition
+        self.checkpoints = (
+            checkpoints if checkpoints is None or isinstance(checkpoints, Folder) else Folder(checkpoints)
+        )
+        self.folder = folder
+        self.device = device
+        self.before_batch = before_batch
+        self.callbacks = tuple(callbacks)
+        self._data = data and data.to(device)
+
+    @property
+    def data(self) -> ImageData:
+        if self._data is None:
+            self._data = load_study_data(self.definition, self.folder).to(self.device)
+        return self._data
+
+    def __call__(self, trial: optuna.Trial) -> float:
+        hyperparameters = suggest(trial, self.definition.space)
+        seed = trial_seed(self.definition.study.seed, trial)
+        trial.set_user_attr("environment", describe_environment(self.device))
+        pruning = PruningCallback(trial, self.definition.budget.epochs)
+        checkpoint = self._open_checkpoint(trial, hyperparameters)
+        resumed = checkpoint.load() if checkpoint else None
+        for result in read_results(resumed) if resumed else ():
+            pruning.report(result)
+            trial.set_user_attr("resumed_after", result.epoch)
+        try:
+            _, result = train_from_seed(
+                self.definition,
+                self.data,
+                hyperparameters,
+                seed,
+                validation=self.data.validation,
+                callbacks=(
+                    SpeedCallback(trial, len(self.data.train), skips_one=bool(resumed and resumed["n_batches"])),
+                    *self.callbacks,
+                    pruning,
+                    lambda result: self._keep_the_best(trial, result, checkpoint),
+                ),
+                before_batch=self.before_batch,
+                checkpoint=checkpoint,
+                resumed=resumed,
+            )
+        except Diverged as error:
+            trial.set_user_attr("diverged", str(error))
+            raise optuna.TrialPruned(str(error)) from error
+        return result.value
+
+    def _open_checkpoint(self, trial: optuna.Trial, hyperparameters: Hyperparameters) -> Checkpoint | None:
+        if self.checkpoints is None:
+            return None
+        identity = {
+            "format": _CHECKPOINT_FORMAT,
+            "study": self.definition.fingerprint,
+            "seed": trial_seed(self.definition.study.seed, trial),
+            "hyperparameters": hyperparameters.model_dump(),
+        }
+        earlier = trial.user_attrs.get("attempts", ())
+        return Checkpoint(self.checkpoints, trial.number, identity, earlier, self.definition.recovery.checkpoint)
+
+    def _keep_the_best(self, trial: optuna.Trial, result: EpochResult, checkpoint: Checkpoint | None) -> None:
+        """See to it that the last state of a trial that is about to be one of the best is written."""
+        if checkpoint and result.epoch == self.definition.budget.epochs:
+            trials = trial.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+            own = (-result.value, trial.number)
+            better = [other for other in trials if (-(other.value or 0.0), other.number) < own]
+            if len(better) < self.definition.recovery.keep:
+                checkpoint.insist()
+
+
+class SpeedCallback:
+    """Keeps how many training images a second the last epoch had, validation included, in a trial's user attribute.
+
+    The first epoch is skipped where it was begun earlier.
+    """
+
+    def __init__(self, trial: optuna.Trial, n_images: int, *, skips_one: bool = False) -> None:
+        self.trial, self.n_images, self.skips_one, self.since = trial, n_images, skips_one, time.perf_counter()
+
+    def __call__(self, _result: EpochResult) -> None:
+        now = time.perf_counter()
+        if not self.skips_one:
+            self.trial.set_user_attr("images_per_second", round(self.n_images / (now - self.since)))
+        self.skips_one, self.since = False, now
+
+
+def load_study_data(definition: StudyDefinition, folder: Path | str | None = None) -> ImageData:
+    """The training and validation split that a study is searched on; raises `DataError`."""
+    data = definition.data
+    return load_data(data.name, folder, validation=data.validation, train=data.train, split_seed=data.split_seed)
+
+
+def train_from_seed(
+    definition: StudyDefinition,
+    data: ImageData,
+    hyperparameters: Hyperparameters,
+    seed: int,
+    *,
+    split: Split | None = None,
+    epochs: int | None = None,
+    **options: Any,
+) -> tuple[Network, EpochResult]:
+    """A network whose weights and batches follow from the seed, and the result of its last epoch.
+
+    It is trained where the data are, on the training split, or on `split`, for the study's epochs, or for `epochs`;
+    `options` are those of `train`, which says what is raised.
+    """
+    split = split or data.train
+    generator = seed_everything(seed)
+    network = build_network(definition.network.kind, hyperparameters, data.image_shape, len(data.class_names))
+    network.to(split.images.device)
+    return network, train(
+        network, split, hyperparameters, epochs or definition.budget.epochs, generator=generator, **options
+    )
+
+
+def describe_environment(device: torch.device | str) -> dict[str, Any]:
+    """What the last bits of a training depend on beside its seed."""
+    name = torch.device(device)
+    return {
+        "torch": torch.__version__,
+        "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "device": torch.cuda.get_device_name(name) if name.type == "cuda" else name.type,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def trial_seed(study_seed: int, trial: Suggests, repetition: int = 0) -> int:
+    """The seed of a trial's training; a retried trial has that of the trial it repeats.
+
+    `repetition` gives further seeds of the same trial.
+    """
+    number = (*trial.user_attrs.get("attempts", ()), trial.number)[0]
+    return int(np.random.SeedSequence([study_seed, number, repetition]).generate_state(1, np.uint64)[0])

@@ -1,0 +1,97 @@
+"""How a study searches: the sampler that chooses hyperparameters, and the pruner that ends hopeless trials.
+
+The defaults, TPE and the median pruner, were chosen with `scripts/benchmark quality`; README says what it showed.
+"""
+
+from heapq import nlargest
+from typing import Any, cast
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.trial import FrozenTrial, TrialState
+
+from hpsearch.config.definition import StudyDefinition
+
+_N_BEST, _N_LATEST = 10, 90  # finished trials that TPE looks at; of 100 it takes 10 for good ones
+
+
+def build_sampler(definition: StudyDefinition, stream: int) -> optuna.samplers.BaseSampler:
+    """The study's sampler with its own stream of random numbers, one for each worker."""
+    seed = int(np.random.SeedSequence([definition.study.seed, stream]).generate_state(1)[0])
+    startup = definition.sampler.startup
+    match definition.sampler.kind:
+        case "random":
+            return optuna.samplers.RandomSampler(seed=seed)
+        case "tpe":
+            return WindowedTPESampler(
+                n_startup_trials=startup, seed=seed, multivariate=True, group=definition.space.is_conditional
+            )
+        case "gp":
+            return optuna.samplers.GPSampler(n_startup_trials=startup, seed=seed, deterministic_objective=False)
+        case "cmaes":
+            return optuna.samplers.CmaEsSampler(n_startup_trials=startup, seed=seed, warn_independent_sampling=False)
+
+
+def build_pruner(definition: StudyDefinition) -> optuna.pruners.BasePruner:
+    """The study's pruner; its resource is the epoch.
+
+    After `sampler.startup` complete trials the median pruner ends those whose best epoch is below the median of the
+    others at the same epoch. ASHA keeps the best quarter of the trials after epochs 1, 4, 16 and so
+    on (Li et al. 2020, https://arxiv.org/abs/1810.05934, take a quarter as well).
+    """
+    epochs = definition.budget.epochs
+    match definition.pruner.kind:
+        case "asha":
+            return optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=4)
+        case "hyperband":
+            return optuna.pruners.HyperbandPruner(min_resource=1, max_resource=epochs, reduction_factor=3)
+        case "median":
+            return optuna.pruners.MedianPruner(n_startup_trials=definition.sampler.startup, n_warmup_steps=1)
+        case "none":
+            return optuna.pruners.NopPruner()
+
+
+class WindowedTPESampler(optuna.samplers.TPESampler):
+    """Optuna's TPE over the best complete trials and the latest of all, so that its time hardly grows with the study.
+
+    TPE by itself gives older trials ever less weight, but computes with all of them.
+    """
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return super().infer_relative_search_space(self._window(study), trial)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return super().sample_relative(self._window(study), trial, search_space)
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        return super().sample_independent(self._window(study), trial, param_name, param_distribution)
+
+    def _window(self, study: optuna.Study) -> optuna.Study:
+        return cast(optuna.Study, _Window(study, n_latest=max(_N_LATEST, self._n_startup_trials)))
+
+
+class _Window:
+    """A study of which its sampler sees the best complete trials, the latest finished ones and the running ones."""
+
+    def __init__(self, study: optuna.Study, n_latest: int) -> None:
+        self._study, self._n_latest = study, n_latest
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._study, name)
+
+    def _get_trials(self, *arguments: Any, **options: Any) -> list[FrozenTrial]:
+        trials = self._study._get_trials(*arguments, **options)
+        finished = [trial for trial in trials if trial.state.is_finished()]
+        if len(finished) <= self._n_latest:
+            return trials
+        first = finished[-self._n_latest].number
+        older = [trial for trial in finished if trial.number < first and trial.state == TrialState.COMPLETE]
+        best = {trial.number for trial in nlargest(_N_BEST, older, key=lambda trial: trial.values[0])}
+        return [
+            trial for trial in trials if trial.number >= first or trial.number in best or not trial.state.is_finished()
+        ]

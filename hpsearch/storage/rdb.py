@@ -1,0 +1,285 @@
+"""Optuna's RDBStorage made safe and quick for parallel workers.
+
+What Optuna leaves open is closed here: every SQLite transaction starts as `BEGIN IMMEDIATE`; a trial is admitted
+against the budget, signed and given its first heartbeat in the transaction that starts it; and what is new of a running
+trial is written together.
+"""
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from optuna.distributions import BaseDistribution, check_distribution_compatibility
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+from optuna.storages._rdb.storage import _create_scoped_session
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from hpsearch.errors import StorageError, StudyNotFound, UsageError
+from hpsearch.storage import tables
+from hpsearch.storage.budget import Searched, admit, is_stopped, lock_study
+from hpsearch.storage.engine import (
+    check_place,
+    check_tables,
+    creation_lock,
+    failure,
+    parse_url,
+    reason,
+    retrying,
+    show_url,
+)
+from hpsearch.storage.recovery import RecoveringStorage, patiently
+from hpsearch.storage.tables import HeldTrial
+from hpsearch.storage.tally import Tally, read_tally
+
+
+class Storage(RecoveringStorage):
+    """A RecoveringStorage that admits trials against the study's budget and holds them, once `worker` is set.
+
+    What is new of a held trial is written when it is due and `store` is called, and in the transaction that ends it.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self.worker: str | None = None
+        self.is_stopped = False  # the study, as seen when a trial was last written or kept alive
+        self._held: dict[int, HeldTrial] = {}
+        self._ended: dict[int, HeldTrial] = {}  # the last one
+        self._fresh_until = 0.0  # what was read last of the trials of others
+        self._searched = defaultdict[int, Searched](Searched)  # of each study
+        super().__init__(*args, **options)
+
+    def store(self, trial_id: int) -> None:
+        """Write what is new of a held trial, if it is due; raises `UpdateFinishedTrialError` if it was taken away."""
+        held = self._held.get(trial_id)
+        if held and time.monotonic() >= held.is_due_at:
+            self._store(held)
+
+    @patiently
+    def beat(self, trial_id: int) -> bool:
+        """Whether the trial is still running, and has a new heartbeat therefore."""
+        with _create_scoped_session(self.scoped_session) as session:
+            is_running = tables.lock_trial(session.connection(), trial_id) == TrialState.RUNNING
+            self.is_stopped = is_stopped(session, trial_id)
+            if is_running:
+                tables.beat(session.connection(), trial_id)
+            return is_running
+
+    def release(self, trial_id: int) -> None:
+        """Hold a trial no longer that was taken away; what was not written of it yet is dropped."""
+        self._held.pop(trial_id, None)
+
+    def fail(self, trial_id: int, kind: str, message: str, *, retries: int = 0) -> bool:
+        has_failed = super().fail(trial_id, kind, message, retries=retries)
+        self._fresh_until = 0.0
+        self.release(trial_id)
+        return has_failed
+
+    def get_trial(self, trial_id: int) -> FrozenTrial:
+        if held := self._held.get(trial_id) or self._ended.get(trial_id):
+            return held.snapshot()
+        trial: FrozenTrial = self._read_trial(trial_id)
+        return trial
+
+    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Any = None) -> bool:
+        if state == TrialState.RUNNING and self.worker:
+            return bool(self._claim(trial_id))
+        if held := self._held.get(trial_id):
+            self._end(held, state, values)
+            return True
+        return super().set_trial_state_values(trial_id, state, values)
+
+    def set_trial_intermediate_value(self, trial_id: int, step: int, intermediate_value: float) -> None:
+        if held := self._held.get(trial_id):
+            held.report(step, intermediate_value)
+            return self.store(trial_id)
+        return super().set_trial_intermediate_value(trial_id, step, intermediate_value)
+
+    def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
+        if held := self._held.get(trial_id):
+            return held.set_user_attr(key, value)
+        return super().set_trial_user_attr(trial_id, key, value)
+
+    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
+        if held := self._held.get(trial_id):
+            return held.set_system_attr(key, value)
+        return super().set_trial_system_attr(trial_id, key, value)
+
+    def _set_trial_param(
+        self,
+        trial_id: int,
+        param_name: str,
+        param_value_internal: float,
+        distribution: BaseDistribution,
+        previous_distribution: BaseDistribution | None,
+    ) -> None:
+        if held := self._held.get(trial_id):
+            if previous_distribution is not None:
+                check_distribution_compatibility(previous_distribution, distribution)
+            return held.set_param(param_name, param_value_internal, distribution)
+        return super()._set_trial_param(trial_id, param_name, param_value_internal, distribution, previous_distribution)
+
+    def _create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> FrozenTrial:
+        if template_trial is None and self.worker:
+            trial: FrozenTrial = self._start(study_id)
+            return trial
+        return super()._create_new_trial(study_id, template_trial)
+
+    @patiently
+    def _get_trials(
+        self, study_id: int, states: Any, included_trial_ids: set[int], trial_id_greater_than: int
+    ) -> list[FrozenTrial]:
+        ids = {trial_id for trial_id in included_trial_ids if trial_id <= trial_id_greater_than}
+        if self._held and time.monotonic() < self._fresh_until:  # others write what is new no more often
+            return [held.snapshot() for held in self._held.values()]
+        known = self._held | self._ended
+        with _create_scoped_session(self.scoped_session) as session:
+            trials = tables.read_trials(
+                session.connection(), study_id=study_id, above=trial_id_greater_than, ids=ids, known=known
+            )
+        self._fresh_until = time.monotonic() + tables.WRITE_INTERVAL
+        return [trial for trial in trials if states is None or trial.state in states]
+
+    @patiently
+    def tally(self, study_id: int) -> Tally:
+        """What `status` says of the study."""
+        with _create_scoped_session(self.scoped_session) as session:
+            return read_tally(session.connection(), study_id)
+
+    @patiently
+    def _read_trial(self, trial_id: int) -> FrozenTrial:
+        with _create_scoped_session(self.scoped_session) as session:
+            return tables.read_trial(session.connection(), trial_id)
+
+    @patiently
+    def _start(self, study_id: int) -> FrozenTrial:
+        """A new running trial: admitted, signed, with a heartbeat, and held."""
+        with _create_scoped_session(self.scoped_session) as session:
+            number, connection = admit(session, study_id, self._searched[study_id]), session.connection()
+            held = HeldTrial(tables.insert_trial(connection, study_id, number, datetime.now(), self.worker))
+        self._hold(held)
+        return held.snapshot()
+
+    @patiently
+    def _claim(self, trial_id: int) -> bool:
+        """Whether the waiting trial is this worker's now: admitted, signed, with a heartbeat, and held."""
+        with _create_scoped_session(self.scoped_session) as session:
+            connection = session.connection()
+            study_id = tables.find_study(connection, trial_id)
+            lock_study(session, study_id)
+            held = HeldTrial(tables.read_trial(connection, trial_id))
+            trial = held.trial
+            self.check_trial_is_updatable(trial_id, trial.state)
+            if trial.state == TrialState.WAITING:
+                admit(session, study_id, self._searched[study_id])
+                trial.state, trial.datetime_start = TrialState.RUNNING, datetime.now()
+                tables.change_state(connection, trial, before=TrialState.WAITING)
+                tables.sign(connection, trial_id, str(self.worker))
+                trial.user_attrs["worker"] = self.worker
+            elif trial.user_attrs.get("worker") != self.worker:
+                return False
+            # Else an earlier try to claim it went through unanswered.
+        self._hold(held)
+        return True
+
+    def _hold(self, held: HeldTrial) -> None:
+        held.forget_rows()
+        self.is_stopped = False  # else it would not have been admitted
+        self._held[held.trial._trial_id] = held
+        self._ended = {}
+
+    @patiently
+    def _store(self, held: HeldTrial) -> None:
+        with self._writing(held) as session:
+            state = tables.lock_trial(session.connection(), held.trial._trial_id)
+            self.check_trial_is_updatable(held.trial._trial_id, state)
+            held.write(session.connection())
+            self.is_stopped = is_stopped(session, held.trial._trial_id)
+
+    @patiently
+    def _end(self, held: HeldTrial, state: TrialState, values: Any) -> None:
+        """Write what is new of the trial, its values and its final state."""
+        ended = held.snapshot()
+        ended.state, ended.values, ended.datetime_complete = state, values, datetime.now()
+        with self._writing(held) as session:
+            connection = session.connection()
+            if not tables.change_state(connection, ended, before=TrialState.RUNNING):
+                self.check_trial_is_updatable(ended._trial_id, tables.lock_trial(connection, ended._trial_id))
+            held.write(connection)
+            tables.write_values(connection, ended._trial_id, values or ())
+        held.trial = ended
+        del self._held[ended._trial_id]
+        self._ended = {ended._trial_id: held}
+
+    @contextmanager
+    def _writing(self, held: HeldTrial) -> Iterator[Session]:
+        """A transaction of a held trial, which is held no longer if it has been taken away."""
+        try:
+            with _create_scoped_session(self.scoped_session) as session:
+                yield session
+        except UpdateFinishedTrialError:
+            self.release(held.trial._trial_id)
+            raise
+        held.forget_rows()
+
+    def _write_held(self, trial_id: int, session: Session) -> None:
+        if held := self._held.get(trial_id):
+            held.write(session.connection())
+
+
+def open_storage(
+    url: str,
+    *,
+    heartbeat: int = 10,
+    grace: int = 60,
+    patience: float = 0.0,
+    giving_up: threading.Event | None = None,
+    must_exist: bool = False,
+    reads_only: bool = False,
+) -> Storage:
+    """The storage at a SQLAlchemy URL of SQLite or PostgreSQL; its tables are created where they are missing.
+
+    One that `reads_only` must exist; workers wait for it no longer than a read takes. `heartbeat`, `grace` and
+    `patience` are seconds. Raises `UsageError` for a URL that cannot be used, `StudyNotFound` where the database must
+    exist and does not, `StorageUnavailable` where it cannot be reached, and `StorageError` where the file is something
+    else.
+    """
+    parsed, giving_up, must_exist = parse_url(url), giving_up or threading.Event(), must_exist or reads_only
+    if parsed.get_backend_name() == "sqlite":
+        file = Path(parsed.database or "")
+        if not file.parent.is_dir():
+            raise UsageError(f"no folder {file.parent} for the database {file.name}; create it first")
+        if must_exist and not file.exists():
+            raise StudyNotFound(f"no database {file}; start the search with: hpsearch run STUDY")
+
+    def connect() -> Storage:
+        if must_exist:
+            options: dict[str, Any] = {"heartbeat": heartbeat, "grace": grace, "creates": False}
+            try:
+                return Storage(parsed, reads_only=reads_only, **options)
+            except IntegrityError:  # another process is creating it at this moment
+                return Storage(parsed, reads_only=reads_only, **options)
+        check_place(parsed)
+        with creation_lock(parsed):
+            check_tables(parsed)
+            return Storage(parsed, heartbeat=heartbeat, grace=grace, creates=True)
+
+    try:
+        storage = retrying(parsed, patience, heartbeat, giving_up)(connect)
+    except (StorageInternalError, SQLAlchemyError) as error:
+        if must_exist and "version_info" in reason(parsed, error):
+            raise StudyNotFound(f"no study in {show_url(parsed)}; start one with: hpsearch run STUDY") from error
+        raise failure(parsed, error) from error
+    except RuntimeError as error:  # another version of Optuna's tables
+        raise StorageError(f"{show_url(parsed)}: {error}") from error
+    except ImportError as error:
+        raise UsageError(f"no driver for {show_url(parsed)}; pip install 'hpsearch[postgres]'") from error
+    except OSError as error:
+        raise StorageError(f"{show_url(parsed)} cannot be opened: {error.strerror}") from error
+    storage.patience, storage.giving_up = patience, giving_up
+    return storage

@@ -1,0 +1,224 @@
+"""The training loop, its optimizers and schedules, and what it tells its callbacks."""
+
+import ctypes
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, field
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR
+
+from hpsearch.config.space import Hyperparameters
+from hpsearch.data.dataset import Split, augment
+from hpsearch.errors import Diverged, Drained, StorageUnavailable
+from hpsearch.storage.checkpoints import Checkpoint, State
+from hpsearch.training.gradients import choose_gradients, join_parameters, quick_products
+from hpsearch.training.networks import Network
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+
+
+@dataclass(frozen=True)
+class EpochResult:
+    """What an epoch came to: its number from 1 on, mean training loss, validation accuracy (None without a split)."""
+
+    epoch: int
+    loss: float
+    accuracy: float | None
+
+    @property
+    def value(self) -> float:
+        """The validation accuracy; raises `ValueError` without a validation split."""
+        if self.accuracy is None:
+            raise ValueError("a search needs a validation split")
+        return self.accuracy
+
+
+Callback = Callable[[EpochResult], None]
+
+
+@dataclass
+class Progress:
+    """How far a training has come, and all that the rest of it depends on; whole between any two batches.
+
+    `order` is the state of `generator` at the start of the running epoch, `n_batches` how many of that epoch's batches
+    are trained, and `total_loss` the sum of their losses.
+    """
+
+    network: Network
+    optimizer: torch.optim.Optimizer
+    schedule: LRScheduler
+    generator: torch.Generator
+    total_loss: Tensor
+    order: Tensor
+    n_batches: int = 0
+    results: list[EpochResult] = field(default_factory=list)
+
+    def finish_epoch(self, result: EpochResult) -> None:
+        self.results.append(result)
+        self.order = self.generator.get_state()
+        self.n_batches = 0
+        self.total_loss.zero_()
+
+    def capture(self) -> State:
+        """The state as `torch.save` takes it; `restore` continues from it bit for bit (on the CPU)."""
+        algorithm, key, *rest = np.random.get_state()
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "order": self.order,
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None,
+            "numpy": (algorithm, torch.from_numpy(key), *rest),
+            "total_loss": self.total_loss,
+            "n_batches": self.n_batches,
+            "results": [astuple(result) for result in self.results],
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.order = state["order"]
+        self.generator.set_state(self.order)
+        torch.set_rng_state(state["torch"])
+        if state["cuda"] is not None and self._device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"], self._device)
+        algorithm, key, *rest = state["numpy"]
+        np.random.set_state((algorithm, key.numpy(), *rest))
+        self.total_loss.copy_(state["total_loss"])
+        self.n_batches = state["n_batches"]
+        self.results = read_results(state)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.total_loss.device
+
+
+def read_results(state: Mapping[str, Any]) -> list[EpochResult]:
+    """The results of the epochs that a captured state has behind it."""
+    return [EpochResult(*values) for values in state["results"]]
+
+
+def train(
+    network: Network,
+    train_split: Split,
+    hyperparameters: Hyperparameters,
+    epochs: int,
+    *,
+    validation: Split | None = None,
+    generator: torch.Generator | None = None,
+    callbacks: Sequence[Callback] = (),
+    before_batch: Callable[[], None] = lambda: None,
+    checkpoint: Checkpoint | None = None,
+    resumed: State | None = None,
+) -> EpochResult:
+    """The result of the last epoch; the network is trained in place, on the device where it and the data are.
+
+    `generator` draws the order of the images. `before_batch` is called before each batch and may raise to end the
+    training. `checkpoint` is written at the ends of epochs, and where the training ends by `Drained` or
+    `StorageUnavailable`; `resumed` is the state to continue from. Raises `Diverged` after an epoch whose loss is not
+    finite.
+    """
+    generator = generator or torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+    loader = train_split.loader(hyperparameters.batch_size, shuffle=True, generator=generator)
+    network.to(memory_format=torch.channels_last)  # in which convolutions are quicker
+    joined = join_parameters(network)
+    optimizer = build_optimizer([joined], hyperparameters)
+    schedule = build_schedule(optimizer, hyperparameters, n_steps=epochs * len(loader))
+    gradients = choose_gradients(network, hyperparameters.label_smoothing)
+    total_loss = torch.zeros((), device=train_split.labels.device)
+    progress = Progress(network, optimizer, schedule, generator, total_loss, order=generator.get_state())
+    if resumed:
+        progress.restore(resumed)
+
+    try:
+        for epoch in range(len(progress.results) + 1, epochs + 1):
+            network.train()
+            with quick_products(joined.numel()):
+                for images, labels in islice(loader, progress.n_batches, None):
+                    before_batch()
+                    if hyperparameters.augment:
+                        images = augment(images, hyperparameters.augment)
+                    total_loss += gradients(images, labels)
+                    optimizer.step()
+                    schedule.step()
+                    progress.n_batches += 1
+
+            mean_loss = total_loss.item() / len(loader)
+            if not math.isfinite(mean_loss):
+                raise Diverged(f"the training loss is {mean_loss} in epoch {epoch}")
+            accuracy = None if validation is None else measure_accuracy(network, validation)
+            progress.finish_epoch(EpochResult(epoch, mean_loss, accuracy))
+            for callback in callbacks:
+                callback(progress.results[-1])
+            if checkpoint:
+                checkpoint.write_if_due(progress.capture)
+    except (Drained, StorageUnavailable):  # raised between two batches, by `before_batch` or by a callback
+        if checkpoint:
+            checkpoint.write(progress.capture())
+        raise
+    return progress.results[-1]
+
+
+def measure_accuracy(network: Network, split: Split) -> float:
+    """The share of images whose likeliest class is their label, in [0, 1]."""
+    predicted = network.predict_proba(split.images).argmax(dim=1)
+    return int((predicted == split.labels).sum()) / len(split)
+
+
+def build_optimizer(parameters: Iterable[nn.Parameter], hyperparameters: Hyperparameters) -> torch.optim.Optimizer:
+    """The optimizer of `torch.optim` that the hyperparameters name, fused where torch has a fused one."""
+    lr, weight_decay = hyperparameters.lr, hyperparameters.weight_decay
+    match hyperparameters.optimizer:
+        case "adam":
+            return torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+        case "adamw":
+            return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+        case "nadam":
+            return torch.optim.NAdam(parameters, lr=lr, weight_decay=weight_decay)
+        case "rmsprop":
+            return torch.optim.RMSprop(parameters, lr=lr, weight_decay=weight_decay, momentum=hyperparameters.momentum)
+        case "sgd":
+            return torch.optim.SGD(
+                parameters, lr=lr, weight_decay=weight_decay, momentum=hyperparameters.momentum, fused=True
+            )
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, hyperparameters: Hyperparameters, n_steps: int) -> LRScheduler:
+    """The learning rate over `n_steps` batches: constant, half a cosine down to 0, or one cycle up to `lr` and down.
+
+    One cycle leaves the momentum alone, since `momentum` is a hyperparameter of its own (Smith and Topin 2018,
+    https://arxiv.org/abs/1708.07120).
+    """
+    match hyperparameters.schedule:
+        case "constant":
+            return LambdaLR(optimizer, lambda _: 1.0)
+        case "cosine":
+            return CosineAnnealingLR(optimizer, T_max=n_steps)
+        case "onecycle":
+            return OneCycleLR(optimizer, hyperparameters.lr, total_steps=n_steps, cycle_momentum=False)
+
+
+def seed_everything(seed: int) -> torch.Generator:
+    """A generator for the order of the images; torch's global random state is seeded as well."""
+    torch.manual_seed(seed)
+    return torch.Generator().manual_seed(seed)
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory of freed tensors for the next ones, where Linux's C library is glibc.
+
+    By default large blocks go back to the system after each use, and each of their pages is cleared again at the next:
+    on two busy cores a fifth of a CNN's step.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(_M_MMAP_THRESHOLD, 2**25)  # the most that older versions take
+        mallopt(_M_TRIM_THRESHOLD, 2**30)

@@ -1,0 +1,271 @@
+"""N workers on this machine under one supervisor, which shares the data among them and notices when one dies."""
+
+import logging
+import multiprocessing
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from logging.handlers import QueueHandler
+from multiprocessing import connection
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import optuna
+import torch
+from optuna.trial import TrialState
+
+from hpsearch.config.definition import StudyDefinition, evolve
+from hpsearch.data.dataset import ImageData
+from hpsearch.errors import Drained, RepeatedFailures, Stopped, StorageUnavailable, WorkerError
+from hpsearch.monitor.status import Emit, TrialEvent
+from hpsearch.search.objective import load_study_data
+from hpsearch.search.study import load_study
+from hpsearch.storage.rdb import Storage
+from hpsearch.training.devices import count_cores, default_workers, list_devices
+from hpsearch.workers.forkserver import start_fork_server
+from hpsearch.workers.shutdown import Drain
+from hpsearch.workers.worker import HAND_BACK_PATIENCE, End, Worker, end_of, open_worker_storage, worker_name
+
+logger = logging.getLogger(__name__)
+
+_POLL = 0.2  # seconds after which a signal to the supervisor is noticed at the latest
+_MAX_FAILED_STARTS = 3  # for each worker, in a row
+
+
+@dataclass
+class Member:
+    """A worker's process, its end of the pipe, and whether it has begun a trial."""
+
+    name: str
+    process: Any
+    messages: connection.Connection
+    has_begun: bool = False
+    is_asked_to_stop: bool = False
+    end: End | None = None
+
+
+def run_pool(
+    definition: StudyDefinition,
+    drain: Drain,
+    *,
+    n_workers: int | None = None,
+    folder: Path | str | None = None,
+    emit: Emit = lambda event: None,
+    on_start: Callable[[int, int], None] = lambda n_finished, n_workers: None,
+) -> str:
+    """Why the search ended, after `n_workers` processes have run the study to the end of its budget.
+
+    The study must be in its storage. One worker per GPU, else per core, is the default; the cores are shared out among
+    them. A worker that dies is replaced, and its trial queued again. When drained, all workers hand their trials
+    back, and `Drained` or `Interrupted` is raised. No process outlives the call.
+    """
+    start_fork_server()
+    storage = open_worker_storage(definition, drain, must_exist=True)
+    study = load_study(definition, storage)
+    data = _share(load_study_data(definition, folder))
+    drain.check()
+    n_finished = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)))
+    n_workers = n_workers or default_workers()
+    on_start(n_finished, n_workers)
+    return _Pool(definition, storage, study, data, folder, drain, emit).run(n_workers)
+
+
+class _Pool:
+    def __init__(
+        self,
+        definition: StudyDefinition,
+        storage: Storage,
+        study: optuna.Study,
+        data: ImageData | None,
+        folder: Path | str | None,
+        drain: Drain,
+        emit: Emit,
+    ) -> None:
+        self.definition, self.storage, self.study, self.data, self.folder = definition, storage, study, data, folder
+        self.drain, self.emit = drain, emit
+        self.members: list[Member] = []
+        self.left_behind: list[Member] = []  # ended without having handed their trials back
+        self.ends: list[End] = []
+        self.n_failed_starts = 0
+
+    def run(self, n_workers: int) -> str:
+        try:
+            for i in range(n_workers):
+                self._start(i, n_workers)
+            while self.members:
+                self._step(n_workers)
+        except KeyboardInterrupt:
+            self.drain.check()
+            raise
+        finally:
+            self.drain.ignore_signals()
+            for member in self.members:
+                member.process.kill()
+            for member in self.members:
+                member.process.join()
+            self._hand_back()
+        for end in self.ends:
+            if end.error is None:  # it saw the budget spent, and speaks for all
+                return end.reason
+        self.drain.check()
+        raise self.ends[0].error or WorkerError
+
+    def _step(self, n_workers: int) -> None:
+        """Pass on what the workers say, replace those that died, and tell them when to stop."""
+        connection.wait([*(m.messages for m in self.members), *(m.process.sentinel for m in self.members)], _POLL)
+        for i, member in enumerate(list(self.members)):
+            is_dead = member.process.exitcode is not None  # looked at before the pipe, so that nothing is missed
+            self._read(member)
+            if not is_dead:
+                continue
+            member.process.join()
+            self.members.remove(member)
+            error = member.end and member.end.error
+            if member.end and (isinstance(error, Stopped) or not isinstance(error, Drained | WorkerError)):
+                self.ends.append(member.end)
+                if isinstance(error, StorageUnavailable):
+                    self.left_behind.append(member)
+                if isinstance(error, RepeatedFailures | StorageUnavailable) and self.members:
+                    logger.warning("%s; the other workers go on", error)
+                continue
+            self._bury(member, n_workers)
+            if isinstance(error, WorkerError):
+                raise error
+            if not self.drain.event.is_set():  # it was killed, or somebody drained this worker alone
+                self._start(i, n_workers)
+        if self.drain.event.is_set():
+            for member in self.members:
+                if not member.is_asked_to_stop:  # a second signal would mean: at once
+                    member.process.terminate()
+                    member.is_asked_to_stop = True
+
+    def _start(self, place: int, n_workers: int) -> None:
+        context = multiprocessing.get_context("forkserver")
+        stream = self.storage.join(self.study._study_id)
+        devices = list_devices()
+        receiver, sender = context.Pipe(duplex=False)
+        url, url_sender = context.Pipe(duplex=False)
+        url_sender.send_bytes(self.definition.study.storage.encode())  # not in the pickle of the definition
+        process = context.Process(
+            target=_work,
+            args=(
+                self.definition,
+                self.data or self.folder,
+                stream,
+                devices[place % len(devices)],
+                max(1, count_cores() // n_workers),
+                logging.getLogger().getEffectiveLevel(),
+                sender,
+                url,
+            ),
+            name=worker_name(stream),
+        )
+        process.start()
+        for end in (sender, url, url_sender):
+            end.close()
+        self.members.insert(place, Member(worker_name(stream), process, receiver))
+
+    def _read(self, member: Member) -> None:
+        """Pass on what the worker says; the last word of one that ends by itself is kept."""
+        while member.end is None:
+            try:
+                message = member.messages.recv() if member.messages.poll() else None
+            except (EOFError, OSError):  # killed, possibly in the middle of a message
+                return
+            if message is None:
+                return
+            if isinstance(message, End):
+                member.end = message
+            elif isinstance(message, logging.LogRecord):
+                logging.getLogger(message.name).handle(message)
+            else:
+                member.has_begun = True
+                self.n_failed_starts = 0
+                self.emit(message)
+
+    def _bury(self, member: Member, n_workers: int) -> None:
+        """Queue its trial again, if it has one still; raise if workers keep dying before they have any."""
+        code = member.process.exitcode
+        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit status {code}"
+        is_drained = self.drain.event.is_set()
+        self._requeue([member], "interrupted" if is_drained else "killed", f"worker {member.name} ended {how}")
+        self.n_failed_starts += not member.has_begun
+        if self.n_failed_starts >= _MAX_FAILED_STARTS * n_workers and not is_drained:
+            raise WorkerError(f"{self.n_failed_starts} workers in a row ended {how} before their first trial")
+
+    def _hand_back(self) -> None:
+        self.storage.insist(HAND_BACK_PATIENCE)
+        try:
+            self._requeue([*self.members, *self.left_behind], "interrupted", "its worker was stopped; queued again")
+        except StorageUnavailable as error:
+            logger.warning("trials could not be handed back, and will be after the grace period: %s", error)
+
+    def _requeue(self, members: list[Member], kind: str, message: str) -> None:
+        """Fail the running trials of members that are no more, and queue them again."""
+        names, retries = {member.name for member in members}, self.definition.recovery.retries
+        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)) if names else []
+        theirs = [trial for trial in running if trial.user_attrs.get("worker") in names]
+        failed = [trial for trial in theirs if self.storage.fail(trial._trial_id, kind, message, retries=retries)]
+        for trial in failed:  # after all of them are safe: nobody may be listening any more
+            worker = trial.user_attrs["worker"]
+            self.emit(TrialEvent(worker, trial.number, "failed", message=f"{kind}: {message}"))
+
+
+def _share(data: ImageData) -> ImageData | None:
+    """The data in shared memory, or None where that is too small, as it is in a container with Docker's defaults."""
+    try:
+        return data.share_memory()
+    except RuntimeError as error:
+        logger.warning("shared memory is too small for the data, so each worker reads its own copy (%s)", error)
+        return None
+
+
+def _work(
+    definition: StudyDefinition,
+    data: ImageData | Path | str | None,
+    stream: int,
+    device: str,
+    n_threads: int,
+    log_level: int,
+    messages: connection.Connection,
+    url: connection.Connection,
+) -> None:
+    """The main function of a worker's process; `data` are shared, or where to read them, `url` the storage's."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # multiprocessing gives its children Python's own handler
+    drain = Drain().listen(signal.SIGTERM)
+    threading.Thread(target=_watch_supervisor, args=(drain,), daemon=True).start()
+    torch.set_num_threads(n_threads)
+
+    lock = threading.Lock()  # the lease's thread sends too
+
+    def send(message: TrialEvent | End | logging.LogRecord) -> None:
+        try:
+            with lock:
+                messages.send(message)
+        except BrokenPipeError:
+            drain.set(Drained("the supervisor is gone"))
+
+    # The supervisor knows where on the terminal there is room for it.
+    queue: Any = SimpleNamespace(put_nowait=send)
+    logging.basicConfig(level=log_level, handlers=[QueueHandler(queue)])
+    logging.captureWarnings(True)
+    optuna.logging.disable_default_handler()
+    optuna.logging.enable_propagation()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+    def run() -> str:
+        whole = evolve(definition, "study", storage=url.recv_bytes().decode())
+        storage = open_worker_storage(whole, drain, must_exist=True, is_patient=True)
+        images = data if isinstance(data, ImageData) else load_study_data(definition, data)
+        return Worker(whole, storage, stream, drain, data=images, device=device, emit=send).run()
+
+    send(end_of(run))
+
+
+def _watch_supervisor(drain: Drain) -> None:
+    supervisor = multiprocessing.parent_process()
+    if supervisor is not None:
+        supervisor.join()
+        drain.set(Drained("the supervisor is gone"))

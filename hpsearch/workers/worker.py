@@ -1,0 +1,263 @@
+"""One worker: admitted by the storage, it asks for trials, keeps them alive, trains them and tells their results."""
+
+import logging
+import socket
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import optuna
+import torch
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import FrozenTrial, TrialState
+
+from hpsearch.config.definition import StudyDefinition
+from hpsearch.data.dataset import ImageData
+from hpsearch.errors import (
+    BudgetInFlight,
+    BudgetSpent,
+    Drained,
+    HpsearchError,
+    RepeatedFailures,
+    StorageError,
+    WorkerError,
+)
+from hpsearch.monitor.status import Emit, TrialEvent
+from hpsearch.search.objective import Objective, load_study_data
+from hpsearch.search.samplers import build_pruner, build_sampler
+from hpsearch.search.study import artifact_folder, checkpoint_folder, load_study, sweep_checkpoints
+from hpsearch.storage.artifacts import Folder
+from hpsearch.storage.rdb import Storage, open_storage
+from hpsearch.training.devices import count_cores, list_devices
+from hpsearch.training.trainer import keep_freed_memory
+from hpsearch.workers.lease import Lease, LeaseLost
+from hpsearch.workers.shutdown import Drain
+
+logger = logging.getLogger(__name__)
+
+PATIENCE = 600.0  # seconds for which a worker waits for a storage that does not answer
+HAND_BACK_PATIENCE = 15.0  # and for which one that is stopped tries to hand its trial back
+_POLL = 0.25  # seconds between two looks for room in the budget
+_MAX_FAILURES = 3  # of a worker in a row, after which something is wrong with the worker
+
+
+@dataclass(frozen=True)
+class End:
+    """How a worker ended: the reason, and the error of hpsearch that it would have raised."""
+
+    reason: str
+    error: HpsearchError | None = None
+
+
+class Worker:
+    """Runs trials of a study until its budget is spent, it is drained, or it had `max_trials` of them.
+
+    `stream` numbers the workers of a study; sampler and name derive from it.
+    """
+
+    def __init__(
+        self,
+        definition: StudyDefinition,
+        storage: Storage,
+        stream: int,
+        drain: Drain,
+        *,
+        data: ImageData | None = None,
+        device: torch.device | str = "cpu",
+        emit: Emit = lambda event: None,
+        max_trials: int | None = None,
+        node: str = "",
+    ) -> None:
+        self.definition, self.storage, self.drain, self.emit = definition, storage, drain, emit
+        self.max_trials = max_trials
+        self.name = storage.worker = worker_name(stream, node)
+        self.study = load_study(definition, storage)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of TPE's `group` and of GP
+            self.study.sampler, self.study.pruner = build_sampler(definition, stream), build_pruner(definition)
+        checkpoints = checkpoint_folder(definition, self.study)
+        self.objective = Objective(definition, data, device=device, checkpoints=checkpoints)
+        keep_freed_memory()
+        self._next_reap = time.monotonic()
+        self._failures: list[str] = []  # in a row
+
+    def run(self) -> str:
+        """Why it ended; raises `Drained`, `StorageUnavailable`, `TooManyFailures` or `RepeatedFailures`."""
+        try:
+            return self._run()
+        except (Drained, KeyboardInterrupt, StorageError) as error:
+            if isinstance(error, StorageError) and not self.drain.event.is_set():
+                raise
+            self._hand_back()
+            self.drain.check()
+            raise
+
+    def _run(self) -> str:
+        n_trials = 0
+        while self.max_trials is None or n_trials < self.max_trials:
+            self.drain.check()
+            if time.monotonic() >= self._next_reap:
+                self.reap()
+            try:
+                self.run_trial()
+                n_trials += 1
+                if len(self._failures) >= _MAX_FAILURES:
+                    raise RepeatedFailures(
+                        f"{self.name} ended after {_MAX_FAILURES} failed trials in a row, the last one by "
+                        f"{self._failures[-1]}; mend the cause, then start it again"
+                    )
+            except BudgetInFlight:
+                self.drain.event.wait(_POLL)
+            except BudgetSpent as spent:
+                return str(spent)
+        return f"this worker had its {self.max_trials} trials"
+
+    def run_trial(self) -> None:
+        """Admit, ask, beat, objective, tell."""
+        trial = self._ask()
+        value, state = None, TrialState.COMPLETE
+        with Lease(self, trial) as lease:
+            self.objective.before_batch = lease.check
+            self.objective.callbacks = (lease.finish_epoch,)
+            try:
+                value = self.objective(trial)
+            except optuna.TrialPruned:
+                state = TrialState.PRUNED
+            except (LeaseLost, UpdateFinishedTrialError):
+                return self._drop(trial)
+            except (Drained, StorageError):
+                raise
+            except Exception as error:  # noqa: BLE001 - whatever a training raises is the failure of its trial alone
+                kind = "out-of-memory" if _is_out_of_memory(error) else "exception"
+                return self._fail(trial, kind, f"{type(error).__name__}: {error}; {self._keep_traceback(trial)}")
+        return self._tell(trial, value, state)
+
+    def _hand_back(self) -> None:
+        """Queue the trial again that this worker still has, if it has one."""
+        self.drain.ignore_signals()
+        self.storage.insist(HAND_BACK_PATIENCE)
+        try:
+            for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+                if trial.user_attrs.get("worker") == self.name:
+                    self._fail(trial, "interrupted", "its worker was stopped; queued again")
+        except StorageError as error:
+            logger.warning("a trial could not be handed back, and will be after the grace period: %s", error)
+
+    def reap(self) -> None:
+        """Fail the trials whose workers give no sign of life, and queue them again."""
+        recovery = self.definition.recovery
+        self._next_reap = time.monotonic() + recovery.heartbeat
+        for trial_id in self.storage.reap(self.study._study_id, recovery.retries):
+            trial = self.storage.get_trial(trial_id)
+            owner, failure = trial.user_attrs.get("worker", "unknown"), trial.user_attrs["failure"]
+            self.emit(TrialEvent(owner, trial.number, "failed", message=f"killed: {failure['message']}"))
+
+    def _ask(self) -> optuna.Trial:
+        with warnings.catch_warnings():
+            # The storage writes the first heartbeat itself, and `Lease` the others.
+            warnings.filterwarnings("ignore", "Heartbeat of storage is supposed to be used with Study.optimize")
+            trial = self.study.ask()
+        self.emit(TrialEvent(self.name, trial.number, "running"))
+        return trial
+
+    def _tell(self, trial: optuna.Trial, value: float | None, state: TrialState) -> None:
+        try:
+            told = self.study.tell(trial, value, state, skip_if_finished=True)
+        except UpdateFinishedTrialError:
+            # The storage repeats a call that was not answered: this may be the worker's own result.
+            told = self.storage.get_trial(trial._trial_id)
+        if told.state != state or (value is not None and told.value != value):
+            return self._drop(trial)
+        name: Literal["complete", "pruned"] = "complete" if state == TrialState.COMPLETE else "pruned"
+        message = str(told.user_attrs.get("diverged", ""))
+        self._failures.clear()
+        self.emit(TrialEvent(self.name, trial.number, name, told.last_step or 0, told.value, message))
+        return sweep_checkpoints(self.definition, self.study)
+
+    def _fail(self, trial: optuna.Trial | FrozenTrial, kind: str, message: str) -> None:
+        if kind in ("exception", "out-of-memory"):
+            self._failures.append(" ".join(f"{kind}: {message}".split()))
+        if self.storage.fail(trial._trial_id, kind, message, retries=self.definition.recovery.retries):
+            self.emit(TrialEvent(self.name, trial.number, "failed", message=f"{kind}: {message}"))
+
+    def _keep_traceback(self, trial: optuna.Trial) -> str:
+        """Where the traceback of the exception in hand was written, in the folder of the study's artifacts."""
+        folder, name = artifact_folder(self.definition), f"trial-{trial.number}.txt"
+        try:
+            folder.write(name, traceback.format_exc().encode())
+        except OSError as error:
+            return f"its traceback cannot be written to {folder / name} ({error.strerror})"
+        return f"traceback in {folder / name}"
+
+    def _drop(self, trial: optuna.Trial) -> None:
+        self.storage.release(trial._trial_id)
+        self.emit(TrialEvent(self.name, trial.number, "dropped", message="another worker has taken it over"))
+
+
+def run_worker(
+    definition: StudyDefinition,
+    drain: Drain,
+    *,
+    folder: Path | str | None = None,
+    emit: Emit = lambda event: None,
+    max_trials: int | None = None,
+) -> str:
+    """Why the worker ended that this process was on the definition's study, which must exist already."""
+    Folder(definition.study.artifacts).check()
+    storage = open_worker_storage(definition, drain, must_exist=True)
+    study = load_study(definition, storage)
+    data = load_study_data(definition, folder)
+    stream = storage.join(study._study_id)
+    device = list_devices()[0]
+    torch.set_num_threads(count_cores())  # torch itself does not know of a container's quota
+    return Worker(definition, storage, stream, drain, data=data, device=device, emit=emit, max_trials=max_trials).run()
+
+
+def open_worker_storage(
+    definition: StudyDefinition, drain: Drain, *, must_exist: bool = False, is_patient: bool = False
+) -> Storage:
+    """The definition's storage as workers need it: with its recovery times, and patient until they are drained.
+
+    Opening it is patient only where asked for: who has just typed a command should see at once that it cannot work.
+    """
+    storage = open_storage(
+        definition.study.storage,
+        heartbeat=definition.recovery.heartbeat,
+        grace=definition.recovery.grace,
+        patience=PATIENCE if is_patient else 0.0,
+        giving_up=drain.event,
+        must_exist=must_exist,
+    )
+    storage.patience = PATIENCE
+    # There may just have been an outage for all: whoever is alive beats within the grace period.
+    storage.trusts_heartbeats_from = time.time() + definition.recovery.grace
+    return storage
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # PyTorch's allocator for the CPU raises a plain RuntimeError.
+    is_of_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return is_of_cpu or isinstance(error, MemoryError | torch.OutOfMemoryError)
+
+
+def worker_name(stream: int, node: str = "") -> str:
+    """The name of a worker: its machine, the node of a cluster that it is on, and how many workers joined before it."""
+    return "-".join(filter(None, (socket.gethostname(), node, str(stream))))
+
+
+def end_of(run: Callable[[], str]) -> End:
+    """How the worker ended that `run` runs, which returns why."""
+    try:
+        return End(run())
+    except KeyboardInterrupt:
+        return End("stopped", Drained())
+    except HpsearchError as error:
+        return End(str(error), error)
+    except Exception as error:
+        logger.debug("the worker failed", exc_info=True)
+        reason = f"a worker failed: {type(error).__name__}: {error}"
+        return End(reason, WorkerError(reason))

@@ -1,0 +1,97 @@
+"""The benchmark compares equal work, and its parts run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torchvision
+
+from hpsearch.data.dataset import load_data
+from tests.benchmark import many, pieces, searches, textbook, watching
+from tests.benchmark.report import Options, Row, show, summarize
+from tests.benchmark.textbook import Outcome
+
+needs_mnist = pytest.mark.skipif("HPSEARCH_DATA" not in os.environ, reason="no MNIST at hand")
+
+
+@needs_mnist
+def test_the_textbook_way_and_hpsearch_make_the_same_steps(tmp_path: Path) -> None:
+    trials = searches.draw_trials(2)
+    definition = searches.define(trials, train=300, validation=128, epochs=2)
+    ours = searches.run_hpsearch(tmp_path, definition, 1)
+    theirs = textbook.run_optuna(definition, Path(os.environ["HPSEARCH_DATA"]), 2, 1)
+    assert ours.n_steps == theirs.n_steps == 2 * 3 * 2
+    assert len(ours.accuracies) == len(theirs.accuracies) == 2
+    assert ours.seconds > 0 < theirs.per_minute
+
+
+@needs_mnist
+def test_the_textbook_way_has_the_images_of_hpsearch() -> None:
+    folder = Path(os.environ["HPSEARCH_DATA"])
+    data = load_data("mnist", folder, validation=200, train=300)
+    dataset = torchvision.datasets.MNIST(str(folder))
+    ours = (data.train.labels, data.validation.labels)
+    for labels, rows in zip(ours, textbook._split(tuple(dataset.targets.tolist()), 300, 200), strict=True):
+        assert labels.tolist() == dataset.targets[rows].tolist()
+
+
+def test_unequal_work_is_noticed() -> None:
+    def compare(accuracies: list[float], n_steps: int = 40) -> list[str]:
+        ours = Outcome(1.0, [0.90, 0.50, 0.91, 0.52], 160)  # two points, twice each
+        theirs = Outcome(1.0, accuracies, n_steps * len(accuracies))
+        return searches.find_unfairness({"ours": [ours], "theirs": [theirs]}, 2)
+
+    assert compare([0.91, 0.49]) == []
+    assert compare([0.98, 0.70]) == ["theirs reached another accuracy by 0.1325, standard error 0.0097"]
+    [problem] = compare([0.91, 0.49], n_steps=41)
+    assert problem.startswith("different numbers of optimizer steps")
+
+
+def test_the_cost_of_a_trial_in_the_storage_is_measured(tmp_path: Path) -> None:
+    assert pieces._measure_cost(f"sqlite:///{tmp_path}/cost.db", 2, n_before=5, n_trials=3) > 0
+
+
+@pytest.mark.parametrize("new_url", ["postgresql"], indirect=True)
+def test_what_many_workers_wait_for_is_measured(url: str) -> None:
+    figures = many.run(url, n_workers=2, n_trials=6)
+    assert figures["beyond the budget", "trials"] == 0
+    assert {"throughput", "ask", "objective", "tell", "CPU of workers", "CPU of PostgreSQL"} <= {
+        what for what, _ in figures
+    }
+
+
+def test_the_cost_of_watching_is_measured(tmp_path: Path) -> None:
+    rows = watching.watching(tmp_path, Options(1, tmp_path, tmp_path), n_before=20, n_trials=3)
+    assert [row.unit for row in rows] == ["x", "%", "s"]
+    assert all(row.median and row.median > 0 for row in rows)
+
+
+def test_rows_are_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = summarize("loader", "ours over X[rows]", "x", [2.0, 1.0, 4.0], "1.15x")
+    assert row == Row("loader", "ours over X[rows]", "x", 2.0, 1.0, 4.0, 3, "1.15x")
+    show([row], tmp_path / "benchmark.json")
+    assert "ours over X[rows]" in capsys.readouterr().out
+    written = json.loads((tmp_path / "benchmark.json").read_text())
+    assert written["rows"][0]["median"] == 2.0
+    assert written["machine"]["cores"]
+
+
+def test_an_unknown_part_is_refused_by_name() -> None:
+    command = [sys.executable, "-m", "tests.benchmark", "sped"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert answer.returncode == 2
+    assert "no such part: sped" in answer.stderr
+
+
+def test_without_mnist_the_benchmark_says_so_in_one_line_and_measures_nothing(tmp_path: Path) -> None:
+    (tmp_path / "MNIST").write_text("in the way of the folder")
+    command = [sys.executable, "-m", "tests.benchmark", "--output", str(tmp_path / "out" / "b.json"), "loader"]
+    environment = os.environ | {"HPSEARCH_DATA": str(tmp_path)}
+    answer = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert answer.returncode == 1
+    [line] = answer.stderr.splitlines()
+    assert line.startswith("error: MNIST can neither be read from")
+    assert not (tmp_path / "out").exists()

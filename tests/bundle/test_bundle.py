@@ -1,0 +1,354 @@
+"""Bundles: written whole or not at all, verified, loaded only when every file is what it was."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from filelock import FileLock
+
+from hpsearch.bundle import bundle, formats, manifest
+from hpsearch.bundle.evaluation import evaluate
+from hpsearch.config.space import Hyperparameters
+from hpsearch.data.dataset import ImageData, load_test
+from hpsearch.errors import BundleError, ImageError
+from hpsearch.training.networks import build_network, describe_layers
+from hpsearch.training.trainer import train
+
+
+def make_contents(data: ImageData, kind: str = "mlp") -> bundle.Contents:
+    hyperparameters = Hyperparameters(width=8, dropout=0.1)
+    network = build_network(kind, hyperparameters, data.image_shape, 10)
+    evaluation = evaluate(np.eye(10, dtype=np.float32), np.arange(10), data.class_names)
+    config = {
+        "format_version": 1,
+        "data": "digits",
+        "kind": kind,
+        "hyperparameters": hyperparameters.model_dump(),
+        "image_shape": list(data.image_shape),
+        "mean": data.mean,
+        "std": data.std,
+        "class_names": list(data.class_names),
+        "layers": describe_layers(kind, hyperparameters, data.image_shape, 10),
+    }
+    metrics: dict[str, Any] = {
+        "test_interval": evaluation.interval,
+        "calibration": evaluation.calibration,
+        "test_reads": 1,
+        "confirmed": None,
+        "versions": {"python": "3.11"},
+        "study": "small",
+        "trial": 3,
+        "n_trials": 9,
+        "epochs": 2,
+        "n_parameters": 1234,
+        "validation_accuracy": 0.9,
+        "test_accuracy": 0.8,
+        "test_accuracies": {"of_each_seed": [0.8, 0.7], "mean": 0.75, "std": 0.07},
+        "n_images": {"train": 500, "validation": 200, "test": 360},
+        "per_class": evaluation.per_class,
+    }
+    return bundle.Contents(network, config, metrics, evaluation, '[study]\nname = "small"\n')
+
+
+def save(contents: bundle.Contents, target: Path, n: int = 8, **options: bool) -> dict[str, dict[str, float]]:
+    images, labels = load_test("digits")
+    return bundle.save(contents, target, images[:n], labels[:n].numpy(), **options)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory, digits: ImageData) -> Path:
+    target = tmp_path_factory.mktemp("dist") / "small"
+    save(make_contents(digits), target)
+    return target
+
+
+@pytest.fixture
+def copy(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+def test_a_bundle_has_the_files_of_the_design_and_nothing_beside_it(saved: Path) -> None:
+    assert {file.name for file in saved.iterdir()} == {
+        *bundle.REQUIRED,
+        "mistakes.png",
+        "calibration.png",
+        "manifest.json",
+    }
+    assert [file.name for file in saved.parent.iterdir()] == ["small"]
+    modes = {file.stat().st_mode & 0o777 for file in saved.iterdir()}
+    assert len(modes) == 1, "one file is not readable for those who can read the others"
+
+
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+def test_the_files_of_a_trained_network_hold_each_parameter_once(digits: ImageData, tmp_path: Path, kind: str) -> None:
+    contents = make_contents(digits, kind)
+    wide = Hyperparameters(width=32)
+    network = build_network(kind, wide, digits.image_shape, 10)
+    train(network, digits.train, wide, 1)
+    layers = describe_layers(kind, wide, digits.image_shape, 10)
+    config = contents.config | {"hyperparameters": wide.model_dump(), "layers": layers}
+    save(replace(contents, network=network, config=config), tmp_path / "b")
+    n_bytes = 4 * sum(parameter.numel() for parameter in network.parameters())
+    for name in ("model.pt", "model.safetensors"):
+        assert n_bytes < (tmp_path / "b" / name).stat().st_size < 1.1 * n_bytes + 10_000
+
+
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+def test_a_loaded_classifier_predicts_what_the_network_did(digits: ImageData, tmp_path: Path, kind: str) -> None:
+    contents = make_contents(digits, kind)
+    images = load_test("digits")[0]
+    save(contents, tmp_path / "b")
+    classifier = bundle.load(tmp_path / "b")
+    probabilities = classifier.predict_proba(images)
+    assert probabilities.dtype == np.float32
+    assert probabilities.shape == (360, 10)
+    normalised = (images.float() / 255 - digits.mean) / digits.std
+    assert np.allclose(probabilities, contents.network.predict_proba(normalised).numpy(), atol=1e-6)
+
+
+def test_images_may_come_as_arrays_or_tensors_with_or_without_a_channel(saved: Path) -> None:
+    classifier = bundle.load(saved)
+    images = load_test("digits")[0][:5]
+    expected = classifier.predict_proba(images)
+    read_only = images.numpy().copy()
+    read_only.flags.writeable = False
+    flipped_twice = images.numpy()[:, :, ::-1].copy()[:, :, ::-1]  # a view with a negative stride
+    for given in (images.numpy(), images[:, 0], images[:, 0].numpy(), read_only, flipped_twice):
+        assert np.array_equal(classifier.predict_proba(given), expected)
+    assert classifier.predict_proba(images[:0]).shape == (0, 10)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((2, 28, 28), dtype=np.float32), "must be raw pixels of type uint8, but got float32"),
+        (None, "must be raw pixels of type uint8, but got object"),
+        (np.zeros((2, 27, 28), dtype=np.uint8), "must have shape"),
+        (np.zeros((28, 28), dtype=np.uint8), "must have shape"),
+        (np.zeros((2, 3, 28, 28), dtype=np.uint8), "must have shape"),
+    ],
+)
+def test_images_of_another_type_or_shape_are_refused(saved: Path, images: Any, message: str) -> None:
+    with pytest.raises(ImageError, match=message):
+        bundle.load(saved).predict_proba(images)
+
+
+@pytest.mark.parametrize("name", bundle.REQUIRED)
+def test_a_damaged_or_missing_file_is_refused_by_name(copy: Path, name: str) -> None:
+    content = bytearray((copy / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (copy / name).write_bytes(content)
+    with pytest.raises(BundleError, match=f"{name} is damaged"):
+        bundle.load(copy)
+    (copy / name).unlink()
+    with pytest.raises(BundleError, match=f"{name} is missing"):
+        bundle.load(copy)
+
+
+@pytest.mark.parametrize("manifest", [None, "", "[]", '{"sha256": 3}', '{"sha256": {}}'])
+def test_a_damaged_manifest_is_refused(copy: Path, manifest: str | None) -> None:
+    (copy / "manifest.json").unlink()
+    if manifest is not None:
+        (copy / "manifest.json").write_text(manifest)
+    with pytest.raises(BundleError, match=r"manifest\.json"):
+        bundle.load(copy)
+
+
+def sign(folder: Path) -> None:
+    """Write a manifest that fits whatever the files hold now."""
+    manifest.seal(folder)
+
+
+def test_a_config_that_is_not_understood_is_refused(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    for change in (
+        {"format_version": 2},
+        {"std": 0.0},
+        {"kind": "rnn"},
+        {"extra": 1},
+        {"hyperparameters": {"depth": -1}},
+    ):
+        (copy / "config.json").write_text(json.dumps(config | change))
+        sign(copy)
+        with pytest.raises(BundleError, match=next(iter(change))):
+            bundle.load(copy)
+
+
+def test_weights_that_do_not_fit_the_config_are_refused(copy: Path) -> None:
+    (copy / "model.safetensors").write_bytes(safetensors.torch.save({"0.weight": torch.zeros(2)}))
+    sign(copy)
+    with pytest.raises(BundleError, match=r"model\.safetensors does not fit"):
+        bundle.load(copy)
+
+
+def test_a_mismatch_in_a_fresh_process_leaves_the_older_bundle(
+    copy: Path, digits: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (copy / "manifest.json").read_bytes()
+    contents = make_contents(digits)
+    other = make_contents(digits).network
+    original = formats.verify_models
+    monkeypatch.setattr(formats, "verify_models", lambda _, *arguments: original(other, *arguments))
+    with pytest.raises(BundleError, match=r"model\.safetensors gives other probabilities when loaded again"):
+        save(contents, copy)
+    assert (copy / "manifest.json").read_bytes() == before
+    assert [file.name for file in copy.parent.iterdir()] == ["copy"]
+
+
+def test_a_bundle_that_cannot_be_loaded_leaves_nothing(tmp_path: Path, digits: ImageData) -> None:
+    contents = make_contents(digits)
+    wrong = replace(contents, config=contents.config | {"layers": [["Flatten", {}]]})
+    with pytest.raises(BundleError, match="cannot be loaded in a fresh process"):
+        save(wrong, tmp_path / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_older_bundle_is_replaced_and_anything_else_is_not(copy: Path, digits: ImageData, tmp_path: Path) -> None:
+    before = (copy / "manifest.json").read_bytes()
+    save(make_contents(digits), copy)
+    assert (copy / "manifest.json").read_bytes() != before
+    bundle.load(copy)
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("all my work")
+    with pytest.raises(BundleError, match="is in the way, so choose another --output"):
+        save(make_contents(digits), precious)
+    shutil.copy(copy / "manifest.json", precious)
+    (copy / "notes.txt").write_text("all my work")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for target in (precious, copy, tmp_path / "link"):
+        with pytest.raises(BundleError, match="is in the way, so choose another --output"):
+            save(make_contents(digits), target)
+    assert (precious / "thesis.txt").read_text() == (copy / "notes.txt").read_text() == "all my work"
+
+
+def test_an_older_bundle_is_put_back_if_the_new_one_cannot_take_its_place(
+    copy: Path, digits: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (copy / "manifest.json").read_bytes()
+    monkeypatch.setattr(manifest, "_exchange", lambda one, other: False)  # as on a system that cannot do it
+    rename = Path.rename
+
+    def fail_for_the_new_one(path: Path, target: Path) -> Path:
+        if path.name == "new":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail_for_the_new_one)
+    with pytest.raises(KeyboardInterrupt):
+        save(make_contents(digits), copy)
+    assert (copy / "manifest.json").read_bytes() == before
+
+
+def test_the_model_card_tells_how_good_and_how_to_load(saved: Path) -> None:
+    card = (saved / "README.md").read_text()
+    for part in ("80.00%", "90.00%", "75.00%, deviation 7.00%", "1,234 parameters", "trial 3 among 9", formats.LOADING):
+        assert part in card
+
+
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+def test_every_format_gives_the_same_probabilities_from_the_lines_of_the_model_card_alone(
+    digits: ImageData, tmp_path: Path, kind: str
+) -> None:
+    contents = make_contents(digits, kind)
+    train(contents.network, digits.train, Hyperparameters(width=8), 1)
+    verified = save(contents, tmp_path / "b", n=100, onnx=True, torch_export=True)
+    assert [*verified] == ["model.safetensors", "model.pt", "model.onnx", "model.pt2"]
+    assert all(seen["difference"] < 1e-5 for seen in verified.values())
+    assert len({seen["accuracy"] for seen in verified.values()}) == 1
+    assert json.loads((tmp_path / "b" / "metrics.json").read_text())["verified"] == verified
+    images = load_test("digits")[0][:7]
+    expected = bundle.load(tmp_path / "b").predict_proba(images)
+    np.save(tmp_path / "images.npy", images.numpy())
+    programs = re.findall(r"```python\n(.*?)```", (tmp_path / "b" / "README.md").read_text(), re.DOTALL)
+    from_torch = "import torch, numpy\nimages = torch.from_numpy(numpy.load('../images.npy'))\n"
+    from_numpy = "import numpy\nimages = numpy.load('../images.npy')\n"
+    for before, program, allowed in (
+        (from_torch, programs[0] + programs[1], ("torch", "numpy")),
+        (from_numpy, programs[2], ("onnxruntime", "numpy")),
+        (from_torch, programs[3], ("torch", "numpy")),
+    ):
+        blocked = {"hpsearch", "torch", "onnx", "onnxruntime", "optuna", "safetensors", "sklearn"} - {*allowed}
+        guard = f"import sys\nfor name in {blocked!r}: sys.modules[name] = None\n"
+        after = "numpy.save('../answers.npy', numpy.asarray(probabilities))\n"
+        subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", guard + before + program + after], cwd=tmp_path / "b", check=True
+        )
+        assert np.allclose(np.load(tmp_path / "answers.npy"), expected, atol=1e-6)
+
+
+def test_no_file_of_a_bundle_tells_where_it_was_made(digits: ImageData, tmp_path: Path) -> None:
+    save(make_contents(digits), tmp_path / "b", onnx=True, torch_export=True)
+    here = str(Path(bundle.__file__).parent).encode()
+    assert [file.name for file in (tmp_path / "b").iterdir() if here in file.read_bytes()] == []
+
+
+def test_a_program_that_torch_cannot_load_again_is_left_out(
+    digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.export, "save", lambda program, file: file.write_bytes(b"nothing"))
+    verified = save(make_contents(digits), tmp_path / "b", torch_export=True)
+    assert "model.pt2" not in verified
+    assert "model.pt2 cannot be loaded in a fresh process" in caplog.text
+    bundle.load(tmp_path / "b")
+    assert not (tmp_path / "b" / "model.pt2").exists()
+
+
+def test_what_killed_exports_left_behind_is_removed_by_the_next_one(digits: ImageData, tmp_path: Path) -> None:
+    for name in (".b.abcdefgh", ".b.12345678", ".b.other.abcdefgh"):
+        (tmp_path / name / "new").mkdir(parents=True)
+        (tmp_path / name / "lock").touch()
+    with FileLock(tmp_path / ".b.12345678" / "lock"):
+        save(make_contents(digits), tmp_path / "b")
+    assert {file.name for file in tmp_path.iterdir()} == {"b", ".b.12345678", ".b.other.abcdefgh"}
+
+
+def test_an_older_bundle_that_was_being_replaced_is_put_back(copy: Path) -> None:
+    left = copy.parent / f".{copy.name}.abcdefgh"
+    left.mkdir()
+    (left / "lock").touch()
+    copy.rename(left / "old")
+    with pytest.raises(KeyError), manifest.replacing(copy):
+        raise KeyError
+    bundle.load(copy)
+    assert [file.name for file in copy.parent.iterdir()] == [copy.name]
+
+
+def test_a_bundle_can_be_loaded_while_it_is_replaced(saved: Path, tmp_path: Path, digits: ImageData) -> None:
+    target = Path(shutil.copytree(saved, tmp_path / "b"))
+    other = Path(shutil.copytree(saved, tmp_path / "other"))
+    (other / "metrics.json").write_text("{}")
+    manifest.seal(other)
+    is_over = threading.Event()
+
+    def replace_often() -> None:
+        for i in range(60):
+            with manifest.replacing(target) as new:
+                shutil.copytree((saved, other)[i % 2], new, dirs_exist_ok=True)
+        is_over.set()
+
+    thread = threading.Thread(target=replace_often)
+    thread.start()
+    while not is_over.is_set():
+        bundle.load(target)
+    thread.join()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can exchange two folders")
+def test_an_older_bundle_is_there_at_every_moment(
+    copy: Path, digits: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "rename", None)  # two renamings would leave a gap
+    before = (copy / "manifest.json").read_bytes()
+    save(make_contents(digits), copy)
+    assert (copy / "manifest.json").read_bytes() != before

@@ -1,0 +1,212 @@
+"""The best few trials are trained again from fresh seeds, and the winner is chosen with its uncertainty in mind."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pytest
+
+from hpsearch.bundle import confirm as module
+from hpsearch.bundle.confirm import choose_winner, confirm, mean_interval
+from hpsearch.config.definition import StudyDefinition
+from hpsearch.config.space import Hyperparameters
+from hpsearch.errors import NoCompletedTrial, UsageError, WorkerError
+from hpsearch.search.objective import Objective
+from hpsearch.search.study import explain_choice, find_best_few, find_winner, open_study
+from hpsearch.storage.rdb import open_storage
+
+from ..acceptance.commands import processes_of, wait_for
+from ..conftest import make_definition
+
+
+@pytest.fixture
+def searched(tmp_path: Path) -> tuple[StudyDefinition, optuna.Study]:
+    """Five trials, two of them of the same parameters."""
+    definition = make_definition(f"sqlite:///{tmp_path / 'study.db'}", budget={"epochs": 3})
+    study = open_study(definition, open_storage(definition.study.storage))
+    for width, lr in ((8, 1e-3), (32, 0.02), (32, 0.02), (16, 0.02), (12, 0.01)):
+        study.enqueue_trial({"width": width, "lr": lr})
+    study.optimize(Objective(definition), n_trials=5)
+    return definition, study
+
+
+def test_each_candidate_is_trained_from_fresh_seeds_and_the_outcome_is_stored(
+    searched: tuple[StudyDefinition, optuna.Study],
+) -> None:
+    definition, study = searched
+    seen: list[tuple[int, int]] = []
+    confirmation = confirm(
+        definition, study, top=2, seeds=3, on_run=lambda trial, run, accuracy: seen.append((trial, run))
+    )
+    assert study.user_attrs["confirmation"] == confirmation
+    numbers = [trial.number for trial in find_best_few(study, 2)]
+    assert sorted(seen) == sorted((number, run) for number in numbers for run in range(3))
+    assert [candidate["number"] for candidate in confirmation["candidates"]] == numbers
+    for candidate in confirmation["candidates"]:
+        assert len(set(candidate["accuracies"])) > 1, "seeds make no difference"
+        assert candidate["mean"] == pytest.approx(np.mean(candidate["accuracies"]))
+        assert candidate["search_value"] == study.trials[candidate["number"]].value
+    best = confirmation["candidates"][0]
+    assert confirmation["optimism"] == pytest.approx(best["search_value"] - best["mean"])
+    assert confirmation["winner"] in numbers
+    assert find_winner(study).number == confirmation["winner"]
+
+
+def test_a_single_seed_shows_no_variance(searched: tuple[StudyDefinition, optuna.Study]) -> None:
+    with pytest.raises(UsageError, match="seeds >= 2 must hold, but got 1"):
+        confirm(*searched, seeds=1)
+
+
+def test_the_same_parameters_are_a_candidate_once(searched: tuple[StudyDefinition, optuna.Study]) -> None:
+    _, study = searched
+    assert [trial.number for trial in find_best_few(study, 9)].count(2) == 0
+    assert len(find_best_few(study, 9)) == 4
+
+
+def test_a_later_call_adds_what_is_missing_and_repeats_nothing(searched: tuple[StudyDefinition, optuna.Study]) -> None:
+    definition, study = searched
+    first = confirm(definition, study, top=1, seeds=2)
+    again: list[tuple[int, int]] = []
+    second = confirm(definition, study, top=1, seeds=3, on_run=lambda trial, run, accuracy: again.append((trial, run)))
+    assert again == [(first["winner"], 2)]
+    assert second["candidates"][0]["accuracies"][:2] == first["candidates"][0]["accuracies"]
+
+
+def test_processes_give_what_one_process_gives(searched: tuple[StudyDefinition, optuna.Study]) -> None:
+    definition, study = searched
+    shared = confirm(definition, study, top=2, seeds=2, n_workers=2)
+    study.set_user_attr("confirmed_runs", {})
+    alone = confirm(definition, study, top=2, seeds=2)
+    assert [c["accuracies"] for c in shared["candidates"]] == [c["accuracies"] for c in alone["candidates"]]
+
+
+def test_a_training_that_diverges_counts_as_nothing(
+    searched: tuple[StudyDefinition, optuna.Study], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    definition, study = searched
+    monkeypatch.setattr(module, "suggest", lambda trial, space: Hyperparameters(width=8, lr=1e38, optimizer="sgd"))
+    assert confirm(definition, study, top=1, seeds=2)["candidates"][0]["accuracies"] == [0, 0]
+
+
+def test_a_study_without_complete_trials_has_nothing_to_confirm(tmp_path: Path) -> None:
+    definition = make_definition(f"sqlite:///{tmp_path / 'study.db'}")
+    study = open_study(definition, open_storage(definition.study.storage))
+    with pytest.raises(NoCompletedTrial):
+        confirm(definition, study)
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "sizes", "expected"),
+    [
+        ({1: [0.91, 0.92, 0.93], 2: [0.81, 0.82, 0.83]}, {1: 900, 2: 10}, (1, False)),
+        ({1: [0.91, 0.92, 0.93], 2: [0.90, 0.92, 0.93]}, {1: 900, 2: 10}, (2, True)),
+        ({1: [0.91, 0.92, 0.93], 2: [0.90, 0.92, 0.93], 3: [0.5, 0.5, 0.6]}, {1: 900, 2: 10, 3: 1}, (2, True)),
+        ({1: [0.91, 0.92], 2: [0.90, 0.92]}, {1: 10, 2: 10}, (1, True)),
+        ({1: [0.9, 0.9], 2: [0.8, 0.8]}, {1: 900, 2: 10}, (1, False)),
+        ({1: [0.9, 0.9], 2: [0.9, 0.9]}, {1: 900, 2: 10}, (2, True)),
+        ({7: [0.9, 0.8]}, {7: 5}, (7, False)),
+        ({1: [0.99, 0.991, 0.992], 2: [0.95, 0.951, 0.952], 3: [0.98, 0.981, 0.0]}, {1: 9, 2: 5, 3: 1}, (1, False)),
+        ({1: [0.9, 0.0], 2: [0.0, 0.0]}, {1: 9, 2: 5}, (2, True)),
+    ],
+    ids=[
+        "clear",
+        "tie",
+        "tie-of-two",
+        "equal-sizes",
+        "clear-without-variance",
+        "tie-without-variance",
+        "alone",
+        "one-diverged",
+        "all-diverged",
+    ],
+)
+def test_the_highest_mean_wins_and_the_smallest_network_among_equals(
+    accuracies: dict[int, list[float]], sizes: dict[int, int], expected: tuple[int, bool]
+) -> None:
+    assert choose_winner(accuracies, sizes) == expected
+
+
+def test_of_ten_equal_candidates_one_is_left_out_wrongly_in_few_comparisons() -> None:
+    rng, sizes = np.random.default_rng(0), {i: i for i in range(10)}
+    draws = [{i: list(rng.normal(0.9, 0.01, 3)) for i in sizes} for _ in range(40)]
+    wrong = sum(choose_winner(accuracies, sizes) != (0, True) for accuracies in draws)
+    assert wrong <= 4  # 2 are expected at 95%
+
+
+def test_the_interval_of_a_mean_is_students() -> None:
+    low, high = mean_interval([0.90, 0.92, 0.94]) or []
+    assert (low, high) == pytest.approx((0.92 - 0.0497, 0.92 + 0.0497), abs=1e-4)  # 4.303 * 0.02 / sqrt(3)
+    assert mean_interval([0.9]) is None
+    assert mean_interval([0.99, 1.0, 1.0])[1] == 1.0  # type: ignore[index]
+
+
+def test_what_export_takes_is_explained(searched: tuple[StudyDefinition, optuna.Study]) -> None:
+    _, study = searched
+    best, second = find_best_few(study, 2)
+    assert explain_choice(study, "small").endswith("whether that was luck is told by: hpsearch confirm small")
+    compared = [{"number": second.number}]
+    study.set_user_attr("confirmation", {"winner": second.number, "candidates": compared})
+    assert explain_choice(study, "small") == (
+        f"trial {second.number} is the confirmed winner, but trial {best.number}, whose value is the best now, was not "
+        "compared; do so with: hpsearch confirm small"
+    )
+    study.set_user_attr("confirmation", {"winner": second.number, "candidates": [*compared, {"number": best.number}]})
+    assert explain_choice(study, "small") == f"trial {second.number} is the confirmed winner"
+
+
+SLOW = """
+import optuna, sys
+from hpsearch.bundle.confirm import confirm
+from hpsearch.config.definition import load_definition
+from hpsearch.storage.rdb import open_storage
+from hpsearch.search.study import load_study
+if __name__ == "__main__":
+    definition = load_definition(sys.argv[1])
+    study = load_study(definition, open_storage(definition.study.storage))
+    confirm(definition, study, seeds=50, n_workers=2, on_run=lambda *run: print(run, flush=True))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_leaves_no_process_and_keeps_what_is_done(
+    searched: tuple[StudyDefinition, optuna.Study], tmp_path: Path, number: signal.Signals
+) -> None:
+    definition, study = searched
+    (tmp_path / "small.toml").write_text(definition.to_toml())
+    (tmp_path / "slow.py").write_text(SLOW)
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "slow.py", tmp_path / "small.toml"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert process.stdout
+    for _ in range(3):
+        assert process.stdout.readline()
+    os.kill(process.pid, number)
+    process.wait(timeout=30)
+    wait_for(lambda: not processes_of(process.pid), "the end of all processes", seconds=20)
+    assert len(study.user_attrs["confirmed_runs"]) >= 3
+
+
+def test_a_killed_process_is_told_and_what_is_done_is_kept(
+    searched: tuple[StudyDefinition, optuna.Study],
+) -> None:
+    from multiprocessing import active_children
+
+    definition, study = searched
+
+    def kill_one(trial: int, run: int, accuracy: float) -> None:
+        for process in active_children()[:1]:
+            process.kill()
+
+    with pytest.raises(WorkerError, match="a process of confirm was killed"):
+        confirm(definition, study, seeds=30, n_workers=2, on_run=kill_one)
+    assert 1 <= len(study.user_attrs["confirmed_runs"]) < 90
+    assert not active_children()

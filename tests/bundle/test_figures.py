@@ -1,0 +1,95 @@
+"""The pictures of an evaluation: opaque, the same each time, and as large as what they show."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hpsearch.bundle.evaluation import Evaluation, evaluate
+from hpsearch.bundle.figures import draw_calibration, draw_confusion_matrix, draw_mistakes
+from hpsearch.data.dataset import CLASS_NAMES
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (60, 1, 28, 28), dtype=np.uint8)
+Draw = Callable[[Evaluation, Path], None]
+
+
+def draw_gallery(evaluation: Evaluation, file: Path) -> None:
+    draw_mistakes(evaluation, IMAGES, file)
+
+
+def make_evaluation(n_mistakes: int, data: str = "fashion-mnist") -> Evaluation:
+    """60 images, the first `n_mistakes` of which are taken for the next class."""
+    labels = np.arange(60) % 10
+    predicted = (labels + (np.arange(60) < n_mistakes)) % 10
+    probabilities = np.full((60, 10), 0.02, dtype=np.float32)
+    probabilities[np.arange(60), predicted] = 0.82
+    return evaluate(probabilities, labels, CLASS_NAMES[data])
+
+
+def read(file: Path) -> np.ndarray:
+    with Image.open(file) as picture:
+        assert picture.format == "PNG"
+        return np.asarray(picture.convert("RGBA"))
+
+
+@pytest.mark.parametrize("draw", [draw_confusion_matrix, draw_calibration, draw_gallery])
+@pytest.mark.parametrize("n_mistakes", [0, 1, 60])
+@pytest.mark.parametrize("data", ["mnist", "fashion-mnist"])
+def test_a_picture_is_opaque_on_white_and_the_same_each_time(
+    draw: Draw, n_mistakes: int, data: str, tmp_path: Path
+) -> None:
+    evaluation = make_evaluation(n_mistakes, data)
+    for name in ("a.png", "b.png"):
+        draw(evaluation, tmp_path / name)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    pixels = read(tmp_path / "a.png")
+    assert (pixels[..., 3] == 255).all()
+    frame = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    assert (frame == 255).all(), "something is cut off at the edge"
+    assert (pixels[..., :3].min(axis=(0, 1)) < 128).all(), "nothing is drawn"
+
+
+def test_right_and_wrong_cells_of_the_matrix_differ_in_colour(tmp_path: Path) -> None:
+    def coloured(n_mistakes: int) -> tuple[int, int]:
+        draw_confusion_matrix(make_evaluation(n_mistakes), tmp_path / "a.png")
+        red, blue = (read(tmp_path / "a.png")[..., channel].astype(int) for channel in (0, 2))
+        return int((blue - red > 60).sum()), int((red - blue > 60).sum())
+
+    n_blue, n_red = coloured(0)
+    assert n_blue > 1000
+    assert n_red == 0
+    n_blue, n_red = coloured(60)
+    assert n_blue == 0
+    assert n_red > 1000
+
+
+def test_the_gallery_shows_the_pixels_of_the_mistakes_alone(tmp_path: Path) -> None:
+    black = np.full_like(IMAGES, 255)
+    darkness = []
+    for n_mistakes in (0, 1, 8):
+        draw_mistakes(make_evaluation(n_mistakes), black, tmp_path / "a.png")
+        darkness.append(int((read(tmp_path / "a.png")[..., :3].max(axis=2) == 0).sum()))
+    white = IMAGES.copy() * 0
+    draw_mistakes(make_evaluation(8), white, tmp_path / "a.png")
+    assert darkness[0] < 3000 < 10_000 < darkness[1] < darkness[2]
+    assert int((read(tmp_path / "a.png")[..., :3].max(axis=2) == 0).sum()) < 6000
+
+
+def test_the_gallery_ends_at_forty_images(tmp_path: Path) -> None:
+    sizes = []
+    for n_mistakes in (32, 40, 60):
+        draw_gallery(make_evaluation(n_mistakes), tmp_path / "a.png")
+        sizes.append(read(tmp_path / "a.png").shape[0])
+    assert sizes[0] < sizes[1] == sizes[2]
+
+
+def test_pictures_leave_the_users_own_pyplot_alone(tmp_path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    plt.switch_backend("agg")
+    plt.close("all")
+    for draw in (draw_confusion_matrix, draw_calibration, draw_gallery):
+        draw(make_evaluation(3), tmp_path / "a.png")
+    assert plt.get_fignums() == []

@@ -1,0 +1,200 @@
+"""Predictions for files, folders and patterns: each image once, in order, and what cannot be read by name."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hpsearch.bundle import bundle, predict
+from hpsearch.bundle.predict import find_images, predict_files
+from hpsearch.data.dataset import ImageData, load_test
+from hpsearch.data.image_files import read_image
+from hpsearch.monitor.text import prediction_line, printable
+
+from ..cli.test_app import Run, run  # noqa: F401
+from .test_bundle import make_contents, save
+
+DIGIT = Path(__file__).parents[1] / "digit.png"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory, digits: ImageData) -> Path:
+    target = tmp_path_factory.mktemp("dist") / "small"
+    save(make_contents(digits), target)
+    return target
+
+
+@pytest.fixture
+def scans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with images at two depths, and with files that are none of its images."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("b.png", "a.PNG", "more/c.png", "more/[d].png", ".hidden.png", ".cache/e.png", "notes.txt"):
+        file = tmp_path / "scans" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(DIGIT, file)
+    return tmp_path / "scans"
+
+
+def names(argument: str) -> list[str]:
+    found = list(find_images(argument))
+    assert not any(error for _, error in found), found
+    return [file for file, _ in found]
+
+
+def test_a_folder_stands_for_its_images_sorted_without_hidden_ones(scans: Path) -> None:
+    assert names("scans") == ["scans/a.PNG", "scans/b.png", "scans/more/[d].png", "scans/more/c.png"]
+
+
+def test_a_pattern_stands_for_the_files_that_it_matches(scans: Path) -> None:
+    assert names("scans/*.png") == ["scans/b.png"]
+    assert names("scans/**/*.png") == ["scans/b.png", "scans/more/[d].png", "scans/more/c.png"]
+    assert names("scans/*") == ["scans/a.PNG", "scans/b.png", "scans/notes.txt"]
+
+
+def test_a_file_whose_name_looks_like_a_pattern_is_that_file(scans: Path) -> None:
+    assert names("scans/more/[d].png") == ["scans/more/[d].png"]
+
+
+def test_what_stands_for_nothing_is_an_error_by_name(scans: Path) -> None:
+    (scans / "empty").mkdir()
+    [(folder, error)] = find_images("scans/empty")
+    assert (folder, str(error)[:8]) == ("scans/empty", "no image")
+    [(pattern, error)] = find_images("scans/*.gif")
+    assert (pattern, error) == ("scans/*.gif", "no file matches this pattern")
+
+
+def test_links_in_a_circle_end(scans: Path) -> None:
+    (scans / "more" / "up").symlink_to(scans)
+    assert len(names("scans")) == 4
+
+
+def test_predictions_come_in_order_and_are_those_of_the_single_files(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = load_test("digits")[0][:7, 0].numpy()
+    files = [tmp_path / f"{6 - i}.png" for i in range(7)]
+    for file, pixels in zip(files, images, strict=True):
+        Image.fromarray(pixels).save(file)
+    (tmp_path / "text.png").write_text("no image")
+    monkeypatch.setattr(predict, "BATCH_SIZE", 3)
+    classifier = bundle.load(saved)
+    rows = list(predict_files(classifier, [*files[:2], tmp_path / "text.png", *files[2:]]))
+    assert [row["image"] for row in rows] == [*map(str, files[:2]), f"{tmp_path}/text.png", *map(str, files[2:])]
+    assert rows.pop(2)["error"] == f"{tmp_path}/text.png: not an image that can be read"
+    expected = np.sort(classifier.predict_proba(images), axis=1)[:, :-4:-1]
+    probabilities = [[entry["probability"] for entry in row["top"]] for row in rows]
+    assert np.allclose(probabilities, expected, atol=1e-6)
+    assert [entry["class"] for entry in rows[0]["top"]] == [name for name, _ in classifier.predict_file(files[0])]
+
+
+def test_no_more_than_a_batch_is_read_ahead(saved: Path, scans: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predict, "BATCH_SIZE", 2)
+    read: list[str] = []
+
+    def note(file: str, *arguments: Any, **options: Any) -> np.ndarray:
+        read.append(file)
+        return read_image(file, *arguments, **options)
+
+    monkeypatch.setattr(predict, "read_image", note)
+    rows = predict_files(bundle.load(saved), ["scans"])
+    next(rows)
+    assert read == ["scans/a.PNG", "scans/b.png"]
+    assert len(list(rows)) == 3
+
+
+def test_an_image_that_is_named_again_is_predicted_once_and_told_of(saved: Path, scans: Path) -> None:
+    again: list[str] = []
+    rows = list(predict_files(bundle.load(saved), ["scans/b.png", "scans", "./scans/*.png"], on_duplicate=again.append))
+    assert [row["image"] for row in rows][:2] == ["scans/b.png", "scans/a.PNG"]
+    assert len(rows) == 4
+    assert again == ["scans/b.png", "./scans/b.png"]
+
+
+@pytest.mark.timeout(60)
+def test_whatever_cannot_be_read_is_named_and_the_others_are_predicted(
+    run: Run,  # noqa: F811
+    saved: Path,
+    tmp_path: Path,
+) -> None:
+    good = ["a b.png", "a\nb.png", "\x1b[31mred.png", "é.png", "\udcff.png"]
+    for name in good:
+        shutil.copy(DIGIT, name)
+    os.mkfifo("pipe.png")
+    Path("empty.png").touch()
+    Path("text\x1b[2J.png").write_text("no image")
+    Path("cut.png").write_bytes(DIGIT.read_bytes()[:200])
+    bad = ["pipe.png", "empty.png", "text\x1b[2J.png", "cut.png", "missing.png", "*.gif", "x" * 300 + ".png"]
+    mixed = [name for pair in zip(bad, good, strict=False) for name in pair] + bad[len(good) :]
+
+    code, out, err = run("predict", saved, *mixed)
+    assert code == 1
+    assert [line.split("  ")[0] for line in out.splitlines()] == [printable(name) for name in good]
+    lines = err.splitlines()
+    assert [line.split(": ")[:2] for line in lines] == [["error", printable(name)] for name in bad]
+    assert out.isprintable() or set(out) - {"\n"} == {c for c in out if c.isprintable()}
+    assert "\x1b" not in out + err
+
+    code, out, err = run("predict", saved, *mixed, "--json")
+    assert code == 1
+    rows = json.loads(out)
+    assert [row["image"] for row in rows] == mixed
+    assert [row["image"] for row in rows if "error" in row] == bad
+    assert all(len(row["top"]) == 3 for row in rows if "top" in row)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_what_may_not_be_read_is_named(saved: Path, scans: Path) -> None:
+    (scans / "b.png").chmod(0)
+    (scans / "more").chmod(0)
+    rows = list(predict_files(bundle.load(saved), ["scans"]))
+    (scans / "more").chmod(0o700)
+    errors = [row["error"] for row in rows if "error" in row]
+    assert errors == ["scans/b.png: Permission denied", "scans/more: Permission denied"]
+    assert "top" in rows[0]
+
+
+def test_good_images_alone_give_status_0_and_a_line_each(run: Run, saved: Path) -> None:  # noqa: F811
+    code, out, err = run("predict", saved, DIGIT)
+    assert (code, err) == (0, "")
+    assert out.startswith(f"{DIGIT}  ")
+    assert len(out.split("  ")) == 4
+
+
+def test_a_prediction_is_one_line_whatever_the_name() -> None:
+    row = {"image": "a\r\n\u202eb.png", "top": [{"class": "7", "probability": 0.99812}]}
+    assert prediction_line(row) == r"a\r\n\u202eb.png  7 0.9981"
+
+
+def test_an_evaluation_is_told_in_full_and_drawn_where_asked(run: Run, saved: Path, tmp_path: Path) -> None:  # noqa: F811
+    before = {file: file.read_bytes() for file in saved.iterdir()}
+    code, out, err = run("evaluate", saved, "--pictures", "new/pictures")
+    assert code == 0
+    assert "95% interval" in out.splitlines()[0]
+    assert "expected calibration error" in out
+    assert "worst mistakes" in out
+    pictures = sorted(file.name for file in (tmp_path / "new" / "pictures").iterdir())
+    assert pictures == ["calibration.png", "confusion_matrix.png", "mistakes.png"]
+    assert all(name in err for name in pictures)
+    code, out, err = run("evaluate", saved, "--json")
+    assert set(json.loads(out)) == {
+        *("accuracy", "interval", "confusion_matrix", "per_class", "calibration", "mistakes"),
+    }
+    assert "--pictures DIR" in err
+    assert {file: file.read_bytes() for file in saved.iterdir()} == before
+
+
+def test_pictures_go_into_no_file_and_no_bundle(run: Run, saved: Path, tmp_path: Path) -> None:  # noqa: F811
+    (tmp_path / "file").write_text("mine")
+    for place, reason in (("file", "a file is in the way"), ("file/x", "a file is in the way"),
+                          (saved, "choose a folder outside it"), (saved / "x", "choose a folder outside it"),
+                          ("/proc/x", "--pictures /proc/x: ")):  # fmt: skip
+        code, out, err = run("evaluate", saved, "--pictures", place)
+        assert (code, out) == (2, "")
+        assert reason in err
+        assert len(err.splitlines()) == 1
+    assert (tmp_path / "file").read_text() == "mine"

@@ -1,0 +1,148 @@
+"""The best trial is trained on training and validation images, and the test set is read once, at the end."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import torch
+
+from hpsearch.bundle import retrain
+from hpsearch.config.definition import StudyDefinition
+from hpsearch.data.dataset import load_test
+from hpsearch.errors import BundleError, NoCompletedTrial, UsageError
+from hpsearch.search import objective
+from hpsearch.search.study import open_study
+from hpsearch.storage.rdb import open_storage
+from hpsearch.training.trainer import EpochResult, train
+
+from ..conftest import make_definition
+
+
+@pytest.fixture
+def searched(tmp_path: Path) -> tuple[StudyDefinition, optuna.Study]:
+    """A study with three complete trials; trial 1 is the best."""
+    definition = make_definition(f"sqlite:///{tmp_path / 'study.db'}", retrain={"epochs": 3, "seeds": 2})
+    study = open_study(definition, open_storage(definition.study.storage))
+    for value, width in ((0.7, 8), (0.9, 16), (0.8, 32)):
+        study.enqueue_trial({"width": width, "lr": 0.02})
+        with pytest.warns(UserWarning, match="Heartbeat"):
+            trial = study.ask()
+        trial.suggest_int("width", 8, 32)
+        trial.suggest_float("lr", 1e-3, 1e-1, log=True)
+        study.tell(trial, value)
+    return definition, study
+
+
+def test_the_best_trial_is_exported_with_its_figures(
+    searched: tuple[StudyDefinition, optuna.Study], tmp_path: Path
+) -> None:
+    definition, study = searched
+    seen: list[tuple[int, int]] = []
+    metrics = retrain.export(
+        definition, study, tmp_path / "b", on_epoch=lambda seed, result: seen.append((seed, result.epoch))
+    )
+    assert metrics["trial"] == 1
+    assert metrics["validation_accuracy"] == 0.9
+    assert metrics["n_images"] == {"train": 500, "validation": 200, "test": 360}
+    assert metrics["test_accuracy"] == metrics["test_accuracies"]["of_each_seed"][0] > 0.5
+    assert len(metrics["test_accuracies"]["of_each_seed"]) == 2
+    assert seen == [(seed, epoch) for seed in (0, 1) for epoch in (1, 2, 3)]
+    assert metrics["test_interval"][0] < metrics["test_accuracy"] < metrics["test_interval"][1]
+    assert metrics["test_reads"] == 1
+    assert {seen["accuracy"] for seen in metrics["verified"].values()} == {metrics["test_accuracy"]}
+    assert json.loads((tmp_path / "b" / "metrics.json").read_text()) == metrics
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["hyperparameters"]["width"] == 16
+    assert definition.study.name in (tmp_path / "b" / "study.toml").read_text()
+
+
+def test_another_trial_may_be_chosen_and_an_unfinished_one_may_not(
+    searched: tuple[StudyDefinition, optuna.Study], tmp_path: Path
+) -> None:
+    definition, study = searched
+    assert retrain.export(definition, study, tmp_path / "b", number=2)["trial"] == 2
+    with pytest.raises(NoCompletedTrial, match="trial 7 is not complete"):
+        retrain.export(definition, study, tmp_path / "c", number=7)
+    assert not (tmp_path / "c").exists()
+
+
+def test_the_confirmed_winner_is_exported_and_its_confirmation_told(
+    searched: tuple[StudyDefinition, optuna.Study], tmp_path: Path
+) -> None:
+    definition, study = searched
+    candidate = {"number": 2, "accuracies": [0.7, 0.8], "mean": 0.75, "interval": [0.6, 0.9], "n_parameters": 5}
+    study.set_user_attr("confirmation", {"winner": 2, "is_tie": True, "candidates": [candidate]})
+    metrics = retrain.export(definition, study, tmp_path / "b")
+    assert (metrics["trial"], metrics["confirmed"]) == (
+        2,
+        candidate | {"is_winner": True, "is_tie": True, "n_compared": 1},
+    )
+    assert "Other trials were as good within chance" in (tmp_path / "b" / "README.md").read_text()
+    assert "mean 75.00%, interval 60.00 to 90.00%" in (tmp_path / "b" / "README.md").read_text()
+    assert retrain.export(definition, study, tmp_path / "c", number=1)["confirmed"] is None
+    study.set_user_attr("confirmation", {"winner": 2, "is_tie": False, "candidates": [candidate]})
+    retrain.export(definition, study, tmp_path / "b")
+    assert "No other trial was compared with it." in (tmp_path / "b" / "README.md").read_text()
+
+
+def test_the_study_counts_how_often_the_test_set_was_read(
+    searched: tuple[StudyDefinition, optuna.Study], tmp_path: Path
+) -> None:
+    definition, study = searched
+    assert [retrain.export(definition, study, tmp_path / "b", number=i)["test_reads"] for i in (1, 2)] == [1, 2]
+    assert [reading["trial"] for reading in study.user_attrs["test_reads"]] == [1, 2]
+    assert "**export number 2**" in (tmp_path / "b" / "README.md").read_text()
+
+
+def test_without_the_packages_for_onnx_nothing_is_trained(
+    searched: tuple[StudyDefinition, optuna.Study], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    definition, study = searched
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(objective, "train", None)
+    with pytest.raises(UsageError, match=r"are missing; install them with: pip install onnx onnxscript onnxruntime"):
+        retrain.export(definition, study, tmp_path / "b", onnx=True)
+
+
+def test_an_export_repeats_itself(searched: tuple[StudyDefinition, optuna.Study], tmp_path: Path) -> None:
+    definition, study = searched
+    weights = []
+    for name in ("one", "two"):
+        retrain.export(definition, study, tmp_path / name)
+        weights.append(torch.load(tmp_path / name / "model.pt", weights_only=True))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_the_test_set_is_read_once_and_after_all_training(
+    searched: tuple[StudyDefinition, optuna.Study], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    definition, study = searched
+    events: list[str] = []
+
+    def watched_train(*arguments: Any, **options: Any) -> EpochResult:
+        events.append(f"train on {len(arguments[1])}")
+        assert options.get("validation") is None
+        return train(*arguments, **options)
+
+    original = load_test
+
+    def watched_test(*arguments: Any) -> Any:
+        events.append("test")
+        return original(*arguments)
+
+    monkeypatch.setattr(objective, "train", watched_train)
+    monkeypatch.setattr(retrain, "load_test", watched_test)
+    retrain.export(definition, study, tmp_path / "b")
+    assert events == ["train on 500", "train on 500", "test"]
+
+
+def test_a_target_that_is_in_the_way_is_refused_before_any_training(
+    searched: tuple[StudyDefinition, optuna.Study], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    definition, study = searched
+    (tmp_path / "precious").write_text("all my work")
+    monkeypatch.setattr(objective, "train", None)
+    with pytest.raises(BundleError, match="is in the way, so choose another --output"):
+        retrain.export(definition, study, tmp_path / "precious")

@@ -1,0 +1,415 @@
+"""The command line: exit statuses, one clear message for each error, data on stdout and talk on stderr."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from hpsearch import __main__
+from hpsearch.config.definition import load_definition
+from hpsearch.monitor.status import TrialEvent
+from hpsearch.monitor.text import render_trials, say, show, trial_line
+from hpsearch.search.study import open_study
+from hpsearch.storage.rdb import open_storage
+
+Run = Callable[..., tuple[int, str, str]]
+VERBS = (
+    "check",
+    "run",
+    "worker",
+    "launch",
+    "status",
+    "trials",
+    "show",
+    "stop",
+    "extend",
+    "enqueue",
+    "confirm",
+    "export",
+    "replay",
+    "report",
+    "doctor",
+    "backup",
+    "copy",
+    "dashboard",
+    "evaluate",
+    "predict",
+)
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command in `tmp_path`; gives its exit status, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["hpsearch", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            __main__.main()
+        code = caught.value.code
+        output = capfd.readouterr()
+        return int(code or 0), output.out, output.err
+
+    return call
+
+
+BAD_ARGUMENTS = [
+    (["nonsense"], "No such command 'nonsense'"),
+    (["rnu", "x"], "Did you mean 'run'"),
+    (["run"], "Missing argument 'STUDY'"),
+    (["run", "small.toml", "--wrokers", "2"], "--wrokers"),
+    (["run", "small.toml", "--workers", "0"], "--workers"),
+    (["run", "small.toml", "--workers", "two"], "valid integer"),
+    (["run", "small.toml", "--trials", "-3"], "--trials"),
+    (["run", "small.toml", "extra"], "extra"),
+    (["run", "missing.toml"], "no such study file"),
+    (["run", "."], "no such study file"),
+    (["run", "broken.toml"], "not valid TOML"),
+    (["run", "wrong.toml"], "budget.trials: must be"),
+    (["run", "small.toml", "--storage", "nonsense"], "must be a URL"),
+    (["run", "small.toml", "--storage", "mysql://me:secret@host/db"], "use SQLite or PostgreSQL"),
+    (["run", "small.toml", "--storage", "sqlite://"], "cannot be shared"),
+    (["run", "small.toml", "--storage", "sqlite:////no/such/folder/x.db"], "no folder /no/such/folder"),
+    (["worker", "small.toml", "--max-trials", "0"], "--max-trials"),
+    (["launch", "small.toml", "--gpus-per-worker", "-1"], "--gpus-per-worker"),
+    (
+        ["run", "small.toml", "--artifacts", "nonsense://x"],
+        "nonsense://x cannot be used: Protocol not known",
+    ),
+    (["run", "small.toml", "--artifacts", "s3:///"], "s3:/// names no place"),
+    (["run", "small.toml", "--artifacts", "memory://x"], "memory:// is of one process"),
+    (["launch", "small.toml", "--address", "local", "--detach"], "use ray start --head for --detach"),
+    (["launch", "small.toml", "--gpus-per-worker", "1.5"], "--gpus-per-worker 1.5: Ray gives a part of one, or whole"),
+    (["run", "small.toml", "--artifacts", "gs://x"], "gs://x cannot be used: another package is needed"),
+    (["status"], "Missing argument 'STUDY'"),
+    (["trials", "small.toml", "--json", "--csv"], "choose one"),
+    (["status", "small.toml", "--watch", "--json"], "do not go together"),
+    (["show", "small.toml"], "Missing argument 'TRIAL'"),
+    (["extend", "small.toml"], "Missing option '--trials'"),
+    (["extend", "small.toml", "--trials", "0"], "--trials"),
+    (["enqueue", "small.toml"], "Missing option '--set'"),
+    (["trials", "small.toml", "--state", "done"], "done"),
+    (["trials", "small.toml", "--limit", "0"], "--limit"),
+    (["export", "small.toml", "--trial", "best"], "--trial"),
+    (["confirm", "small.toml", "--top", "0"], "--top"),
+    (["confirm", "small.toml", "--seeds", "1"], "--seeds"),
+    (["replay", "small.toml"], "Missing option '--trial'"),
+    (["dashboard", "small.toml", "--port", "70000"], "--port"),
+    (["dashboard", "small.toml", "--host", "0.0.0.0"], "HPSEARCH_TOKEN"),
+    (["dashboard", "small.toml", "--token", "short"], "at least 8"),
+    (["copy", "small.toml"], "Missing option '--to'"),
+    (["copy", "small.toml", "--to", ""], "must be a URL"),
+    (["copy", "small.toml", "--to", "mysql://me:secret@host/db"], "use SQLite or PostgreSQL"),
+    (
+        ["copy", "small.toml", "--to", "sqlite:///x.db", "--artifacts-to", "s3://me:secret@b"],
+        "must not have a password",
+    ),
+    (["evaluate"], "Missing argument 'BUNDLE'"),
+    (["predict", "dist/small"], "Missing argument 'IMAGE...'"),
+    (["check"], "name a study file to check"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_ARGUMENTS, ids=lambda value: "-".join(value)[:60])
+def test_a_wrong_argument_gives_one_clear_message_and_status_2(
+    run: Run, study_file: Callable[..., Path], tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    study_file()
+    (tmp_path / "broken.toml").write_text("[search")
+    (tmp_path / "wrong.toml").write_text("[budget]\ntrials = 0\n[search]\nwidth = { int = [8, 9] }")
+    before = sorted(tmp_path.iterdir())
+    code, out, err = run(*arguments)
+    assert code == 2, err
+    assert out == ""
+    assert err.startswith("error: ")
+    assert message in err
+    assert "secret" not in err
+    assert len(err.splitlines()) <= 2, err
+    assert sorted(tmp_path.iterdir()) == before, "something was written"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["status", "small.toml"], 1, "no database"),
+        (["trials", "small.toml"], 1, "no database"),
+        (["export", "small.toml"], 1, "no database"),
+        (["confirm", "small.toml"], 1, "no database"),
+        (["replay", "small.toml", "--trial", "0"], 1, "no database"),
+        (["worker", "small.toml"], 1, "no database"),
+        (["launch", "small.toml", "--address", "127.0.0.1:9"], 1, "no Ray cluster answers at 127.0.0.1:9"),
+        (["dashboard", "small.toml"], 1, "no database"),
+        (["copy", "small.toml", "--to", "sqlite:///x.db"], 1, "no database"),
+        (["evaluate", "dist/small"], 1, "is not a bundle"),
+        (["predict", "dist/small", "x.png"], 1, "is not a bundle"),
+        (["status", "small.toml", "--storage", "postgresql://me:secret@127.0.0.1:9/db"], 75, "cannot be reached"),
+    ],
+)
+def test_what_is_not_there_is_named(
+    run: Run, study_file: Callable[..., Path], arguments: list[str], status: int, message: str
+) -> None:
+    study_file()
+    code, out, err = run(*arguments)
+    assert (code, out) == (status, "")
+    assert message in err
+    assert "secret" not in err
+    assert len(err.splitlines()) <= 2
+
+
+def test_ctrl_c_is_told_in_one_line(run: Run, study_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    from hpsearch.config import definition
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    study_file()
+    monkeypatch.setattr(definition, "load_definition", interrupt)
+    assert run("export", "small.toml") == (130, "", "error: interrupted\n")
+
+
+@pytest.mark.parametrize("verb", ["confirm", "export"])
+def test_exporting_without_a_complete_trial_gives_status_4(
+    run: Run, study_file: Callable[..., Path], verb: str
+) -> None:
+    from hpsearch.config.definition import load_definition
+    from hpsearch.search.study import open_study
+    from hpsearch.storage.rdb import open_storage
+
+    definition = load_definition(study_file())
+    open_study(definition, open_storage(definition.study.storage))
+    code, _, err = run(verb, "small.toml")
+    assert code == 4
+    assert "no trial is complete yet" in err
+
+
+def test_a_changed_study_file_gives_status_2_and_names_the_keys(run: Run, study_file: Callable[..., Path]) -> None:
+    from hpsearch.config.definition import load_definition
+    from hpsearch.search.study import open_study
+    from hpsearch.storage.rdb import open_storage
+
+    file = study_file()
+    definition = load_definition(file)
+    open_study(definition, open_storage(definition.study.storage))
+    file.write_text(file.read_text().replace("depth = 2", "depth = 3"))
+    code, _, err = run("run", "small.toml")
+    assert code == 2
+    assert "fixed.depth (2 -> 3)" in err
+
+
+def test_the_unexpected_is_one_message_too(
+    run: Run, study_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study_file()
+
+    def surprise(*_: object, **__: object) -> None:
+        raise KeyError("surprise")
+
+    monkeypatch.setattr("hpsearch.config.definition.load_definition", surprise)
+    code, out, err = run("status", "small.toml")
+    assert (code, out) == (1, "")
+    assert err.startswith("error: unexpected KeyError: 'surprise'")
+    assert "Traceback" not in err
+
+
+def test_check_prints_the_resolved_study_which_checks_again(
+    run: Run, study_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    study_file("[[try]]\nwidth = 9")
+    code, out, err = run("check", "small.toml")
+    assert (code, err) == (0, "")
+    (tmp_path / "again.toml").write_text(out)
+    assert run("check", "again.toml")[1] == out
+    document = json.loads(run("check", "small.toml", "--json")[1])
+    assert document["try"] == [{"width": 9}]
+    assert document["recovery"] == {"heartbeat": 10, "grace": 60, "retries": 2, "checkpoint": 5.0, "keep": 3}
+    assert json.loads(run("check", "--schema")[1])["title"] == "StudyDefinition"
+
+
+def test_no_output_shows_the_password_of_the_storage(
+    run: Run, study_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study_file()
+    url = "postgresql://me:secret@127.0.0.1:9/db?sslpassword=secret"
+    monkeypatch.setattr("hpsearch.workers.processes.run_pool", lambda *_, **__: "the study has its trials")
+    monkeypatch.setattr("hpsearch.cli.app.print_status", lambda *_, **__: None)
+    for arguments in (["run", "small.toml", "--storage", url], ["status", "small.toml", "--storage", url]):
+        assert "secret" not in "".join(map(str, run(*arguments)))
+    monkeypatch.setenv("HPSEARCH_STORAGE", url)
+    for arguments in (["check", "small.toml"], ["check", "small.toml", "--json"]):
+        assert "secret" not in "".join(map(str, run(*arguments)))
+
+
+@pytest.mark.parametrize("verb", [*VERBS, "trials --json", "status --watch"])
+def test_no_traceback_and_no_log_shows_the_password_of_the_storage(
+    run: Run,
+    study_file: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+    verb: str,
+) -> None:
+    study_file()
+    monkeypatch.setenv("HPSEARCH_STORAGE", "postgresql://me:s3cr3t@127.0.0.1:9/db?sslpassword=s3cr3t")
+    more = {
+        "show": ["0"],
+        "extend": ["--trials", "2"],
+        "enqueue": ["--set", "width=9"],
+        "replay": ["--trial", "0"],
+        "backup": ["copy.db"],
+        "predict": ["x.png"],
+        "copy": ["--to", "postgresql://me:s3cr3t@127.0.0.1:9/other?sslpassword=s3cr3t"],
+    }
+    words = [*verb.split(), "small.toml", *more.get(verb, []), "--debug"]
+    monkeypatch.setattr(sys, "argv", ["hpsearch", *words])
+    with caplog.at_level("DEBUG"), pytest.raises(BaseException) as caught:
+        __main__.main()
+    shown = "".join(traceback.format_exception(caught.value)) + caplog.text + "".join(capfd.readouterr())
+    assert "s3cr3t" not in shown
+    if verb not in ("check", "evaluate", "predict", "doctor", "backup", "launch"):
+        assert "cannot be reached" in shown
+
+
+def test_a_password_on_the_command_line_is_frowned_upon_once(run: Run, study_file: Callable[..., Path]) -> None:
+    study_file()
+    err = run("status", "small.toml", "--storage", "postgresql://me:secret@127.0.0.1:9/db")[2]
+    assert err.count("HPSEARCH_STORAGE, PGPASSWORD and ~/.pgpass") == 1
+    assert "PGPASSWORD" not in run("status", "small.toml", "--storage", "postgresql://me@127.0.0.1:9/db")[2]
+
+
+def test_a_run_can_open_its_dashboard_in_a_browser(
+    run: Run, study_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study_file()
+    opened: list[str] = []
+    monkeypatch.setattr("hpsearch.workers.processes.run_pool", lambda *_, **__: "the study has its trials")
+    monkeypatch.setattr("webbrowser.open", lambda url: opened.append(Path(urlsplit(url).path).read_text()))
+    code, _, err = run("run", "small.toml", "--open")
+    assert code == 0
+    address = err.splitlines()[0]
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+/dashboard/studies/1\?token=\S{22}", address)
+    [page] = opened
+    assert f"url={address}" in page
+
+
+def test_every_mistake_of_a_study_file_is_on_a_line_of_its_own(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "bad.toml").write_text("[budget]\ntrials = 0\nepoch = 3\n[search]\nwidht = { int = [9, 8] }")
+    code, _, err = run("check", "bad.toml")
+    assert code == 2
+    assert len([line for line in err.splitlines() if "bad.toml: " in line]) == 4
+
+
+def test_a_traceback_is_shown_only_with_debug(study_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    study_file()
+    monkeypatch.setattr(sys, "argv", ["hpsearch", "status", "missing.toml", "--debug"])
+    from hpsearch.errors import DefinitionError
+
+    with pytest.raises(DefinitionError):
+        __main__.main()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full, the disk that is always full")
+def test_talk_into_a_file_on_a_full_disk_ends_nothing_but_a_closed_pipe_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", os.fdopen(os.open("/dev/full", os.O_WRONLY), "w", closefd=False))
+    say("trial 3 complete 0.9")
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(sys, "stderr", os.fdopen(writer, "w", closefd=False))
+    with pytest.raises(BrokenPipeError):
+        say("trial 3 complete 0.9")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_with_an_example(run: Run, verb: str) -> None:
+    code, out, _ = run(verb, "--help")
+    assert code == 0
+    assert f"Example:  hpsearch {verb} " in " ".join(out.split("\n")).replace("   ", "  ")
+
+
+def test_help_lists_the_verbs_and_version_tells_it(run: Run) -> None:
+    code, out, _ = run("--help")
+    assert code == 0
+    assert all(verb in out for verb in VERBS)
+    assert run("--version")[1].startswith("hpsearch 0.")
+    code, _, err = run()
+    assert code == 2
+    assert "Commands:" in err
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("hpsearch sta", ["status"]),
+        ("hpsearch status sm", ["small", "small.toml"]),
+        ("hpsearch status ot", ["other/else.toml"]),
+        ("hpsearch trials small --state p", ["pruned"]),
+        ("hpsearch trials small --col", ["--columns"]),
+    ],
+)
+def test_bash_completes_verbs_options_and_names_of_studies(
+    study_file: Callable[..., Path], tmp_path: Path, typed: str, offered: list[str]
+) -> None:
+    study_file()
+    for place in ("studies/small.toml", "other/else.toml", "pyproject.toml"):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        (tmp_path / place).touch()
+    script = (
+        'eval "$(_HPSEARCH_COMPLETE=source_bash hpsearch)"\n'
+        f"COMP_WORDS=({typed}); COMP_CWORD={len(typed.split()) - 1}; _hpsearch_completion hpsearch\n"
+        'printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = os.environ | {"PATH": path}
+    process = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    assert process.stdout.split() == offered
+
+
+def test_verbs_that_train_nothing_do_not_wait_for_torch(study_file: Callable[..., Path]) -> None:
+    file = study_file()
+    definition = load_definition(file)
+    open_study(definition, open_storage(definition.study.storage))
+    for arguments in (["--help"], *([verb, str(file)] for verb in ("check", "status", "trials", "stop"))):
+        program = (
+            "import sys; from hpsearch import __main__\n"
+            f"sys.argv = ['hpsearch', *{arguments!r}]\n"
+            "try: __main__.main()\n"
+            "finally: assert not {'torch', 'torchvision', 'sklearn', 'matplotlib'} & set(sys.modules)"
+        )
+        subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize(
+    ("event", "line"),
+    [
+        (TrialEvent("w", 17, "complete", 9, 0.98612), "trial 17 complete 0.9861"),
+        (TrialEvent("w", 18, "pruned", 3, 0.912), "trial 18 pruned 0.9120 epoch 3"),
+        (TrialEvent("w", 19, "failed", message="exception: a\nb"), "trial 19 failed exception: a b"),
+        (TrialEvent("w", 20, "pruned", 0, None, "the loss is nan"), "trial 20 pruned - epoch 0 the loss is nan"),
+    ],
+)
+def test_a_finished_trial_is_one_line(event: TrialEvent, line: str) -> None:
+    assert trial_line(event) == line
+
+
+def test_a_pipe_gets_tables_that_are_not_cut_off(capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"number": 1, "state": "failed", "value": None, "epoch": 0, "params": {}, "seconds": None, "note": "x" * 300}
+    show(render_trials([row]))
+    assert "x" * 300 in capsys.readouterr().out
+
+
+def test_a_worker_creates_the_study_where_it_is_asked_to(run: Run, study_file: Callable[..., Path]) -> None:
+    study_file(budget="trials = 2\nepochs = 1")
+    code, _, err = run("worker", "small.toml", "--create")
+    assert code == 0, err
+    assert err.count(" complete 0.") == 2
+    study_file(budget="trials = 1\nepochs = 1")
+    code, _, err = run("worker", "small.toml", "--create")
+    assert "the study has its 2 trials" in err, "the budget of a study that is there stays"

@@ -1,0 +1,238 @@
+"""The study file: all mistakes at once, defaults resolved, identity fingerprinted."""
+
+import copy
+import pickle
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpsearch.config.definition import N_TRAINING_IMAGES, StudyDefinition, evolve, load_definition, parse_definition
+from hpsearch.data.dataset import CLASS_NAMES
+from hpsearch.errors import DefinitionError, UsageError
+
+from ..conftest import make_definition
+
+STUDIES = Path(__file__).parents[2] / "studies"
+
+MISTAKES = [
+    ("[stuudy]\nname = 'x'", "stuudy: unknown key; did you mean 'study'?"),
+    ("[study]\nsede = 3", "study.sede: unknown key; did you mean 'seed'? valid: name, storage, artifacts, seed"),
+    ("[study]\nseed = -1", "study.seed: must be greater than or equal to 0, but got -1"),
+    ("[study]\nname = 'a/b'", "study.name: must match"),
+    ("[budget]\ntrials = '60'", "budget.trials: must be a valid integer, but got '60'"),
+    ("[budget]\nepochs = 0", "budget.epochs: must be greater than or equal to 1, but got 0"),
+    ("[budget]\ntarget = 2.0", "budget.target: must be less than or equal to 1, but got 2.0"),
+    ("[data]\nname = 'minst'", "data.name: 'minst' is not valid; did you mean 'mnist'?"),
+    ("[data]\nname = 'digits'\nvalidation = 1437", "data: train + validation <= 1437 must hold for digits"),
+    ("[network]\nkind = 'rnn'", "network.kind: 'rnn' is not valid"),
+    ("[search]\nwidht = { int = [8, 9] }", "search.widht: unknown hyperparameter; did you mean 'width'?"),
+    ("[search]\nlr = { float = [0.1, 0.0001] }", "search.lr: low 0.1 > high 0.0001"),
+    ("[search]\nlr = { float = [0.0, 0.1], log = true }", "search.lr: a log range needs low > 0, but got low 0.0"),
+    ("[search]\ndropout = { float = [0.0, 0.5], log = true }", "search.dropout: a log range needs low > 0"),
+    ("[search]\ndropout = { float = [0.0, 1.5] }", "search.dropout: must be less than 1, but got 1.5"),
+    ("[search]\nwidth = { int = [1.5, 2] }", "search.width.int.0: must be a valid integer, but got 1.5"),
+    ("[search]\nwidth = { int = [8] }", "search.width.int: "),
+    ("[search]\nwidth = { int = [8, 33], step = 8 }", "search.width: step 8 does not divide the range from 8 to 33"),
+    ("[search]\nbatch_size = { int = [1, 64] }", "search.batch_size: must be greater than or equal to 2, but got 1"),
+    ("search = 'x'", "search: must be a table, but got 'x'"),
+    ("[search]", "search: must have at least 1 entries, but got {}"),
+    (
+        "[search]\nmomentum = { float = [0.0, 0.9], when = { optimizer = ['sgd'] } }\n"
+        "optimizer = { choice = ['sgd', 'adam'] }\n[[try]]\noptimizer = 'adam'\nmomentum = 0.5",
+        "try.0.momentum: is not used where optimizer is 'adam'",
+    ),
+    (
+        "[search]\nbatch_size = { choice = [32, 64] }\n[[try]]\nbatch_size = 32.0",
+        "try.0.batch_size: must be a valid integer, but got 32.0",
+    ),
+    ("study = 'postgresql://me:secret@host/db'", "study: must be a table, but got 'str'"),
+    ("[search]\nwidth = { choice = [8, inf] }", "search.width.choice.1: must be a finite number, string or boolean"),
+    ("[search]\nwidth = 3", "search.width: must be one of { int = [low, high] }"),
+    ("[search]\nwidth = { int = [8, 9], logg = true }", "search.width.logg: unknown key; did you mean 'log'?"),
+    ("[search]\noptimizer = { choice = ['adma'] }", "search.optimizer: 'adma' is not valid; did you mean 'adam'?"),
+    ("[search]\noptimizer = { choice = ['muon'] }", "search.optimizer: 'muon' is planned, but not built yet"),
+    ("[search]\noptimizer = { choice = [] }", "search.optimizer.choice: "),
+    ("[search]\noptimizer = { choice = ['sgd', 'sgd'] }", "search.optimizer: choices must differ"),
+    (
+        "[search]\nmomentum = { float = [0.0, 0.9], when = { optimizer = ['sgd'] } }",
+        "search.momentum.when.optimizer: is neither searched nor fixed",
+    ),
+    (
+        "[search]\nlr = { float = [0.1, 0.2], when = { depth = [9] } }\ndepth = { int = [2, 4] }",
+        "search.lr.when.depth: depth is never 9",
+    ),
+    (
+        "[search]\nlr = { float = [1, 2], when = { depth = [2] } }\ndepth = { int = [2, 4], when = { lr = [1] } }",
+        "search.depth.when: depends on itself",
+    ),
+    ("[search]\nlr = { float = [0.1, 0.2] }\n[fixed]\nlr = 0.1", "fixed.lr: is searched as well"),
+    ("[fixed]\nschedule = 'step'", "fixed.schedule: 'step' is not valid; valid: constant, cosine, onecycle"),
+    ("[fixed]\nbatch_norm = 1", "fixed.batch_norm: must be a valid boolean, but got 1"),
+    ("[[try]]\nwidth = 9000", "try.0.width: 9000 is outside of what [search] gives: [8, 32]"),
+    ("[[try]]\nnope = 1", "try.0.nope: is not searched; "),
+    ("[sampler]\nkind = 'tpee'", "sampler.kind: 'tpee' is not valid; did you mean 'tpe'?"),
+    ("[pruner]\nkind = 'nome'", "pruner.kind: 'nome' is not valid; did you mean 'none'?"),
+    ("[recovery]\nheartbeat = 60", "recovery: heartbeat < grace must hold"),
+    ("[retrain]\nepochs = 0", "retrain.epochs: must be greater than or equal to 1, but got 0"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), MISTAKES)
+def test_each_mistake_is_named_with_its_path_and_value(text: str, message: str) -> None:
+    raw: dict[str, Any] = {"search": {"width": {"int": [8, 32]}}} | tomllib.loads(text)
+    with pytest.raises(DefinitionError) as caught:
+        parse_definition(raw)
+    assert any(problem.startswith(message) for problem in caught.value.problems), caught.value.problems
+
+
+def test_all_mistakes_are_reported_at_once() -> None:
+    tables: dict[str, Any] = {}
+    for text, _ in MISTAKES[:8]:
+        for name, table in tomllib.loads(text).items():
+            tables.setdefault(name, {}).update(table)
+    tables["search"] = {"widht": {"int": [8, 9]}, "lr": {"float": [0.1, 0.0001]}, "dropout": {"float": [0.0, 1.5]}}
+    tables["fixed"] = {"schedule": "step"}
+    with pytest.raises(DefinitionError) as caught:
+        parse_definition(tables)
+    assert len(caught.value.problems) == 12
+
+
+def test_the_study_file_of_the_design_is_accepted_whole() -> None:
+    text = (Path(__file__).parent / "design.toml").read_text()
+    definition = parse_definition(tomllib.loads(text))
+    assert definition.space.is_conditional
+    assert definition.budget.target == 0.992
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.toml")), ids=lambda path: path.stem)
+def test_the_study_files_of_the_project_are_valid(path: Path) -> None:
+    assert load_definition(path).study.name == path.stem
+
+
+def test_the_resolved_study_reads_back_as_the_same_study() -> None:
+    definition = load_definition(STUDIES / "mnist-mlp.toml")
+    again = parse_definition(tomllib.loads(definition.to_toml()))
+    assert again == definition
+    assert again.fingerprint == definition.fingerprint
+
+
+@pytest.mark.parametrize(
+    "url", ["postgresql://me:secret@host:5433/db?sslmode=require&sslpassword=secret", "sqlite:////anywhere/study.db"]
+)
+def test_neither_the_repr_nor_the_pickle_of_a_definition_has_a_password(url: str) -> None:
+    definition = make_definition(url)
+    assert "secret" not in f"{definition!r} {definition} {definition.study!r}"
+    pickled = pickle.dumps(definition)
+    assert b"secret" not in pickled
+    there = pickle.loads(pickled)
+    assert there.fingerprint == definition.fingerprint
+    assert there.study.storage == url.replace(":secret", "").replace("&sslpassword=secret", "")
+    assert copy.deepcopy(definition).study.storage == url
+
+
+def test_the_resolved_study_hides_the_password() -> None:
+    definition = make_definition("postgresql://me:secret@host/db")
+    assert "secret" not in definition.to_toml()
+
+
+def test_relative_paths_in_the_file_are_relative_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "deep" / "mine.toml"
+    file.parent.mkdir()
+    file.write_text("[search]\nwidth = { int = [8, 32] }")
+    assert load_definition(file).study.storage == f"sqlite:///{file.parent}/mine.db"
+    assert load_definition(file).study.artifacts == f"{file.parent}/artifacts"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HPSEARCH_STORAGE", "sqlite:///other.db")
+    assert load_definition(file).study.storage == f"sqlite:///{tmp_path}/other.db"
+    assert load_definition(file, storage="sqlite:///third.db").study.storage == f"sqlite:///{tmp_path}/third.db"
+    assert load_definition(file, artifacts="mine").study.artifacts == f"{tmp_path}/mine"
+    monkeypatch.setenv("HPSEARCH_ARTIFACTS", "s3://bucket/prefix")
+    assert load_definition(file).study.artifacts == "s3://bucket/prefix"
+
+
+@pytest.mark.parametrize("url", ["sftp://me:secret@host/folder", "s3://AKIA:sec/secret@bucket/x"])
+def test_a_password_in_the_url_of_artifacts_is_refused_and_not_repeated(tmp_path: Path, url: str) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text("[search]\nwidth = { int = [8, 32] }")
+    with pytest.raises(DefinitionError, match=r"study\.artifacts: .*must not have a password") as caught:
+        load_definition(file, artifacts=url)
+    assert "secret" not in str(caught.value)
+    assert load_definition(file, artifacts="sftp://me@host/folder").study.artifacts == "sftp://me@host/folder"
+
+
+def test_a_bare_name_finds_a_file_in_studies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "studies").mkdir()
+    (tmp_path / "studies" / "tiny.toml").write_text("[search]\nwidth = { int = [8, 32] }")
+    monkeypatch.chdir(tmp_path)
+    assert load_definition("tiny").study.name == "tiny"
+    with pytest.raises(DefinitionError, match=r"no such study file; did you mean 'tiny'\?"):
+        load_definition("tinny")
+
+
+def test_a_file_that_is_no_toml_is_named_with_the_line(tmp_path: Path) -> None:
+    file = tmp_path / "broken.toml"
+    file.write_text("[search]\nwidth = = 3")
+    with pytest.raises(DefinitionError, match=r"broken\.toml: not valid TOML: .*line 2"):
+        load_definition(file)
+
+
+def test_a_storage_that_is_no_url_is_refused_without_repeating_it(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text("[search]\nwidth = { int = [8, 32] }\n[study]\nstorage = 'me:secret@host'")
+    with pytest.raises(UsageError, match="must be a URL") as caught:
+        load_definition(file)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_file_name_that_makes_no_study_name_is_said_to_be_the_cause(tmp_path: Path) -> None:
+    file = tmp_path / "my study.toml"
+    file.write_text("\ufeff[search]\nwidth = { int = [8, 32] }", encoding="utf-8")  # as Windows' Notepad writes it
+    with pytest.raises(
+        DefinitionError, match=r"study\.name: must match .* but got 'my study' \(from the file's name\)"
+    ):
+        load_definition(file)
+
+
+def test_the_validation_split_is_a_sixth_by_default() -> None:
+    assert parse_definition({"search": {"width": {"int": [8, 9]}}}).data.validation == 10_000
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [("budget", {"trials": 9, "failures": 1}), ("recovery", {"retries": 7}), ("retrain", {"epochs": 9})],
+)
+def test_budget_recovery_and_retrain_leave_the_fingerprint_alone(section: str, values: dict[str, Any]) -> None:
+    assert make_definition(None, **{section: values}).fingerprint == make_definition().fingerprint
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [
+        ("budget", {"epochs": 3}),
+        ("data", {"split_seed": 1}),
+        ("fixed", {"depth": 3}),
+        ("search", {"width": {"int": [8, 33]}}),
+        ("sampler", {"kind": "random"}),
+        ("study", {"seed": 1}),
+    ],
+)
+def test_what_makes_trials_incomparable_changes_the_fingerprint(section: str, values: dict[str, Any]) -> None:
+    assert make_definition(None, **{section: values}).fingerprint != make_definition().fingerprint
+
+
+def test_evolve_checks_what_it_replaces() -> None:
+    assert evolve(make_definition(), "budget", trials=7).budget.trials == 7
+    with pytest.raises(UsageError, match="trials: must be greater"):
+        evolve(make_definition(), "budget", trials=0)
+
+
+def test_the_schema_describes_every_section() -> None:
+    properties = StudyDefinition.model_json_schema()["properties"]
+    assert {"study", "budget", "data", "network", "search", "fixed", "try"} < set(properties)
+    assert "label_smoothing" in properties["fixed"]["properties"]
+
+
+def test_every_data_set_has_a_size_and_class_names() -> None:
+    assert N_TRAINING_IMAGES.keys() == CLASS_NAMES.keys()

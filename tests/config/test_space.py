@@ -1,0 +1,80 @@
+"""The search table becomes distributions, and a trial becomes hyperparameters."""
+
+from typing import Any
+
+import optuna
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from optuna.trial import FixedTrial
+
+from hpsearch.config.space import Hyperparameters, suggest
+
+from ..conftest import make_definition
+
+
+def space_of(search: dict[str, Any], **fixed: Any) -> Any:
+    return make_definition(search=search, fixed=fixed).space
+
+
+def test_a_trial_draws_what_is_searched_and_keeps_what_is_fixed() -> None:
+    space = space_of({"width": {"int": [8, 32]}, "optimizer": {"choice": ["adam", "sgd"]}}, schedule="cosine")
+    drawn = suggest(FixedTrial({"width": 9, "optimizer": "sgd"}), space)
+    assert (drawn.width, drawn.optimizer, drawn.schedule) == (9, "sgd", "cosine")
+    assert drawn.label_smoothing == Hyperparameters().label_smoothing
+
+
+def test_a_conditional_hyperparameter_is_drawn_only_where_its_condition_holds() -> None:
+    space = space_of(
+        {
+            "momentum": {"float": [0.1, 0.9], "when": {"optimizer": ["sgd"]}},
+            "optimizer": {"choice": ["adam", "sgd"]},
+        }
+    )
+    assert list(space.dimensions) == ["optimizer", "momentum"]
+    assert suggest(FixedTrial({"optimizer": "sgd", "momentum": 0.5}), space).momentum == 0.5
+    assert suggest(FixedTrial({"optimizer": "adam"}), space).momentum == 0.0
+
+
+def test_a_condition_may_name_a_fixed_value() -> None:
+    space = space_of({"momentum": {"float": [0.1, 0.9], "when": {"optimizer": ["sgd"]}}}, optimizer="sgd")
+    assert suggest(FixedTrial({"momentum": 0.5}), space).momentum == 0.5
+
+
+def test_a_stored_trial_gives_the_hyperparameters_that_it_was_run_with() -> None:
+    space = space_of({"width": {"int": [8, 32]}, "lr": {"float": [1e-3, 1e-1], "log": True}})
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
+    trial = study.ask()
+    drawn = suggest(trial, space)
+    study.tell(trial, 0.5)
+    assert suggest(study.trials[0], space) == drawn
+
+
+@given(
+    seed=st.integers(0, 1000),
+    low=st.floats(1e-6, 0.1),
+    ratio=st.floats(1.0, 1e3),
+    log=st.booleans(),
+)
+def test_every_drawn_value_can_be_queued_again(seed: int, low: float, ratio: float, log: bool) -> None:
+    space = space_of({"lr": {"float": [low, low * ratio], "log": log}})
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+    assert space.dimensions["lr"].has(suggest(study.ask(), space).lr)
+
+
+@pytest.mark.parametrize(
+    ("table", "inside", "outside"),
+    [
+        ({"int": [2, 8], "step": 3}, [2, 5, 8], [3, 1, 9, 5.0, True, "5"]),
+        ({"float": [0.1, 0.5]}, [0.1, 0.3], [0.0, 0.6, "0.3", None]),
+        ({"choice": [1, 2]}, [1, 2], [3, True, "1"]),
+    ],
+)
+def test_a_dimension_knows_its_values(table: dict[str, Any], inside: list[Any], outside: list[Any]) -> None:
+    from pydantic import TypeAdapter
+
+    from hpsearch.config.space import AnyDimension
+
+    dimension: Any = TypeAdapter(AnyDimension).validate_python(table)
+    assert all(dimension.has(value) for value in inside)
+    assert not any(dimension.has(value) for value in outside)

@@ -1,0 +1,233 @@
+"""Data as resident tensors: read whole or refused, split without leaks, loaded batch by batch, augmented."""
+
+import gzip
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torch.nn import functional
+from torch.utils.data import DataLoader
+
+from hpsearch.data.dataset import ImageData, Split, augment, data_folder, load_data, load_test, normalise
+from hpsearch.errors import DataError
+
+
+def write_archives(raw: Path, monkeypatch: pytest.MonkeyPatch, class_name: str = "MNIST") -> None:
+    """Archives in MNIST's format with random images, and their checksums where torchvision looks them up."""
+    raw.mkdir(parents=True)
+    resources = []
+    generator = np.random.default_rng(0)
+    for prefix, n in (("train", 60_000), ("t10k", 10_000)):
+        images = generator.integers(0, 256, (n, 28, 28), dtype=np.uint8)
+        labels = (np.arange(n) % 10).astype(np.uint8)
+        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+            magic = 0x800 + array.ndim
+            header = b"".join(int(number).to_bytes(4, "big") for number in (magic, *array.shape))
+            file = raw / f"{prefix}-{kind}-ubyte.gz"
+            file.write_bytes(gzip.compress(header + array.tobytes(), compresslevel=0))
+            resources.append((file.name, hashlib.md5(file.read_bytes()).hexdigest()))
+    monkeypatch.setattr(getattr(torchvision.datasets, class_name), "resources", resources)
+
+
+def test_digits_come_as_mnist_shaped_images(digits: ImageData) -> None:
+    assert digits.train.images.shape == (300, 1, 28, 28)
+    assert digits.validation.images.shape == (200, 1, 28, 28)
+    assert digits.image_shape == (1, 28, 28)
+    assert digits.train.images.dtype == torch.float32
+    images, labels = load_test("digits")
+    assert images.dtype == torch.uint8
+    assert len(images) == len(labels) == 360
+    assert images.max() == 255
+
+
+def test_pixels_are_normalised_by_the_training_split_alone(digits: ImageData) -> None:
+    assert digits.train.images.mean().item() == pytest.approx(0, abs=1e-4)
+    assert digits.train.images.std().item() == pytest.approx(1, abs=1e-4)
+    assert digits.validation.images.mean().item() != pytest.approx(0, abs=1e-4)
+
+
+def test_normalise_follows_the_formula() -> None:
+    images = torch.tensor([[[[0, 51, 255]]]], dtype=torch.uint8)
+    assert torch.allclose(normalise(images, 0.2, 0.4).flatten(), torch.tensor([-0.5, 0.0, 2.0]), atol=1e-6)
+
+
+def test_the_splits_are_disjoint_stratified_and_seeded() -> None:
+    one, same, other = (load_data("digits", validation=400, split_seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(one.validation.images, same.validation.images)
+    assert not torch.equal(one.validation.labels, other.validation.labels)
+    assert len(one.train) + len(one.validation) == 1437
+    training = {image.numpy().tobytes() for image in one.train.images}
+    assert not any(image.numpy().tobytes() in training for image in one.validation.images)
+    shares = [torch.bincount(split.labels) / len(split) for split in (one.train, one.validation)]
+    assert torch.allclose(shares[0], shares[1], atol=0.005)
+
+
+def test_a_split_without_every_class_is_refused() -> None:
+    with pytest.raises(DataError, match=r"data\.validation = 3 with every class in both"):
+        load_data("digits", validation=3)
+
+
+def test_a_loader_is_a_dataloader_that_yields_each_image_once(digits: ImageData) -> None:
+    loader = digits.train.loader(64, shuffle=True, generator=torch.Generator().manual_seed(0))
+    assert isinstance(loader, DataLoader)
+    batches = list(loader)
+    assert len(batches) == len(loader) == 5
+    images = torch.cat([images for images, _ in batches])
+    assert not torch.equal(images, digits.train.images)
+    assert torch.equal(images.sum(0), images.sum(0))
+    order = sorted(image.numpy().tobytes() for image in images)
+    assert order == sorted(image.numpy().tobytes() for image in digits.train.images)
+
+
+def test_a_loader_shuffles_anew_each_epoch_and_alike_for_the_same_seed(digits: ImageData) -> None:
+    def epochs(seed: int) -> list[torch.Tensor]:
+        loader = digits.train.loader(300, shuffle=True, generator=torch.Generator().manual_seed(seed))
+        return [labels for _ in range(2) for _, labels in loader]
+
+    first, second = epochs(0)
+    assert not torch.equal(first, second)
+    assert all(torch.equal(a, b) for a, b in zip(epochs(0), [first, second], strict=True))
+    assert not torch.equal(epochs(1)[0], first)
+
+
+def test_an_unshuffled_loader_keeps_the_order_and_every_image(digits: ImageData) -> None:
+    labels = torch.cat([labels for _, labels in digits.validation.loader(199)])
+    assert torch.equal(labels, digits.validation.labels)
+
+
+def test_the_test_set_gets_a_loader_like_the_other_two(digits: ImageData) -> None:
+    raw, labels = load_test("digits")
+    batches = list(digits.split_of(raw, labels).loader(100))
+    assert [len(images) for images, _ in batches] == [100, 100, 100, 60]
+    assert torch.equal(torch.cat([labels for _, labels in batches]), labels)
+    expected = (raw.float() / 255 - digits.mean) / digits.std
+    assert torch.allclose(torch.cat([images for images, _ in batches]), expected, atol=1e-6)
+
+
+def test_a_last_batch_of_one_image_is_left_out_of_training() -> None:
+    split = Split(torch.zeros(9, 1, 2, 2), torch.zeros(9, dtype=torch.long))
+    assert [len(labels) for _, labels in split.loader(4, shuffle=True)] == [4, 4]
+    assert [len(labels) for _, labels in split.loader(4)] == [4, 4, 1]
+
+
+def test_augmentation_moves_each_image_differently_and_keeps_the_shape() -> None:
+    torch.manual_seed(0)
+    image = torch.zeros(1, 1, 28, 28)
+    image[..., 8:20, 12:16] = 1
+    augmented = augment(image.repeat(8, 1, 1, 1), 1.0)
+    assert augmented.shape == (8, 1, 28, 28)
+    assert len({one.numpy().tobytes() for one in augmented}) == 8
+    assert augmented.sum((1, 2, 3)) == pytest.approx(image.sum().item(), rel=0.5)
+
+
+def test_augmentation_of_strength_zero_changes_nothing() -> None:
+    images = torch.rand(4, 1, 28, 28)
+    assert torch.allclose(augment(images, 0.0), images, atol=1e-5)
+
+
+def test_augmentation_is_the_affine_map_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, drawn = torch.rand(3, 1, 20, 28), torch.rand(4, 3)
+    monkeypatch.setattr(torch, "rand", lambda *size, device: drawn)
+    angle, scale, x, y = (drawn * 2 - 1) * 0.7
+    angle, scale = angle * torch.pi / 9, 1 + 0.2 * scale
+    cosine, sine = angle.cos() / scale, angle.sin() / scale
+    matrices = torch.stack([cosine, -sine, x * 2 / 7, sine, cosine, y * 2 / 7], dim=1).view(3, 2, 3)
+    grid = functional.affine_grid(matrices, [3, 1, 20, 28], align_corners=False)
+    expected = functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    torch.testing.assert_close(augment(images, 0.7), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_augmentation_shifts_by_at_most_a_seventh(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = torch.zeros(1, 1, 28, 28)
+    image[0, 0, 14, 14] = 1
+    monkeypatch.setattr(torch, "rand", lambda *size, device: torch.tensor([[0.5], [0.5], [1.0], [0.5]]))
+    row, column = divmod(int(augment(image, 1.0).argmax()), 28)
+    assert (row, column) == (14, 10)
+
+
+def test_torchvision_archives_are_unpacked_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_archives(tmp_path / "MNIST" / "raw", monkeypatch)
+    monkeypatch.setenv("HPSEARCH_DATA", str(tmp_path))
+    data = load_data("mnist", validation=10_000)
+    assert (len(data.train), len(data.validation)) == (50_000, 10_000)
+    assert len(load_test("mnist")[1]) == 10_000
+
+
+def test_an_unpacked_file_that_differs_from_its_archive_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = tmp_path / "MNIST" / "raw"
+    write_archives(raw, monkeypatch)
+    load_test("mnist", tmp_path)
+    file = raw / "t10k-images-idx3-ubyte"
+    content = bytearray(file.read_bytes())
+    content[5000] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(DataError, match="t10k-images-idx3-ubyte is damaged: it differs from its archive"):
+        load_test("mnist", tmp_path)
+    (raw / f"{file.name}.gz").unlink()
+    file.write_bytes(content[:7000])
+    with pytest.raises(DataError, match="can neither be read"):
+        load_test("mnist", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "kmnist"])
+def test_data_that_cannot_be_had_say_where_they_were_sought_and_what_to_do(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nothing listens there
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    with pytest.raises(DataError) as caught:
+        load_data(name, tmp_path, validation=10_000)
+    message = str(caught.value)
+    assert str(tmp_path) in message
+    assert "HPSEARCH_DATA" in message
+    assert "digits" in message
+
+
+@pytest.mark.parametrize("content", [b"", b"\0\0\x08", b"<html>not found</html>", b"\0\0\x08\x03" + b"\0" * 9])
+def test_an_unpacked_file_of_something_else_is_refused(tmp_path: Path, content: bytes) -> None:
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"):
+        (raw / name).write_bytes(content)
+    with pytest.raises(DataError, match="can neither be read from"):
+        load_data("mnist", tmp_path, validation=10)
+
+
+def test_a_damaged_archive_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    raw = tmp_path / "MNIST" / "raw"
+    write_archives(raw, monkeypatch)
+    with (raw / "train-images-idx3-ubyte.gz").open("r+b") as stream:
+        stream.seek(1000)
+        stream.write(b"damage")
+    with pytest.raises(DataError, match="MNIST"):
+        load_data("mnist", tmp_path, validation=10_000)
+
+
+def test_the_data_folder_is_the_argument_else_the_variable_else_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HPSEARCH_DATA", "/there")
+    assert data_folder("/here") == Path("/here")
+    assert data_folder() == Path("/there")
+    monkeypatch.delenv("HPSEARCH_DATA")
+    assert data_folder().name == "hpsearch"
+
+
+@pytest.mark.skipif(
+    not (Path(os.environ.get("HPSEARCH_DATA", "/nowhere")) / "MNIST" / "raw").is_dir(), reason="no MNIST at hand"
+)
+def test_the_real_mnist_is_read_from_its_archives(tmp_path: Path) -> None:
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for archive in (Path(os.environ["HPSEARCH_DATA"]) / "MNIST" / "raw").glob("*.gz"):
+        shutil.copy(archive, raw)
+    data = load_data("mnist", tmp_path, validation=10_000)
+    assert data.mean == pytest.approx(0.1307, abs=0.001)
+    assert data.std == pytest.approx(0.3081, abs=0.001)

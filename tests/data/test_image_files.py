@@ -1,0 +1,280 @@
+"""Image files of any kind become what MNIST's networks were trained on."""
+
+import os
+import resource
+import struct
+import zlib
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from hpsearch.data.image_files import FORMATS, read_image
+from hpsearch.errors import ImageError
+
+SHAPE = (1, 28, 28)
+
+
+def draw_one(size: tuple[int, int], ink: int, paper: int, offset: int = 0) -> Image.Image:
+    """A vertical stroke, two fifths of the height long."""
+    image = Image.new("L", size, paper)
+    width, height = size
+    left, top = width // 4 + offset, height // 3
+    ImageDraw.Draw(image).rectangle([left, top, left + width // 12, top + height * 2 // 5], fill=ink)
+    return image
+
+
+def test_an_image_of_the_right_size_and_ground_is_read_as_it_is(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (28, 28), dtype=np.uint8)
+    pixels[[0, -1]] = 0
+    pixels[:, [0, -1]] = 0
+    Image.fromarray(pixels).save(tmp_path / "raw.png")
+    assert np.array_equal(read_image(tmp_path / "raw.png", SHAPE)[0], pixels)
+
+
+def test_dark_on_light_and_light_on_dark_give_the_same(tmp_path: Path) -> None:
+    draw_one((200, 150), 0, 255).save(tmp_path / "dark.png")
+    draw_one((200, 150), 255, 0).save(tmp_path / "light.png")
+    dark, light = (read_image(tmp_path / f"{name}.png", SHAPE) for name in ("dark", "light"))
+    assert np.array_equal(dark, light)
+    assert dark.dtype == np.uint8
+    assert dark.shape == SHAPE
+
+
+def test_size_place_and_contrast_of_the_ink_do_not_matter(tmp_path: Path) -> None:
+    draw_one((280, 280), 0, 255).save(tmp_path / "a.png")
+    draw_one((560, 560), 90, 220, offset=150).save(tmp_path / "b.png")
+    a, b = (read_image(tmp_path / f"{name}.png", SHAPE).astype(int) for name in "ab")
+    assert np.abs(a - b).mean() < 2  # only pixels at the edge of the stroke differ
+
+
+def test_the_digit_fills_a_box_of_20_pixels_around_its_centre_of_mass(tmp_path: Path) -> None:
+    draw_one((300, 300), 0, 255).save(tmp_path / "a.png")
+    pixels = read_image(tmp_path / "a.png", SHAPE)[0]
+    rows = np.flatnonzero(pixels.any(axis=1))
+    assert rows[-1] - rows[0] + 1 == 20
+    y, x = (np.indices(pixels.shape) * pixels).sum(axis=(1, 2)) / pixels.sum()
+    assert (y, x) == (pytest.approx(13.5, abs=0.6), pytest.approx(13.5, abs=0.6))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "CMYK", "P", "1", "I;16"])
+def test_grey_and_colour_are_read_alike(mode: str, tmp_path: Path) -> None:
+    grey = draw_one((120, 120), 0, 255)
+    file = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
+    if mode == "CMYK":
+        grey.convert(mode).save(file, quality=100, subsampling=0)
+        difference = read_image(file, SHAPE).astype(int)
+        grey.save(tmp_path / "grey.png")
+        assert np.abs(difference - read_image(tmp_path / "grey.png", SHAPE)).max() < 16
+        return
+    if mode == "I;16":
+        Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(file)
+    else:
+        grey.convert(mode).save(file)
+    grey.save(tmp_path / "grey.png")
+    assert np.array_equal(read_image(file, SHAPE), read_image(tmp_path / "grey.png", SHAPE))
+
+
+def test_jpeg_files_are_read_despite_their_grain(tmp_path: Path) -> None:
+    draw_one((120, 120), 0, 255).save(tmp_path / "a.jpg", quality=60)
+    draw_one((120, 120), 0, 255).save(tmp_path / "a.png")
+    a, b = (read_image(tmp_path / f"a.{kind}", SHAPE).astype(int) for kind in ("jpg", "png"))
+    assert np.abs(a - b).mean() < 8
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg"])
+def test_noise_does_not_stretch_the_box_of_the_ink(tmp_path: Path, kind: str) -> None:
+    clean = np.asarray(draw_one((200, 220), 20, 230), dtype=float)
+    noisy = clean + np.random.default_rng(0).normal(0, 12, clean.shape)
+    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(tmp_path / f"noisy.{kind}", quality=70)
+    Image.fromarray(clean.astype(np.uint8)).save(tmp_path / "clean.png")
+    a, b = (read_image(tmp_path / name, SHAPE).astype(int) for name in (f"noisy.{kind}", "clean.png"))
+    assert np.abs(a - b).mean() < 12
+
+
+def test_what_is_no_digit_fills_the_picture(tmp_path: Path) -> None:
+    draw_one((300, 300), 0, 255).save(tmp_path / "a.png")
+    pixels = read_image(tmp_path / "a.png", SHAPE, is_digit=False)[0]
+    rows, columns = np.flatnonzero(pixels.any(axis=1)), np.flatnonzero(pixels.any(axis=0))
+    assert (rows[0], rows[-1]) == (0, 27)
+    assert abs(columns[0] - (27 - columns[-1])) <= 1
+
+
+@pytest.mark.parametrize("kind", ["bmp", "gif", "tif", "webp"])
+def test_the_common_kinds_of_files_are_read_alike(tmp_path: Path, kind: str) -> None:
+    draw_one((120, 120), 0, 255).save(tmp_path / f"a.{kind}", lossless=True)  # which webp alone heeds
+    draw_one((120, 120), 0, 255).save(tmp_path / "a.png")
+    assert np.array_equal(read_image(tmp_path / f"a.{kind}", SHAPE), read_image(tmp_path / "a.png", SHAPE))
+
+
+@pytest.mark.parametrize("kind", ["PPM", "ICO", "PCX", "EPS"])
+def test_rarer_kinds_of_files_are_not_opened(tmp_path: Path, kind: str) -> None:
+    draw_one((60, 60), 0, 255).save(tmp_path / "a.png", kind)
+    with pytest.raises(ImageError, match="not an image"):
+        read_image(tmp_path / "a.png", SHAPE)
+
+
+def light_from(side: str) -> np.ndarray:
+    """Light on a picture of 300x300, from 1 down to a third at the other side, or with a shadow over half of it."""
+    fall = np.linspace(1, 1 / 3, 300)
+    light: dict[str, np.ndarray] = {
+        "left": np.tile(fall, (300, 1)),
+        "top": np.tile(fall[:, np.newaxis], (1, 300)),
+        "the middle": 1 - np.hypot(*(np.indices((300, 300)) - 149.5)) / 320,
+        "beside a shadow": np.where(np.arange(300) < 170, 1, 0.6) * np.ones((300, 1)),
+        "with a lit corner": np.where([[x + 2 * y > 320 for x in range(300)] for y in range(300)], 0.6, 1.0),
+    }
+    return light[side]
+
+
+@pytest.mark.parametrize("side", ["left", "top", "the middle", "beside a shadow", "with a lit corner"])
+@pytest.mark.parametrize("place", [-40, 0, 40])
+def test_uneven_light_on_the_paper_does_not_matter(tmp_path: Path, side: str, place: int) -> None:
+    page = draw_one((300, 300), 20, 240, offset=60 + place)
+    page.save(tmp_path / "even.png")
+    lit = np.asarray(page) * light_from(side)
+    Image.fromarray(lit.astype(np.uint8)).save(tmp_path / "lit.png")
+    even, uneven = (read_image(tmp_path / f"{name}.png", SHAPE).astype(int) for name in ("even", "lit"))
+    assert np.abs(even - uneven).mean() < 7
+
+
+@pytest.mark.parametrize(("ink", "paper"), [(40, 110), (130, 190), (170, 90), (235, 60)])
+def test_grey_paper_and_faint_ink_are_told_apart(tmp_path: Path, ink: int, paper: int) -> None:
+    draw_one((300, 300), ink, paper).save(tmp_path / "faint.png")
+    draw_one((300, 300), 0, 255).save(tmp_path / "clear.png")
+    faint, clear = (read_image(tmp_path / f"{name}.png", SHAPE).astype(int) for name in ("faint", "clear"))
+    assert np.abs(faint - clear).mean() < 4
+
+
+def test_thin_strokes_become_as_wide_as_those_of_mnist_and_wide_ones_stay(tmp_path: Path) -> None:
+    widths = {}
+    for pen in (3, 6, 60):
+        image = Image.new("L", (400, 400), 255)
+        ImageDraw.Draw(image).line([(200, 100), (200, 300)], fill=0, width=pen)
+        image.save(tmp_path / "a.png")
+        widths[pen] = read_image(tmp_path / "a.png", SHAPE)[0].sum(axis=1).max() / 255
+    assert widths[3] == pytest.approx(1.4, abs=0.6)  # 20 / 14
+    assert widths[6] == pytest.approx(1.4, abs=0.6)
+    assert widths[60] == pytest.approx(6, abs=0.6)
+
+
+def test_a_small_digit_on_a_large_page_fills_the_box(tmp_path: Path) -> None:
+    image = Image.new("L", (1600, 1200), 240)
+    ImageDraw.Draw(image).ellipse([1300, 900, 1340, 960], outline=20, width=6)
+    noisy = np.asarray(image) + np.random.default_rng(0).normal(0, 5, (1200, 1600))
+    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(tmp_path / "a.jpg", quality=85)
+    pixels = read_image(tmp_path / "a.jpg", SHAPE)[0]
+    rows = np.flatnonzero((pixels > 64).any(axis=1))
+    assert 18 <= rows[-1] - rows[0] + 1 <= 20
+    assert pixels[14, 14] < 64, "the hole of the zero is closed"
+
+
+def test_the_rotation_of_a_camera_is_undone(tmp_path: Path) -> None:
+    upright = draw_one((120, 120), 0, 255)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    upright.save(tmp_path / "upright.png")
+    assert np.array_equal(read_image(tmp_path / "turned.png", SHAPE), read_image(tmp_path / "upright.png", SHAPE))
+
+
+@pytest.mark.parametrize("shade", [0, 255])
+def test_what_is_transparent_is_paper_for_black_and_for_white_ink(tmp_path: Path, shade: int) -> None:
+    image = Image.new("RGBA", (100, 100), (shade, shade, shade, 0))
+    ImageDraw.Draw(image).rectangle([45, 20, 55, 80], fill=(shade, shade, shade, 255))
+    image.save(tmp_path / "a.png")
+    pixels = read_image(tmp_path / "a.png", SHAPE)[0]
+    assert pixels[14, 14] > 200
+    assert pixels[0, 0] == 0
+
+
+def test_tiny_and_lopsided_images_are_read(tmp_path: Path) -> None:
+    for size in ((3, 3), (1000, 10), (10, 1000)):
+        image = Image.new("L", size, 255)
+        image.putpixel((size[0] // 2, size[1] // 2), 0)
+        image.save(tmp_path / "a.png")
+        assert read_image(tmp_path / "a.png", SHAPE).max() > 100
+
+
+@pytest.mark.parametrize(("size", "width"), [(2480, 8), (700, 3), (280, 1), (120, 1)])
+def test_thin_strokes_on_large_pages_are_seen(tmp_path: Path, size: int, width: int) -> None:
+    image = Image.new("L", (size, size), 255)
+    corners = [(size * 0.3, size * 0.2), (size * 0.7, size * 0.2), (size * 0.4, size * 0.8)]
+    ImageDraw.Draw(image).line(corners, fill=0, width=width)
+    image.save(tmp_path / "seven.png")
+    pixels = read_image(tmp_path / "seven.png", SHAPE)[0]
+    rows, columns = np.flatnonzero(pixels.any(axis=1)), np.flatnonzero(pixels.any(axis=0))
+    assert rows[-1] - rows[0] >= 17
+    assert columns[-1] - columns[0] >= 10
+
+
+def test_files_that_are_no_image_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "empty.png").touch()
+    Image.new("L", (50, 50), 255).save(tmp_path / "blank.png")
+    draw_one((60, 60), 0, 255).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:90])
+    for name, reason in (
+        ("text.png", "not an image"),
+        ("empty.png", "an empty file"),
+        ("missing.png", "no such file"),
+        ("blank.png", "blank"),
+        ("cut.png", "truncated"),
+        (".", "directory"),
+    ):
+        with pytest.raises(ImageError, match=reason) as caught:
+            read_image(tmp_path / name, SHAPE)
+        assert str(tmp_path / name) in str(caught.value)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ImageError, match="too large"):
+        read_image(tmp_path / "whole.png", SHAPE)
+
+
+def png_of(width: int, height: int, data: bytes) -> bytes:
+    """A PNG file whose header says that size, whatever its compressed data hold."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("side", [10_000, 20_000, 60_000])  # Pillow warns of the first and refuses the others
+def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path: Path, side: int) -> None:
+    (tmp_path / "bomb.png").write_bytes(png_of(side, side, zlib.compress(bytes(10_000_000))))
+    with pytest.raises(ImageError, match=r"bomb\.png: too large an image"):
+        read_image(tmp_path / "bomb.png", SHAPE)
+
+
+def test_data_beyond_the_size_of_the_header_are_not_unpacked(tmp_path: Path) -> None:
+    packer = zlib.compressobj()
+    packed = b"".join(packer.compress(bytes(2**20)) for _ in range(512)) + packer.flush()
+    (tmp_path / "more.png").write_bytes(png_of(50, 50, packed))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ImageError):
+        read_image(tmp_path / "more.png", SHAPE)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
+
+
+@pytest.mark.timeout(20)
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    for file in (tmp_path / "pipe.png", Path("/dev/zero"), Path("/dev/null")):
+        with pytest.raises(ImageError, match=f"{file}: not a regular file"):
+            read_image(file, SHAPE)
+
+
+def test_damaged_files_raise_nothing_but_an_image_error(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for kind in FORMATS:
+        draw_one((60, 40), 0, 255).save(tmp_path / "whole", kind)
+        whole = np.frombuffer((tmp_path / "whole").read_bytes(), dtype=np.uint8)
+        for _ in range(40):
+            damaged = whole.copy()
+            damaged[rng.integers(0, len(whole), 3)] = rng.integers(0, 256, 3)
+            (tmp_path / "damaged").write_bytes(damaged[: rng.integers(len(whole) // 2, len(whole) + 1)].tobytes())
+            with suppress(ImageError):
+                assert read_image(tmp_path / "damaged", SHAPE).shape == SHAPE

@@ -1,0 +1,159 @@
+"""The live table fits its terminal, whatever there is to show; a pipe gets lines."""
+
+import io
+import os
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from hpsearch.monitor.live import LiveView, SceneTable, draw_curve
+from hpsearch.monitor.status import Scene, TrialEvent, Watch, open_watch
+from hpsearch.monitor.text import say_duration
+from hpsearch.search.study import open_study
+from hpsearch.storage.rdb import open_storage
+
+from ..conftest import fill, make_definition
+
+
+@pytest.fixture
+def watch(tmp_path: Path) -> Watch:
+    definition = make_definition(
+        f"sqlite:///{tmp_path / 'study.db'}", budget={"trials": 60, "epochs": 10, "failures": 9}
+    )
+    storage = open_storage(definition.study.storage)
+    fill(storage, open_study(definition, storage), 40)
+    return open_watch(definition)
+
+
+@pytest.fixture
+def scene(watch: Watch) -> Scene:
+    return watch.look()
+
+
+def draw(scene: Scene, width: int, height: int, trouble: str = "", encoding: str = "utf-8") -> list[str]:
+    file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    console = Console(file=file, width=width, height=height, force_terminal=True, color_system=None)
+    console.print(SceneTable(scene, trouble))
+    file.flush()
+    assert isinstance(file.buffer, io.BytesIO)
+    return file.buffer.getvalue().decode(encoding).splitlines()
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (200, 50), (100, 30), (60, 24)])
+def test_the_table_fits_the_terminal_and_shows_all_that_matters(scene: Scene, width: int, height: int) -> None:
+    lines = draw(scene, width, height)
+    assert max(map(len, lines)) <= width
+    assert len(lines) < height
+    text = "\n".join(lines)
+    best = scene.status["best"]
+    for part in (
+        *("small", "31 of 60", "21 complete, 10 pruned, 5 failed, 4 running", " left"),
+        *(f"{best['value']:.4f} in trial {best['number']}", "saved by pruning (", "lr 0."),
+        *("machine-0", "7/10", "40,036", "▁"),
+        "trial 33 failed exception: ValueError: =trial 33",
+    ):
+        assert part in text
+    [pruned] = [line for line in lines if line.lstrip().startswith("35 ")]
+    value, threshold = pruned.split("pruned")[1].split(" < ")
+    assert float(value.split()[-1]) < float(threshold.split(",")[0])
+
+
+def test_a_wide_terminal_has_room_for_hyperparameters_and_a_high_one_for_more_trials(scene: Scene) -> None:
+    narrow, wide = draw(scene, 80, 24), draw(scene, 200, 50)
+    assert any("machine-0" in line and "width " in line for line in wide)
+    assert not any("machine-0" in line and "width " in line for line in narrow)
+    assert sum("complete  " in line for line in wide) > sum("complete  " in line for line in narrow)
+
+
+def test_of_many_workers_as_many_as_fit_are_shown(scene: Scene) -> None:
+    lines = draw(replace(scene, workers=[*scene.workers] * 16), 80, 24)
+    assert len(lines) < 24
+    n_shown = sum(line.startswith("machine-") for line in lines)
+    assert n_shown >= 3
+    assert any(f"and {64 - n_shown} more" in line for line in lines)
+
+
+def test_a_terminal_without_unicode_gets_ascii(scene: Scene) -> None:
+    lines = draw(scene, 80, 24, encoding="ascii")
+    assert any(re.search(r"machine-3 .*\|[_.~=+*#-]{10} ", line) for line in lines)
+
+
+def test_text_of_a_failure_is_one_line_and_cannot_command_the_terminal(scene: Scene) -> None:
+    row = dict(scene.failed[0], note="exception: \x1b[2J\x1b]0;title\x07 [bold]a\nb")
+    lines = draw(replace(scene, failed=[row]), 120, 24)
+    [line] = [line for line in lines if "failed exception" in line]
+    assert line.rstrip() == r"trial 33 failed exception: \x1b[2J\x1b]0;title\x07 [bold]a b"
+
+
+def test_why_there_is_nothing_newer_is_told_below(scene: Scene) -> None:
+    assert draw(scene, 80, 24, "the storage cannot be reached: locked")[-1].startswith("the storage cannot be reached")
+
+
+def test_the_head_says_whether_the_search_goes_on(scene: Scene) -> None:
+    assert "no worker runs" in draw(replace(scene, workers=[]), 80, 24)[0]
+    assert "stopped" in draw(replace(scene, is_stopped=True), 80, 24)[0]
+    for low, high, told in (
+        *((170, 301, "3 to 5 min"), (5, 25, "5 to 25 s")),
+        *((0, 20, "0 to 20 s"), (40, 120, "40 s to 2 min")),
+    ):
+        assert f"searched, {told} left" in draw(replace(scene, seconds_left=(low, high)), 80, 24)[0]
+    assert "searched, 5 min left" in draw(replace(scene, seconds_left=(290, 301)), 80, 24)[0]
+    over = replace(scene, status={**scene.status, "budget": {"trials": 31, "epochs": 10}})
+    assert draw(over, 80, 24)[0].rstrip().endswith("searched")
+
+
+def test_a_curve_has_a_block_for_each_value_or_for_the_last_of_several() -> None:
+    assert draw_curve([], (0, 1)) == ""
+    assert draw_curve([0.5], (0.5, 0.5)) == "▁"
+    assert draw_curve([0, 0.5, 1], (0, 1)) == "▁▅█"
+    long = draw_curve([i / 99 for i in range(100)], (0, 1))
+    assert len(long) == 12
+    assert long[-1] == "█"
+    assert list(long) == sorted(long)
+
+
+def test_durations_are_told_in_the_unit_that_suits_them() -> None:
+    assert [say_duration(s) for s in (0, 89, 91, 5_000, 5_401, 100_000, 172_801)] == [
+        *("0 s", "89 s", "2 min", "83 min", "1.5 h", "27.8 h", "2.0 d"),
+    ]
+
+
+def test_a_pipe_gets_a_line_for_each_trial_that_ended_and_nothing_else(
+    watch: Watch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with LiveView(watch, Console(stderr=True)) as view:
+        view.start(3, 2)
+        view(TrialEvent("w", 3, "running"))
+        view(TrialEvent("w", 3, "complete", 2, 0.5))
+    assert capsys.readouterr() == ("", "3 of 60 trials are there; 2 workers start\ntrial 3 complete 0.5000\n")
+
+
+def test_a_pipe_that_follows_a_study_gets_the_lines_of_all_its_workers(
+    watch: Watch, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hpsearch.monitor.live._REFRESH", 0.01)
+    storage = open_storage(watch.definition.study.storage)
+    study = open_study(watch.definition, storage)
+    study.set_user_attr("budget", {"trials": 35, "epochs": 10})
+    watch.look()
+    with LiveView(watch, Console(file=io.StringIO()), follows=True) as view:
+        for number in (36, 38, 37, 39):
+            study.tell(number, number / 100)
+        view.wait()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"trial {number} complete 0.{number}00" for number in (36, 38, 37, 39)]
+
+
+def test_a_pipe_that_was_closed_ends_the_watch(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hpsearch.monitor.live._REFRESH", 0.01)
+    watch.look()
+    open_study(watch.definition, open_storage(watch.definition.study.storage)).tell(36, 0.5)
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(sys, "stdout", os.fdopen(writer, "w", closefd=False))
+    with LiveView(watch, Console(file=io.StringIO()), follows=True) as view, pytest.raises(BrokenPipeError):
+        view.wait()

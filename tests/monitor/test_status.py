@@ -1,0 +1,237 @@
+"""What there is to see of a search is right, cheap to read, and in nobody's way."""
+
+import heapq
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+import sqlalchemy
+from optuna.trial import FrozenTrial, TrialState
+
+from hpsearch.config.definition import StudyDefinition
+from hpsearch.monitor.status import Watch, conclude, estimate_seconds_left, open_watch
+from hpsearch.search.study import open_study
+from hpsearch.storage import tables
+from hpsearch.storage.budget import seconds_searched
+from hpsearch.storage.rdb import open_storage
+
+from ..conftest import fill, make_definition
+
+
+@pytest.fixture
+def definition(url: str) -> StudyDefinition:
+    return make_definition(url, budget={"trials": 60, "epochs": 10, "failures": 9})
+
+
+@pytest.fixture
+def study(definition: StudyDefinition) -> optuna.Study:
+    storage = open_storage(definition.study.storage)
+    study = open_study(definition, storage)
+    fill(storage, study, 40)
+    return study
+
+
+@pytest.fixture
+def watch(definition: StudyDefinition, study: optuna.Study) -> Iterator[Watch]:
+    opened = open_watch(definition)
+    yield opened
+    opened.storage.engine.dispose()
+
+
+def test_a_scene_has_the_workers_and_what_became_of_the_last_trials(watch: Watch, study: optuna.Study) -> None:
+    scene = watch.look()
+    assert scene.status["trials"] == {"complete": 21, "pruned": 10, "failed": 5, "running": 4, "waiting": 0}
+    assert scene.n_finished == 31
+    assert not scene.is_over
+    assert [worker["trial"] for worker in scene.workers] == [36, 37, 38, 39]
+    first = scene.workers[0]
+    running = study.trials[36]
+    assert first["worker"] == "machine-0"
+    assert first["epoch"] == running.last_step == len(first["curve"]) == 7
+    assert first["accuracy"] == running.intermediate_values[7] == first["curve"][-1]
+    assert first["images_per_second"] == 40_036
+    assert not first["is_lost"]
+    assert [row["number"] for row in scene.finished[:3]] == [35, 34, 32]
+    assert scene.finished[0]["note"].endswith(", the median of 12 trials, after epoch 9")
+    assert [row["number"] for row in scene.failed] == [33, 26, 19, 12, 5]
+    assert scene.failed[0]["note"] == "exception: ValueError: =trial 33"
+    assert scene.sum_up().startswith("31 of 60 trials are there, the best 0.9")
+    assert scene.n_alive == 4
+    assert scene.say_next("small") == "the workers that run go on with it"
+
+
+def test_what_ended_since_the_last_look_is_news_once_and_in_order(watch: Watch, study: optuna.Study) -> None:
+    assert watch.look().news == []
+    study.tell(36, 0.75)
+    study.tell(38, 0.5, state=TrialState.COMPLETE)
+    news = watch.look().news
+    assert [(event.number, event.state, event.value, event.worker) for event in news] == [
+        (36, "complete", 0.75, "machine-0"),
+        (38, "complete", 0.5, "machine-2"),
+    ]
+    assert watch.look().news == []
+
+
+def test_only_what_is_new_is_read_again(watch: Watch, study: optuna.Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch.look()
+    read: list[int] = []
+    original = tables._read_children
+
+    def spy(connection: Any, trials: Any, ids: list[int]) -> None:
+        read.extend(trials[i].number for i in ids)
+        original(connection, trials, ids)
+
+    monkeypatch.setattr(tables, "_read_children", spy)
+    watch.look()
+    assert set(read) == {36, 37, 38, 39}
+
+
+def test_a_worker_without_a_heartbeat_is_shown_as_lost_and_not_counted_on(
+    watch: Watch, study: optuna.Study, definition: StudyDefinition
+) -> None:
+    storage = open_storage(definition.study.storage)
+    with storage.engine.begin() as connection:
+        old = datetime(2020, 1, 1)
+        connection.execute(sqlalchemy.update(tables.HEARTBEATS).values(heartbeat=old))
+    scene = watch.look()
+    assert all(worker["is_lost"] for worker in scene.workers)
+    assert scene.seconds_left is None
+    assert scene.say_next("small") == "no worker runs; go on with: hpsearch run small"
+
+
+def test_a_trial_that_was_queued_again_is_no_failure_to_look_at(watch: Watch, definition: StudyDefinition) -> None:
+    storage = open_storage(definition.study.storage)
+    for number, kind in ((36, "interrupted"), (37, "killed"), (38, "exception")):
+        assert storage.fail(watch.study.trials[number]._trial_id, kind, "gone", retries=1)
+    scene = watch.look()
+    assert [row["number"] for row in scene.failed[:2]] == [38, 33]
+    assert scene.n_failed == 6
+    assert scene.status["trials"]["failed"] == 8
+
+
+def test_watching_needs_no_lock_that_a_worker_holds(url: str) -> None:
+    definition = make_definition(url)
+    storage = open_storage(definition.study.storage)
+    fill(storage, open_study(definition, storage), 5)
+    watch = open_watch(definition)
+    with storage.engine.begin() as connection:  # on SQLite no other writer could begin now
+        connection.execute(sqlalchemy.update(tables.TRIALS).values(number=tables.TRIALS.c.number))
+        assert watch.look().n_finished == 1
+
+
+def test_a_watch_writes_nothing(tmp_path: Path) -> None:
+    definition = make_definition(f"sqlite:///{tmp_path / 'study.db'}")
+    storage = open_storage(definition.study.storage)
+    fill(storage, open_study(definition, storage), 5)
+    storage.engine.dispose()
+    before = (tmp_path / "study.db").read_bytes()
+    open_watch(definition).look()
+    assert (tmp_path / "study.db").read_bytes() == before
+
+
+def test_the_budget_is_over_by_trials_minutes_target_or_failures(url: str) -> None:
+    usual = {"trials": 99, "epochs": 10, "failures": 6}
+    for limits in ({"trials": 20}, {"minutes": 0.1}, {"target": 0.5}, {"failures": 5}):
+        definition = make_definition(url, budget=usual | limits)
+        storage = open_storage(definition.study.storage)
+        study = open_study(definition, storage)
+        fill(storage, study, 40)
+        assert open_watch(definition).look().is_over, limits
+    open_study(make_definition(definition.study.storage, budget=usual), storage)
+    assert not open_watch(make_definition(definition.study.storage, budget=usual)).look().is_over
+
+
+def test_seconds_searched_leave_pauses_out_and_count_parallel_trials_once() -> None:
+    start = datetime(2026, 1, 1)
+    moments = [start + timedelta(seconds=s) for s in range(100)]
+    spans: list[tuple[datetime, datetime | None]] = [
+        (moments[90], None),
+        (moments[0], moments[10]),
+        (moments[5], moments[20]),
+        (moments[6], moments[8]),
+        (moments[50], moments[60]),
+    ]
+    assert seconds_searched(spans, moments[95]) == 20 + 10 + 5
+
+
+def lasting(seconds: float, start: datetime, *, is_running: bool = False) -> FrozenTrial:
+    trial = optuna.trial.create_trial(value=0.5)
+    trial.state = TrialState.RUNNING if is_running else TrialState.COMPLETE
+    trial.datetime_start = start
+    trial.datetime_complete = None if is_running else start + timedelta(seconds=seconds)
+    return trial
+
+
+@pytest.mark.parametrize("n_workers", [1, 2, 4, 8])
+def test_the_time_left_is_mostly_within_the_range_that_is_told(n_workers: int) -> None:
+    generator = np.random.default_rng(n_workers)
+    n_trials, n_right, n_told, now = 60, 0, 0, datetime(2026, 1, 1)
+    for _ in range(200):
+        # A third of the trials is pruned early; the others last up to twice as long as each other.
+        durations = np.where(generator.random(n_trials) < 0.33, 2.0, generator.uniform(10, 20, n_trials))
+        free, ends = [0.0] * n_workers, np.zeros(n_trials)
+        for i, duration in enumerate(durations):
+            ends[i] = heapq.heappop(free) + duration
+            heapq.heappush(free, ends[i])
+        moment = float(generator.uniform(0.1, 0.9)) * ends.max()
+        spans = list(zip(ends - durations, ends, durations, strict=True))
+        finished = [lasting(d, now + timedelta(seconds=b)) for b, e, d in spans if e <= moment][-40:]
+        running = [lasting(0, now + timedelta(seconds=b), is_running=True) for b, e, _ in spans if b <= moment < e]
+        n_left = sum(e > moment for _, e, _ in spans)
+        told = estimate_seconds_left(finished, running, n_left, now + timedelta(seconds=moment))
+        if told:
+            n_told += 1
+            n_right += told[0] <= ends.max() - moment <= told[1]
+    assert n_told > 120
+    assert n_right / n_told > 0.85
+
+
+def test_nothing_is_told_of_the_time_left_without_workers_or_trials_to_judge_by() -> None:
+    now = datetime(2026, 1, 1)
+    done, running = [lasting(5, now)] * 3, [lasting(0, now, is_running=True)]
+    assert estimate_seconds_left(done, running, 10, now) == pytest.approx((50, 50))
+    assert estimate_seconds_left(done, [], 10, now) is None
+    assert estimate_seconds_left(done[:2], running, 10, now) is None
+    assert estimate_seconds_left(done, running, 0, now) is None
+
+
+def test_the_end_says_what_was_found_how_sure_and_what_to_type(watch: Watch, study: optuna.Study) -> None:
+    study.set_user_attr("budget", {"trials": 31, "epochs": 10})
+    found, sure, following = conclude(watch, "small")
+    best = study.best_trial
+    assert found.startswith(f"found: trial {best.number}, {best.value:.4f} on 200 validation images (95% interval 0.")
+    low = float(found.split("interval ")[1].split(" to ")[0])
+    alike = sum(t.value >= low for t in study.trials if t.state == TrialState.COMPLETE and t.value) - 1
+    assert sure == f"sure:  {alike} of the 20 other complete trials lie in that interval too"
+    assert following == "next:  hpsearch confirm small  |  hpsearch export small"
+
+
+def test_an_end_with_budget_left_says_how_to_go_on(watch: Watch, definition: StudyDefinition) -> None:
+    with open_storage(definition.study.storage).engine.begin() as connection:
+        connection.execute(sqlalchemy.update(tables.HEARTBEATS).values(heartbeat=datetime(2020, 1, 1)))
+    reached, following = conclude(watch, "small")
+    assert reached.startswith("31 of 60 trials are there, the best 0.9")
+    assert following == "next: no worker runs; go on with: hpsearch run small"
+
+
+def test_what_ends_a_search_but_its_trials_is_not_mended_by_more_trials(watch: Watch, study: optuna.Study) -> None:
+    study.set_user_attr("budget", {"trials": 60, "epochs": 10, "target": 0.5})
+    scene = replace(watch.look(), workers=[])
+    assert (
+        scene.say_next("small") == "its minutes, target or failures are reached; raise them in the study file to go on"
+    )
+    study.set_user_attr("budget", {"trials": 31, "epochs": 10})
+    assert "hpsearch extend small" in replace(watch.look(), workers=[]).say_next("small")
+
+
+def test_an_end_without_a_complete_trial_says_so(watch: Watch) -> None:
+    definition = make_definition(watch.definition.study.storage, study={"name": "empty"}, budget={"trials": 1})
+    storage = open_storage(definition.study.storage)
+    empty = open_study(definition, storage)
+    empty.tell(empty.ask(), state=TrialState.PRUNED)
+    assert conclude(open_watch(definition), "empty")[0] == "found: nothing yet, no trial is complete"

@@ -1,0 +1,472 @@
+"""A study that was copied to another database is the same there, whole, and gone on with."""
+
+import math
+import re
+import shutil
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import optuna
+import psycopg
+import pytest
+import sqlalchemy
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.storages import RDBStorage
+from optuna.trial import TrialState, create_trial
+from sqlalchemy.engine import make_url
+
+from hpsearch import __main__
+from hpsearch.config.definition import StudyDefinition, evolve
+from hpsearch.data.dataset import ImageData
+from hpsearch.errors import Interrupted, StorageError, StorageUnavailable, StudyNotFound, UsageError
+from hpsearch.monitor.status import open_watch
+from hpsearch.search import copy
+from hpsearch.search.copy import copy_study
+from hpsearch.search.steering import enqueue_trial, extend_study, stop_study
+from hpsearch.search.study import artifact_folder, load_study, open_study
+from hpsearch.storage.artifacts import Folder
+from hpsearch.storage.checkpoints import Checkpoint, checkpoint_name
+from hpsearch.storage.rdb import Storage, open_storage
+from hpsearch.storage.tables import HEARTBEATS
+from hpsearch.workers.shutdown import Drain
+from hpsearch.workers.worker import Worker
+
+from ..conftest import fill, make_definition
+
+pytestmark = pytest.mark.filterwarnings("ignore:Heartbeat of storage")
+
+DISTRIBUTIONS = {
+    "width": IntDistribution(8, 32),
+    "lr": FloatDistribution(1e-3, 1e-1, log=True),
+    "optimizer": CategoricalDistribution(["adam", "sgd", None, True]),
+}
+NESTED = {"name": "Ünïcode ☃ 'quoted' \x00", "none": None, "deep": [{"a": [1, 2.5, True]}]}
+
+
+@pytest.fixture
+def definition(url: str, tmp_path: Path) -> StudyDefinition:
+    return make_definition(url, study={"artifacts": str(tmp_path / "artifacts")}, pruner={"kind": "none"})
+
+
+@pytest.fixture
+def study(definition: StudyDefinition) -> optuna.Study:
+    return open_study(definition, open_storage(definition.study.storage))
+
+
+def create_database(server: str, name: str) -> str:
+    """The URL of a new database."""
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute(f'CREATE DATABASE "{name}"')  # type: ignore[arg-type,unused-ignore]
+    return make_url(server).set(database=name).render_as_string(hide_password=False)
+
+
+@pytest.fixture
+def target(definition: StudyDefinition, postgres_url: str, tmp_path: Path) -> StudyDefinition:
+    """The study in a new database of the other kind."""
+    url = f"sqlite:///{tmp_path / 'other.db'}"
+    if definition.study.storage.startswith("sqlite"):
+        url = create_database(postgres_url, f"other{abs(hash(tmp_path))}")
+    return evolve(definition, "study", storage=url)
+
+
+def with_artifacts(target: StudyDefinition, place: object) -> StudyDefinition:
+    return evolve(target, "study", artifacts=str(place))
+
+
+def read(definition: StudyDefinition, name: str = "small") -> str:
+    """All of a study but its ids, as Optuna itself reads it."""
+    storage = open_storage(definition.study.storage)
+    study = optuna.load_study(study_name=name, storage=storage)
+    lines = [repr((study.directions, study.user_attrs, storage.get_study_system_attrs(study._study_id)))]
+    for trial in RDBStorage._get_trials(storage, study._study_id, None, set(), -1):
+        parts = {k: v for k, v in vars(trial).items() if k != "_trial_id"}
+        lines.append(repr({k: sorted(v.items()) if isinstance(v, dict) else v for k, v in parts.items()}))
+    storage.engine.dispose()
+    return "\n".join(lines)
+
+
+def count_rows(definition: StudyDefinition) -> dict[str, int]:
+    engine = open_storage(definition.study.storage).engine
+    with engine.connect() as connection:
+        return {
+            name: connection.execute(sqlalchemy.text(f"SELECT count(*) FROM {name}")).scalar_one()
+            for name in sqlalchemy.inspect(connection).get_table_names()
+        }
+
+
+def add_every_kind(study: optuna.Study) -> None:
+    """Trials in every state, with all that can be stored of one."""
+    reports = {1: 0.25, 2: math.inf, 3: -math.inf, 4: math.nan, 70: 0.1 + 0.2}
+    params = {"width": 9, "lr": 0.012345678901234567, "optimizer": None}
+    for state, value in ((TrialState.COMPLETE, 1 / 3), (TrialState.COMPLETE, math.inf), (TrialState.PRUNED, None)):
+        study.add_trial(
+            create_trial(
+                state=state,
+                value=value,
+                params=params,
+                distributions=DISTRIBUTIONS,
+                user_attrs={"worker": "host-0", "nested": NESTED},
+                system_attrs={"completed_rung_0": 0.25, "retry_history": [1]},
+                intermediate_values=reports,
+            )
+        )
+    study.tell(study.ask(), state=TrialState.FAIL)
+    running = study.ask()
+    running.report(math.nan, 1)
+    study.enqueue_trial({"width": 9, "optimizer": True}, user_attrs={"attempts": [3]})
+
+
+def test_a_copy_has_all_that_can_be_read_of_a_study(
+    definition: StudyDefinition, study: optuna.Study, target: StudyDefinition
+) -> None:
+    fill(open_storage(definition.study.storage), study, 40, n_running=0)
+    add_every_kind(study)
+    enqueue_trial(definition, study, ["width=8"])
+    extend_study(study, 5)
+    stop_study(study)
+    study.set_user_attr("confirmation", {"winner": 3, "candidates": [{"number": 3, "values": [0.5, 0.25]}]})
+    study.set_user_attr("nested", NESTED)
+    copied = copy_study(definition, target)
+    assert read(target) == read(definition)
+    assert copied.n_trials == 47
+    assert copied.n_reports == sum(len(trial.intermediate_values) for trial in study.trials)
+    again = load_study(target, open_storage(target.study.storage))
+    assert math.isnan(again.trials[40].intermediate_values[4])
+    assert [list(trial.params) for trial in again.trials] == [list(trial.params) for trial in study.trials]
+    assert again.trials[46].system_attrs["fixed_params"] == {"width": 8}
+
+
+def test_other_studies_are_neither_copied_nor_touched(
+    definition: StudyDefinition, study: optuna.Study, target: StudyDefinition
+) -> None:
+    others = {}
+    for place, name, n_trials in ((definition, "neighbour", 3), (target, "resident", 7)):
+        storage = open_storage(place.study.storage)
+        fill(storage, open_study(evolve(place, "study", name=name), storage), n_trials, n_running=0)
+        others[name] = read(place, name)
+    fill(open_storage(definition.study.storage), study, 20, n_running=0)
+    copy_study(definition, target)
+    assert read(target) == read(definition)
+    for place, name in ((definition, "neighbour"), (target, "resident")):
+        assert read(place, name) == others[name]
+    names = optuna.get_all_study_names(open_storage(target.study.storage))
+    assert sorted(names) == ["resident", "small"]
+
+
+def test_a_repeated_copy_writes_nothing(
+    definition: StudyDefinition, study: optuna.Study, target: StudyDefinition
+) -> None:
+    fill(open_storage(definition.study.storage), study, 20, n_running=0)
+    first = copy_study(definition, target)
+    n_rows = count_rows(target)
+    second = copy_study(definition, target)
+    assert (first.was_there, second.was_there) == (False, True)
+    assert second.digest == first.digest
+    assert count_rows(target) == n_rows
+    back = evolve(definition, "study", storage=definition.study.storage)
+    assert copy_study(target, back).digest == first.digest
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        (lambda study: study.enqueue_trial({"width": 9}), "12 trials here, 13 there"),
+        (lambda study: study.set_user_attr("note", "mine"), 'attribute note: absent here, "mine" there'),
+        (
+            lambda study: study._storage.set_trial_user_attr(study.trials[11]._trial_id, "worker", "me"),
+            'trial 11: attribute worker: "you" here, "me" there',
+        ),
+        (
+            lambda study: study._storage.set_trial_intermediate_value(study.trials[11]._trial_id, 2, math.nan),
+            "trial 11: report 2: 0.5 here, NaN there",
+        ),
+    ],
+    ids=["trials", "study", "attribute", "report"],
+)
+def test_a_study_of_the_name_that_differs_is_left_alone(
+    definition: StudyDefinition,
+    study: optuna.Study,
+    target: StudyDefinition,
+    change: Callable[[optuna.Study], None],
+    difference: str,
+) -> None:
+    fill(open_storage(definition.study.storage), study, 11, n_running=0)
+    trial = study.ask()  # by a worker that is dead
+    trial.set_user_attr("worker", "you")
+    trial.report(0.5, 2)
+    copy_study(definition, target)
+    change(load_study(target, open_storage(target.study.storage)))
+    changed = read(target)
+    with pytest.raises(UsageError, match="another study 'small' is in ") as caught:
+        copy_study(definition, with_artifacts(target, "memory://nothing"))
+    assert f"({difference})" in str(caught.value)
+    assert "delete that one: hpsearch dashboard" in str(caught.value)
+    assert read(target) == changed
+
+
+def test_a_study_whose_workers_are_alive_is_not_copied(
+    definition: StudyDefinition, study: optuna.Study, target: StudyDefinition
+) -> None:
+    fill(open_storage(definition.study.storage), study, 9, n_running=4)
+    with pytest.raises(UsageError, match="4 trials of 'small' run; stop them first: hpsearch stop STUDY"):
+        copy_study(definition, target)
+    with pytest.raises(StudyNotFound):
+        open_storage(target.study.storage, must_exist=True)
+
+
+def test_a_study_that_changes_while_it_is_copied_is_not_written(
+    definition: StudyDefinition, study: optuna.Study, target: StudyDefinition, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    insert = copy._insert
+
+    def add_a_trial(*arguments: Any) -> list[int]:
+        study.enqueue_trial({"width": 9})
+        return insert(*arguments)
+
+    monkeypatch.setattr(copy, "_insert", add_a_trial)
+    with pytest.raises(StorageError, match="has changed while it was copied, so nothing was written"):
+        copy_study(definition, target)
+    assert count_rows(target)["studies"] == count_rows(target)["trials"] == 0
+    monkeypatch.undo()
+    copy_study(definition, target)
+    assert read(target) == read(definition)
+
+
+def test_the_rows_of_a_source_are_those_of_one_moment(postgres_url: str, tmp_path: Path) -> None:
+    url = create_database(postgres_url, f"moment{abs(hash(tmp_path))}")  # in SQLite a reader keeps others from writing
+    study = open_study(make_definition(url), open_storage(url))
+    count = sqlalchemy.text("SELECT count(*) FROM trials")
+    with copy._one_moment(open_storage(url, reads_only=True)) as connection:
+        assert connection.execute(count).scalar() == 0
+        study.enqueue_trial({"width": 9})
+        assert connection.execute(count).scalar() == 0
+
+
+def test_a_copy_that_is_not_equal_is_told(
+    definition: StudyDefinition, study: optuna.Study, target: StudyDefinition, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(open_storage(definition.study.storage), study, 9, n_running=0)
+    read_rows = copy._read_rows
+
+    def lose_a_report(storage: Storage, name: str) -> Any:
+        rows = read_rows(storage, name)
+        table = next(table for table in rows if table.name == "trial_intermediate_values")
+        rows[table].pop()
+        return rows
+
+    monkeypatch.setattr(copy, "_read_rows", lose_a_report)
+    with pytest.raises(
+        StorageError, match=r"differs from its source \(trial 8: report \d+: 0\.\d+ here, absent there\)"
+    ):
+        copy_study(definition, target)
+
+
+def test_the_database_of_the_study_is_no_place_for_its_copy(
+    definition: StudyDefinition, study: optuna.Study, tmp_path: Path
+) -> None:
+    url = make_url(definition.study.storage)
+    if url.get_backend_name() == "sqlite":
+        file = Path(url.database or "")
+        (tmp_path / "link.db").symlink_to(file)
+        spellings = [
+            url,
+            url.set(database=f"{file.parent}/../{file.parent.name}/{file.name}"),
+            url.set(database=f"{tmp_path}/link.db"),
+        ]
+    else:
+        spellings = [url, url.set(password="any"), url.update_query_dict({"host": f"{url.query['host']}/."})]
+    for spelling in spellings:
+        target = evolve(definition, "study", storage=spelling.render_as_string(hide_password=False))
+        with pytest.raises(UsageError, match="is where the study is"):
+            copy_study(definition, target)
+
+
+def test_only_a_whole_study_of_the_definition_is_copied(definition: StudyDefinition, target: StudyDefinition) -> None:
+    storage = open_storage(definition.study.storage)
+    with pytest.raises(StudyNotFound, match="no study 'small'"):
+        copy_study(definition, target)
+    optuna.create_study(study_name="small", storage=storage, direction="maximize")
+    with pytest.raises(StudyNotFound, match="not started completely"):
+        copy_study(definition, target)
+    with pytest.raises(StudyNotFound):
+        open_storage(target.study.storage, must_exist=True)
+
+
+def test_a_database_out_of_reach_is_told_without_its_password(definition: StudyDefinition, study: optuna.Study) -> None:
+    target = evolve(definition, "study", storage="postgresql://me:secret@127.0.0.1:9/db")
+    with pytest.raises(StorageUnavailable, match="cannot be reached") as caught:
+        copy_study(definition, target)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_running_trial_keeps_the_age_of_its_heartbeat(
+    definition: StudyDefinition, study: optuna.Study, target: StudyDefinition
+) -> None:
+    source = open_storage(definition.study.storage)
+    fill(source, study, 9, n_running=1)
+    ages = []
+    with source.engine.begin() as connection:
+        old = copy._read_clock(connection) - timedelta(seconds=1000)
+        connection.execute(sqlalchemy.update(HEARTBEATS).values(heartbeat=old))
+    copy_study(definition, target)
+    storage = open_storage(target.study.storage)
+    with storage.engine.connect() as connection:
+        for beat in connection.execute(sqlalchemy.select(HEARTBEATS)):
+            ages.append((copy._read_clock(connection) - beat.heartbeat).total_seconds())
+    assert len(ages) == 1, "of ended trials there is none"
+    assert 990 < ages[0] < 1800
+    assert open_watch(target).look().n_alive == 0
+    copied = load_study(target, storage)
+    assert len(storage.reap(copied._study_id, retries=2)) == 1
+    assert copied.trials[-1].state == TrialState.WAITING
+
+
+def put(definition: StudyDefinition, study: optuna.Study) -> dict[str, bytes]:
+    """Write files of every kind; gives those that are to be copied."""
+    own = str(study.user_attrs["id"])
+    best = sorted((trial for trial in study.trials if trial.values), key=lambda trial: -trial.values[0])
+    best = [trial for trial in best if trial.state == TrialState.COMPLETE]
+    needed = {
+        f"{own}/{checkpoint_name(best[0].number)}": b"best",
+        f"{own}/files/0b1c": b"\x00" * 1000,
+        "trial-5.txt": b"Traceback",
+    }
+    unneeded = {
+        f"{own}/{checkpoint_name(best[-1].number)}": b"worst",
+        f"{own}/{checkpoint_name(best[0].number)}.tmp": b"torn",
+        f"other/{checkpoint_name(best[0].number)}": b"of another database",
+        "trial-1000.txt": b"of another database",
+    }
+    for name, content in (needed | unneeded).items():
+        artifact_folder(definition).write(name, content)
+    return needed
+
+
+@pytest.mark.parametrize("kind", ["folder", "memory"])
+def test_the_files_that_are_needed_go_with_the_study(
+    definition: StudyDefinition, study: optuna.Study, target: StudyDefinition, tmp_path: Path, kind: str
+) -> None:
+    target = with_artifacts(target, f"memory://{tmp_path.name}/there" if kind == "memory" else tmp_path / "there")
+    fill(open_storage(definition.study.storage), study, 30, n_running=0)
+    needed = put(definition, study)
+    folder = artifact_folder(target)
+    folder.write("trial-5.txt", needed["trial-5.txt"])
+    copied = copy_study(definition, target)
+    assert (copied.n_files_copied, copied.n_files_there) == (2, 1)
+    assert {name: folder.read(name) for name in folder.find()} == needed
+    checkpoint = next(name for name in needed if name.endswith(".ckpt"))
+    folder.write(checkpoint, b"damaged")
+    copied = copy_study(definition, target)
+    assert (copied.n_files_copied, copied.n_files_there) == (1, 2)
+    assert folder.read(checkpoint) == needed[checkpoint]
+
+
+def test_a_study_appears_after_its_files(
+    definition: StudyDefinition,
+    study: optuna.Study,
+    target: StudyDefinition,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    target = with_artifacts(target, tmp_path / "there")
+    fill(open_storage(definition.study.storage), study, 30, n_running=0)
+    put(definition, study)
+    write = Folder.write
+    monkeypatch.setattr(Folder, "write", lambda folder, name, content: write(folder, name, content[:-1]))
+    with pytest.raises(StorageError, match=r"there/small/\w+/files/0b1c is another than what was written"):
+        copy_study(definition, target)
+    assert count_rows(target)["studies"] == 0
+    with pytest.raises(UsageError, match="gives back another content"):
+        copy_study(definition, with_artifacts(target, f"memory://{tmp_path.name}"))
+
+
+def test_a_search_goes_on_in_the_copy_where_it_was(
+    definition: StudyDefinition,
+    study: optuna.Study,
+    target: StudyDefinition,
+    digits: ImageData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    definition, target = (
+        evolve(each, "budget", epochs=4) for each in (definition, with_artifacts(target, tmp_path / "there"))
+    )
+    definition, target = (evolve(each, "study", name="other") for each in (definition, target))
+    study = open_study(definition, open_storage(definition.study.storage))
+    enqueue_trial(definition, study, ["width=9"])
+    enqueue_trial(definition, study, ["width=10"])
+    drain, storage = Drain(), open_storage(definition.study.storage)
+    report = storage.set_trial_intermediate_value
+
+    def stop_in_trial_one(trial_id: int, step: int, value: float) -> None:
+        report(trial_id, step, value)
+        if (storage.get_trial(trial_id).number, step) == (1, 2):
+            drain.set(Interrupted())
+
+    monkeypatch.setattr(storage, "set_trial_intermediate_value", stop_in_trial_one)
+    with pytest.raises(Interrupted):
+        Worker(definition, storage, 0, drain, data=digits, emit=lambda _: None).run()
+    copy_study(definition, target)
+    shutil.rmtree(tmp_path / "artifacts")
+    states: list[Any] = []
+    load = Checkpoint.load
+
+    def note(checkpoint: Checkpoint) -> Any:
+        states.append(load(checkpoint))
+        return states[-1]
+
+    monkeypatch.setattr(Checkpoint, "load", note)
+    opened = open_storage(target.study.storage)
+    copied = open_study(target, opened)
+    Worker(target, opened, opened.join(copied._study_id), Drain(), data=digits, emit=lambda _: None).run()
+    assert [len(state["results"]) for state in states if state] == [2]
+    finished = [trial for trial in copied.trials if trial.state == TrialState.COMPLETE]
+    assert len(finished) == definition.budget.trials
+    assert copied.trials[1].state == TrialState.FAIL
+    assert (copied.trials[2].params["width"], copied.trials[2].user_attrs["attempts"]) == (10, [1])
+    assert list(copied.trials[2].intermediate_values) == [1, 2, 3, 4]
+    assert [trial.number for trial in copied.trials] == list(range(5))
+    assert len(load_study(definition, open_storage(definition.study.storage)).trials) == 3, "the source is as it was"
+
+
+def test_the_command_says_what_to_set_and_no_password(
+    study_file: Callable[..., Path],
+    postgres_url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    from hpsearch.config.definition import load_definition
+
+    definition = load_definition(study_file())
+    study = open_study(definition, open_storage(definition.study.storage))
+    fill(open_storage(definition.study.storage), study, 1200, epochs=2, n_running=0)
+    monkeypatch.chdir(tmp_path)
+    url = make_url(create_database(postgres_url, f"told{abs(hash(tmp_path))}")).set(password="secret")
+    place = url.render_as_string(hide_password=False)
+
+    def call(*arguments: str) -> list[str]:
+        monkeypatch.setattr("sys.argv", ["hpsearch", "copy", "small.toml", "--to", place, *arguments])
+        with pytest.raises(SystemExit) as caught:
+            __main__.main()
+        out, err = capfd.readouterr()
+        assert (caught.value.code or 0, out) == (0, "")
+        assert "secret" not in err
+        frown, *lines = err.splitlines()
+        assert frown.startswith("others can read the password of --to")
+        return lines
+
+    first = call()
+    assert first[0].startswith("small is there now: 1,200 trials with 2,057 reports in postgresql://postgres:***@")
+    assert re.fullmatch(r"equal: .* SHA-256 [0-9a-f]{12}\.\.\.", first[1])
+    assert first[2].startswith(f"files: they stay in {tmp_path}/artifacts; ")
+    assert first[3].startswith("next:  HPSEARCH_STORAGE='postgresql://postgres:***@")
+    assert first[3].endswith("hpsearch run small.toml")
+    assert first[4].endswith(f"sqlite:///{tmp_path}/small.db is as it was")
+    second = call("--artifacts-to", "there")
+    assert second[0].startswith("small was there already: 1,200 trials")
+    assert second[1] == first[1]
+    assert second[2] == f"files: 0 copied to {tmp_path}/there, 0 were there already"
+    assert f" HPSEARCH_ARTIFACTS={tmp_path}/there hpsearch run small.toml" in second[3]

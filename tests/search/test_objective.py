@@ -1,0 +1,77 @@
+"""The objective: a trial becomes a value, in plain Optuna as well, the same for the same seed."""
+
+from typing import Any
+
+import optuna
+import pytest
+import torch
+from optuna.trial import FixedTrial, TrialState
+
+from hpsearch.data.dataset import ImageData
+from hpsearch.search.objective import Objective, trial_seed
+from hpsearch.search.pruning import PruningCallback
+from hpsearch.training.trainer import EpochResult
+
+from ..conftest import make_definition
+
+PARAMS = {"width": 16, "lr": 0.01}
+
+
+def test_the_objective_runs_in_plain_optuna() -> None:
+    study = optuna.create_study(direction="maximize")
+    study.optimize(Objective(make_definition()), n_trials=3)
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 3
+    assert study.best_value > 0.3
+    assert all(list(trial.intermediate_values) == [1, 2] for trial in study.trials)
+    assert study.trials[0].value == study.trials[0].intermediate_values[2]
+
+
+def test_the_value_is_the_same_for_the_same_trial_and_differs_between_trials(digits: ImageData) -> None:
+    objective = Objective(make_definition(), digits)
+    trials: list[Any] = [FixedTrial(PARAMS, number=number) for number in (0, 0, 1)]
+    values = [objective(trial) for trial in trials]
+    assert values[0] == values[1]
+    assert values[0] != values[2]
+
+
+def test_a_retried_trial_has_the_seed_of_the_trial_that_it_repeats() -> None:
+    first, retry = FixedTrial(PARAMS, number=3), FixedTrial(PARAMS, number=9)
+    retry.set_user_attr("attempts", [3])
+    assert trial_seed(7, retry) == trial_seed(7, first)
+    assert trial_seed(7, first) != trial_seed(8, first)
+    assert trial_seed(7, first) != trial_seed(7, first, repetition=1)
+
+
+def test_a_diverging_trial_is_pruned_with_its_last_finite_report(digits: ImageData) -> None:
+    definition = make_definition(search={"lr": {"float": [1e30, 1e38], "log": True}}, fixed={"optimizer": "sgd"})
+    study = optuna.create_study(direction="maximize")
+    study.optimize(Objective(definition, digits), n_trials=2)
+    for trial in study.trials:
+        assert trial.state == TrialState.PRUNED
+        assert trial.user_attrs["diverged"].startswith("the training loss is")
+        assert trial.value is None
+    with pytest.raises(ValueError, match="No trials are completed"):
+        _ = study.best_trial
+
+
+class AlwaysPrune(optuna.pruners.BasePruner):
+    def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
+        return True
+
+
+def test_pruning_reports_first_and_spares_a_trial_after_its_last_epoch() -> None:
+    study = optuna.create_study(direction="maximize", pruner=AlwaysPrune())
+    trial = study.ask()
+    callback = PruningCallback(trial, epochs=2)
+    with pytest.raises(optuna.TrialPruned):
+        callback(EpochResult(1, 0.1, 0.7))
+    callback(EpochResult(2, 0.1, 0.8))
+    assert study.get_trials()[0].intermediate_values == {1: 0.7, 2: 0.8}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+def test_the_objective_runs_on_a_gpu(digits: ImageData, kind: str) -> None:
+    definition = make_definition(network={"kind": kind}, fixed={"augment": 0.3}, budget={"epochs": 5})
+    trial: Any = FixedTrial(PARAMS)
+    assert Objective(definition, digits, device="cuda")(trial) > 0.3

@@ -1,0 +1,174 @@
+"""Studies are created once, resumed, guarded against mixing two searches, and summarized."""
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from hpsearch.errors import NoCompletedTrial, StudyMismatch, StudyNotFound
+from hpsearch.monitor.trials import list_trials
+from hpsearch.search.study import count_test_reading, find_best, load_study, open_study, summarize
+from hpsearch.storage.rdb import Storage, open_storage
+
+from ..conftest import fill as write_many
+from ..conftest import make_definition
+
+
+def fill(storage: Storage) -> optuna.Study:
+    """Trials: complete 0.8, pruned 0.9 after an epoch, complete 0.85, failed, running in epoch 1, waiting."""
+    study = open_study(make_definition(), storage)
+    for value, state in ((0.8, "complete"), (0.9, "pruned"), (0.85, "complete"), (0, "fail"), (0.3, "running")):
+        trial = study.ask()
+        trial.suggest_int("width", 8, 32)
+        trial.set_user_attr("worker", "me-0")
+        if state == "fail":
+            storage.fail(trial._trial_id, "exception", "broken")
+            continue
+        trial.report(value, 1)
+        if state == "complete":
+            trial.report(value, 2)
+            study.tell(trial, value)
+        elif state == "pruned":
+            study.tell(trial, state=TrialState.PRUNED)
+    study.enqueue_trial({"width": 8})
+    return study
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:Heartbeat of storage is supposed")
+
+
+def test_the_trials_to_try_first_are_queued_once(storage: Storage) -> None:
+    definition = make_definition(None, **{"try": [{"width": 9}, {"lr": 0.01}]})
+    for _ in range(2):
+        study = open_study(definition, storage)
+    assert [trial.system_attrs["fixed_params"] for trial in study.trials] == [{"width": 9}, {"lr": 0.01}]
+
+
+def test_a_study_whose_creation_was_killed_is_completed(storage: Storage) -> None:
+    definition = make_definition(None, **{"try": [{"width": 9}, {"width": 10}]})
+    half = optuna.create_study(study_name="small", storage=storage, direction="maximize")
+    half.enqueue_trial({"width": 9})
+    study = open_study(definition, storage)
+    assert [trial.system_attrs["fixed_params"] for trial in study.trials] == [{"width": 9}, {"width": 10}]
+
+
+def test_a_changed_search_is_refused_with_the_differing_keys_and_changes_nothing(storage: Storage) -> None:
+    study = open_study(make_definition(), storage)
+    before = study.user_attrs
+    changed = make_definition(budget={"trials": 99, "epochs": 3}, fixed={"depth": 3}, sampler={"kind": "random"})
+    with pytest.raises(StudyMismatch) as caught:
+        open_study(changed, storage)
+    message = str(caught.value)
+    assert "budget.epochs (2 -> 3)" in message
+    assert "fixed.depth (2 -> 3)" in message
+    assert "sampler.kind (tpe -> random)" in message
+    assert "budget.trials" not in message
+    assert study.user_attrs == before
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [("budget", {"trials": 9}), ("recovery", {"grace": 99}), ("retrain", {"epochs": 9})],
+)
+def test_budget_recovery_and_retrain_may_change(storage: Storage, section: str, values: dict[str, Any]) -> None:
+    open_study(make_definition(), storage)
+    study = open_study(make_definition(None, **{section: values}), storage)
+    assert study.user_attrs["budget"]["trials"] == (9 if section == "budget" else 4)
+
+
+def test_a_study_that_hpsearch_did_not_make_is_left_alone(storage: Storage) -> None:
+    foreign = optuna.create_study(study_name="small", storage=storage, direction="maximize")
+    foreign.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
+    with pytest.raises(StudyMismatch, match="trials that hpsearch did not make"):
+        open_study(make_definition(), storage)
+    assert foreign.user_attrs == {}
+
+
+def test_a_half_created_study_is_not_worked_on(storage: Storage) -> None:
+    optuna.create_study(study_name="small", storage=storage, direction="maximize")
+    with pytest.raises(StudyNotFound, match="was not started completely"):
+        load_study(make_definition(), storage)
+
+
+def test_a_missing_study_is_named(storage: Storage) -> None:
+    with pytest.raises(StudyNotFound, match="no study 'small' in"):
+        load_study(make_definition(), storage)
+
+
+def test_the_best_trial_is_complete_and_the_earliest_of_equals(storage: Storage) -> None:
+    study = fill(storage)
+    assert find_best(study).number == 2
+    assert find_best(study, 0).number == 0
+    with pytest.raises(NoCompletedTrial, match="trial 1 is not complete"):
+        find_best(study, 1)
+
+
+def test_a_study_without_a_complete_trial_says_so(storage: Storage) -> None:
+    with pytest.raises(NoCompletedTrial, match="no trial is complete yet"):
+        find_best(open_study(make_definition(), storage))
+
+
+def test_the_summary_has_the_documents_keys_and_counts(storage: Storage) -> None:
+    study = fill(storage)
+    summary = summarize(make_definition("postgresql://me:secret@host/db"), study)
+    assert list(summary) == ["study", "storage", "budget", "trials", "best", "workers", "epochs"]
+    assert "secret" not in summary["storage"]
+    assert summary["trials"] == {"complete": 2, "pruned": 1, "failed": 1, "running": 1, "waiting": 1}
+    assert summary["best"]["number"] == 2
+    assert summary["workers"] == [{"id": "me-0", "trial": 4, "epoch": 1}]
+    assert summary["epochs"] == {"run": 6, "saved": 1}
+
+
+def test_trials_are_listed_by_number_or_the_best_first(storage: Storage) -> None:
+    study = fill(storage)
+    assert [row["number"] for row in list_trials(study, None, "number", None)] == [0, 1, 2, 3, 4, 5]
+    assert [row["number"] for row in list_trials(study, None, "value", 3)] == [2, 0, 1]
+    [failed] = list_trials(study, "failed", "number", None)
+    assert failed["note"] == "exception: broken"
+    [waiting] = list_trials(study, "waiting", "number", None)
+    assert waiting["params"] == {"width": 8}
+
+
+def test_the_epochs_of_a_resumed_trial_count_once(storage: Storage) -> None:
+    study = open_study(make_definition(), storage)
+    killed = study.ask()
+    killed.report(0.5, 1)
+    storage.fail(killed._trial_id, "interrupted", "Ctrl-C")
+    assert summarize(make_definition("sqlite:///x"), study)["epochs"]["run"] == 1
+    resumed = study.ask()
+    for epoch in (1, 2):
+        resumed.report(0.5, epoch)
+    assert summarize(make_definition("sqlite:///x"), study)["epochs"]["run"] == 2
+
+
+def test_readings_of_the_test_set_that_meet_are_all_counted(storage: Storage, url: str) -> None:
+    def read_five_times(_: int) -> None:
+        own = open_storage(url)
+        mine = load_study(make_definition(), own)
+        for _ in range(5):
+            count_test_reading(mine, find_best(mine))
+        own.engine.dispose()
+
+    study = fill(storage)
+    with ThreadPoolExecutor(4) as pool:
+        [*pool.map(read_five_times, range(4))]
+    assert len(study.user_attrs["test_reads"]) == 20
+
+
+def test_what_the_database_counts_is_what_reading_all_trials_gives(storage: Storage) -> None:
+    definition = make_definition("sqlite:///x", budget={"trials": 100, "epochs": 10, "failures": 99})
+    study = open_study(definition, storage)
+    write_many(storage, study, 60)
+    study.enqueue_trial({"width": 9})
+    stopped = study.get_trials(deepcopy=False)[57]
+    storage.fail(stopped._trial_id, "interrupted", "Ctrl-C")
+    storage.worker = "me-0"
+    for _ in range(2):  # one of them goes on with the interrupted trial
+        study.ask()
+    study.add_trial(optuna.trial.create_trial(value=study.best_value))  # a later equal is not the best
+    counted = summarize(definition, study)
+    assert counted == summarize(definition, study, study.get_trials(deepcopy=False))
+    assert counted["trials"]["failed"] > 5
+    assert len(counted["workers"]) == 5

@@ -1,0 +1,292 @@
+"""Checkpoints are whole or absent, damage is noticed, and a training goes on from them bit for bit."""
+
+import errno
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+import torch
+from optuna.trial import TrialState
+
+from hpsearch.config.space import Hyperparameters
+from hpsearch.data.dataset import ImageData, Split
+from hpsearch.errors import CheckpointError, Drained
+from hpsearch.search.objective import Objective
+from hpsearch.search.study import checkpoint_folder, open_study, sweep_checkpoints
+from hpsearch.storage import checkpoints
+from hpsearch.storage.artifacts import Folder
+from hpsearch.storage.checkpoints import Checkpoint, checkpoint_name, find_checkpoints
+from hpsearch.storage.rdb import open_storage
+from hpsearch.training.networks import Network, build_network
+from hpsearch.training.trainer import EpochResult, seed_everything, train
+
+from ..conftest import make_definition
+
+EPOCHS = 4
+
+
+def stop_after(n_batches: int) -> Callable[[], None]:
+    """A `before_batch` that drains a training after so many batches."""
+    calls: list[int] = []
+
+    def before_batch() -> None:
+        if len(calls) == n_batches:
+            raise Drained
+        calls.append(1)
+
+    return before_batch
+
+
+def retry_of(kept: Checkpoint) -> Checkpoint:
+    return Checkpoint(kept.folder, 9, json.loads(kept.identity), earlier=[0])
+
+
+def train_blobs(
+    blobs: Split, hyperparameters: Hyperparameters, kind: str = "cnn", **options: Any
+) -> tuple[Network, EpochResult]:
+    generator = seed_everything(5)
+    np.random.seed(5)
+    network = build_network(kind, hyperparameters, (1, 28, 28), 2)
+    result = train(network, blobs, hyperparameters, EPOCHS, validation=blobs, generator=generator, **options)
+    return network, result
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "schedule", "n_batches"),
+    [
+        ("adam", "onecycle", 9),
+        ("adamw", "cosine", 7),
+        ("sgd", "onecycle", 14),
+        ("rmsprop", "constant", 1),
+        ("nadam", "cosine", 27),
+    ],
+)
+@pytest.mark.parametrize(("kind", "width"), [("cnn", 2), ("mlp", 256)])  # the larger with the quick matrix products
+def test_a_training_goes_on_bit_for_bit_from_any_batch(
+    blobs: Split, tmp_path: Path, optimizer: str, schedule: str, n_batches: int, kind: str, width: int
+) -> None:
+    options: dict[str, Any] = {
+        "optimizer": optimizer,
+        "schedule": schedule,
+        "momentum": 0.5,
+        "dropout": 0.3,
+        "augment": 0.5,
+    }
+    hyperparameters = Hyperparameters(depth=2, width=width, batch_size=32, batch_norm=True, **options)
+    undisturbed, expected = train_blobs(blobs, hyperparameters, kind)
+
+    kept = Checkpoint(Folder(tmp_path), 0, {}, interval=1000)
+    with pytest.raises(Drained):
+        train_blobs(blobs, hyperparameters, kind, checkpoint=kept, before_batch=stop_after(n_batches))
+    torch.manual_seed(99)
+    results: list[EpochResult] = []
+    resumed = retry_of(kept).load()
+    network, result = train_blobs(blobs, hyperparameters, kind, resumed=resumed, callbacks=[results.append])
+    assert result == expected
+    assert [r.epoch for r in results] == list(range(n_batches // 7 + 1, EPOCHS + 1))
+    for name, tensor in undisturbed.state_dict().items():
+        assert torch.equal(tensor, network.state_dict()[name]), name
+
+
+def test_random_states_of_torch_and_numpy_and_the_order_are_restored(blobs: Split, tmp_path: Path) -> None:
+    def draw(**options: Any) -> tuple[float, float]:
+        train_blobs(blobs, Hyperparameters(width=2, dropout=0.1), **options)
+        return torch.rand(()).item(), float(np.random.rand())
+
+    expected = draw()
+    kept = Checkpoint(Folder(tmp_path), 0, {})
+    with pytest.raises(Drained):
+        train_blobs(blobs, Hyperparameters(width=2, dropout=0.1), checkpoint=kept, before_batch=stop_after(3))
+    np.random.rand(7)
+    assert draw(resumed=retry_of(kept).load()) == expected
+
+
+def test_checkpoints_are_written_at_the_ends_of_epochs_but_not_more_often_than_the_interval(
+    blobs: Split, tmp_path: Path
+) -> None:
+    def count_writes(interval: float) -> int:
+        written: list[object] = []
+        kept = Checkpoint(Folder(tmp_path), 0, {}, interval=interval)
+        kept.write = written.append  # type: ignore[method-assign,assignment]
+        train_blobs(blobs, Hyperparameters(width=2), checkpoint=kept)
+        return len(written)
+
+    assert count_writes(0) == EPOCHS
+    assert count_writes(1000) == 0
+
+
+class Suicide:
+    """Ends the process that unpickles it."""
+
+    def __reduce__(self) -> Any:
+        return os._exit, (3,)
+
+
+def test_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    torch.save({"identity": Suicide()}, buffer)
+    payload = buffer.getvalue()
+    file = tmp_path / "trial-0.ckpt"
+    file.write_bytes(payload + hashlib.sha256(payload).digest())
+    with pytest.raises(CheckpointError, match="is not one of hpsearch"):
+        checkpoints.read(Folder(tmp_path), file.name)
+
+
+@pytest.mark.parametrize("content", [b"", b"short", bytes(1000)])
+def test_a_file_of_something_else_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"x is damaged"):
+        checkpoints.read(Folder(tmp_path), "x")
+
+
+def test_torch_reads_a_checkpoint_as_well(tmp_path: Path) -> None:
+    Checkpoint(Folder(tmp_path), 3, {"seed": 1}).write({"epoch": 2})
+    assert torch.load(tmp_path / "trial-3.ckpt", weights_only=True)["state"] == {"epoch": 2}
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in (0, 4):
+        Checkpoint(Folder(tmp_path), number, {}).write({"number": number})
+    retry = Checkpoint(Folder(tmp_path), 7, {}, earlier=[0, 4])
+    assert retry.load() == {"number": 4}
+    with (tmp_path / checkpoint_name(4)).open("r+b") as stream:
+        stream.seek(100)
+        stream.write(b"\xff\x00")
+    assert retry.load() == {"number": 0}
+    assert "trial-4.ckpt is damaged" in caplog.text
+
+
+def test_earlier_attempts_go_once_there_is_a_newer_checkpoint(tmp_path: Path) -> None:
+    Checkpoint(Folder(tmp_path), 0, {}).write({})
+    Checkpoint(Folder(tmp_path), 4, {}, earlier=[0]).write({})
+    assert find_checkpoints(Folder(tmp_path)) == {"trial-4.ckpt": 4}
+
+
+def test_the_checkpoint_of_another_training_is_not_resumed_from(tmp_path: Path) -> None:
+    Checkpoint(Folder(tmp_path), 0, {"lr": 0.1}).write({})
+    assert Checkpoint(Folder(tmp_path), 1, {"lr": 0.2}, earlier=[0]).load() is None
+    assert Checkpoint(Folder(tmp_path), 1, {"lr": 0.1}, earlier=[0]).load() == {}
+    assert Checkpoint(Folder(tmp_path), 0, {"lr": 0.1}).load() is None, (
+        "what is there before the first attempt is not its own"
+    )
+
+
+def test_a_full_disk_costs_a_warning_and_leaves_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = Checkpoint(Folder(tmp_path), 0, {})
+    kept.write({"epoch": 1})
+
+    def refuse(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", refuse)
+        kept.write({"epoch": 2})
+        kept.write({"epoch": 3})
+    assert retry_of(kept).load() == {"epoch": 1}
+    assert [file.name for file in tmp_path.iterdir()] == [kept.name]
+    assert caplog.text.count("No space left on device") == 1
+
+
+def test_an_interrupted_trial_gets_the_value_that_it_would_have_had(digits: ImageData, tmp_path: Path) -> None:
+    definition = make_definition(
+        budget={"epochs": 4}, recovery={"keep": 0}, fixed={"depth": 2, "batch_size": 64, "dropout": 0.2}
+    )
+    values: list[tuple[float, dict[int, float]]] = []
+    trained: list[int] = []
+    for n_batches in (None, 12):
+        study = optuna.create_study(direction="maximize")
+        study.enqueue_trial({"width": 16, "lr": 0.01})
+        objective = Objective(definition, digits, checkpoints=tmp_path)
+        if n_batches:
+            objective.before_batch = stop_after(n_batches)
+            first = study.ask()
+            with pytest.raises(Drained):
+                objective(first)
+            study.tell(first, state=TrialState.FAIL)
+            study.enqueue_trial({"width": 16, "lr": 0.01}, user_attrs={"attempts": [0]})
+            objective.before_batch = lambda: None
+        trained.clear()
+        objective.callbacks = (lambda result: trained.append(result.epoch),)
+        trial = study.ask()
+        value = objective(trial)
+        values.append((value, study.get_trials()[-1].intermediate_values))
+    assert values[0] == values[1], "the reports from before are there as well"
+    assert trained == [3, 4]
+    assert study.get_trials()[-1].user_attrs["resumed_after"] == 2
+
+
+def test_the_checkpoints_of_the_best_stay_and_those_that_will_be_resumed(digits: ImageData, tmp_path: Path) -> None:
+    definition = make_definition(study={"artifacts": str(tmp_path)}, recovery={"keep": 2, "checkpoint": 1000})
+    study = optuna.create_study(direction="maximize", study_name="small")
+    folder = checkpoint_folder(definition, study)
+    study.optimize(Objective(definition, digits, checkpoints=folder), n_trials=5)
+    running = study.ask()
+    retried = study.ask()
+    study.tell(retried, state=TrialState.FAIL)
+    study.enqueue_trial({}, user_attrs={"attempts": [retried.number]})
+    for number in (running.number, retried.number, 17):
+        Checkpoint(folder, number, {}).write({})
+    folder.write("trial-1.ckpt.tmp", b"")
+    sweep_checkpoints(definition, study)
+    best = sorted(study.trials[:5], key=lambda trial: (-(trial.value or 0), trial.number))[:2]
+    kept = {*(trial.number for trial in best), running.number, retried.number}
+    assert {*find_checkpoints(folder).values()} == kept
+    final = checkpoints.read(folder, checkpoint_name(best[0].number))["state"]
+    assert len(final["results"]) == 2
+    assert final["results"][-1][2] == best[0].value
+
+
+def test_of_equal_trials_the_earlier_ones_keep_their_checkpoints(tmp_path: Path) -> None:
+    definition = make_definition(study={"artifacts": str(tmp_path)}, recovery={"keep": 2})
+    study = optuna.create_study(direction="maximize", study_name="small")
+    trials = [study.ask() for _ in range(4)]
+    for trial in trials:
+        Checkpoint(checkpoint_folder(definition, study), trial.number, {}).write({})
+        study.tell(trial, 0.5)
+    sweep_checkpoints(definition, study)
+    assert [*find_checkpoints(checkpoint_folder(definition, study)).values()] == [0, 1]
+
+
+def test_a_kept_trial_keeps_the_file_that_it_was_resumed_from(tmp_path: Path) -> None:
+    definition = make_definition(study={"artifacts": str(tmp_path)})
+    study = optuna.create_study(direction="maximize", study_name="small")
+    study.tell(study.ask(), state=TrialState.FAIL)
+    study.enqueue_trial({}, user_attrs={"attempts": [0]})
+    Checkpoint(checkpoint_folder(definition, study), 0, {}).write({})  # killed between its last epoch and its result
+    study.tell(study.ask(), 0.5)
+    sweep_checkpoints(definition, study)
+    assert [*find_checkpoints(checkpoint_folder(definition, study)).values()] == [0]
+
+
+def test_studies_of_one_name_in_two_databases_have_checkpoints_of_their_own(tmp_path: Path) -> None:
+    definition = make_definition(study={"artifacts": str(tmp_path)})
+    studies = [open_study(definition, open_storage(f"sqlite:///{tmp_path / name}.db")) for name in "ab"]
+    first, second = (checkpoint_folder(definition, study) for study in studies)
+    assert first != second
+    assert {str(first).rpartition("/")[0], str(second).rpartition("/")[0]} == {f"{tmp_path}/small"}
+
+
+def test_a_checkpoint_that_cannot_be_removed_costs_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    definition = make_definition(study={"artifacts": str(tmp_path)})
+    study = optuna.create_study(direction="maximize", study_name="small")
+    Checkpoint(checkpoint_folder(definition, study), 7, {}).write({})
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    sweep_checkpoints(definition, study)
+    assert f"what is not needed any more in {tmp_path}/small cannot be removed (Permission denied)" in caplog.text

@@ -1,0 +1,104 @@
+"""What is particular about the databases: backups, network file systems, full disks."""
+
+import sqlite3
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import OperationalError
+
+from hpsearch.errors import StorageError, UsageError
+from hpsearch.search.study import load_study, open_study
+from hpsearch.storage.engine import backup, check_place, is_transient, network_file_system, reason
+from hpsearch.storage.rdb import open_storage
+
+from ..conftest import make_definition
+
+
+def test_a_backup_of_a_study_in_use_is_whole_and_can_be_gone_on_with(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    study = open_study(make_definition(url), open_storage(url))
+    is_enough = threading.Event()
+
+    def write() -> None:
+        while not is_enough.is_set():
+            trial = study.ask()
+            trial.report(0.5, 1)
+            study.tell(trial, 0.5)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for i in range(5):
+            n_before = len(study.trials)
+            copy = tmp_path / f"copy-{i}.db"
+            backup(make_url(url), copy)
+            restored = load_study(make_definition(), open_storage(f"sqlite:///{copy}"))
+            assert len(restored.trials) >= n_before
+            assert [trial.number for trial in restored.trials] == list(range(len(restored.trials)))
+    finally:
+        is_enough.set()
+        writer.join()
+    restored.ask()
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_backup_overwrites_nothing_and_needs_a_folder(tmp_path: Path) -> None:
+    url = make_url(f"sqlite:///{tmp_path / 'study.db'}")
+    (tmp_path / "there").write_text("precious")
+    with pytest.raises(UsageError, match="there is there already"):
+        backup(url, tmp_path / "there")
+    assert (tmp_path / "there").read_text() == "precious"
+    with pytest.raises(UsageError, match="no folder"):
+        backup(url, tmp_path / "missing" / "copy.db")
+    with pytest.raises(UsageError, match="pg_dump"):
+        backup(make_url("postgresql://me:secret@host/db"), tmp_path / "copy.db")
+
+
+def test_a_damaged_database_is_not_passed_off_as_a_backup(tmp_path: Path) -> None:
+    file = tmp_path / "study.db"
+    url = f"sqlite:///{file}"
+    study = open_study(make_definition(url), open_storage(url))
+    for _ in range(50):
+        study.tell(study.ask(), 0.5)
+    content = bytearray(file.read_bytes())
+    for page in range(8, len(content) // 4096):
+        content[page * 4096 : page * 4096 + 100] = bytes(100)
+    file.write_bytes(content)
+    with pytest.raises(StorageError, match=r"study\.db"):
+        backup(make_url(url), tmp_path / "copy.db")
+    assert [path.name for path in tmp_path.glob("copy*")] == []
+
+
+def test_a_network_file_system_is_refused_for_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert network_file_system(tmp_path) is None
+    # There is no file server to be had here.
+    mounts = [
+        ("/", "ext4"),
+        (str(tmp_path), "nfs4"),
+        (str(tmp_path / "disk"), "xfs"),
+        (str(tmp_path / "s"), "fuse.sshfs"),
+    ]
+    parts = [SimpleNamespace(mountpoint=place, fstype=kind) for place, kind in mounts]
+    monkeypatch.setattr(psutil, "disk_partitions", lambda all: parts)  # noqa: A006 - psutil's name
+    with pytest.raises(UsageError, match=r"a network file system \(nfs4\), where SQLite's locks fail"):
+        check_place(make_url(f"sqlite:///{tmp_path}/study.db"))
+    assert network_file_system(tmp_path / "s" / "x") == "fuse.sshfs"
+    check_place(make_url(f"sqlite:///{tmp_path}/disk/study.db"))
+    check_place(make_url("postgresql://host/db"))
+
+
+def test_a_full_disk_is_waited_for_and_named_with_its_free_space(tmp_path: Path) -> None:
+    connection = sqlite3.connect(tmp_path / "full.db")
+    connection.execute("CREATE TABLE t (x)")
+    connection.execute("PRAGMA max_page_count = 2")
+    with pytest.raises(sqlite3.OperationalError) as caught:
+        connection.execute("INSERT INTO t VALUES (zeroblob(100000))")
+    error = OperationalError("INSERT", {}, caught.value)
+    assert is_transient(error)
+    text = reason(make_url(f"sqlite:///{tmp_path / 'full.db'}"), error)
+    assert text.startswith("database or disk is full; ")
+    assert text.endswith(f" MB are free in {tmp_path}: make room there")

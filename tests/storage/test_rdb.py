@@ -1,0 +1,502 @@
+"""The storage on SQLite and PostgreSQL: exact budget, first heartbeat, one retry, no password shown."""
+
+import pickle
+import re
+import sqlite3
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import sqlalchemy
+from optuna.storages._rdb import models
+from optuna.trial import TrialState
+from sqlalchemy.exc import OperationalError
+
+from hpsearch.errors import (
+    BudgetInFlight,
+    BudgetSpent,
+    HpsearchError,
+    Stopped,
+    StorageError,
+    StorageUnavailable,
+    StudyNotFound,
+    TooManyFailures,
+    UsageError,
+)
+from hpsearch.search.steering import resume_study, stop_study
+from hpsearch.search.study import open_study
+from hpsearch.storage import engine, tables
+from hpsearch.storage.budget import INDEXES
+from hpsearch.storage.rdb import Storage, open_storage
+
+from ..conftest import make_definition
+
+pytestmark = pytest.mark.filterwarnings("ignore:Heartbeat of storage is supposed")
+
+
+def start_study(storage: Storage, **budget: float) -> optuna.Study:
+    study = open_study(make_definition(budget=budget), storage)
+    storage.worker = "me-0"
+    return study
+
+
+def test_a_trial_starts_signed_and_with_a_heartbeat(storage: Storage) -> None:
+    study = start_study(storage)
+    study.enqueue_trial({"width": 9})
+    for _ in range(2):  # the queued one is claimed, the other created
+        trial = study.ask()
+        assert trial.user_attrs == {"worker": "me-0"}
+    with storage.engine.connect() as connection:
+        beats = connection.execute(sqlalchemy.text("SELECT trial_id FROM trial_heartbeats")).all()
+    assert len(beats) == 2
+
+
+def test_the_budget_counts_complete_and_pruned_trials_and_those_that_run(storage: Storage) -> None:
+    study = start_study(storage, trials=3)
+    first, second, third = study.ask(), study.ask(), study.ask()
+    study.tell(first, 0.5)
+    with pytest.raises(BudgetInFlight):
+        study.ask()
+    storage.fail(second._trial_id, "exception", "broken")
+    fourth = study.ask()
+    study.tell(third, state=TrialState.PRUNED)
+    study.tell(fourth, 0.6)
+    with pytest.raises(BudgetSpent, match="has its 3 trials"):
+        study.ask()
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "FAIL", "PRUNED", "COMPLETE"]
+
+
+def test_a_queued_trial_needs_room_in_the_budget_too(storage: Storage) -> None:
+    study = start_study(storage, trials=1)
+    study.tell(study.ask(), 0.5)
+    study.enqueue_trial({"width": 9})
+    with pytest.raises(BudgetSpent):
+        study.ask()
+    assert study.trials[1].state == TrialState.WAITING
+
+
+def test_many_workers_at_once_start_exactly_the_budget(url: str) -> None:
+    study = open_study(make_definition(budget={"trials": 20}), open_storage(url))
+    for _ in range(10):
+        study.enqueue_trial({})
+    started = []
+
+    def work(i: int) -> None:
+        storage = open_storage(url)
+        storage.worker = f"me-{i}"
+        mine = optuna.load_study(study_name="small", storage=storage)
+        while True:
+            try:
+                trial = mine.ask()
+            except (BudgetSpent, BudgetInFlight):
+                return
+            started.append(trial.number)
+            mine.tell(trial, 0.5)
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(work, range(6)))
+    assert sorted(started) == list(range(20))
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 20
+
+
+def test_the_target_ends_the_search(storage: Storage) -> None:
+    study = start_study(storage, target=0.9)
+    study.tell(study.ask(), 0.89)
+    pruned = study.ask()
+    pruned.report(0.95, 1)
+    study.tell(pruned, state=TrialState.PRUNED)
+    study.tell(study.ask(), 0.9)
+    with pytest.raises(BudgetSpent, match=r"best value 0\.9000 reaches the target"):
+        study.ask()
+
+
+def test_the_minutes_of_searching_end_the_search_and_pauses_do_not_count(storage: Storage) -> None:
+    study = start_study(storage, minutes=3, trials=9)
+    trials = models.TrialModel.__table__
+
+    def run_trial(day: int, hour: int) -> None:
+        trial = study.ask()
+        study.tell(trial, 0.5)
+        times = {"datetime_start": datetime(2026, 1, day, hour), "datetime_complete": datetime(2026, 1, day, hour, 1)}
+        with storage.engine.begin() as connection:
+            connection.execute(trials.update().where(trials.c.trial_id == trial._trial_id).values(times))
+
+    for day, hour in ((1, 10), (1, 10), (1, 12), (2, 10)):  # two of them at the same time
+        run_trial(day, hour)
+    with pytest.raises(BudgetSpent, match=r"searched for 3\.0 minutes"):
+        study.ask()
+
+
+def test_trials_that_have_ended_are_read_once_for_the_minutes_that_they_took(storage: Storage) -> None:
+    study = start_study(storage, minutes=3, trials=99)
+    n_read = list[int]()
+    sqlalchemy.event.listen(
+        storage.engine,
+        "after_cursor_execute",
+        lambda connection, cursor, statement, *_: n_read.extend([cursor.rowcount] * ("heartbeat" in statement)),
+    )
+    running = study.ask()
+    for _ in range(3):
+        study.tell(study.ask(), 0.5)
+    study.tell(running, 0.5)
+    reads = []
+    for _ in range(3):
+        n_read.clear()
+        study.tell(study.ask(), 0.5)
+        reads.append(max(n_read))
+    if storage.engine.name == "postgresql":  # SQLite does not count them
+        assert reads == [4, 1, 1]
+    assert next(iter(storage._searched.values())).until == 6
+
+
+def test_the_queries_of_each_trial_look_at_an_index(storage: Storage) -> None:
+    study = start_study(storage, target=0.9, trials=99)
+    statements: dict[str, Any] = {}
+    sqlalchemy.event.listen(
+        storage.engine,
+        "before_cursor_execute",
+        lambda connection, cursor, statement, parameters, *_: statements.update({statement: parameters}),
+    )
+    trial = study.ask()
+    storage.beat(trial._trial_id)
+    storage.reap(study._study_id, 2)
+    study.tell(trial, 0.5)
+    looked_at = [statement for statement in statements if statement.startswith("SELECT") and "trials" in statement]
+    assert len(looked_at) >= 5
+    explain = "EXPLAIN QUERY PLAN" if storage.engine.name == "sqlite" else "EXPLAIN"
+    with storage.engine.connect() as connection:
+        if storage.engine.name == "postgresql":
+            connection.exec_driver_sql("SET enable_seqscan = off")  # it is quicker for so few rows
+        for statement in looked_at:
+            plan = connection.exec_driver_sql(f"{explain} {statement}", statements[statement]).all()
+            text = "\n".join(str(row[-1]) for row in plan)
+            assert not re.search(r"(?i)^SCAN |Seq Scan", text, re.MULTILINE), f"{statement}\n{text}"
+
+
+def test_a_database_without_the_indexes_can_be_read_and_gets_them_at_the_next_run(url: str) -> None:
+    storage = open_storage(url)
+    study = start_study(storage)
+    with storage.engine.begin() as connection:
+        for index in INDEXES:
+            index.drop(connection)
+    storage.engine.dispose()
+    worker = open_storage(url, must_exist=True)
+    worker.worker = "me-0"
+    optuna.load_study(study_name=study.study_name, storage=worker).ask()
+
+    def names() -> set[str | None]:
+        found = sqlalchemy.inspect(worker.engine)
+        return {index["name"] for table in ("trials", "trial_values") for index in found.get_indexes(table)}
+
+    ours = {index.name for index in INDEXES}
+    assert not names() & ours
+    open_storage(url).engine.dispose()
+    assert ours <= names()
+    worker.engine.dispose()
+
+
+def test_a_trial_whose_worker_died_counts_only_until_its_last_heartbeat(storage: Storage) -> None:
+    study = start_study(storage, minutes=3, trials=9)
+    trial_id = study.ask()._trial_id
+    trials, heartbeats = tables.TRIALS, tables.HEARTBEATS
+    with storage.engine.begin() as connection:
+        now = connection.execute(sqlalchemy.select(sqlalchemy.func.now())).scalar_one().replace(tzinfo=None)
+        long_ago = {"datetime_start": datetime.now(UTC).replace(tzinfo=None) - timedelta(hours=60, minutes=2)}
+        connection.execute(trials.update().where(trials.c.trial_id == trial_id).values(long_ago))
+        connection.execute(heartbeats.update().values(heartbeat=now - timedelta(hours=60)))
+    study.ask()
+    with storage.engine.begin() as connection:
+        connection.execute(heartbeats.update().values(heartbeat=now - timedelta(hours=59)))
+    with pytest.raises(BudgetSpent, match=r"searched for 6\d\.\d minutes"):
+        study.ask()
+
+
+def test_a_study_that_is_stopped_starts_no_trial_and_its_workers_hear_of_it_until_it_is_resumed(
+    storage: Storage,
+) -> None:
+    study = start_study(storage, trials=9)
+    trial = study.ask()
+    stop_study(study)
+    assert not storage.is_stopped
+    assert storage.beat(trial._trial_id)
+    assert storage.is_stopped
+    study.tell(trial, 0.5)
+    with pytest.raises(Stopped):
+        study.ask()
+    resume_study(study)
+    study.ask()
+    assert not storage.is_stopped
+
+
+def test_a_storage_that_only_reads_cannot_be_written_to(url: str) -> None:
+    study = start_study(open_storage(url))
+    reading = open_storage(url, reads_only=True)
+    assert reading.get_study_name_from_id(study._study_id) == study.study_name
+    with pytest.raises(StorageError, match=r"readonly|read-only"):
+        reading.set_study_user_attr(study._study_id, "budget", {})
+    assert study.user_attrs["budget"]
+    reading.engine.dispose()
+
+
+def test_failures_that_are_not_retried_end_the_search(storage: Storage) -> None:
+    study = start_study(storage, failures=2, trials=9)
+    storage.fail(study.ask()._trial_id, "killed", "gone", retries=1)
+    storage.fail(study.ask()._trial_id, "exception", "broken")
+    trial = study.ask()
+    storage.fail(trial._trial_id, "exception", "broken again")
+    with pytest.raises(TooManyFailures, match="2 trials failed, the last one by exception: broken again"):
+        study.ask()
+
+
+def test_a_killed_trial_is_queued_again_with_its_parameters_at_most_retries_times(storage: Storage) -> None:
+    study = start_study(storage, trials=9)
+    first = study.ask()
+    width = first.suggest_int("width", 8, 32)
+    for attempt in range(3):
+        number = study.trials[-1].number
+        trial_id = study.trials[-1]._trial_id
+        assert storage.fail(trial_id, "killed", "gone", retries=2)
+        assert not storage.fail(trial_id, "killed", "gone", retries=2), "a second failure changes nothing"
+        assert study.trials[number].user_attrs["failure"] == {
+            "kind": "killed",
+            "message": "gone",
+            "retried": attempt < 2,
+        }
+        if attempt < 2:
+            retry = study.ask()
+            assert retry.suggest_int("width", 8, 32) == width
+            assert retry.user_attrs["attempts"] == [*range(attempt + 1)]
+    assert len(study.trials) == 3
+    assert study.trials[2].system_attrs["retry_history"] == [0, 1]  # as Optuna's own callback writes it
+
+
+def test_a_claim_whose_acknowledgement_was_lost_is_this_workers(storage: Storage) -> None:
+    study = start_study(storage)
+    study.enqueue_trial({"width": 9})
+    trial_id = study.trials[0]._trial_id
+    assert storage.set_trial_state_values(trial_id, TrialState.RUNNING)
+    assert storage.set_trial_state_values(trial_id, TrialState.RUNNING)
+    storage.worker = "another-1"
+    assert not storage.set_trial_state_values(trial_id, TrialState.RUNNING)
+
+
+def test_an_interruption_uses_up_no_retry(storage: Storage) -> None:
+    study = start_study(storage, trials=9)
+    for _ in range(4):
+        storage.fail(study.ask()._trial_id, "interrupted", "Ctrl-C", retries=0)
+    assert [trial.state.name for trial in study.trials] == ["FAIL"] * 4 + ["WAITING"]
+
+
+def test_stale_trials_are_reaped_and_orphans_a_grace_period_later(storage: Storage) -> None:
+    study = start_study(storage)
+    stale = study.ask()
+    live = study.ask()
+    orphan = storage.create_new_trial(study._study_id)
+    with storage.engine.begin() as connection:
+        connection.execute(sqlalchemy.text("UPDATE trial_heartbeats SET heartbeat = '2026-01-01' WHERE trial_id = 1"))
+        connection.execute(sqlalchemy.text(f"DELETE FROM trial_heartbeats WHERE trial_id = {orphan}"))
+    assert storage.reap(study._study_id, retries=2) == [stale._trial_id]
+    assert storage.reap(study._study_id, retries=2) == []
+    with storage.engine.begin() as connection:
+        connection.execute(
+            sqlalchemy.text(f"UPDATE trial_heartbeats SET heartbeat = '2026-01-01' WHERE trial_id = {orphan}")
+        )
+    assert storage.reap(study._study_id, retries=2) == [orphan]
+    assert storage.get_trial(live._trial_id).state == TrialState.RUNNING
+
+
+def test_no_two_workers_get_the_same_stream(url: str) -> None:
+    storages = [open_storage(url) for _ in range(4)]
+    study = open_study(make_definition(), storages[0])
+    with ThreadPoolExecutor(4) as pool:
+        streams = list(pool.map(lambda storage: [storage.join(study._study_id) for _ in range(5)], storages))
+    assert sorted(number for stream in streams for number in stream) == list(range(20))
+
+
+def test_plain_optuna_works_on_the_storage(storage: Storage) -> None:
+    study = optuna.create_study(storage=storage)
+    study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=3)
+    assert len(study.trials) == 3
+
+
+def test_many_processes_may_create_the_same_database_at_once(url: str) -> None:
+    with ThreadPoolExecutor(6) as pool:
+        studies = list(pool.map(lambda _: open_study(make_definition(), open_storage(url)), range(6)))
+    assert len({study._study_id for study in studies}) == 1
+
+
+def test_sqlite_takes_the_lock_at_the_start_of_every_transaction(tmp_path: Path) -> None:
+    storage = open_storage(f"sqlite:///{tmp_path / 'study.db'}")
+    statements: list[str] = []
+    with storage.engine.connect() as connection:
+        raw = connection.connection.driver_connection
+        assert isinstance(raw, sqlite3.Connection)
+        raw.set_trace_callback(statements.append)
+        connection.rollback()
+        connection.execute(sqlalchemy.text("SELECT 1"))
+        raw.set_trace_callback(None)
+    assert statements[0] == "BEGIN IMMEDIATE"
+    journal = "wal" if sqlite3.sqlite_version_info >= (3, 51, 3) else "truncate"
+    with storage.engine.connect() as connection:
+        assert connection.execute(sqlalchemy.text("PRAGMA journal_mode")).scalar() == journal
+        assert connection.execute(sqlalchemy.text("PRAGMA busy_timeout")).scalar() == 15_000
+
+
+def test_a_storage_that_does_not_answer_is_asked_again_until_patience_ends(
+    url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage = open_storage(url, patience=60)
+    study = open_study(make_definition(), storage)
+    failures = [OperationalError("SELECT", {}, Exception("database is locked"))] * 2
+    original = sqlalchemy.orm.Session.close
+
+    def fail_twice(session: sqlalchemy.orm.Session) -> None:
+        original(session)
+        if failures:
+            raise failures.pop()
+
+    monkeypatch.setattr(sqlalchemy.orm.Session, "close", fail_twice)
+    monkeypatch.setattr(engine, "_next_message", 0.0)  # another test may just have been told
+    assert storage.get_all_trials(study._study_id) == []
+    assert failures == []
+    assert "database is locked" in caplog.text
+
+
+def test_giving_up_ends_the_patience_at_once(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = open_storage(url, patience=600)
+    study = open_study(make_definition(), storage)
+
+    def fail(_: sqlalchemy.orm.Session) -> None:
+        raise OperationalError("SELECT", {}, Exception("database is locked"))
+
+    monkeypatch.setattr(sqlalchemy.orm.Session, "close", fail)
+    threading.Timer(0.3, storage.giving_up.set).start()
+    with pytest.raises(StorageUnavailable, match="database is locked"):
+        storage.get_all_trials(study._study_id)
+
+
+@pytest.mark.parametrize("name", ["get_all_trials", "get_trial", "record_heartbeat", "beat", "join", "fail"])
+def test_every_call_tells_an_outage_as_such(url: str, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    storage = open_storage(url)
+    open_study(make_definition(), storage).ask()
+
+    def fail(_: sqlalchemy.orm.Session) -> None:
+        raise OperationalError("SELECT", {}, Exception("database is locked"))
+
+    monkeypatch.setattr(sqlalchemy.orm.Session, "close", fail)
+    details = ("killed", "gone") if name == "fail" else ()
+    with pytest.raises(StorageUnavailable, match="database is locked"):
+        getattr(storage, name)(1, *details)
+
+
+def test_an_error_that_cannot_pass_is_not_waited_for(url: str) -> None:
+    storage = open_storage(url, patience=600)
+    study = open_study(make_definition(), storage)
+    with storage.engine.begin() as connection:
+        connection.execute(sqlalchemy.text("DROP TABLE trials" + " CASCADE" * (storage.engine.name == "postgresql")))
+    with pytest.raises(StorageError, match=r'no such table: trials|relation "trials" does not exist'):
+        storage.get_all_trials(study._study_id)
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [
+        ("sqlite:///{folder}/no/such/study.db", UsageError, "no folder"),
+        ("sqlite://", UsageError, "cannot be shared by workers"),
+        ("mysql://me:secret@host/db", UsageError, "use SQLite or PostgreSQL"),
+        ("nonsense", UsageError, "must be a URL"),
+        ("postgresql://me:se/cret@host:secret/db", UsageError, "must be a URL"),
+        ("postgresql://me:pa@secret@host/db", UsageError, "write one in a password as %40"),
+        ("postgresql://127.0.0.1:9/db?user=me&password=secret", StorageUnavailable, "cannot be reached"),
+        ("sqlite:///{folder}/text.db", StorageError, "cannot be used: file is not a database"),
+        ("postgresql://me:secret@127.0.0.1:9/db?connect_timeout=2", StorageUnavailable, "cannot be reached"),
+    ],
+)
+def test_a_storage_that_cannot_be_used_is_refused_without_its_password(
+    bad: str, error: type[HpsearchError], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "text.db").write_text("this is no database, but long enough to look like one" * 20)
+    with pytest.raises(error, match=message) as caught:
+        open_storage(bad.format(folder=tmp_path))
+    assert "secret" not in str(caught.value)
+
+
+def test_a_database_that_must_exist_is_not_created(tmp_path: Path) -> None:
+    with pytest.raises(StudyNotFound, match="hpsearch run"):
+        open_storage(f"sqlite:///{tmp_path / 'study.db'}", must_exist=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_looking_at_a_foreign_database_writes_nothing_into_it(tmp_path: Path) -> None:
+    file = tmp_path / "music.db"
+    with sqlite3.connect(file) as connection:
+        connection.execute("CREATE TABLE albums (title TEXT)")
+    before = file.read_bytes()
+    with pytest.raises(StudyNotFound, match="no study in"):
+        open_storage(f"sqlite:///{file}", must_exist=True)
+    assert file.read_bytes() == before
+
+
+def test_a_password_with_braces_and_other_signs_reaches_the_server(postgres_url: str) -> None:
+    import psycopg
+    from sqlalchemy.engine import make_url
+
+    password = "a{b}%c/d@e"
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute("DROP ROLE IF EXISTS braced")
+        connection.execute(f"CREATE ROLE braced LOGIN SUPERUSER PASSWORD '{password}'")  # type: ignore[arg-type,unused-ignore]
+    url = make_url(postgres_url).set(username="braced", password=password)
+    storage = open_storage(url.render_as_string(hide_password=False))
+    assert storage.get_all_studies() is not None
+    assert storage.engine.url.password == password
+    assert password not in repr(storage) + repr(storage.engine)
+
+
+def test_a_storage_is_not_pickled_since_that_would_carry_the_password(url: str) -> None:
+    with pytest.raises(TypeError, match="open it again"):
+        pickle.dumps(open_storage(url))
+
+
+def test_a_database_with_other_tables_of_those_names_is_refused_and_left_alone(url: str) -> None:
+    driver_url = url.replace("postgresql:", "postgresql+psycopg:")
+    engine = sqlalchemy.create_engine(driver_url, poolclass=sqlalchemy.NullPool)
+    with engine.begin() as connection:
+        connection.execute(sqlalchemy.text("CREATE TABLE trials (precious INTEGER)"))
+    with pytest.raises(StorageError, match="a database of something else, with the tables trials; name a new one"):
+        open_storage(url)
+    with engine.connect() as connection:
+        assert sqlalchemy.inspect(connection).get_table_names() == ["trials"]
+
+
+def test_a_creation_that_was_killed_among_its_tables_is_gone_on_with(url: str) -> None:
+    engine = sqlalchemy.create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
+    models.BaseModel.metadata.tables["studies"].create(engine)
+    engine.dispose()
+    assert open_study(make_definition(), open_storage(url)).trials == []
+
+
+def test_opening_is_as_patient_as_it_is_asked_to_be(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "_next_message", 0.0)
+    with pytest.raises(StorageUnavailable, match="cannot be reached"):
+        open_storage("postgresql://me:secret@127.0.0.1:9/db")
+    assert caplog.text == ""
+    with pytest.raises(StorageUnavailable, match="cannot be reached"):
+        open_storage("postgresql://me:secret@127.0.0.1:9/db", patience=1)
+    assert "the storage does not answer" in caplog.text
+    assert "secret" not in caplog.text
+
+
+def test_the_rungs_of_an_attempt_that_is_retried_are_not_counted_twice(storage: Storage) -> None:
+    study = start_study(storage)
+    trial = study.ask()
+    for key in ("completed_rung_0", "another"):
+        storage.set_trial_system_attr(trial._trial_id, key, 0.9)
+    storage.fail(trial._trial_id, "interrupted", "Ctrl-C")
+    assert "completed_rung_0" not in study.trials[0].system_attrs
+    assert "another" in study.trials[0].system_attrs

@@ -1,0 +1,65 @@
+"""Networks: the hidden layers that were asked for, logits in training, softmax probabilities in prediction."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hpsearch.config.space import Hyperparameters
+from hpsearch.training.networks import build_network, describe_layers, from_layers
+
+SHAPE = (1, 28, 28)
+
+
+def count(network: nn.Module, kind: type[nn.Module]) -> int:
+    return sum(isinstance(layer, kind) for layer in network.modules())
+
+
+@pytest.mark.parametrize("depth", [2, 3, 5])
+def test_an_mlp_has_depth_hidden_layers_of_width(depth: int) -> None:
+    network = build_network("mlp", Hyperparameters(depth=depth, width=17), SHAPE, 10)
+    widths = [layer.out_features for layer in network if isinstance(layer, nn.Linear)]
+    assert widths == [17] * depth + [10]
+    assert count(network, nn.BatchNorm1d) == depth
+
+
+@pytest.mark.parametrize("depth", [1, 3, 5])
+def test_a_cnn_has_depth_blocks_from_width_channels(depth: int) -> None:
+    network = build_network("cnn", Hyperparameters(depth=depth, width=6), SHAPE, 10)
+    channels = [layer.out_channels for layer in network if isinstance(layer, nn.Conv2d)]
+    assert channels == [6, 12, 12, 24, 24][:depth]
+    assert count(network, nn.BatchNorm2d) == depth
+
+
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+@pytest.mark.parametrize("options", [{}, {"batch_norm": False}, {"dropout": 0.3}, {"activation": "silu"}])
+def test_predictions_are_softmax_probabilities_of_the_logits(kind: str, options: dict[str, Any]) -> None:
+    network = build_network(kind, Hyperparameters(width=8, **options), SHAPE, 10)
+    images = torch.randn(7, *SHAPE)
+    network.eval()
+    logits = network(images)
+    network.train()
+    probabilities = network.predict_proba(images, batch_size=3)
+    assert probabilities.shape == (7, 10)
+    assert torch.allclose(probabilities, logits.softmax(1), atol=1e-6)
+    assert torch.allclose(probabilities.sum(1), torch.ones(7))
+    assert network.training
+
+
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+def test_a_network_is_rebuilt_from_its_layers_as_json(kind: str) -> None:
+    hyperparameters = Hyperparameters(depth=3, width=8, dropout=0.1)
+    network = build_network(kind, hyperparameters, SHAPE, 10)
+    layers = json.loads(json.dumps(describe_layers(kind, hyperparameters, SHAPE, 10)))
+    twin = from_layers(layers)
+    twin.load_state_dict(network.state_dict())
+    images = torch.randn(3, *SHAPE)
+    assert torch.equal(twin.predict_proba(images), network.predict_proba(images))
+
+
+def test_networks_take_other_image_shapes_and_numbers_of_classes() -> None:
+    for kind in ("mlp", "cnn"):
+        network = build_network(kind, Hyperparameters(width=8), (3, 32, 20), 4)
+        assert network(torch.randn(5, 3, 32, 20)).shape == (5, 4)

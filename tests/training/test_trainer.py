@@ -1,0 +1,161 @@
+"""The training loop learns, is seeded, tells its callbacks, and stops where the loss is not finite."""
+
+import math
+import platform
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+
+from hpsearch.config.space import Hyperparameters
+from hpsearch.data.dataset import Split
+from hpsearch.errors import Diverged
+from hpsearch.training.networks import Network, build_network
+from hpsearch.training.trainer import (
+    EpochResult,
+    build_optimizer,
+    build_schedule,
+    measure_accuracy,
+    seed_everything,
+    train,
+)
+
+
+def small_network(**options: Any) -> tuple[Network, Hyperparameters]:
+    hyperparameters = Hyperparameters(**{"width": 16, "batch_size": 32} | options)
+    return build_network("mlp", hyperparameters, (1, 28, 28), 2), hyperparameters
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", "rmsprop", "nadam"])
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "onecycle"])
+def test_every_optimizer_learns_with_every_schedule(blobs: Split, optimizer: str, schedule: str) -> None:
+    seed_everything(0)
+    network, hyperparameters = small_network(optimizer=optimizer, schedule=schedule, lr=1e-2, momentum=0.5)
+    result = train(network, blobs, hyperparameters, 2, validation=blobs)
+    assert result.accuracy == 1.0
+    assert result.loss < 0.5
+
+
+def test_callbacks_get_each_epochs_result_in_order(blobs: Split) -> None:
+    network, hyperparameters = small_network()
+    results: list[EpochResult] = []
+    last = train(network, blobs, hyperparameters, 3, validation=blobs, callbacks=[results.append])
+    assert [result.epoch for result in results] == [1, 2, 3]
+    assert results[-1] == last
+    assert results[2].loss < results[0].loss
+
+
+def test_before_batch_is_called_for_each_batch_and_may_end_the_training(blobs: Split) -> None:
+    calls = []
+
+    def stop_at_the_tenth() -> None:
+        calls.append(1)
+        if len(calls) == 10:
+            raise RuntimeError("enough")
+
+    network, hyperparameters = small_network()
+    with pytest.raises(RuntimeError, match="enough"):
+        train(network, blobs, hyperparameters, 3, before_batch=stop_at_the_tenth)
+    assert len(calls) == 10
+
+
+def test_the_same_seed_trains_the_same_weights(blobs: Split) -> None:
+    def weights(seed: int) -> torch.Tensor:
+        generator = seed_everything(seed)
+        network, hyperparameters = small_network(dropout=0.2, augment=0.5)
+        train(network, blobs, hyperparameters, 2, generator=generator)
+        return torch.cat([parameter.flatten() for parameter in network.parameters()])
+
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_ends_the_training(blobs: Split, bad: float) -> None:
+    images = blobs.images.clone()
+    images[7] = bad
+    network, hyperparameters = small_network()
+    results: list[EpochResult] = []
+    with pytest.raises(Diverged, match="in epoch 1"):
+        train(network, Split(images, blobs.labels), hyperparameters, 3, callbacks=[results.append])
+    assert results == []
+
+
+def test_accuracy_is_the_share_of_right_answers(blobs: Split) -> None:
+    network, _ = small_network()
+    flipped = Split(blobs.images, 1 - blobs.labels)
+    assert measure_accuracy(network, blobs) + measure_accuracy(network, flipped) == pytest.approx(1.0)
+    right = network.predict_proba(blobs.images).argmax(1)
+    assert measure_accuracy(network, Split(blobs.images, right)) == 1.0
+
+
+def test_label_smoothing_raises_the_lowest_loss(blobs: Split) -> None:
+    losses = []
+    for smoothing in (0.0, 0.2):
+        seed_everything(0)
+        network, hyperparameters = small_network(label_smoothing=smoothing, lr=1e-2)
+        losses.append(train(network, blobs, hyperparameters, 4).loss)
+    assert losses[1] > losses[0] + 0.2
+
+
+def rates(schedule: str, n_steps: int) -> list[float]:
+    network, hyperparameters = small_network(schedule=schedule, lr=0.1)
+    optimizer = build_optimizer(network.parameters(), hyperparameters)
+    scheduler: LRScheduler = build_schedule(optimizer, hyperparameters, n_steps)
+    used = []
+    for _ in range(n_steps):
+        used.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return used
+
+
+def test_schedules_follow_their_shapes() -> None:
+    assert rates("constant", 5) == [0.1] * 5
+    cosine = rates("cosine", 10)
+    assert cosine == pytest.approx([0.05 * (1 + math.cos(math.pi * step / 10)) for step in range(10)])
+    cycle = rates("onecycle", 100)
+    assert max(cycle) == pytest.approx(0.1)
+    assert 20 < cycle.index(max(cycle)) < 40
+    assert cycle[0] < 0.01 > cycle[-1]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "onecycle"])
+@pytest.mark.parametrize("n_steps", [1, 2, 3])
+def test_schedules_survive_the_shortest_trainings(schedule: str, n_steps: int) -> None:
+    assert all(math.isfinite(rate) and rate >= 0 for rate in rates(schedule, n_steps))
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "rmsprop", "nadam"])
+def test_optimizers_get_their_hyperparameters(name: str) -> None:
+    network, hyperparameters = small_network(optimizer=name, lr=0.02, weight_decay=0.3, momentum=0.7)
+    optimizer = build_optimizer(network.parameters(), hyperparameters)
+    group = optimizer.param_groups[0]
+    assert type(optimizer).__name__.lower() == name
+    assert (group["lr"], group["weight_decay"]) == (0.02, 0.3)
+    assert group.get("momentum", 0.7) == 0.7
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_memory_of_freed_tensors_is_kept_for_the_next_ones() -> None:
+    program = """
+import resource, sys, torch
+from hpsearch.training.trainer import keep_freed_memory
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+def work():
+    return [torch.ones(3_000_000) for _ in range(9)]  # 12 MB each
+work()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    work()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+    def count_page_faults(how: str) -> int:
+        return int(subprocess.run([sys.executable, "-c", program, how], check=True, capture_output=True).stdout)
+
+    assert count_page_faults("kept") < count_page_faults("given back") / 5  # a tenth at the most was seen

@@ -1,0 +1,133 @@
+"""The supervisor: shares the cores out, ends with the study, and does not restart what can never work."""
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpsearch.config.definition import StudyDefinition
+from hpsearch.data.dataset import ImageData
+from hpsearch.errors import DataError, Interrupted, RepeatedFailures, TooManyFailures, WorkerError
+from hpsearch.monitor.status import TrialEvent
+from hpsearch.search.study import load_study, open_study
+from hpsearch.storage.rdb import open_storage
+from hpsearch.training import devices
+from hpsearch.training.devices import count_cores, default_workers
+from hpsearch.workers import processes
+from hpsearch.workers.shutdown import Drain
+from hpsearch.workers.worker import End
+
+from ..acceptance.commands import epochs_of
+from ..conftest import make_definition
+
+
+def define(folder: Path, url: str, **sections: Any) -> StudyDefinition:
+    study = {"artifacts": str(folder / "artifacts")}
+    definition = make_definition(url, study=study, **sections)
+    open_study(definition, open_storage(definition.study.storage))
+    return definition
+
+
+def test_two_workers_share_a_study_and_tell_what_they_do(tmp_path: Path, url: str) -> None:
+    events: list[TrialEvent] = []
+    started: list[tuple[int, int]] = []
+    definition = define(tmp_path, url, budget={"epochs": epochs_of(1)})  # so that none of them has all trials
+    reason = processes.run_pool(
+        definition, Drain(), n_workers=2, emit=events.append, on_start=lambda *counts: started.append(counts)
+    )
+    assert "has its 4 trials" in reason
+    assert started == [(0, 2)]
+    finished = sorted(event.number for event in events if event.state in ("complete", "pruned"))
+    assert finished == [0, 1, 2, 3]
+    assert len({event.worker for event in events}) == 2
+
+
+def test_one_worker_in_a_process_of_its_own_does_what_it_does_in_this_one(
+    tmp_path: Path, new_url: Callable[[], str]
+) -> None:
+    trials = []
+    for name in ("one", "two"):
+        definition = define(tmp_path / name, new_url())
+        processes.run_pool(definition, Drain(), n_workers=1)
+        study = load_study(definition, open_storage(definition.study.storage))
+        trials.append([(trial.params, trial.value) for trial in study.trials])
+    assert trials[0] == trials[1]
+
+
+def test_trials_that_all_fail_end_the_search_with_the_reason(
+    tmp_path: Path, url: str, digits: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = replace(digits, train=replace(digits.train, labels=digits.train.labels + 90))
+    monkeypatch.setattr(processes, "load_study_data", lambda definition, folder: broken)
+    with pytest.raises(
+        TooManyFailures, match="2 trials failed, the last one by exception: IndexError: index out of range"
+    ):
+        processes.run_pool(define(tmp_path, url, budget={"failures": 2}), Drain(), n_workers=1)
+    assert "IndexError" in (tmp_path / "artifacts" / "small" / "trial-0.txt").read_text()
+
+
+def test_workers_read_the_data_themselves_where_shared_memory_is_too_small(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(_: ImageData) -> ImageData:
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device")
+
+    monkeypatch.setattr(ImageData, "share_memory", refuse)
+    assert "has its 4 trials" in processes.run_pool(define(tmp_path, url), Drain(), n_workers=1)
+    assert "each worker reads its own copy" in caplog.text
+
+
+def test_an_error_outside_of_a_trial_ends_the_run_with_one_line(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "list_devices", lambda: ["no-such-device:99"])
+    with pytest.raises(WorkerError, match=r"a worker failed: RuntimeError: .*no-such-device"):
+        processes.run_pool(define(tmp_path, url), Drain(), n_workers=1)
+
+
+def test_a_signal_decides_the_exit_status_even_if_a_worker_had_failed_before(tmp_path: Path, url: str) -> None:
+    definition = define(tmp_path, url)
+    storage = open_storage(definition.study.storage)
+    drain = Drain()
+    drain.set(Interrupted())
+    members = processes._Pool(
+        definition, storage, open_study(definition, storage), None, None, drain, lambda event: None
+    )
+    members.ends = [End("three failures", RepeatedFailures())]
+    with pytest.raises(Interrupted):
+        members.run(0)
+
+
+class Crash:
+    """Ends the process that unpickles it."""
+
+    def __reduce__(self) -> Any:
+        return os._exit, (3,)
+
+
+def test_workers_that_crash_before_a_trial_are_not_restarted_for_ever(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "list_devices", lambda: [Crash()])
+    with pytest.raises(WorkerError, match="3 workers in a row ended with exit status 3 before their first trial"):
+        processes.run_pool(define(tmp_path, url), Drain(), n_workers=1)
+
+
+def test_missing_data_are_named_before_any_worker_starts(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    definition = define(tmp_path, url, data={"name": "kmnist", "validation": 10_000, "train": 1000})
+    with pytest.raises(DataError, match="KMNIST can neither be read"):
+        processes.run_pool(definition, Drain(), folder=tmp_path / "data")
+
+
+def test_the_default_is_a_worker_per_core_or_per_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "list_devices", lambda: ["cpu"])
+    assert default_workers() == count_cores()
+    monkeypatch.setattr(devices, "list_devices", lambda: ["cuda:0", "cuda:1", "cuda:2"])
+    assert default_workers() == 3

@@ -1,0 +1,92 @@
+"""Launching in a Ray cluster: what cannot work is refused before anything starts; one machine is a cluster too."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpsearch.errors import ClusterError, UsageError
+from hpsearch.workers.ray import Cluster, connect
+from hpsearch.workers.tasks import Share
+
+from ..acceptance.commands import hpsearch
+from ..conftest import make_definition
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "ray://127.0.0.1:9"])
+def test_a_cluster_that_does_not_answer_is_named_with_what_to_do(address: str) -> None:
+    message = f"no Ray cluster .*{address}.*start one with ray start --head, or name another with --address"
+    with (
+        pytest.raises(ClusterError, match=message),
+        connect(make_definition("sqlite:///x.db"), Share(), address=address),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("nonsense", "cluster at nonsense cannot be used: Invalid"),
+        ("http://host:8265", "name the cluster as host:6379"),
+    ],
+)
+def test_what_is_no_address_of_a_cluster_is_told_apart(address: str, message: str) -> None:
+    definition = make_definition("sqlite:///x.db")
+    with pytest.raises(ClusterError, match=message), connect(definition, Share(), address=address):
+        pass
+
+
+def test_without_ray_it_is_said_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UsageError, match=r"pip install 'hpsearch\[ray\]'"), connect(make_definition(), Share()):
+        pass
+
+
+@pytest.mark.parametrize("url", ["postgresql://me:secret@host/db", "postgresql://host/db?password=secret"])
+def test_a_password_is_not_given_to_ray(url: str) -> None:
+    with (
+        pytest.raises(UsageError, match="PGPASSWORD or a password file") as caught,
+        connect(make_definition(url), Share(), address="local"),
+    ):
+        pass
+    assert "secret" not in str(caught.value)
+
+
+def node(name: str, cpus: float, gpus: float = 0) -> dict[str, Any]:
+    return {"Alive": True, "NodeID": name, "NodeManagerHostname": name, "Resources": {"CPU": cpus, "GPU": gpus}}
+
+
+@pytest.mark.parametrize(
+    ("share", "n_fitting"),
+    [(Share(), 12), (Share(cpus=3), 3), (Share(gpus=0.25), 8), (Share(cpus=2, gpus=0.5), 4), (Share(gpus=3), 0)],
+)
+def test_as_many_workers_fit_as_cores_and_gpus_of_each_node_allow(
+    share: Share, n_fitting: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.nodes", lambda: [node("a", 4), node("b", 8, 2)])
+    cluster = Cluster(make_definition("postgresql://host/db", study={"artifacts": "s3://bucket"}), share)
+    assert cluster.n_fitting == n_fitting
+    remarks = " ".join(cluster.remark_on(12))
+    assert ("others wait for room" in remarks) == (n_fitting < 12)
+    assert ("2 GPUs that no worker uses" in remarks) == (share.gpus == 0)
+
+
+def test_one_node_that_is_another_machine_needs_shared_places_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.nodes", lambda: [node("far-away", 4)])
+    with pytest.raises(
+        UsageError, match="is a file of this machine, but the cluster is far-away: give a PostgreSQL URL"
+    ):
+        Cluster(make_definition("sqlite:///x.db"), Share())
+
+
+@pytest.mark.usefixtures("ray_alone")
+def test_a_machine_by_itself_is_a_cluster_where_sqlite_and_a_folder_will_do(study_file: Callable[..., Path]) -> None:
+    file = study_file()
+    arguments = ("launch", file.name, "--address", "local", "--workers", 2, "--trials", 3, "--json")
+    launched = hpsearch(*arguments, cwd=file.parent)
+    assert json.loads(launched.stdout)["trials"]["complete"] == 3
+    assert launched.stderr.count(" complete 0.") == 3
+    assert "0 of 3 trials are there; 2 workers start" in launched.stderr

@@ -1,0 +1,378 @@
+"""One worker: what it tells, when it stops, and what it does about failures and lost trials."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import sqlalchemy
+import torch
+from optuna.trial import TrialState
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
+
+from hpsearch.data.dataset import ImageData
+from hpsearch.errors import Drained, Interrupted, RepeatedFailures, Stopped, StorageUnavailable, TooManyFailures
+from hpsearch.monitor.status import TrialEvent
+from hpsearch.search.steering import resume_study, stop_study
+from hpsearch.search.study import checkpoint_folder, open_study
+from hpsearch.storage.checkpoints import find_checkpoints, read
+from hpsearch.storage.rdb import Storage, open_storage
+from hpsearch.storage.tables import HeldTrial
+from hpsearch.training.trainer import EpochResult
+from hpsearch.workers.lease import Lease
+from hpsearch.workers.shutdown import Drain
+from hpsearch.workers.worker import Worker, open_worker_storage, worker_name
+
+from ..conftest import make_definition
+
+
+class Bench:
+    """A study on a database of each kind, a worker on it, and what the worker said."""
+
+    def __init__(self, folder: Path, url: str, data: ImageData, **sections: Any) -> None:
+        study = {"artifacts": str(folder / "artifacts")}
+        self.definition = make_definition(url, study=study, **sections)
+        self.storage = open_storage(self.definition.study.storage)
+        self.study = open_study(self.definition, self.storage)
+        self.drain = Drain()
+        self.events: list[TrialEvent] = []
+        self.states_when_told: list[TrialState] = []
+        self.data = data
+
+    def worker(self, **options: Any) -> Worker:
+        storage = open_storage(self.definition.study.storage, heartbeat=1, grace=2)
+        stream = storage.join(self.study._study_id)
+        return Worker(self.definition, storage, stream, self.drain, data=self.data, emit=self._listen, **options)
+
+    def _listen(self, event: TrialEvent) -> None:
+        self.events.append(event)
+        self.states_when_told.append(self.study.trials[event.number].state)
+
+    def ends(self) -> list[str]:
+        return [event.state for event in self.events if event.state != "running"]
+
+
+@pytest.fixture
+def bench(tmp_path: Path, url: str, digits: ImageData) -> Callable[..., Bench]:
+    return lambda **sections: Bench(tmp_path, url, digits, **sections)
+
+
+def test_a_worker_runs_the_budget_and_names_itself_in_each_trial(bench: Callable[..., Bench]) -> None:
+    b = bench(pruner={"kind": "none"})
+    reason = b.worker().run()
+    assert "has its 4 trials" in reason
+    assert [trial.state for trial in b.study.trials] == [TrialState.COMPLETE] * 4
+    assert {trial.user_attrs["worker"] for trial in b.study.trials} == {worker_name(0)}
+
+
+def test_a_result_is_announced_after_the_storage_has_it(bench: Callable[..., Bench]) -> None:
+    b = bench(budget={"trials": 6, "epochs": 3})
+    b.worker().run()
+    told = [(e.state, s) for e, s in zip(b.events, b.states_when_told, strict=True) if e.state != "running"]
+    assert len(told) == 6
+    assert all(state.name.lower() == name for name, state in told)
+    for event in b.events:
+        if event.state == "complete":
+            assert event.value == b.study.trials[event.number].value
+            assert event.epoch == 3
+
+
+def test_a_single_worker_repeats_a_study_of_the_same_seed(
+    tmp_path: Path, new_url: Callable[[], str], digits: ImageData
+) -> None:
+    trials = []
+    for name in ("one", "two"):
+        b = Bench(tmp_path / name, new_url(), digits, budget={"trials": 3})
+        b.worker().run()
+        trials.append([(trial.params, trial.value) for trial in b.study.trials])
+    assert trials[0] == trials[1]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (RuntimeError("the network\nexploded"), "exception"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 TB"), "out-of-memory"),
+        (MemoryError("no memory"), "out-of-memory"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "out-of-memory"),
+    ],
+)
+def test_a_failed_trial_says_why_and_the_worker_goes_on(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception, kind: str
+) -> None:
+    b = bench(budget={"trials": 2})
+    worker = b.worker()
+    objective, calls = worker.objective, []
+
+    def fail_once(trial: optuna.Trial) -> float:
+        calls.append(trial.number)
+        if len(calls) == 1:
+            raise error
+        return objective(trial)
+
+    fail_once.before_batch = fail_once.callbacks = None  # type: ignore[attr-defined]
+    monkeypatch.setattr(worker, "objective", fail_once)
+    worker.run()
+    first = b.study.trials[0]
+    assert first.state == TrialState.FAIL
+    assert first.user_attrs["failure"]["kind"] == kind
+    assert str(error) in first.user_attrs["failure"]["message"]
+    assert b.ends().count("failed") == 1
+    tracebacks = list((tmp_path / "artifacts" / "small").glob("trial-0.txt"))
+    assert [str(error) in file.read_text() for file in tracebacks] == [True]
+    assert len([trial for trial in b.study.trials if trial.state.is_finished()]) == 3
+
+
+def test_three_failures_in_a_row_end_a_worker_and_say_what_to_do(bench: Callable[..., Bench]) -> None:
+    b = bench(budget={"trials": 9, "failures": 9})
+    worker = b.worker()
+    worker.objective._data = "no data"  # type: ignore[assignment]
+    with pytest.raises(
+        RepeatedFailures, match=r"^[^\n]*after 3 failed trials in a row, .* AttributeError.*; mend the cause"
+    ):
+        worker.run()
+    assert len(b.study.trials) == 3
+
+
+def test_too_many_failures_end_the_worker(bench: Callable[..., Bench]) -> None:
+    b = bench(budget={"trials": 9, "failures": 2})
+    worker = b.worker()
+    worker.objective._data = "no data"  # type: ignore[assignment]
+    with pytest.raises(TooManyFailures, match="2 trials failed, the last one by exception: AttributeError"):
+        worker.run()
+    assert len(b.study.trials) == 2
+
+
+def test_a_trial_that_was_taken_away_is_dropped_and_not_overwritten(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    b = bench(budget={"trials": 1})
+    thief = open_storage(b.definition.study.storage)
+
+    def steal(lease: Lease, result: EpochResult) -> None:
+        if result.epoch == 1 and lease.trial_id == b.study.trials[0]._trial_id:
+            assert thief.fail(lease.trial_id, "killed", "no heartbeat", retries=2)
+
+    monkeypatch.setattr(Lease, "finish_epoch", steal)
+    b.worker().run()
+    assert b.ends() == ["dropped", "complete"]
+    assert [trial.state for trial in b.study.trials] == [TrialState.FAIL, TrialState.COMPLETE]
+    assert b.study.trials[1].params == b.study.trials[0].params
+
+
+def test_a_worker_beats_and_notices_that_its_trial_was_taken(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    b = bench(budget={"trials": 1}, recovery={"heartbeat": 1, "grace": 30})
+    worker = b.worker(max_trials=1)
+    thief = open_storage(b.definition.study.storage)
+
+    def train_for_ever(trial: optuna.Trial) -> float:
+        assert thief.fail(trial._trial_id, "killed", "gone")
+        while True:  # no report, so that only the heartbeat can notice
+            train_for_ever.before_batch()  # type: ignore[attr-defined]
+            time.sleep(0.01)
+
+    monkeypatch.setattr(worker, "objective", train_for_ever)
+    worker.run()
+    assert b.ends() == ["dropped"]
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, Drained), (signal.SIGINT, Interrupted)])
+def test_a_signal_finishes_the_batch_and_hands_the_trial_back(
+    bench: Callable[..., Bench], number: signal.Signals, error: type[Drained]
+) -> None:
+    b = bench(budget={"trials": 1, "epochs": 100_000})
+    worker = b.worker()
+    before = signal.getsignal(number)
+    try:
+        b.drain.listen(number)
+        threading.Timer(0.5, lambda: signal.pthread_kill(threading.main_thread().ident or 0, number)).start()
+        with pytest.raises(error) as caught:
+            worker.run()
+    finally:
+        signal.signal(number, before)
+    assert type(caught.value) is error
+    assert [trial.state for trial in b.study.trials] == [TrialState.FAIL, TrialState.WAITING]
+    assert b.study.trials[0].user_attrs["failure"]["kind"] == "interrupted"
+    assert b.study.trials[1].params == b.study.trials[0].params
+
+
+def test_a_second_signal_stops_at_once_and_still_hands_the_trial_back(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    b = bench(budget={"trials": 1})
+
+    def receive_two(_lease: Lease, _result: EpochResult) -> None:
+        b.drain._receive(signal.SIGINT, None)
+        b.drain._receive(signal.SIGINT, None)  # at once: the same wish, as `timeout` sends it twice
+        b.drain._since -= 1
+        with pytest.raises(KeyboardInterrupt):
+            b.drain._receive(signal.SIGINT, None)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Lease, "finish_epoch", receive_two)
+    with pytest.raises(Interrupted):
+        b.worker().run()
+    b.drain._receive(signal.SIGINT, None)  # handing back is not interrupted
+    assert [trial.state for trial in b.study.trials] == [TrialState.FAIL, TrialState.WAITING]
+
+
+def test_a_stopped_study_ends_its_workers_after_a_whole_epoch_until_it_is_resumed(bench: Callable[..., Bench]) -> None:
+    b = bench(budget={"trials": 1, "epochs": 100_000})
+    threading.Timer(0.5, lambda: stop_study(b.study)).start()
+    with pytest.raises(Stopped, match="go on with: hpsearch run"):
+        b.worker().run()
+    failed, waiting = b.study.trials
+    assert (failed.state, waiting.state) == (TrialState.FAIL, TrialState.WAITING)
+    assert failed.user_attrs["failure"]["kind"] == "interrupted"
+    folder = checkpoint_folder(b.definition, b.study)
+    [name] = find_checkpoints(folder)
+    state = read(folder, name)["state"]
+    assert state["n_batches"] == 0
+    assert [epoch for epoch, *_ in state["results"]] == list(failed.intermediate_values)
+    with pytest.raises(Stopped):
+        b.worker().run()
+    assert len(b.study.trials) == 2
+    resume_study(b.study)
+    threading.Timer(0.5, lambda: stop_study(b.study)).start()
+    with pytest.raises(Stopped):
+        b.worker().run()
+    resumed = b.study.trials[1]
+    assert resumed.user_attrs["attempts"] == [0]
+    assert (resumed.last_step or 0) > (failed.last_step or 0) > 0
+
+
+@pytest.mark.parametrize("error", [Drained, Interrupted])
+def test_a_worker_that_is_stopped_in_an_outage_hands_its_trial_back_with_a_checkpoint(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch, error: type[Drained]
+) -> None:
+    b = bench(budget={"trials": 1, "epochs": 9})
+    worker = b.worker()
+    report = worker.storage.set_trial_intermediate_value
+
+    def stop_in_epoch_two(trial_id: int, step: int, value: float) -> None:
+        if step == 2:
+            b.drain.set(error())
+            raise StorageUnavailable
+        report(trial_id, step, value)
+
+    monkeypatch.setattr(worker.storage, "set_trial_intermediate_value", stop_in_epoch_two)
+    with pytest.raises(error) as caught:
+        worker.run()
+    assert type(caught.value) is error
+    assert [trial.state for trial in b.study.trials] == [TrialState.FAIL, TrialState.WAITING]
+    folder = checkpoint_folder(b.definition, b.study)
+    [name] = find_checkpoints(folder)
+    assert len(read(folder, name)["state"]["results"]) == 2
+
+
+def test_a_worker_that_starts_after_an_outage_gives_the_others_a_grace_period(bench: Callable[..., Bench]) -> None:
+    b = bench(recovery={"heartbeat": 1, "grace": 2})
+    b.storage.worker = "alive-0"
+    with pytest.warns(UserWarning, match="Heartbeat"):
+        b.study.ask()
+    with b.storage.engine.begin() as connection:
+        connection.execute(sqlalchemy.text("UPDATE trial_heartbeats SET heartbeat = '2026-01-01'"))
+    storage = open_worker_storage(b.definition, b.drain)
+    assert storage.reap(b.study._study_id, 2) == []
+    storage.trusts_heartbeats_from = 0.0
+    assert len(storage.reap(b.study._study_id, 2)) == 1
+
+
+def test_nobody_is_judged_right_after_a_silence_of_the_storage(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    b = bench()
+    storage = open_storage(b.definition.study.storage, heartbeat=1, grace=4)
+    storage.worker = "me-0"
+    with pytest.warns(UserWarning, match="Heartbeat"):
+        optuna.load_study(study_name="small", storage=storage).ask()
+    with storage.engine.begin() as connection:
+        connection.execute(sqlalchemy.text("UPDATE trial_heartbeats SET heartbeat = '2026-01-01'"))
+    now = time.time()
+    monkeypatch.setattr("hpsearch.storage.rdb.time.time", lambda: now + 3)  # an outage, or a laptop that slept
+    assert storage.reap(b.study._study_id, 2) == []
+    for seconds in (4, 5, 6, 7):
+        monkeypatch.setattr("hpsearch.storage.rdb.time.time", lambda seconds=seconds: now + seconds)
+        storage.get_all_trials(b.study._study_id)
+    assert storage.reap(b.study._study_id, 2) == [1]
+
+
+def test_a_result_whose_acknowledgement_was_lost_counts_once(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    b = bench(budget={"trials": 1})
+    worker = b.worker()
+    original = Storage._writing
+    lost: list[int] = []
+
+    @contextmanager
+    def lose_the_answer(storage: Storage, held: HeldTrial) -> Iterator[Session]:
+        with original(storage, held) as session:
+            yield session
+        if not lost and storage._read_trial(held.trial._trial_id).state == TrialState.COMPLETE:
+            lost.append(held.trial._trial_id)
+            raise OperationalError("COMMIT", {}, Exception("server closed the connection"))
+
+    monkeypatch.setattr(Storage, "_writing", lose_the_answer)
+    worker.storage.patience = 30
+    worker.run()
+    assert len(lost) == 1
+    assert b.ends() == ["complete"]
+    assert len(b.study.trials) == 1
+
+
+def test_a_worker_ends_after_max_trials(bench: Callable[..., Bench]) -> None:
+    b = bench()
+    assert b.worker(max_trials=2).run() == "this worker had its 2 trials"
+    assert len(b.study.trials) == 2
+
+
+def test_a_worker_reaps_the_trials_of_the_dead_and_runs_them_again(bench: Callable[..., Bench]) -> None:
+    b = bench(budget={"trials": 1}, recovery={"heartbeat": 1, "grace": 2})
+    dead = open_storage(b.definition.study.storage)
+    dead.worker = "dead-0"
+    with pytest.warns(UserWarning, match="Heartbeat"):
+        trial = optuna.load_study(study_name="small", storage=dead).ask()
+    width = trial.suggest_int("width", 8, 32)
+    dead.store(trial._trial_id)  # as a worker does before the first batch
+    b.worker().run()  # waits until the grace of 2 s is over
+    assert b.study.trials[0].user_attrs["failure"]["message"] == "no heartbeat for 2 s"
+    assert b.study.trials[1].state == TrialState.COMPLETE
+    assert b.study.trials[1].params["width"] == width
+    assert b.ends() == ["failed", "complete"]
+
+
+def test_a_storage_that_is_gone_ends_the_worker_without_failing_the_trial(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    b = bench()
+    worker = b.worker()
+
+    def unreachable(*_: object) -> None:
+        raise StorageUnavailable
+
+    monkeypatch.setattr(worker.storage, "set_trial_intermediate_value", unreachable)
+    with pytest.raises(StorageUnavailable):
+        worker.run()
+    assert b.study.trials[0].state == TrialState.RUNNING
+    assert "failure" not in b.study.trials[0].user_attrs
+
+
+def test_a_trial_that_diverges_in_its_first_epoch_is_pruned_and_the_search_goes_on(
+    bench: Callable[..., Bench], digits: ImageData
+) -> None:
+    b = bench(budget={"trials": 2})
+    b.data = replace(digits, train=replace(digits.train, images=digits.train.images * float("inf")))
+    b.worker().run()
+    assert [trial.state for trial in b.study.trials] == [TrialState.PRUNED] * 2
+    assert [event.state for event in b.events if event.state != "running"] == ["pruned"] * 2
+    assert all(trial.value is None and "nan" in trial.user_attrs["diverged"] for trial in b.study.trials)
