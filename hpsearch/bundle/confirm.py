@@ -24,10 +24,12 @@ from hpsearch.config.definition import StudyDefinition
 from hpsearch.config.space import suggest
 from hpsearch.data.dataset import ImageData
 from hpsearch.errors import Diverged, UsageError, WorkerError
-from hpsearch.search.objective import load_study_data, train_from_seed, trial_seed
-from hpsearch.search.study import change_attribute, find_best_few
+from hpsearch.search.selection import find_best_few
+from hpsearch.search.study import change_attribute
+from hpsearch.training.devices import keep_freed_memory
 from hpsearch.training.networks import describe_layers, from_layers
-from hpsearch.training.trainer import keep_freed_memory, measure_accuracy
+from hpsearch.training.run import load_study_data, train_from_seed, trial_seed
+from hpsearch.training.trainer import measure_accuracy
 from hpsearch.workers.forkserver import start_fork_server
 
 _FIRST_REPETITION = 1_000  # of a trial's seeds: 0 is the search's, those after it are the retraining's

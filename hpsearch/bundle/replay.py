@@ -11,9 +11,10 @@ from optuna.trial import FrozenTrial
 from hpsearch.config.definition import StudyDefinition
 from hpsearch.config.space import suggest
 from hpsearch.errors import Diverged, NoCompletedTrial
-from hpsearch.monitor.trials import name_state
-from hpsearch.search.objective import describe_environment, load_study_data, train_from_seed, trial_seed
-from hpsearch.training.trainer import EpochResult, keep_freed_memory
+from hpsearch.search.trials import name_state
+from hpsearch.training.devices import keep_freed_memory
+from hpsearch.training.run import describe_environment, load_study_data, train_from_seed, trial_seed
+from hpsearch.training.trainer import EpochResult
 
 
 class _Reached(Exception):

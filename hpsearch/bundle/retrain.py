@@ -17,10 +17,11 @@ from hpsearch.config.definition import StudyDefinition
 from hpsearch.config.space import Hyperparameters, suggest
 from hpsearch.data.dataset import ImageData, load_test
 from hpsearch.errors import Diverged
-from hpsearch.search.objective import load_study_data, train_from_seed, trial_seed
-from hpsearch.search.study import count_test_reading, find_best, find_winner
+from hpsearch.search.selection import count_test_reading, find_best, find_winner
+from hpsearch.training.devices import keep_freed_memory
 from hpsearch.training.networks import describe_layers
-from hpsearch.training.trainer import EpochResult, keep_freed_memory
+from hpsearch.training.run import load_study_data, train_from_seed, trial_seed
+from hpsearch.training.trainer import EpochResult
 
 
 def export(

@@ -190,9 +190,8 @@ def launch(
     from hpsearch.monitor.status import open_watch
     from hpsearch.monitor.text import say, stderr_console
     from hpsearch.search.steering import start_study
-    from hpsearch.workers.ray import connect
+    from hpsearch.workers.ray import Share, connect
     from hpsearch.workers.shutdown import Drain
-    from hpsearch.workers.tasks import Share
 
     if detaches and address == "local":
         raise UsageError("a cluster that is started for the search ends with it; use ray start --head for --detach")

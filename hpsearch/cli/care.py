@@ -33,8 +33,8 @@ def doctor(
     """Check database, trials, checkpoints, disk, data, devices and threads, and say how to mend what is wrong."""
     from dataclasses import asdict
 
+    from hpsearch.cli.render import render_findings
     from hpsearch.monitor.doctor import examine
-    from hpsearch.monitor.text import render_findings
 
     findings = [
         asdict(finding)
@@ -52,9 +52,9 @@ def backup(
     storage: StorageOption = None,
 ) -> None:
     """Copy the SQLite database of a study, which may be running, to a new file, and check the copy."""
+    from hpsearch.config.urls import parse_url
     from hpsearch.monitor.text import say
-    from hpsearch.storage.engine import backup as backup_database
-    from hpsearch.storage.engine import parse_url
+    from hpsearch.storage.backup import backup as backup_database
 
     definition = load_definition_of(study, storage)
     load_study_of(definition)
@@ -75,10 +75,9 @@ def copy(
 ) -> None:
     """Copy a study that no worker runs to another database, and check that both sides are equal; safe to repeat."""
     from hpsearch.config.definition import load_definition
+    from hpsearch.config.urls import is_url, parse_url, show_url
     from hpsearch.monitor.text import say
     from hpsearch.search.copy import copy_study
-    from hpsearch.storage.artifacts import is_url
-    from hpsearch.storage.engine import parse_url, show_url
 
     parse_url(to)  # an empty one is not the study file's
     definition = load_definition_of(study, storage, artifacts=artifacts)

@@ -73,8 +73,8 @@ def load_definition_of(
 
 def frown_on_password(option: str, url: str | None) -> None:
     """Say that a password was typed where it can be read."""
+    from hpsearch.config.urls import find_secrets
     from hpsearch.monitor.text import say
-    from hpsearch.storage.engine import find_secrets
 
     if url and find_secrets(url):
         say(
@@ -93,7 +93,7 @@ def load_study_of(definition: "StudyDefinition") -> "optuna.Study":
 
 def retype(study: str, storage: str | None) -> str:
     """The study's arguments as they can be typed again, the password of the storage hidden."""
-    from hpsearch.storage.engine import show_url
+    from hpsearch.config.urls import show_url
 
     return shlex.quote(study) + (f" --storage {shlex.quote(show_url(storage))}" if storage else "")
 
@@ -110,8 +110,9 @@ def print_document(document: Any, render: Callable[[Any], "RenderableType"], *, 
 
 def print_status(definition: "StudyDefinition", *, as_json: bool) -> None:
     """Print the document of `status`, and say if the study is stopped."""
-    from hpsearch.monitor.text import render_status, say
-    from hpsearch.search.study import summarize
+    from hpsearch.cli.render import render_status
+    from hpsearch.monitor.text import say
+    from hpsearch.search.trials import summarize
 
     study = load_study_of(definition)
     print_document(summarize(definition, study), render_status, as_json=as_json)

@@ -37,7 +37,8 @@ def confirm(
     definition = load_definition_of(study, storage)
     stored = load_study_of(definition)
     from hpsearch.bundle.confirm import confirm as confirm_trials
-    from hpsearch.monitor.text import render_confirmation, say
+    from hpsearch.cli.render import render_confirmation
+    from hpsearch.monitor.text import say
     from hpsearch.training.devices import default_workers, list_devices
 
     confirmation = confirm_trials(
@@ -69,8 +70,9 @@ def export(
     definition = load_definition_of(study, storage)
     stored = load_study_of(definition)
     from hpsearch.bundle.retrain import export as export_bundle
-    from hpsearch.monitor.text import render_export, say
-    from hpsearch.search.study import explain_choice
+    from hpsearch.cli.render import render_export
+    from hpsearch.monitor.text import say
+    from hpsearch.search.selection import explain_choice
     from hpsearch.training.devices import list_devices
 
     target = output or Path("dist") / definition.study.name
@@ -105,7 +107,8 @@ def replay(
     definition = load_definition_of(study, storage)
     stored = load_study_of(definition)
     from hpsearch.bundle.replay import replay as replay_trial
-    from hpsearch.monitor.text import render_replay, say
+    from hpsearch.cli.render import render_replay
+    from hpsearch.monitor.text import say
     from hpsearch.training.devices import list_devices
 
     document = replay_trial(
@@ -162,8 +165,9 @@ def evaluate(
 
     from hpsearch.bundle.bundle import load
     from hpsearch.bundle.figures import check_folder, draw_evaluation
+    from hpsearch.cli.render import render_evaluation
     from hpsearch.data.dataset import load_test
-    from hpsearch.monitor.text import render_evaluation, say
+    from hpsearch.monitor.text import say
 
     if pictures:
         check_folder(pictures, bundle)
@@ -188,7 +192,8 @@ def predict(
     """Give the softmax probabilities of the three likeliest classes of each image."""
     from hpsearch.bundle.bundle import load
     from hpsearch.bundle.predict import predict_files
-    from hpsearch.monitor.text import prediction_line, printable, say
+    from hpsearch.cli.render import prediction_line
+    from hpsearch.monitor.text import printable, say
 
     def tell(file: str) -> None:
         say(f"{printable(file)}: named again, predicted once")

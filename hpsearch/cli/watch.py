@@ -69,7 +69,7 @@ def trials(
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV, safe to open in a spreadsheet.")] = False,
 ) -> None:
     """List the trials of a study."""
-    from hpsearch.monitor.text import render_trials
+    from hpsearch.cli.render import render_trials
     from hpsearch.monitor.trials import check_columns, flatten, list_columns, list_trials, to_csv
 
     if as_json and as_csv:
@@ -95,8 +95,8 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Show one trial: its parameters, reports, times, worker, and why it failed or was pruned."""
-    from hpsearch.monitor.text import render_trial
-    from hpsearch.monitor.trials import describe_in_full
+    from hpsearch.cli.render import render_trial
+    from hpsearch.search.trials import describe_in_full
 
     document = describe_in_full(load_study_of(load_definition_of(study, storage)), number)
     print_document(document, render_trial, as_json=as_json)

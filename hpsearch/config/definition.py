@@ -14,17 +14,10 @@ from pydantic import Field, ValidationError, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 from tomlkit.items import InlineTable
 
-from hpsearch.config.space import (
-    AnyDimension,
-    Hyperparameters,
-    SearchSpace,
-    Table,
-    did_you_mean,
-)
-from hpsearch.config.validation import check_tables, describe
+from hpsearch.config.space import AnyDimension, Hyperparameters, SearchSpace, Table
+from hpsearch.config.urls import is_url, parse_url, remove_secrets, show_url
+from hpsearch.config.validation import check_tables, describe, did_you_mean
 from hpsearch.errors import DefinitionError, UsageError
-from hpsearch.storage.artifacts import is_url
-from hpsearch.storage.engine import parse_url, remove_secrets, show_url
 
 N_TRAINING_IMAGES = {"mnist": 60_000, "fashion-mnist": 60_000, "kmnist": 60_000, "digits": 1_437}
 

@@ -4,18 +4,13 @@ A hyperparameter has one home, a field of `Hyperparameters`, whose constraints c
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from difflib import get_close_matches
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Protocol, Self
 
-from optuna.distributions import FloatDistribution
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 Scalar = bool | int | float | str
-Problem = tuple[str, str]
-Values = Mapping[str, Any]
-PLANNED = {"optimizer": ("muon",)}
 
 
 class Table(BaseModel):
@@ -79,7 +74,7 @@ class Dimension(Table):
         """Whether the dimension can take the value."""
 
     def is_active(self, values: Mapping[str, Any]) -> bool:
-        return all(name in values and _is_among(values[name], allowed) for name, allowed in self.when.items())
+        return all(name in values and is_among(values[name], allowed) for name, allowed in self.when.items())
 
 
 class Range(Dimension):
@@ -132,7 +127,10 @@ class FloatRange(Range):
     def has(self, value: Any) -> bool:
         low, high = self.range
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return is_number and FloatDistribution(low, high, step=self.step)._contains(float(value))
+        if not is_number or not low <= value <= high:
+            return False
+        steps = (value - low) / self.step if self.step else 0.0
+        return abs(steps - round(steps)) < 1e-8  # as Optuna's FloatDistribution allows
 
 
 class Choice(Dimension):
@@ -153,7 +151,7 @@ class Choice(Dimension):
         return value
 
     def has(self, value: Any) -> bool:
-        return _is_among(value, self.choice)
+        return is_among(value, self.choice)
 
 
 def _kind_of_dimension(value: Any) -> str | None:
@@ -178,7 +176,7 @@ class SearchSpace:
 
     def __init__(self, search: Mapping[str, Dimension], fixed: Mapping[str, Any]) -> None:
         self.fixed = dict(fixed)
-        self.dimensions = {name: search[name] for name in _parents_first(search)}
+        self.dimensions = {name: search[name] for name in parents_first(search)}
 
     @property
     def is_conditional(self) -> bool:
@@ -197,94 +195,8 @@ def suggest(trial: Suggests, space: SearchSpace) -> Hyperparameters:
     return Hyperparameters(**values)
 
 
-def did_you_mean(name: object, valid: Iterable[str]) -> str:
-    """A clause naming the closest valid name, if one is close, and all valid ones."""
-    names = list(valid)
-    close = get_close_matches(str(name), names, n=1)
-    return (f"did you mean '{close[0]}'? " if close else "") + f"valid: {', '.join(names)}"
-
-
-def explain(error: Any, valid: Callable[[tuple[Any, ...]], Iterable[str]]) -> str:
-    """One sentence for an entry of pydantic's `errors()`, with its value; `valid` gives the names allowed at a path."""
-    kind, value, context = error["type"], error["input"], error.get("ctx", {})
-    if kind == "extra_forbidden":
-        return f"unknown key; {did_you_mean(error['loc'][-1], valid(error['loc'][:-1]))}"
-    if kind == "missing":
-        return "is missing"
-    if kind == "literal_error":
-        names = context["expected"].replace("'", "").replace(" or ", ", ").split(", ")
-        planned = " is planned, but not built yet;" if value in PLANNED.get(error["loc"][-1], ()) else " is not valid;"
-        return f"{value!r}{planned} {did_you_mean(value, names)}"
-    if kind in ("bounds", "choices"):
-        return str(error["msg"])
-    if kind == "string_pattern_mismatch":
-        return f"must match {context['pattern']}, but got {value!r}"
-    if kind in ("dict_type", "model_type"):
-        return f"must be a table, but got {value!r}"
-    if kind in ("too_short", "too_long"):
-        least, most = context.get("min_length"), context.get("max_length")
-        return f"must have {f'at least {least}' if most is None else f'at most {most}'} entries, but got {value!r}"
-    message = error["msg"].replace("Input should be ", "must be ").replace("Input should have ", "must have ")
-    return f"{message}, but got {value!r}"
-
-
-def check_values(path: str, values: Mapping[str, Any]) -> Iterator[Problem]:
-    """The problems of values that should be hyperparameters, each with its path in the study file."""
-    names = Hyperparameters.model_fields
-    for name, value in values.items():
-        if name not in names:
-            yield f"{path}.{name}", f"unknown hyperparameter; {did_you_mean(name, names)}"
-            continue
-        try:
-            Hyperparameters.model_validate({name: value})
-        except ValidationError as error:
-            yield f"{path}.{name}", explain(error.errors()[0], lambda _: names)
-
-
-def check_space(search: Mapping[str, Dimension], fixed: Mapping[str, Any]) -> Iterator[Problem]:
-    """The problems of a search table and the fixed values, and those between the two."""
-    for name, dimension in search.items():
-        problems = {problem: None for end in dimension.ends for problem in check_values("search", {name: end})}
-        yield from problems
-        for parent, allowed in dimension.when.items():
-            yield from _check_condition(f"search.{name}.when.{parent}", parent, allowed, search, fixed)
-    for name in sorted(search.keys() - set(_parents_first(search))):
-        yield f"search.{name}.when", "depends on itself through other conditions"
-    yield from check_values("fixed", fixed)
-    for name in sorted(search.keys() & fixed.keys()):
-        yield f"fixed.{name}", "is searched as well; remove it from [search] or from [fixed]"
-
-
-def _check_condition(
-    path: str, parent: str, allowed: list[Scalar], search: Mapping[str, Dimension], fixed: Mapping[str, Any]
-) -> Iterator[Problem]:
-    if parent not in search and parent not in fixed:
-        yield path, f"is neither searched nor fixed; {did_you_mean(parent, [*search, *fixed])}"
-        return
-    if not allowed:
-        yield path, "names no value"
-    for value in allowed:
-        if not (search[parent].has(value) if parent in search else _is_among(value, [fixed[parent]])):
-            yield path, f"{parent} is never {value!r}"
-
-
-def check_try(path: str, values: Values, search: Mapping[str, Dimension], fixed: Values) -> Iterator[Problem]:
-    """The problems of a trial to try first: names that are not searched, values that cannot or would not be used."""
-    known = {**fixed, **values}
-    for name, value in values.items():
-        if name not in search:
-            yield f"{path}.{name}", f"is not searched; {did_you_mean(name, search)}"
-            continue
-        if problems := list(check_values(path, {name: value})):
-            yield from problems
-        elif not search[name].has(value):
-            yield f"{path}.{name}", f"{value!r} is outside of what [search] gives: {search[name].ends}"
-        for parent, allowed in search[name].when.items():
-            if parent in known and not _is_among(known[parent], allowed):
-                yield f"{path}.{name}", f"is not used where {parent} is {known[parent]!r}"
-
-
-def _parents_first(search: Mapping[str, Dimension]) -> list[str]:
+def parents_first(search: Mapping[str, Dimension]) -> list[str]:
+    """The names of the dimensions, each after those that its `when` names; without those that depend on themselves."""
     ordered: list[str] = []
     for _ in search:  # one more name each time, if conditions do not go round in a circle
         for name, dimension in search.items():
@@ -294,5 +206,6 @@ def _parents_first(search: Mapping[str, Dimension]) -> list[str]:
     return ordered
 
 
-def _is_among(value: Any, allowed: Iterable[Any]) -> bool:
+def is_among(value: Any, allowed: Iterable[Any]) -> bool:
+    """Whether a value is one of those allowed; `True` is not 1."""
     return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in allowed)

@@ -1,22 +1,18 @@
 """The mistakes in a study file, each with its place."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from hpsearch.config.space import (
-    AnyDimension,
-    Dimension,
-    Hyperparameters,
-    Problem,
-    check_space,
-    check_try,
-    check_values,
-    explain,
-)
+from hpsearch.config.space import AnyDimension, Dimension, Hyperparameters, Scalar, is_among, parents_first
+
+Problem = tuple[str, str]
+Values = Mapping[str, Any]
+PLANNED = {"optimizer": ("muon",)}
 
 
 def check_tables(raw: Mapping[str, Any]) -> Iterator[Problem]:
@@ -68,3 +64,90 @@ def _names_at(root: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
         model = model.model_fields[part].annotation
     fields: dict[str, Any] = model.model_fields
     return [field.alias or name for name, field in fields.items()]
+
+
+def did_you_mean(name: object, valid: Iterable[str]) -> str:
+    """A clause naming the closest valid name, if one is close, and all valid ones."""
+    names = list(valid)
+    close = get_close_matches(str(name), names, n=1)
+    return (f"did you mean '{close[0]}'? " if close else "") + f"valid: {', '.join(names)}"
+
+
+def explain(error: Any, valid: Callable[[tuple[Any, ...]], Iterable[str]]) -> str:
+    """One sentence for an entry of pydantic's `errors()`, with its value; `valid` gives the names allowed at a path."""
+    kind, value, context = error["type"], error["input"], error.get("ctx", {})
+    if kind == "extra_forbidden":
+        return f"unknown key; {did_you_mean(error['loc'][-1], valid(error['loc'][:-1]))}"
+    if kind == "missing":
+        return "is missing"
+    if kind == "literal_error":
+        names = context["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+        planned = " is planned, but not built yet;" if value in PLANNED.get(error["loc"][-1], ()) else " is not valid;"
+        return f"{value!r}{planned} {did_you_mean(value, names)}"
+    if kind in ("bounds", "choices"):
+        return str(error["msg"])
+    if kind == "string_pattern_mismatch":
+        return f"must match {context['pattern']}, but got {value!r}"
+    if kind in ("dict_type", "model_type"):
+        return f"must be a table, but got {value!r}"
+    if kind in ("too_short", "too_long"):
+        least, most = context.get("min_length"), context.get("max_length")
+        return f"must have {f'at least {least}' if most is None else f'at most {most}'} entries, but got {value!r}"
+    message = error["msg"].replace("Input should be ", "must be ").replace("Input should have ", "must have ")
+    return f"{message}, but got {value!r}"
+
+
+def check_values(path: str, values: Mapping[str, Any]) -> Iterator[Problem]:
+    """The problems of values that should be hyperparameters, each with its path in the study file."""
+    names = Hyperparameters.model_fields
+    for name, value in values.items():
+        if name not in names:
+            yield f"{path}.{name}", f"unknown hyperparameter; {did_you_mean(name, names)}"
+            continue
+        try:
+            Hyperparameters.model_validate({name: value})
+        except ValidationError as error:
+            yield f"{path}.{name}", explain(error.errors()[0], lambda _: names)
+
+
+def check_space(search: Mapping[str, Dimension], fixed: Mapping[str, Any]) -> Iterator[Problem]:
+    """The problems of a search table and the fixed values, and those between the two."""
+    for name, dimension in search.items():
+        problems = {problem: None for end in dimension.ends for problem in check_values("search", {name: end})}
+        yield from problems
+        for parent, allowed in dimension.when.items():
+            yield from _check_condition(f"search.{name}.when.{parent}", parent, allowed, search, fixed)
+    for name in sorted(search.keys() - set(parents_first(search))):
+        yield f"search.{name}.when", "depends on itself through other conditions"
+    yield from check_values("fixed", fixed)
+    for name in sorted(search.keys() & fixed.keys()):
+        yield f"fixed.{name}", "is searched as well; remove it from [search] or from [fixed]"
+
+
+def _check_condition(
+    path: str, parent: str, allowed: list[Scalar], search: Mapping[str, Dimension], fixed: Mapping[str, Any]
+) -> Iterator[Problem]:
+    if parent not in search and parent not in fixed:
+        yield path, f"is neither searched nor fixed; {did_you_mean(parent, [*search, *fixed])}"
+        return
+    if not allowed:
+        yield path, "names no value"
+    for value in allowed:
+        if not (search[parent].has(value) if parent in search else is_among(value, [fixed[parent]])):
+            yield path, f"{parent} is never {value!r}"
+
+
+def check_try(path: str, values: Values, search: Mapping[str, Dimension], fixed: Values) -> Iterator[Problem]:
+    """The problems of a trial to try first: names that are not searched, values that cannot or would not be used."""
+    known = {**fixed, **values}
+    for name, value in values.items():
+        if name not in search:
+            yield f"{path}.{name}", f"is not searched; {did_you_mean(name, search)}"
+            continue
+        if problems := list(check_values(path, {name: value})):
+            yield from problems
+        elif not search[name].has(value):
+            yield f"{path}.{name}", f"{value!r} is outside of what [search] gives: {search[name].ends}"
+        for parent, allowed in search[name].when.items():
+            if parent in known and not is_among(known[parent], allowed):
+                yield f"{path}.{name}", f"is not used where {parent} is {known[parent]!r}"

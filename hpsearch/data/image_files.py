@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
+from hpsearch.data.mnist_images import Pixels, crop_to_ink, place, remove_paper, thicken_strokes
 from hpsearch.errors import ImageError
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")
@@ -25,11 +26,7 @@ _DAMAGED = (
     struct.error,
     zlib.error,
 )
-_BOX = 20 / 28  # MNIST scales a digit into a box of 20x20 pixels of its 28x28
-_PEN = 1 / 14  # of the box's side: thinner strokes are thickened, since MNIST's are about an eighth
 _SIDE = 600  # pixels of the shorter side are enough
-
-Pixels = NDArray[np.float32]
 
 
 def read_image(file: Path | str, image_shape: tuple[int, int, int], *, is_digit: bool = True) -> NDArray[np.uint8]:
@@ -53,7 +50,7 @@ def read_image(file: Path | str, image_shape: tuple[int, int, int], *, is_digit:
         pixels = _invert_light_ground(pixels)
     else:
         try:
-            ink = _thicken(_crop(_take_out_paper(pixels))) if is_digit else _take_out_border(pixels)
+            ink = thicken_strokes(crop_to_ink(remove_paper(pixels))) if is_digit else _remove_ground(pixels)
             pixels = place(ink, height, width, is_digit=is_digit)
         except ImageError as error:
             raise ImageError(f"{file}: {error}") from error
@@ -103,112 +100,6 @@ def _border(pixels: Pixels) -> Pixels:
     return np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
 
 
-def _take_out_border(pixels: Pixels) -> Pixels:
+def _remove_ground(pixels: Pixels) -> Pixels:
     pixels = _invert_light_ground(pixels)
     return np.asarray(np.clip(pixels - np.median(_border(pixels)), 0, None))
-
-
-def _take_out_paper(pixels: Pixels) -> Pixels:
-    """Light ink on a ground of 0, whatever the paper and the light on it.
-
-    In a small copy, what is narrower than half the picture is closed (dark ink) or opened (light ink). What that
-    changed most is ink; the paper under it is that which is nearest.
-    """
-    from scipy import ndimage
-
-    small = _resize(pixels, 96)
-    is_dark = _has_dark_ink(_resize(pixels, 32))
-    window = [side // 2 + 1 for side in small.shape]
-    # Continued as it rises or falls, so that a gradient of light goes through both operations unchanged.
-    padded = np.pad(small, [(side, side) for side in window], mode="reflect", reflect_type="odd")
-    padded = padded.clip(small.min(), small.max())
-    closed = (ndimage.grey_closing if is_dark else ndimage.grey_opening)(padded, window)
-    change = np.abs(closed[tuple(slice(side, -side) for side in window)] - small)
-    is_ink = ndimage.grey_dilation(change > change.max() / 2, (3, 3))
-    nearest = ndimage.distance_transform_edt(is_ink, return_distances=False, return_indices=True)
-    paper = ndimage.gaussian_filter(small[tuple(nearest)], 1)
-    paper = np.asarray(Image.fromarray(paper).resize(pixels.shape[::-1], Image.Resampling.BILINEAR))
-    # Light is a factor, so that ink in a shadow is as black as elsewhere; a blackboard's chalk is not.
-    ink = 255 * (1 - pixels / np.maximum(paper, 16)) if is_dark else pixels - paper
-    return _drop_stains(np.asarray(np.clip(ink, 0, None)))
-
-
-def _drop_stains(ink: Pixels) -> Pixels:
-    """The ink without what is faint throughout, like the rest of a shadow."""
-    from scipy import ndimage
-
-    parts, _ = ndimage.label(ink > ink.max() / 4, np.ones((3, 3)))
-    is_stain = np.isin(parts, np.unique(parts[ink > ink.max() / 2]), invert=True)
-    return np.where(is_stain, np.float32(0), ink)
-
-
-def _has_dark_ink(small: Pixels) -> bool:
-    """Whether the few pixels that differ most from the median around them are darker than it."""
-    from scipy import ndimage
-
-    return bool(((small - ndimage.median_filter(small, [side // 2 + 1 for side in small.shape])) ** 3).mean() < 0)
-
-
-def _resize(pixels: Pixels, longer_side: int) -> Pixels:
-    scale = min(1, longer_side / max(pixels.shape))
-    height, width = (max(1, round(side * scale)) for side in pixels.shape)
-    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BOX))
-
-
-def _crop(ink: Pixels) -> Pixels:
-    """A box around the ink with a margin, in which the ink's bounds can be found anew and finer."""
-    rows, columns = _bounds(ink)
-    margin = 2 + (rows.stop - rows.start + columns.stop - columns.start) // 8
-    return ink[max(rows.start - margin, 0) : rows.stop + margin, max(columns.start - margin, 0) : columns.stop + margin]
-
-
-def _thicken(ink: Pixels) -> Pixels:
-    """The ink with strokes at least as wide as `_PEN` says."""
-    from scipy import ndimage
-
-    rows, columns = _bounds(ink)
-    side = max(rows.stop - rows.start, columns.stop - columns.start)
-    is_ink = ink > ink.max() / 3
-    width = 4 * float(ndimage.distance_transform_edt(is_ink)[is_ink].mean()) - 1
-    missing = round(_PEN * side - width)
-    return ndimage.grey_dilation(ink, footprint=_disc(missing + 1)) if missing > 0 else ink
-
-
-def _disc(width: int) -> NDArray[np.bool_]:
-    y, x = np.indices((width, width)) - (width - 1) / 2
-    return np.asarray(np.hypot(y, x) <= width / 2)
-
-
-def _bounds(ink: Pixels) -> tuple[slice, slice]:
-    """The rows and columns of the ink, found in a smoothed picture, lest the grain of paper and JPEG stretch them."""
-    smooth = Image.fromarray(ink.clip(0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(min(ink.shape) / 140))
-    is_ink = np.asarray(smooth) > max(16, np.asarray(smooth).max() / 4)
-    rows, columns = np.flatnonzero(is_ink.any(axis=1)), np.flatnonzero(is_ink.any(axis=0))
-    if not len(rows):
-        raise ImageError("blank, there is nothing to classify")
-    return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
-
-
-def place(pixels: Pixels, height: int = 28, width: int = 28, *, is_digit: bool = True) -> Pixels:
-    """Ink on a ground of 0, its bounding box scaled and centred as steps 3 and 4 of `read_image` say.
-
-    Shape (H, W), any size in, (height, width) out, values up to 255. Raises `ImageError` if there is no ink.
-    """
-    ink = pixels * (255 / max(float(pixels.max()), 16))
-    bounds = _bounds(ink)
-    ink[ink < 32] = 0
-    cropped = ink[bounds]
-    if not cropped.any():
-        raise ImageError("blank, there is nothing to classify")
-    scale = (_BOX if is_digit else 1.0) * min(height / cropped.shape[0], width / cropped.shape[1])
-    new_height, new_width = (max(1, round(side * scale)) for side in cropped.shape)
-    method = Image.Resampling.BOX if scale < 1 else Image.Resampling.BILINEAR
-    small = np.asarray(Image.fromarray(cropped).resize((new_width, new_height), method), dtype=np.float32)
-    y, x = (new_height - 1) / 2, (new_width - 1) / 2
-    if is_digit:
-        y, x = (np.indices(small.shape) * small).sum(axis=(1, 2)) / small.sum()
-    top = int(np.clip(round((height - 1) / 2 - y), 0, height - new_height))
-    left = int(np.clip(round((width - 1) / 2 - x), 0, width - new_width))
-    placed = np.zeros((height, width), dtype=np.float32)
-    placed[top : top + new_height, left : left + new_width] = small
-    return placed

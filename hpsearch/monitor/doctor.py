@@ -20,20 +20,18 @@ from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from hpsearch.config.definition import StudyDefinition
-from hpsearch.data.dataset import data_folder, inspect_files
+from hpsearch.config.urls import parse_url, show_url
+from hpsearch.data.mnist import data_folder, inspect_files
 from hpsearch.errors import HpsearchError, StorageUnavailable
-from hpsearch.search.objective import load_study_data
-from hpsearch.search.study import (
-    artifact_folder,
-    checkpoint_folder,
-    find_unneeded_checkpoints,
-    load_study,
-    sweep_checkpoints,
-)
+from hpsearch.search.checkpoints import artifact_folder, checkpoint_folder, find_unneeded_checkpoints, sweep_checkpoints
+from hpsearch.search.study import load_study
 from hpsearch.storage.artifacts import Folder
-from hpsearch.storage.engine import check_integrity, network_file_system, parse_url, reason, safe_journal, show_url
+from hpsearch.storage.backup import check_integrity
+from hpsearch.storage.engine import network_file_system, safe_journal
 from hpsearch.storage.rdb import Storage, open_storage
+from hpsearch.storage.retry import reason
 from hpsearch.training.devices import count_cores, list_devices
+from hpsearch.training.run import load_study_data
 
 _MAX_LATENCY = 1.0  # seconds
 _MAX_CLOCK_DIFFERENCE = 5.0  # seconds

@@ -18,8 +18,9 @@ from rich.table import Table
 from rich.text import Text
 
 from hpsearch.errors import StorageError
-from hpsearch.monitor.status import Scene, TrialEvent, Watch
+from hpsearch.monitor.status import Scene, Watch
 from hpsearch.monitor.text import join_params, printable, say, say_duration, trial_line
+from hpsearch.search.trials import TrialEvent
 
 _REFRESH = 1.0  # seconds between two looks at the study
 _LEAST_ROWS = 3  # of each list, however low the terminal is

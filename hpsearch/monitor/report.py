@@ -18,11 +18,12 @@ from hpsearch.bundle import bundle as bundles
 from hpsearch.bundle import formats
 from hpsearch.bundle.evaluation import wilson_interval
 from hpsearch.config.definition import StudyDefinition
-from hpsearch.config.space import IntRange, Range, check_values
+from hpsearch.config.space import IntRange, Range
+from hpsearch.config.validation import check_values
 from hpsearch.errors import BundleError, UsageError
 from hpsearch.monitor import plots
 from hpsearch.monitor.trials import list_trials
-from hpsearch.search.study import summarize
+from hpsearch.search.trials import summarize
 
 MIN_TRIALS = 5  # complete ones, for an importance or a map that is more than chance
 MAX_ROWS = 12

@@ -1,43 +1,25 @@
 """What there is to see of a search while it runs, read from its study, so that every watcher sees all workers."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from optuna.trial import FrozenTrial, TrialState
 
 from hpsearch.bundle.evaluation import wilson_interval
 from hpsearch.config.definition import StudyDefinition
-from hpsearch.monitor.trials import describe_trial, explain_end
-from hpsearch.search.study import explain_choice, find_best, load_study, summarize
+from hpsearch.search.selection import explain_choice, find_best
+from hpsearch.search.study import load_study
+from hpsearch.search.trials import TrialEvent, describe_trial, explain_end, summarize
 from hpsearch.storage.budget import SEARCHING_STATES, seconds_searched
 from hpsearch.storage.rdb import Storage, open_storage
 
 _N_RECENT = 40  # finished trials from which the time left is estimated
 _N_DRAWS = 200
 _N_LISTED = 50  # of finished and of failed trials
-
-
-@dataclass(frozen=True)
-class TrialEvent:
-    """What became of a trial; all but "running" are told after the storage has acknowledged it.
-
-    `epoch` is the last one that was reported, `value` its validation accuracy. A trial that another worker has
-    taken over is "dropped".
-    """
-
-    worker: str
-    number: int
-    state: Literal["running", "complete", "pruned", "failed", "dropped"]
-    epoch: int = 0
-    value: float | None = None
-    message: str = ""
-
-
-Emit = Callable[[TrialEvent], None]
 
 
 @dataclass(frozen=True)

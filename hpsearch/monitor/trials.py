@@ -7,73 +7,13 @@ from typing import Any
 from unicodedata import normalize
 
 import optuna
-from optuna.trial import FrozenTrial, TrialState
 
-from hpsearch.config.space import did_you_mean
+from hpsearch.config.validation import did_you_mean
 from hpsearch.errors import UsageError
+from hpsearch.search.trials import describe_trial
 
 _FORMULA_STARTS = tuple("=+-@")  # what spreadsheets take for a formula, by OWASP's "CSV Injection"
-
 Row = Mapping[str, Any]
-
-
-def name_state(trial: FrozenTrial) -> str:
-    """The trial's state as users read it: Optuna's in small letters, but `failed`."""
-    return "failed" if trial.state == TrialState.FAIL else trial.state.name.lower()
-
-
-def explain_end(trial: FrozenTrial) -> str:
-    """Why the trial failed or was pruned, in one sentence, or nothing."""
-    attributes = trial.user_attrs
-    if failure := attributes.get("failure"):
-        return f"{failure['kind']}: {failure['message']}"
-    if trial.state == TrialState.PRUNED and "diverged" in attributes:
-        return str(attributes["diverged"])
-    pruning = attributes.get("pruning", {})
-    if trial.state == TrialState.PRUNED and "threshold" in pruning:
-        value, threshold = (f"{pruning[key]:.4f}" for key in ("value", "threshold"))
-        if value == threshold:
-            value, threshold = (f"{pruning[key]:.6f}" for key in ("value", "threshold"))
-        return f"{value} is below {threshold}, {pruning['rule']}, after epoch {pruning['epoch']}"
-    return ""
-
-
-def describe_trial(trial: FrozenTrial) -> dict[str, Any]:
-    """The row of a trial in the document of `trials --json`."""
-    return {
-        "number": trial.number,
-        "state": name_state(trial),
-        "value": trial.value if trial.state.is_finished() else None,
-        "epoch": trial.last_step or 0,
-        "params": trial.params or trial.system_attrs.get("fixed_params", {}),
-        "worker": trial.user_attrs.get("worker"),
-        "seconds": trial.duration.total_seconds() if trial.duration else None,
-        "note": explain_end(trial),
-    }
-
-
-def describe_in_full(study: optuna.Study, number: int) -> dict[str, Any]:
-    """The document of `show --json`: the row of a trial, and its times, reports, attempts and environment.
-
-    Raises `UsageError` where the study has no trial of that number.
-    """
-    trials = study.get_trials(deepcopy=False)
-    if not 0 <= number < len(trials):
-        raise UsageError(f"study '{study.study_name}' has {len(trials)} trials, from 0 on, but no trial {number}")
-    trial = trials[number]
-    attributes, times = trial.user_attrs, (trial.datetime_start, trial.datetime_complete)
-    started, ended = (time and time.astimezone().isoformat(timespec="seconds") for time in times)
-    return describe_trial(trial) | {
-        "started": started,
-        "ended": ended,
-        "reports": {str(epoch): value for epoch, value in sorted(trial.intermediate_values.items())},
-        "images_per_second": attributes.get("images_per_second"),
-        "attempts": attributes.get("attempts", []),
-        "resumed_after": attributes.get("resumed_after"),
-        "failure": attributes.get("failure"),
-        "pruning": attributes.get("pruning"),
-        "environment": attributes.get("environment"),
-    }
 
 
 def list_trials(study: optuna.Study, state: str | None, sort: str, limit: int | None) -> list[dict[str, Any]]:

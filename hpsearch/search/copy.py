@@ -2,40 +2,27 @@
 
 import hashlib
 import json
-import secrets
 import textwrap
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
+from datetime import UTC
 from typing import Any
 
 import optuna
-import sqlalchemy
 from optuna.distributions import distribution_to_json
-from optuna.storages._rdb.models import BaseModel
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import Connection
 
 from hpsearch.config.definition import StudyDefinition
+from hpsearch.config.urls import show_url
 from hpsearch.errors import StorageError, UsageError
-from hpsearch.monitor.status import open_watch
-from hpsearch.search.study import artifact_folder, find_unneeded_checkpoints
-from hpsearch.storage.engine import creation_lock, show_url
-from hpsearch.storage.rdb import Storage, open_storage
-from hpsearch.storage.recovery import patiently
-from hpsearch.storage.tables import HEARTBEATS, TRIALS
+from hpsearch.search.checkpoints import artifact_folder, find_unneeded_checkpoints
+from hpsearch.search.study import load_study
+from hpsearch.storage.engine import creation_lock
+from hpsearch.storage.rdb import open_storage
+from hpsearch.storage.transfer import has_study, is_same_database, read_study_rows, write_study_rows
 
-Rows = Mapping[Any, list[dict[str, Any]]]
 Facts = list[dict[str, str]]  # of the study, then of each trial: what there is to know, as JSON by its name
-
-_STUDIES: Any = BaseModel.metadata.tables["studies"]
-_ATTACHED = [  # to a study or a trial, in the order in which they can be inserted
-    table
-    for table in BaseModel.metadata.sorted_tables
-    if table not in (_STUDIES, TRIALS, HEARTBEATS) and {"study_id", "trial_id"} & {*table.c.keys()}
-]
 _DELETE = "hpsearch dashboard STUDY --storage URL --writable"
 
 
@@ -60,15 +47,21 @@ def copy_study(definition: StudyDefinition, target: StudyDefinition) -> Copy:
     """
     name = definition.study.name
     with ExitStack() as stack:
-        watch = open_watch(definition)
-        stack.callback(watch.storage.engine.dispose)
-        if n_alive := watch.look().n_alive:
+        recovery = definition.recovery
+        source = open_storage(
+            definition.study.storage, heartbeat=recovery.heartbeat, grace=recovery.grace, reads_only=True
+        )
+        stack.callback(source.engine.dispose)
+        study = load_study(definition, source)
+        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        stuck = source.find_stuck(study._study_id)
+        if n_alive := sum(trial._trial_id not in stuck for trial in running):
             raise UsageError(f"{n_alive} trials of '{name}' run; stop them first: hpsearch stop STUDY")
         storage = open_storage(target.study.storage)
         stack.callback(storage.engine.dispose)
-        if _is_same_database(watch.storage, storage):
+        if is_same_database(source, storage):
             raise UsageError(f"{show_url(target.study.storage)} is where the study is; copy it to another database")
-        was_there = _is_there(storage, name)
+        was_there = has_study(storage, name)
         if was_there and (difference := _find_difference(_read_facts(definition), _read_facts(target))):
             raise UsageError(
                 f"another study '{name}' is in {show_url(target.study.storage)} already ({difference}); "
@@ -77,10 +70,10 @@ def copy_study(definition: StudyDefinition, target: StudyDefinition) -> Copy:
         n_copied, n_there = 0, 0
         if artifact_folder(definition) != artifact_folder(target):
             artifact_folder(target).check()
-            n_copied, n_there = _copy_files(definition, target, watch.study)
+            n_copied, n_there = _copy_files(definition, target, study)
         with creation_lock(storage.engine.url):
-            if not _is_there(storage, name):
-                _write_rows(storage, _read_rows(watch.storage, name), watch.storage)
+            if not has_study(storage, name):
+                write_study_rows(storage, read_study_rows(source, name), source)
     facts, copied = _read_facts(definition), _read_facts(target)
     if difference := _find_difference(facts, copied):
         raise StorageError(
@@ -118,104 +111,6 @@ def _find_files(definition: StudyDefinition, study: optuna.Study) -> list[str]:
         for name in artifact_folder(definition).find()
         if name in tracebacks or (name.startswith(own) and name not in dropped and not name.endswith(".tmp"))
     ]
-
-
-@patiently
-def _is_same_database(storage: Storage, other: Storage) -> bool:
-    """Whether two storages are one, however their URLs are written."""
-    places = [opened.engine.url for opened in (storage, other)]
-    kinds = {place.get_backend_name() for place in places}
-    if len(kinds) == 2:
-        return False
-    if kinds == {"sqlite"}:
-        return Path(places[0].database or "").samefile(places[1].database or "")
-    key = {"key": secrets.randbits(62)}  # locks of this kind are seen in one database only
-    with storage.engine.connect() as connection, other.engine.connect() as other_connection:
-        connection.execute(sqlalchemy.text("SELECT pg_advisory_xact_lock(:key)"), key)
-        return not other_connection.execute(sqlalchemy.text("SELECT pg_try_advisory_xact_lock(:key)"), key).scalar()
-
-
-@patiently
-def _is_there(storage: Storage, name: str) -> bool:
-    with storage.engine.connect() as connection:
-        return connection.execute(sqlalchemy.select(_STUDIES).where(_STUDIES.c.study_name == name)).first() is not None
-
-
-@contextmanager
-def _one_moment(storage: Storage) -> Iterator[Connection]:
-    """A transaction that sees the database as it is at its first statement."""
-    with storage.engine.connect() as connection:
-        if connection.dialect.name == "postgresql":
-            connection.execution_options(isolation_level="REPEATABLE READ")
-        yield connection
-
-
-@patiently
-def _read_rows(storage: Storage, name: str) -> Rows:
-    """All rows of the study at one moment, by table.
-
-    Of heartbeats only those of running trials are read, and how old they are: each database has a clock of its own.
-    """
-    trials = sqlalchemy.select(TRIALS.c.trial_id).join(_STUDIES).where(_STUDIES.c.study_name == name)
-    study = sqlalchemy.select(_STUDIES.c.study_id).where(_STUDIES.c.study_name == name)
-    running = trials.where(TRIALS.c.state == TrialState.RUNNING)
-    with _one_moment(storage) as connection:
-        rows: dict[Any, list[dict[str, Any]]] = {}
-        for table in (_STUDIES, TRIALS, *_ATTACHED):
-            owner = table.c.study_id.in_(study) if "study_id" in table.c else table.c.trial_id.in_(trials)
-            query = sqlalchemy.select(table).where(owner).order_by(*table.primary_key)
-            rows[table] = [dict(row) for row in connection.execute(query).mappings()]
-        beats = connection.execute(sqlalchemy.select(HEARTBEATS).where(HEARTBEATS.c.trial_id.in_(running)))
-        now = _read_clock(connection)
-        rows[HEARTBEATS] = [{"trial_id": beat.trial_id, "age": now - beat.heartbeat} for beat in beats]
-    return rows
-
-
-@patiently
-def _write_rows(storage: Storage, rows: Rows, source: Storage) -> None:
-    """Insert the rows of a study in one transaction, unless it has changed in its `source` since they were read."""
-    with storage.engine.begin() as connection:
-        [study] = rows[_STUDIES]
-        [study_id] = _insert(connection, _STUDIES, [{"study_name": study["study_name"]}])
-        trials = [row | {"study_id": study_id} for row in rows[TRIALS]]
-        new_ids = _insert(connection, TRIALS, [_without_key(TRIALS, row) for row in trials])
-        trial_ids = dict(zip((row["trial_id"] for row in trials), new_ids, strict=True))
-        ids = {"study_id": {study["study_id"]: study_id}, "trial_id": trial_ids}
-        for table in _ATTACHED:
-            [owner] = ids.keys() & {*table.c.keys()}
-            if rows[table]:
-                attached = [_without_key(table, row) | {owner: ids[owner][row[owner]]} for row in rows[table]]
-                connection.execute(sqlalchemy.insert(table), attached)
-        now = _read_clock(connection)
-        for beat in rows[HEARTBEATS]:
-            values = {"trial_id": trial_ids[beat["trial_id"]], "heartbeat": now - beat["age"]}
-            connection.execute(sqlalchemy.insert(HEARTBEATS), values)
-        again = _read_rows(source, study["study_name"])
-        if any(again[table] != rows[table] for table in (_STUDIES, TRIALS, *_ATTACHED)):
-            raise StorageError(
-                f"study '{study['study_name']}' has changed while it was copied, so nothing was written; "
-                "stop its workers first: hpsearch stop STUDY"
-            )
-
-
-def _insert(connection: Connection, table: Any, rows: list[dict[str, Any]]) -> list[int]:
-    """The primary keys of the rows, once they are inserted, in their order."""
-    [key] = table.primary_key
-    if not rows:
-        return []
-    query = sqlalchemy.insert(table).returning(key, sort_by_parameter_order=True)
-    return list(connection.execute(query, rows).scalars())
-
-
-def _without_key(table: Any, row: Mapping[str, Any]) -> dict[str, Any]:
-    [key] = table.primary_key
-    return {name: value for name, value in row.items() if name != key.name}
-
-
-def _read_clock(connection: Connection) -> datetime:
-    """The time of the database, in the time zone in which it writes heartbeats."""
-    now: datetime = connection.execute(sqlalchemy.select(sqlalchemy.func.now())).scalar_one()
-    return now.replace(tzinfo=None)
 
 
 def _read_facts(definition: StudyDefinition) -> Facts:

@@ -8,7 +8,7 @@ import optuna
 from optuna.trial import TrialState
 
 from hpsearch.config.definition import StudyDefinition
-from hpsearch.config.space import check_try
+from hpsearch.config.validation import check_try
 from hpsearch.errors import StudyNotFound, UsageError
 from hpsearch.search.study import change_attribute, load_study, open_study
 from hpsearch.storage.artifacts import Folder

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from hpsearch.config.urls import is_url
 from hpsearch.errors import StorageUnavailable, UsageError
 
 TIMEOUT = 20.0  # seconds for a store's answer; a worker that is stopped hands its trial back soon after
@@ -152,11 +153,6 @@ class Folder:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"url": self.url, "path": self.path}  # a connection is not shared with other processes
-
-
-def is_url(place: str) -> bool:
-    """Whether a place is a store by URL rather than a folder of this machine."""
-    return "://" in place
 
 
 def _write_to_disk(file: Path, content: bytes) -> None:

@@ -1,26 +1,23 @@
 """The training loop, its optimizers and schedules, and what it tells its callbacks."""
 
-import ctypes
 import math
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 
 from hpsearch.config.space import Hyperparameters
-from hpsearch.data.dataset import Split, augment
+from hpsearch.data.augment import augment
+from hpsearch.data.dataset import Split
 from hpsearch.errors import Diverged, Drained, StorageUnavailable
-from hpsearch.storage.checkpoints import Checkpoint, State
 from hpsearch.training.gradients import choose_gradients, join_parameters, quick_products
 from hpsearch.training.networks import Network
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+from hpsearch.training.optimizers import build_optimizer, build_schedule
 
 
 @dataclass(frozen=True)
@@ -40,6 +37,15 @@ class EpochResult:
 
 
 Callback = Callable[[EpochResult], None]
+State = dict[str, Any]
+
+
+class Checkpoint(Protocol):
+    """Where a training writes its states; the one of `storage/checkpoints.py` keeps them in files."""
+
+    def write_if_due(self, capture: Callable[[], State]) -> None: ...
+
+    def write(self, state: State) -> None: ...
 
 
 @dataclass
@@ -173,52 +179,7 @@ def measure_accuracy(network: Network, split: Split) -> float:
     return int((predicted == split.labels).sum()) / len(split)
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], hyperparameters: Hyperparameters) -> torch.optim.Optimizer:
-    """The optimizer of `torch.optim` that the hyperparameters name, fused where torch has a fused one."""
-    lr, weight_decay = hyperparameters.lr, hyperparameters.weight_decay
-    match hyperparameters.optimizer:
-        case "adam":
-            return torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay, fused=True)
-        case "adamw":
-            return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
-        case "nadam":
-            return torch.optim.NAdam(parameters, lr=lr, weight_decay=weight_decay)
-        case "rmsprop":
-            return torch.optim.RMSprop(parameters, lr=lr, weight_decay=weight_decay, momentum=hyperparameters.momentum)
-        case "sgd":
-            return torch.optim.SGD(
-                parameters, lr=lr, weight_decay=weight_decay, momentum=hyperparameters.momentum, fused=True
-            )
-
-
-def build_schedule(optimizer: torch.optim.Optimizer, hyperparameters: Hyperparameters, n_steps: int) -> LRScheduler:
-    """The learning rate over `n_steps` batches: constant, half a cosine down to 0, or one cycle up to `lr` and down.
-
-    One cycle leaves the momentum alone, since `momentum` is a hyperparameter of its own (Smith and Topin 2018,
-    https://arxiv.org/abs/1708.07120).
-    """
-    match hyperparameters.schedule:
-        case "constant":
-            return LambdaLR(optimizer, lambda _: 1.0)
-        case "cosine":
-            return CosineAnnealingLR(optimizer, T_max=n_steps)
-        case "onecycle":
-            return OneCycleLR(optimizer, hyperparameters.lr, total_steps=n_steps, cycle_momentum=False)
-
-
 def seed_everything(seed: int) -> torch.Generator:
     """A generator for the order of the images; torch's global random state is seeded as well."""
     torch.manual_seed(seed)
     return torch.Generator().manual_seed(seed)
-
-
-def keep_freed_memory() -> None:
-    """Let this process keep the memory of freed tensors for the next ones, where Linux's C library is glibc.
-
-    By default large blocks go back to the system after each use, and each of their pages is cleared again at the next:
-    on two busy cores a fifth of a CNN's step.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mallopt(_M_MMAP_THRESHOLD, 2**25)  # the most that older versions take
-        mallopt(_M_TRIM_THRESHOLD, 2**30)

@@ -19,11 +19,11 @@ from optuna.trial import TrialState
 from hpsearch.config.definition import StudyDefinition, evolve
 from hpsearch.data.dataset import ImageData
 from hpsearch.errors import Drained, RepeatedFailures, Stopped, StorageUnavailable, WorkerError
-from hpsearch.monitor.status import Emit, TrialEvent
-from hpsearch.search.objective import load_study_data
 from hpsearch.search.study import load_study
+from hpsearch.search.trials import Emit, TrialEvent
 from hpsearch.storage.rdb import Storage
 from hpsearch.training.devices import count_cores, default_workers, list_devices
+from hpsearch.training.run import load_study_data
 from hpsearch.workers.forkserver import start_fork_server
 from hpsearch.workers.shutdown import Drain
 from hpsearch.workers.worker import HAND_BACK_PATIENCE, End, Worker, end_of, open_worker_storage, worker_name

@@ -2,13 +2,14 @@
 
 import logging
 import socket
+import threading
 import time
 import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import optuna
 import torch
@@ -23,18 +24,20 @@ from hpsearch.errors import (
     Drained,
     HpsearchError,
     RepeatedFailures,
+    Stopped,
     StorageError,
     WorkerError,
 )
-from hpsearch.monitor.status import Emit, TrialEvent
-from hpsearch.search.objective import Objective, load_study_data
+from hpsearch.search.checkpoints import artifact_folder, checkpoint_folder, sweep_checkpoints
+from hpsearch.search.objective import Objective
 from hpsearch.search.samplers import build_pruner, build_sampler
-from hpsearch.search.study import artifact_folder, checkpoint_folder, load_study, sweep_checkpoints
+from hpsearch.search.study import load_study
+from hpsearch.search.trials import Emit, TrialEvent
 from hpsearch.storage.artifacts import Folder
 from hpsearch.storage.rdb import Storage, open_storage
-from hpsearch.training.devices import count_cores, list_devices
-from hpsearch.training.trainer import keep_freed_memory
-from hpsearch.workers.lease import Lease, LeaseLost
+from hpsearch.training.devices import count_cores, keep_freed_memory, list_devices
+from hpsearch.training.run import load_study_data
+from hpsearch.training.trainer import EpochResult
 from hpsearch.workers.shutdown import Drain
 
 logger = logging.getLogger(__name__)
@@ -196,6 +199,55 @@ class Worker:
     def _drop(self, trial: optuna.Trial) -> None:
         self.storage.release(trial._trial_id)
         self.emit(TrialEvent(self.name, trial.number, "dropped", message="another worker has taken it over"))
+
+
+class LeaseLost(Exception):
+    """The trial was given to another worker."""
+
+
+class Lease(threading.Thread):
+    """While entered, beats for a running trial, notices when it was taken away, and reaps the trials of the dead."""
+
+    def __init__(self, worker: "Worker", trial: optuna.Trial) -> None:
+        super().__init__(name=f"lease of trial {trial.number}", daemon=True)
+        self.worker, self.trial_id = worker, trial._trial_id
+        self.ended, self.lost = threading.Event(), threading.Event()
+        self.is_between_epochs = False
+
+    def check(self) -> None:
+        """Store what is new; raise if the trial is not this worker's any more, or somebody wishes to stop.
+
+        A wish to stop the whole study is heard when the epoch is finished.
+        """
+        self.worker.drain.check()
+        if self.lost.is_set():
+            raise LeaseLost
+        self.worker.storage.store(self.trial_id)
+        if self.is_between_epochs and self.worker.storage.is_stopped:
+            raise Stopped
+        self.is_between_epochs = False
+
+    def finish_epoch(self, _result: EpochResult) -> None:
+        self.is_between_epochs = True
+
+    def run(self) -> None:
+        storage = self.worker.storage
+        while not self.ended.wait(self.worker.definition.recovery.heartbeat):
+            try:
+                if not storage.beat(self.trial_id):
+                    self.lost.set()
+                    return
+                self.worker.reap()
+            except StorageError as error:  # the worker's own calls meet it as well, and end the worker
+                logger.warning("%s", error)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+        self.join()
 
 
 def run_worker(

@@ -90,10 +90,9 @@ def injure_checkpoints() -> None:
 def injure_trainings() -> None:
     import torch
 
-    from hpsearch.search import objective
+    from hpsearch.training import run
 
-    original = objective.train  # type: ignore[attr-defined]
-
+    original = run.train
     pains = cycle(["", "exception", "", "memory", "", "allocation"])
 
     def train(*args: Any, **options: Any) -> Any:
@@ -106,7 +105,7 @@ def injure_trainings() -> None:
                 torch.empty(2**45)
         return original(*args, **options)
 
-    objective.train = train  # type: ignore[attr-defined]
+    run.train = train
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpsearch.config.definition import StudyDefinition, load_definition
 from hpsearch.errors import HpsearchError
-from hpsearch.search.study import checkpoint_folder, load_study
+from hpsearch.search.checkpoints import checkpoint_folder
+from hpsearch.search.study import load_study
 from hpsearch.storage.rdb import open_storage
 
 from .commands import epochs_of, hpsearch, processes_of, start, wait_for

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from hpsearch.config.definition import load_definition
 from hpsearch.errors import StudyNotFound
-from hpsearch.search.study import artifact_folder, checkpoint_folder, find_best, load_study, open_study
+from hpsearch.search.checkpoints import artifact_folder, checkpoint_folder
+from hpsearch.search.selection import find_best
+from hpsearch.search.study import load_study, open_study
 from hpsearch.storage.artifacts import Folder
 from hpsearch.storage.rdb import open_storage
 

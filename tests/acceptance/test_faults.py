@@ -15,7 +15,8 @@ import torch
 
 from hpsearch.config.definition import load_definition
 from hpsearch.errors import StudyNotFound
-from hpsearch.search.study import load_study, open_study, summarize
+from hpsearch.search.study import load_study, open_study
+from hpsearch.search.trials import summarize
 from hpsearch.storage.artifacts import Folder
 from hpsearch.storage.checkpoints import read
 from hpsearch.storage.rdb import open_storage

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import optuna
 
-from hpsearch.data.dataset import data_folder, load_test
+from hpsearch.data.dataset import load_test
+from hpsearch.data.mnist import data_folder
 from hpsearch.errors import HpsearchError
 from tests.benchmark import many, pieces, quality, searches, watching
 from tests.benchmark.report import UNFAIR, Options, Row, show

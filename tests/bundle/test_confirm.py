@@ -16,7 +16,8 @@ from hpsearch.config.definition import StudyDefinition
 from hpsearch.config.space import Hyperparameters
 from hpsearch.errors import NoCompletedTrial, UsageError, WorkerError
 from hpsearch.search.objective import Objective
-from hpsearch.search.study import explain_choice, find_best_few, find_winner, open_study
+from hpsearch.search.selection import explain_choice, find_best_few, find_winner
+from hpsearch.search.study import open_study
 from hpsearch.storage.rdb import open_storage
 
 from ..acceptance.commands import processes_of, wait_for

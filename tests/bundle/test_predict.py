@@ -12,9 +12,10 @@ from PIL import Image
 
 from hpsearch.bundle import bundle, predict
 from hpsearch.bundle.predict import find_images, predict_files
+from hpsearch.cli.render import prediction_line
 from hpsearch.data.dataset import ImageData, load_test
 from hpsearch.data.image_files import read_image
-from hpsearch.monitor.text import prediction_line, printable
+from hpsearch.monitor.text import printable
 
 from ..cli.test_app import Run, run  # noqa: F401
 from .test_bundle import make_contents, save

@@ -13,9 +13,9 @@ from hpsearch.bundle import retrain
 from hpsearch.config.definition import StudyDefinition
 from hpsearch.data.dataset import load_test
 from hpsearch.errors import BundleError, NoCompletedTrial, UsageError
-from hpsearch.search import objective
 from hpsearch.search.study import open_study
 from hpsearch.storage.rdb import open_storage
+from hpsearch.training import run
 from hpsearch.training.trainer import EpochResult, train
 
 from ..conftest import make_definition
@@ -101,7 +101,7 @@ def test_without_the_packages_for_onnx_nothing_is_trained(
 ) -> None:
     definition, study = searched
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(objective, "train", None)
+    monkeypatch.setattr(run, "train", None)
     with pytest.raises(UsageError, match=r"are missing; install them with: pip install onnx onnxscript onnxruntime"):
         retrain.export(definition, study, tmp_path / "b", onnx=True)
 
@@ -132,7 +132,7 @@ def test_the_test_set_is_read_once_and_after_all_training(
         events.append("test")
         return original(*arguments)
 
-    monkeypatch.setattr(objective, "train", watched_train)
+    monkeypatch.setattr(run, "train", watched_train)
     monkeypatch.setattr(retrain, "load_test", watched_test)
     retrain.export(definition, study, tmp_path / "b")
     assert events == ["train on 500", "train on 500", "test"]
@@ -143,6 +143,6 @@ def test_a_target_that_is_in_the_way_is_refused_before_any_training(
 ) -> None:
     definition, study = searched
     (tmp_path / "precious").write_text("all my work")
-    monkeypatch.setattr(objective, "train", None)
+    monkeypatch.setattr(run, "train", None)
     with pytest.raises(BundleError, match="is in the way, so choose another --output"):
         retrain.export(definition, study, tmp_path / "precious")

@@ -14,10 +14,11 @@ from urllib.parse import urlsplit
 import pytest
 
 from hpsearch import __main__
+from hpsearch.cli.render import render_trials
 from hpsearch.config.definition import load_definition
-from hpsearch.monitor.status import TrialEvent
-from hpsearch.monitor.text import render_trials, say, show, trial_line
+from hpsearch.monitor.text import say, show, trial_line
 from hpsearch.search.study import open_study
+from hpsearch.search.trials import TrialEvent
 from hpsearch.storage.rdb import open_storage
 
 Run = Callable[..., tuple[int, str, str]]

@@ -13,7 +13,9 @@ import torchvision
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from hpsearch.data.dataset import ImageData, Split, augment, data_folder, load_data, load_test, normalise
+from hpsearch.data.augment import augment
+from hpsearch.data.dataset import ImageData, Split, load_data, load_test, normalise
+from hpsearch.data.mnist import data_folder
 from hpsearch.errors import DataError
 
 

@@ -31,7 +31,8 @@ from hpsearch.config.definition import StudyDefinition
 from hpsearch.errors import StorageUnavailable, StudyNotFound, UsageError
 from hpsearch.monitor.dashboard import app, notes, server
 from hpsearch.monitor.dashboard.auth import READING, Guard
-from hpsearch.search.study import checkpoint_folder, open_study
+from hpsearch.search.checkpoints import checkpoint_folder
+from hpsearch.search.study import open_study
 from hpsearch.storage.rdb import Storage, open_storage
 
 from ..conftest import make_definition

@@ -14,7 +14,8 @@ from optuna.trial import TrialState
 from hpsearch.config.definition import StudyDefinition
 from hpsearch.monitor import doctor
 from hpsearch.monitor.doctor import examine
-from hpsearch.search.study import artifact_folder, checkpoint_folder, open_study
+from hpsearch.search.checkpoints import artifact_folder, checkpoint_folder
+from hpsearch.search.study import open_study
 from hpsearch.storage.checkpoints import Checkpoint
 from hpsearch.storage.rdb import open_storage
 

@@ -11,9 +11,10 @@ import pytest
 from rich.console import Console
 
 from hpsearch.monitor.live import LiveView, SceneTable, draw_curve
-from hpsearch.monitor.status import Scene, TrialEvent, Watch, open_watch
+from hpsearch.monitor.status import Scene, Watch, open_watch
 from hpsearch.monitor.text import say_duration
 from hpsearch.search.study import open_study
+from hpsearch.search.trials import TrialEvent
 from hpsearch.storage.rdb import open_storage
 
 from ..conftest import fill, make_definition

@@ -23,9 +23,11 @@ from hpsearch.data.dataset import ImageData
 from hpsearch.errors import Interrupted, StorageError, StorageUnavailable, StudyNotFound, UsageError
 from hpsearch.monitor.status import open_watch
 from hpsearch.search import copy
+from hpsearch.search.checkpoints import artifact_folder
 from hpsearch.search.copy import copy_study
 from hpsearch.search.steering import enqueue_trial, extend_study, stop_study
-from hpsearch.search.study import artifact_folder, load_study, open_study
+from hpsearch.search.study import load_study, open_study
+from hpsearch.storage import transfer
 from hpsearch.storage.artifacts import Folder
 from hpsearch.storage.checkpoints import Checkpoint, checkpoint_name
 from hpsearch.storage.rdb import Storage, open_storage
@@ -219,13 +221,13 @@ def test_a_study_whose_workers_are_alive_is_not_copied(
 def test_a_study_that_changes_while_it_is_copied_is_not_written(
     definition: StudyDefinition, study: optuna.Study, target: StudyDefinition, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    insert = copy._insert
+    insert = transfer._insert
 
     def add_a_trial(*arguments: Any) -> list[int]:
         study.enqueue_trial({"width": 9})
         return insert(*arguments)
 
-    monkeypatch.setattr(copy, "_insert", add_a_trial)
+    monkeypatch.setattr(transfer, "_insert", add_a_trial)
     with pytest.raises(StorageError, match="has changed while it was copied, so nothing was written"):
         copy_study(definition, target)
     assert count_rows(target)["studies"] == count_rows(target)["trials"] == 0
@@ -238,7 +240,7 @@ def test_the_rows_of_a_source_are_those_of_one_moment(postgres_url: str, tmp_pat
     url = create_database(postgres_url, f"moment{abs(hash(tmp_path))}")  # in SQLite a reader keeps others from writing
     study = open_study(make_definition(url), open_storage(url))
     count = sqlalchemy.text("SELECT count(*) FROM trials")
-    with copy._one_moment(open_storage(url, reads_only=True)) as connection:
+    with transfer._one_moment(open_storage(url, reads_only=True)) as connection:
         assert connection.execute(count).scalar() == 0
         study.enqueue_trial({"width": 9})
         assert connection.execute(count).scalar() == 0
@@ -248,7 +250,7 @@ def test_a_copy_that_is_not_equal_is_told(
     definition: StudyDefinition, study: optuna.Study, target: StudyDefinition, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fill(open_storage(definition.study.storage), study, 9, n_running=0)
-    read_rows = copy._read_rows
+    read_rows = copy.read_study_rows
 
     def lose_a_report(storage: Storage, name: str) -> Any:
         rows = read_rows(storage, name)
@@ -256,7 +258,8 @@ def test_a_copy_that_is_not_equal_is_told(
         rows[table].pop()
         return rows
 
-    monkeypatch.setattr(copy, "_read_rows", lose_a_report)
+    for module in (copy, transfer):
+        monkeypatch.setattr(module, "read_study_rows", lose_a_report)
     with pytest.raises(
         StorageError, match=r"differs from its source \(trial 8: report \d+: 0\.\d+ here, absent there\)"
     ):
@@ -308,13 +311,13 @@ def test_a_running_trial_keeps_the_age_of_its_heartbeat(
     fill(source, study, 9, n_running=1)
     ages = []
     with source.engine.begin() as connection:
-        old = copy._read_clock(connection) - timedelta(seconds=1000)
+        old = transfer._read_clock(connection) - timedelta(seconds=1000)
         connection.execute(sqlalchemy.update(HEARTBEATS).values(heartbeat=old))
     copy_study(definition, target)
     storage = open_storage(target.study.storage)
     with storage.engine.connect() as connection:
         for beat in connection.execute(sqlalchemy.select(HEARTBEATS)):
-            ages.append((copy._read_clock(connection) - beat.heartbeat).total_seconds())
+            ages.append((transfer._read_clock(connection) - beat.heartbeat).total_seconds())
     assert len(ages) == 1, "of ended trials there is none"
     assert 990 < ages[0] < 1800
     assert open_watch(target).look().n_alive == 0

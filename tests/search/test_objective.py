@@ -8,8 +8,9 @@ import torch
 from optuna.trial import FixedTrial, TrialState
 
 from hpsearch.data.dataset import ImageData
-from hpsearch.search.objective import Objective, trial_seed
+from hpsearch.search.objective import Objective
 from hpsearch.search.pruning import PruningCallback
+from hpsearch.training.run import trial_seed
 from hpsearch.training.trainer import EpochResult
 
 from ..conftest import make_definition

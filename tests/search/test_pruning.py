@@ -5,8 +5,8 @@ import optuna
 import pytest
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
 
-from hpsearch.monitor.trials import explain_end
 from hpsearch.search.pruning import PruningCallback, explain_pruning
+from hpsearch.search.trials import explain_end
 from hpsearch.training.trainer import EpochResult
 
 EPOCHS = 9

@@ -9,7 +9,9 @@ from optuna.trial import TrialState
 
 from hpsearch.errors import NoCompletedTrial, StudyMismatch, StudyNotFound
 from hpsearch.monitor.trials import list_trials
-from hpsearch.search.study import count_test_reading, find_best, load_study, open_study, summarize
+from hpsearch.search.selection import count_test_reading, find_best
+from hpsearch.search.study import load_study, open_study
+from hpsearch.search.trials import summarize
 from hpsearch.storage.rdb import Storage, open_storage
 
 from ..conftest import fill as write_many

@@ -18,8 +18,9 @@ from optuna.trial import TrialState
 from hpsearch.config.space import Hyperparameters
 from hpsearch.data.dataset import ImageData, Split
 from hpsearch.errors import CheckpointError, Drained
+from hpsearch.search.checkpoints import checkpoint_folder, sweep_checkpoints
 from hpsearch.search.objective import Objective
-from hpsearch.search.study import checkpoint_folder, open_study, sweep_checkpoints
+from hpsearch.search.study import open_study
 from hpsearch.storage import checkpoints
 from hpsearch.storage.artifacts import Folder
 from hpsearch.storage.checkpoints import Checkpoint, checkpoint_name, find_checkpoints

@@ -12,8 +12,10 @@ from sqlalchemy.exc import OperationalError
 
 from hpsearch.errors import StorageError, UsageError
 from hpsearch.search.study import load_study, open_study
-from hpsearch.storage.engine import backup, check_place, is_transient, network_file_system, reason
+from hpsearch.storage.backup import backup
+from hpsearch.storage.engine import check_place, network_file_system
 from hpsearch.storage.rdb import open_storage
+from hpsearch.storage.retry import is_transient, reason
 
 from ..conftest import make_definition
 

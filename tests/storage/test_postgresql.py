@@ -14,12 +14,14 @@ from psutil import process_iter
 from sqlalchemy.engine import make_url
 from sqlalchemy.pool import NullPool
 
+from hpsearch.config.urls import parse_url
 from hpsearch.errors import StorageError, StorageUnavailable
-from hpsearch.monitor.status import TrialEvent
 from hpsearch.search.study import open_study
-from hpsearch.storage import postgresql
-from hpsearch.storage.engine import creation_lock, is_transient, parse_url
+from hpsearch.search.trials import TrialEvent
+from hpsearch.storage import engine
+from hpsearch.storage.engine import creation_lock
 from hpsearch.storage.rdb import Storage, open_storage
+from hpsearch.storage.retry import is_transient
 from hpsearch.workers.processes import run_pool
 from hpsearch.workers.shutdown import Drain
 
@@ -109,7 +111,7 @@ def test_whoever_only_reads_may_read_in_several_threads_at_once(url: str) -> Non
 def test_a_thread_that_waits_in_vain_for_the_connection_tells_an_outage(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(postgresql, "_POOL_TIMEOUT", 0)
+    monkeypatch.setattr(engine, "_POOL_TIMEOUT", 0)
     storage = open_storage(url)
     with storage.engine.connect(), pytest.raises(StorageUnavailable, match="cannot be reached: QueuePool limit"):
         storage.get_all_studies()

@@ -29,7 +29,7 @@ from hpsearch.errors import (
 )
 from hpsearch.search.steering import resume_study, stop_study
 from hpsearch.search.study import open_study
-from hpsearch.storage import engine, tables
+from hpsearch.storage import retry, tables
 from hpsearch.storage.budget import INDEXES
 from hpsearch.storage.rdb import Storage, open_storage
 
@@ -360,7 +360,7 @@ def test_a_storage_that_does_not_answer_is_asked_again_until_patience_ends(
             raise failures.pop()
 
     monkeypatch.setattr(sqlalchemy.orm.Session, "close", fail_twice)
-    monkeypatch.setattr(engine, "_next_message", 0.0)  # another test may just have been told
+    monkeypatch.setattr(retry, "_next_message", 0.0)  # another test may just have been told
     assert storage.get_all_trials(study._study_id) == []
     assert failures == []
     assert "database is locked" in caplog.text
@@ -482,7 +482,7 @@ def test_a_creation_that_was_killed_among_its_tables_is_gone_on_with(url: str) -
 def test_opening_is_as_patient_as_it_is_asked_to_be(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "_next_message", 0.0)
+    monkeypatch.setattr(retry, "_next_message", 0.0)
     with pytest.raises(StorageUnavailable, match="cannot be reached"):
         open_storage("postgresql://me:secret@127.0.0.1:9/db")
     assert caplog.text == ""

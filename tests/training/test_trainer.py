@@ -14,14 +14,8 @@ from hpsearch.config.space import Hyperparameters
 from hpsearch.data.dataset import Split
 from hpsearch.errors import Diverged
 from hpsearch.training.networks import Network, build_network
-from hpsearch.training.trainer import (
-    EpochResult,
-    build_optimizer,
-    build_schedule,
-    measure_accuracy,
-    seed_everything,
-    train,
-)
+from hpsearch.training.optimizers import build_optimizer, build_schedule
+from hpsearch.training.trainer import EpochResult, measure_accuracy, seed_everything, train
 
 
 def small_network(**options: Any) -> tuple[Network, Hyperparameters]:

@@ -11,8 +11,8 @@ import pytest
 from hpsearch.config.definition import StudyDefinition
 from hpsearch.data.dataset import ImageData
 from hpsearch.errors import DataError, Interrupted, RepeatedFailures, TooManyFailures, WorkerError
-from hpsearch.monitor.status import TrialEvent
 from hpsearch.search.study import load_study, open_study
+from hpsearch.search.trials import TrialEvent
 from hpsearch.storage.rdb import open_storage
 from hpsearch.training import devices
 from hpsearch.training.devices import count_cores, default_workers

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from hpsearch.errors import ClusterError, UsageError
-from hpsearch.workers.ray import Cluster, connect
-from hpsearch.workers.tasks import Share
+from hpsearch.workers.ray import Cluster, Share, connect
 
 from ..acceptance.commands import hpsearch
 from ..conftest import make_definition

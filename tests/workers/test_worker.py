@@ -19,16 +19,16 @@ from sqlalchemy.orm import Session
 
 from hpsearch.data.dataset import ImageData
 from hpsearch.errors import Drained, Interrupted, RepeatedFailures, Stopped, StorageUnavailable, TooManyFailures
-from hpsearch.monitor.status import TrialEvent
+from hpsearch.search.checkpoints import checkpoint_folder
 from hpsearch.search.steering import resume_study, stop_study
-from hpsearch.search.study import checkpoint_folder, open_study
+from hpsearch.search.study import open_study
+from hpsearch.search.trials import TrialEvent
 from hpsearch.storage.checkpoints import find_checkpoints, read
 from hpsearch.storage.rdb import Storage, open_storage
 from hpsearch.storage.tables import HeldTrial
 from hpsearch.training.trainer import EpochResult
-from hpsearch.workers.lease import Lease
 from hpsearch.workers.shutdown import Drain
-from hpsearch.workers.worker import Worker, open_worker_storage, worker_name
+from hpsearch.workers.worker import Lease, Worker, open_worker_storage, worker_name
 
 from ..conftest import make_definition
 

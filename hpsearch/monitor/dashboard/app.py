@@ -23,7 +23,8 @@ from hpsearch.errors import UsageError
 from hpsearch.monitor.dashboard.auth import Guard
 from hpsearch.monitor.dashboard.notes import describe_study, describe_trial
 from hpsearch.monitor.dashboard.server import LOOPBACK, listen, names_of, resolve, serving, show_host
-from hpsearch.search.study import checkpoint_folder, load_study
+from hpsearch.search.checkpoints import checkpoint_folder
+from hpsearch.search.study import load_study
 from hpsearch.storage.artifacts import Folder
 from hpsearch.storage.rdb import open_storage
 

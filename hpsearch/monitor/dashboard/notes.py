@@ -7,8 +7,8 @@ from typing import Any
 from optuna.trial import FrozenTrial
 
 from hpsearch.config.definition import N_TRAINING_IMAGES, StudyDefinition
-from hpsearch.monitor.trials import explain_end, name_state
-from hpsearch.storage.engine import show_url
+from hpsearch.config.urls import show_url
+from hpsearch.search.trials import explain_end, name_state
 
 _COMMANDS = {
     "run": "search until the budget is spent, or go on",

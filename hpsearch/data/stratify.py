@@ -1,0 +1,22 @@
+"""Row numbers of two disjoint parts with the same share of each class."""
+
+import torch
+from torch import Tensor
+
+from hpsearch.errors import DataError
+
+
+def stratify(labels: Tensor, n_held_out: int, n_training: int | None, seed: int) -> tuple[Tensor, Tensor]:
+    """Row numbers of two disjoint parts with the class proportions of the labels, in the data set's order."""
+    from sklearn.model_selection import train_test_split
+
+    try:
+        training, held_out = train_test_split(
+            range(len(labels)), train_size=n_training, test_size=n_held_out, stratify=labels, random_state=seed
+        )
+    except ValueError as error:
+        raise DataError(
+            f"{len(labels)} images cannot be split into data.train = {n_training or 'the rest'} and "
+            f"data.validation = {n_held_out} with every class in both: {error}"
+        ) from error
+    return torch.tensor(sorted(training)), torch.tensor(sorted(held_out))

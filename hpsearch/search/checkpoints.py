@@ -1,0 +1,53 @@
+"""Where a study keeps its checkpoints, and which of them it still needs."""
+
+import logging
+from weakref import WeakKeyDictionary
+
+import optuna
+from optuna.trial import TrialState
+
+from hpsearch.config.definition import StudyDefinition
+from hpsearch.search.selection import by_value
+from hpsearch.storage.artifacts import Folder
+from hpsearch.storage.checkpoints import find_checkpoints
+
+logger = logging.getLogger(__name__)
+
+_ids = WeakKeyDictionary[optuna.Study, str]()  # they never change, and are needed after each trial
+
+
+def artifact_folder(definition: StudyDefinition) -> Folder:
+    """Where studies of the definition's name keep what their trials leave behind."""
+    return Folder(definition.study.artifacts) / definition.study.name
+
+
+def checkpoint_folder(definition: StudyDefinition, study: optuna.Study) -> Folder:
+    """Where the study's checkpoints are: apart from those of a study of the same name in another storage."""
+    if study not in _ids and (found := study.user_attrs.get("id")):
+        _ids[study] = found
+    return artifact_folder(definition) / _ids.get(study, "")
+
+
+def find_unneeded_checkpoints(definition: StudyDefinition, study: optuna.Study) -> list[str]:
+    """The names of the checkpoints that no trial will be resumed from, and that are not of the `recovery.keep` best."""
+    # In this order: a trial is stored before it has a file.
+    files = find_checkpoints(checkpoint_folder(definition, study))
+    if not files:
+        return []
+    trials = study.get_trials(deepcopy=False)
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    best = sorted(complete, key=by_value)[: definition.recovery.keep]
+    needed = set[int]()
+    for trial in (*best, *(trial for trial in trials if not trial.state.is_finished())):
+        needed |= {trial.number, *trial.user_attrs.get("attempts", ())}
+    return [name for name, number in files.items() if number not in needed]
+
+
+def sweep_checkpoints(definition: StudyDefinition, study: optuna.Study) -> None:
+    """Remove the checkpoints that are not needed any more."""
+    folder = checkpoint_folder(definition, study)
+    try:
+        for name in find_unneeded_checkpoints(definition, study):
+            folder.remove(name)
+    except OSError as error:
+        logger.warning("what is not needed any more in %s cannot be removed (%s)", folder, error.strerror)

@@ -1,0 +1,126 @@
+"""Trials as users see them: what became of each, why it ended, and how far the search has come."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from hpsearch.config.definition import StudyDefinition
+from hpsearch.config.urls import show_url
+from hpsearch.errors import UsageError
+from hpsearch.storage.rdb import Storage
+from hpsearch.storage.tables import count_trials
+
+
+@dataclass(frozen=True)
+class TrialEvent:
+    """What became of a trial; all but "running" are told after the storage has acknowledged it.
+
+    `epoch` is the last one that was reported, `value` its validation accuracy. A trial that another worker has
+    taken over is "dropped".
+    """
+
+    worker: str
+    number: int
+    state: Literal["running", "complete", "pruned", "failed", "dropped"]
+    epoch: int = 0
+    value: float | None = None
+    message: str = ""
+
+
+Emit = Callable[[TrialEvent], None]
+
+
+def name_state(trial: FrozenTrial) -> str:
+    """The trial's state as users read it: Optuna's in small letters, but `failed`."""
+    return "failed" if trial.state == TrialState.FAIL else trial.state.name.lower()
+
+
+def explain_end(trial: FrozenTrial) -> str:
+    """Why the trial failed or was pruned, in one sentence, or nothing."""
+    attributes = trial.user_attrs
+    if failure := attributes.get("failure"):
+        return f"{failure['kind']}: {failure['message']}"
+    if trial.state == TrialState.PRUNED and "diverged" in attributes:
+        return str(attributes["diverged"])
+    pruning = attributes.get("pruning", {})
+    if trial.state == TrialState.PRUNED and "threshold" in pruning:
+        value, threshold = (f"{pruning[key]:.4f}" for key in ("value", "threshold"))
+        if value == threshold:
+            value, threshold = (f"{pruning[key]:.6f}" for key in ("value", "threshold"))
+        return f"{value} is below {threshold}, {pruning['rule']}, after epoch {pruning['epoch']}"
+    return ""
+
+
+def describe_trial(trial: FrozenTrial) -> dict[str, Any]:
+    """The row of a trial in the document of `trials --json`."""
+    return {
+        "number": trial.number,
+        "state": name_state(trial),
+        "value": trial.value if trial.state.is_finished() else None,
+        "epoch": trial.last_step or 0,
+        "params": trial.params or trial.system_attrs.get("fixed_params", {}),
+        "worker": trial.user_attrs.get("worker"),
+        "seconds": trial.duration.total_seconds() if trial.duration else None,
+        "note": explain_end(trial),
+    }
+
+
+def describe_in_full(study: optuna.Study, number: int) -> dict[str, Any]:
+    """The document of `show --json`: the row of a trial, and its times, reports, attempts and environment.
+
+    Raises `UsageError` where the study has no trial of that number.
+    """
+    trials = study.get_trials(deepcopy=False)
+    if not 0 <= number < len(trials):
+        raise UsageError(f"study '{study.study_name}' has {len(trials)} trials, from 0 on, but no trial {number}")
+    trial = trials[number]
+    attributes, times = trial.user_attrs, (trial.datetime_start, trial.datetime_complete)
+    started, ended = (time and time.astimezone().isoformat(timespec="seconds") for time in times)
+    return describe_trial(trial) | {
+        "started": started,
+        "ended": ended,
+        "reports": {str(epoch): value for epoch, value in sorted(trial.intermediate_values.items())},
+        "images_per_second": attributes.get("images_per_second"),
+        "attempts": attributes.get("attempts", []),
+        "resumed_after": attributes.get("resumed_after"),
+        "failure": attributes.get("failure"),
+        "pruning": attributes.get("pruning"),
+        "environment": attributes.get("environment"),
+    }
+
+
+def summarize(
+    definition: StudyDefinition, study: optuna.Study, trials: list[FrozenTrial] | None = None
+) -> dict[str, Any]:
+    """The document of `status --json`: counts by state, the best trial, the workers, the epochs run and saved.
+
+    `trials` are those of the study, where they were read already.
+    """
+    storage = getattr(study._storage, "_backend", None)  # Optuna wraps it in a cache
+    if trials is None and isinstance(storage, Storage):
+        tally = storage.tally(study._study_id)
+    else:
+        tally = count_trials(study.get_trials(deepcopy=False) if trials is None else trials)
+    counts, best, full = tally.counts, tally.best, definition.budget.epochs
+    n_pruned = counts.get(TrialState.PRUNED, 0)
+    return {
+        "study": study.study_name,
+        "storage": show_url(definition.study.storage),
+        "budget": study.user_attrs["budget"],
+        "trials": {
+            "complete": counts.get(TrialState.COMPLETE, 0),
+            "pruned": n_pruned,
+            "failed": counts.get(TrialState.FAIL, 0),
+            "running": counts.get(TrialState.RUNNING, 0),
+            "waiting": counts.get(TrialState.WAITING, 0),
+        },
+        "best": best and {"number": best.number, "value": best.value, "params": best.params},
+        "workers": [
+            {"id": trial.user_attrs.get("worker"), "trial": trial.number, "epoch": trial.last_step or 0}
+            for trial in tally.running
+        ],
+        "epochs": {"run": tally.n_epochs, "saved": full * n_pruned - tally.n_epochs_of_pruned},
+    }

@@ -1,0 +1,42 @@
+"""Optimizers and learning rate schedules."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR
+
+from hpsearch.config.space import Hyperparameters
+
+
+def build_optimizer(parameters: Iterable[nn.Parameter], hyperparameters: Hyperparameters) -> torch.optim.Optimizer:
+    """The optimizer of `torch.optim` that the hyperparameters name, fused where torch has a fused one."""
+    lr, weight_decay = hyperparameters.lr, hyperparameters.weight_decay
+    match hyperparameters.optimizer:
+        case "adam":
+            return torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+        case "adamw":
+            return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+        case "nadam":
+            return torch.optim.NAdam(parameters, lr=lr, weight_decay=weight_decay)
+        case "rmsprop":
+            return torch.optim.RMSprop(parameters, lr=lr, weight_decay=weight_decay, momentum=hyperparameters.momentum)
+        case "sgd":
+            return torch.optim.SGD(
+                parameters, lr=lr, weight_decay=weight_decay, momentum=hyperparameters.momentum, fused=True
+            )
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, hyperparameters: Hyperparameters, n_steps: int) -> LRScheduler:
+    """The learning rate over `n_steps` batches: constant, half a cosine down to 0, or one cycle up to `lr` and down.
+
+    One cycle leaves the momentum alone, since `momentum` is a hyperparameter of its own (Smith and Topin 2018,
+    https://arxiv.org/abs/1708.07120).
+    """
+    match hyperparameters.schedule:
+        case "constant":
+            return LambdaLR(optimizer, lambda _: 1.0)
+        case "cosine":
+            return CosineAnnealingLR(optimizer, T_max=n_steps)
+        case "onecycle":
+            return OneCycleLR(optimizer, hyperparameters.lr, total_steps=n_steps, cycle_momentum=False)
