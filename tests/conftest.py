@@ -22,7 +22,7 @@ from hpsearch.config.definition import StudyDefinition, parse_definition
 from hpsearch.data.dataset import ImageData, Split, load_data
 from hpsearch.storage import tables
 from hpsearch.storage.rdb import Storage, open_storage
-from hpsearch.storage.tables import HeldTrial
+from hpsearch.storage.tables import BufferedTrial
 
 os.environ.pop("HPSEARCH_STORAGE", None)
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait for each other sleep: tests share the cores
@@ -57,31 +57,31 @@ def fill(storage: Storage, study: optuna.Study, n_trials: int, *, epochs: int = 
     with storage.engine.begin() as connection:
         for number in range(n_before, n_trials):
             begun = start + timedelta(seconds=number)
-            held = HeldTrial(tables.insert_trial(connection, study._study_id, number, begun))
-            trial = held.trial
+            buffered = BufferedTrial(tables.insert_trial(connection, study._study_id, number, begun))
+            trial = buffered.trial
             for name, distribution in distributions.items():
                 low, high = distribution.low, distribution.high
-                held.set_param(name, float(generator.uniform(low, high)), distribution)
+                buffered.set_param(name, float(generator.uniform(low, high)), distribution)
             curve = 0.5 + 0.45 * generator.random() * (1 - 0.6 ** np.arange(1, epochs + 1))
-            held.set_user_attr("worker", f"machine-{number % 4}")
-            held.set_user_attr("images_per_second", 40_000 + number)
+            buffered.set_user_attr("worker", f"machine-{number % 4}")
+            buffered.set_user_attr("images_per_second", 40_000 + number)
             if number >= n_trials - n_running:
                 trial.state = TrialState.RUNNING
                 tables.beat(connection, trial._trial_id)
                 n_reports = 1 + number % epochs
             elif number % 7 == 5:
                 trial.state, n_reports = TrialState.FAIL, 2
-                held.set_user_attr("failure", {"kind": "exception", "message": f"ValueError: =trial {number}"})
+                buffered.set_user_attr("failure", {"kind": "exception", "message": f"ValueError: =trial {number}"})
             elif number % 3 == 2:
                 trial.state, n_reports = TrialState.PRUNED, 1 + number % (epochs - 1)
                 value = float(curve[n_reports - 1])
                 pruning = {"value": value, "threshold": value + 0.01, "rule": "the median of 12 trials"}
-                held.set_user_attr("pruning", pruning | {"epoch": n_reports})
+                buffered.set_user_attr("pruning", pruning | {"epoch": n_reports})
             else:
                 trial.state, n_reports = TrialState.COMPLETE, epochs
             for epoch in range(1, n_reports + 1):
-                held.report(epoch, float(curve[epoch - 1]))
-            held.write(connection)
+                buffered.report(epoch, float(curve[epoch - 1]))
+            buffered.write(connection)
             if trial.state.is_finished():
                 trial.datetime_complete = begun + timedelta(seconds=1.5)
                 tables.change_state(connection, trial, before=TrialState.RUNNING)

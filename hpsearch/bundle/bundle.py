@@ -17,7 +17,7 @@ from safetensors.torch import load as from_safetensors
 from hpsearch.bundle import formats
 from hpsearch.bundle.evaluation import Evaluation, evaluate
 from hpsearch.bundle.figures import draw_calibration, draw_confusion_matrix, draw_mistakes
-from hpsearch.bundle.manifest import MAX_BYTES, SealedFolder, parse, replacing, seal
+from hpsearch.bundle.manifest import MAX_BYTES, VerifiedFolder, parse, replace_folder, write_manifest
 from hpsearch.config.space import Hyperparameters, Table
 from hpsearch.data.dataset import CLASS_NAMES, load_test, normalise
 from hpsearch.data.image_files import read_image
@@ -128,7 +128,7 @@ def _identify(folder: Path) -> tuple[int, int, int] | None:
 
 def _load(folder: Path) -> Classifier:
     try:
-        files = SealedFolder(folder, REQUIRED, OPTIONAL)
+        files = VerifiedFolder(folder, REQUIRED, OPTIONAL)
         config = parse(Config, files.read("config.json"), folder / "config.json")
         outline = _outline(config, folder)
         n_bytes = sum(tensor.numel() * tensor.element_size() for tensor in outline.values())
@@ -188,7 +188,7 @@ def save(
     and leaves the target as it was, if they do not.
     """
     check_target(target)
-    with replacing(target) as new:
+    with replace_folder(target) as new:
         formats.write_models(contents.network, contents.config, new, onnx=onnx, torch_export=torch_export)
         _write_json(contents.config, new / "config.json")
         (new / "study.toml").write_text(contents.study_toml, encoding="utf-8")
@@ -211,7 +211,7 @@ def check_target(target: Path) -> None:
         try:
             if target.is_symlink():
                 raise BundleError("it is a link")
-            SealedFolder(target, REQUIRED, OPTIONAL)
+            VerifiedFolder(target, REQUIRED, OPTIONAL)
         except (BundleError, OSError) as error:
             raise BundleError(f"{target} is in the way, so choose another --output: {error}") from error
 
@@ -220,7 +220,7 @@ def _write_texts(contents: Contents, folder: Path, verified: dict[str, dict[str,
     """Write what is known only after the models were verified."""
     _write_json(contents.metrics | {"verified": verified}, folder / "metrics.json")
     (folder / "README.md").write_text(_write_card(contents, verified), encoding="utf-8")
-    seal(folder)
+    write_manifest(folder)
 
 
 def _write_json(document: dict[str, Any], file: Path) -> None:

@@ -26,7 +26,7 @@ from hpsearch.data.dataset import ImageData
 from hpsearch.errors import Diverged, UsageError, WorkerError
 from hpsearch.search.selection import find_best_few
 from hpsearch.search.study import change_attribute
-from hpsearch.training.devices import keep_freed_memory
+from hpsearch.training.devices import tune_malloc
 from hpsearch.training.networks import describe_layers, from_layers
 from hpsearch.training.run import load_study_data, train_from_seed, trial_seed
 from hpsearch.training.trainer import measure_accuracy
@@ -144,7 +144,7 @@ def _train_all(
     n_workers = min(n_workers, len(runs))
     if n_workers <= 1:
         here = data.to(devices[0])
-        keep_freed_memory()
+        tune_malloc()
         yield from ((run, _measure(definition, here, run)) for run in runs)
         return
     with _processes(n_workers, (definition, data, max(1, torch.get_num_threads() // n_workers))) as pool:
@@ -192,7 +192,7 @@ def _prepare_process(definition: StudyDefinition, data: ImageData, n_threads: in
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the others
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(n_threads)
-    keep_freed_memory()
+    tune_malloc()
     _shared["measure"] = partial(_measure, definition)
     _shared["data_on"] = cache(data.to)
 

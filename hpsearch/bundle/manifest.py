@@ -37,7 +37,7 @@ class Manifest(BaseModel):
     sha256: dict[_Name, _Digest] = Field(max_length=100)
 
 
-class SealedFolder:
+class VerifiedFolder:
     """The files that a manifest lists; each is checked whenever it is read, and only the known names can be read.
 
     Raises `BundleError` naming what is missing, what does not belong here, or what the manifest lists wrongly.
@@ -49,7 +49,7 @@ class SealedFolder:
             raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}")
         content = _read(path / MANIFEST, MAX_BYTES)
         self._digests = parse(Manifest, content, path / MANIFEST).sha256
-        if content != _write_manifest(self._digests):
+        if content != _dump_manifest(self._digests):
             raise BundleError(f"{path / MANIFEST} is damaged: export it again")
         self.names = sorted(self._digests)
         for name in sorted({entry.name for entry in os.scandir(path)} - {MANIFEST}):
@@ -98,19 +98,19 @@ def _read(file: Path, max_bytes: int) -> bytes:
         return stream.read(n_bytes + 1)  # one more, lest a file that grows be taken for whole
 
 
-def seal(folder: Path) -> None:
+def write_manifest(folder: Path) -> None:
     """Write the manifest of the files that are in the folder now."""
     files = sorted(file for file in folder.iterdir() if file.name != MANIFEST)
     digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-    (folder / MANIFEST).write_bytes(_write_manifest(digests))
+    (folder / MANIFEST).write_bytes(_dump_manifest(digests))
 
 
-def _write_manifest(digests: dict[str, str]) -> bytes:
+def _dump_manifest(digests: dict[str, str]) -> bytes:
     return json.dumps({"format_version": 1, "sha256": digests}, indent=2).encode() + b"\n"
 
 
 @contextmanager
-def replacing(target: Path) -> Iterator[Path]:
+def replace_folder(target: Path) -> Iterator[Path]:
     """A new, empty folder to be filled, which takes the target's place in one step; an error leaves the target alone.
 
     What was left beside the target by processes that were killed is removed first.

@@ -12,7 +12,7 @@ from hpsearch.config.definition import StudyDefinition
 from hpsearch.config.space import suggest
 from hpsearch.errors import Diverged, NoCompletedTrial
 from hpsearch.search.trials import name_state
-from hpsearch.training.devices import keep_freed_memory
+from hpsearch.training.devices import tune_malloc
 from hpsearch.training.run import describe_environment, load_study_data, train_from_seed, trial_seed
 from hpsearch.training.trainer import EpochResult
 
@@ -42,7 +42,7 @@ def replay(
     device = "cpu" if then.get("device") == "cpu" else device
     before = torch.get_num_threads()
     torch.set_num_threads(then.get("threads", before))
-    keep_freed_memory()
+    tune_malloc()
     try:
         curve, now = _train_again(definition, trial, folder, device, on_epoch), describe_environment(device)
     finally:

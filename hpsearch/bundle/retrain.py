@@ -18,7 +18,7 @@ from hpsearch.config.space import Hyperparameters, suggest
 from hpsearch.data.dataset import ImageData, load_test
 from hpsearch.errors import Diverged
 from hpsearch.search.selection import count_test_reading, find_best, find_winner
-from hpsearch.training.devices import keep_freed_memory
+from hpsearch.training.devices import tune_malloc
 from hpsearch.training.networks import describe_layers
 from hpsearch.training.run import load_study_data, train_from_seed, trial_seed
 from hpsearch.training.trainer import EpochResult
@@ -43,7 +43,7 @@ def export(
     counts the reading. Raises `NoCompletedTrial`, `DataError`, `UsageError` where packages for ONNX are missing,
     `Diverged`, and `BundleError`; a bundle that cannot be verified leaves nothing behind.
     """
-    keep_freed_memory()
+    tune_malloc()
     trial = find_winner(study) if number is None else find_best(study, number)
     if onnx:
         formats.check_onnx()

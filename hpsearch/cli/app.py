@@ -22,7 +22,7 @@ from hpsearch.cli.options import (
     complete_study,
     load_definition_of,
     print_status,
-    retype,
+    shell_arguments,
 )
 from hpsearch.cli.result import app as winner_app
 from hpsearch.cli.watch import app as watch_app
@@ -97,7 +97,7 @@ def run(
     """Create or resume a study and search until its budget is spent."""
     from hpsearch.monitor.live import LiveView
     from hpsearch.monitor.status import open_watch
-    from hpsearch.monitor.text import say, stderr_console
+    from hpsearch.monitor.text import echo, stderr_console
     from hpsearch.workers.forkserver import start_fork_server
     from hpsearch.workers.shutdown import Drain
 
@@ -115,12 +115,12 @@ def run(
             if shows_dashboard or opens:
                 import webbrowser
 
-                from hpsearch.monitor.dashboard.app import lead_to, serve
+                from hpsearch.monitor.dashboard.app import redirect_file, serve
 
-                address = stack.enter_context(serve(definition, retype(study, storage)))
-                say(address)
+                address = stack.enter_context(serve(definition, shell_arguments(study, storage)))
+                echo(address)
                 if opens:
-                    webbrowser.open(stack.enter_context(lead_to(address)))
+                    webbrowser.open(stack.enter_context(redirect_file(address)))
             view = stack.enter_context(LiveView(watch, stderr_console()))
             reason = run_pool(
                 definition,
@@ -131,9 +131,9 @@ def run(
                 on_start=view.start,
             )
     except Drained:
-        _say_how_far(watch)
+        _echo_progress(watch)
         raise
-    _say_what_was_found(watch, reason, retype(study, storage), as_json=as_json)
+    _echo_result(watch, reason, shell_arguments(study, storage), as_json=as_json)
 
 
 @app.command(epilog="Example:  hpsearch worker studies/mnist-mlp.toml --max-trials 5")
@@ -148,7 +148,7 @@ def worker(
     """Run one more worker on a study, from any terminal or machine."""
     from hpsearch.monitor.live import LiveView
     from hpsearch.monitor.status import open_watch
-    from hpsearch.monitor.text import say, stderr_console
+    from hpsearch.monitor.text import echo, stderr_console
     from hpsearch.workers.shutdown import Drain
 
     definition = load_definition_of(study, storage, artifacts=artifacts)
@@ -162,7 +162,7 @@ def worker(
     drain = Drain().listen(signal.SIGINT, signal.SIGTERM)
     with LiveView(watch, stderr_console()) as view:
         reason = run_worker(definition, drain, folder=data, emit=view, max_trials=max_trials)
-    say(f"done: {reason}")
+    echo(f"done: {reason}")
 
 
 @app.command(
@@ -188,52 +188,52 @@ def launch(
     """Create or resume a study and search with workers in a Ray cluster."""
     from hpsearch.monitor.live import LiveView
     from hpsearch.monitor.status import open_watch
-    from hpsearch.monitor.text import say, stderr_console
+    from hpsearch.monitor.text import echo, stderr_console
     from hpsearch.search.steering import start_study
-    from hpsearch.workers.ray import Share, connect
+    from hpsearch.workers.ray import Resources, connect
     from hpsearch.workers.shutdown import Drain
 
     if detaches and address == "local":
         raise UsageError("a cluster that is started for the search ends with it; use ray start --head for --detach")
-    definition, command = load_definition_of(study, storage, trials, artifacts), retype(study, storage)
-    with connect(definition, Share(cpus, gpus), address=address, folder=data) as cluster:
+    definition, command = load_definition_of(study, storage, trials, artifacts), shell_arguments(study, storage)
+    with connect(definition, Resources(cpus, gpus), address=address, folder=data) as cluster:
         drain = Drain().listen(signal.SIGINT, signal.SIGTERM)  # Ray has set handlers of its own
         n_workers = workers or cluster.n_fitting
         if not n_workers:
             raise UsageError("no node of the cluster has room for a worker; to wait for one, say how many: --workers")
         start_study(definition, keeps_extension=trials is None)
         for remark in cluster.remark_on(n_workers):
-            say(remark)
+            echo(remark)
         watch = open_watch(definition)
         if detaches:
             name = cluster.detach(n_workers)
-            say(f"{n_workers} workers were launched, and looked after by the actor {name} in the cluster")
-            return say(f"next: hpsearch status {command} --watch  |  hpsearch stop {command}")
+            echo(f"{n_workers} workers were launched, and looked after by the actor {name} in the cluster")
+            return echo(f"next: hpsearch status {command} --watch  |  hpsearch stop {command}")
         try:
             with LiveView(watch, stderr_console()) as view:
-                view.start(watch.look().n_finished, n_workers)
+                view.start(watch.poll().n_finished, n_workers)
                 reason = cluster.run(n_workers, drain, view.tell)
         except Drained:
-            _say_how_far(watch)
+            _echo_progress(watch)
             raise
-    return _say_what_was_found(watch, reason, command, as_json=as_json)
+    return _echo_result(watch, reason, command, as_json=as_json)
 
 
-def _say_how_far(watch: "Watch") -> None:
-    from hpsearch.monitor.text import say
+def _echo_progress(watch: "Watch") -> None:
+    from hpsearch.monitor.text import echo
 
     with suppress(StorageError):
-        say(watch.look().sum_up())
+        echo(watch.poll().describe_progress())
 
 
-def _say_what_was_found(watch: "Watch", reason: str, command: str, *, as_json: bool) -> None:
-    from hpsearch.monitor.status import conclude
-    from hpsearch.monitor.text import say
+def _echo_result(watch: "Watch", reason: str, command: str, *, as_json: bool) -> None:
+    from hpsearch.monitor.status import summarize_search
+    from hpsearch.monitor.text import echo
 
-    say(f"done: {reason}")
+    echo(f"done: {reason}")
     print_status(watch.definition, as_json=as_json)
-    for line in conclude(watch, command):
-        say(line)
+    for line in summarize_search(watch, command):
+        echo(line)
 
 
 app.add_typer(upkeep_app)

@@ -12,10 +12,10 @@ from hpsearch.cli.options import (
     JsonOption,
     StorageOption,
     StudyArgument,
-    frown_on_password,
     load_definition_of,
     load_study_of,
     print_document,
+    warn_about_password,
 )
 
 app = typer.Typer()
@@ -34,11 +34,11 @@ def doctor(
     from dataclasses import asdict
 
     from hpsearch.cli.render import render_findings
-    from hpsearch.monitor.doctor import examine
+    from hpsearch.monitor.doctor import run_checks
 
     findings = [
         asdict(finding)
-        for finding in examine(load_definition_of(study, storage, artifacts=artifacts), folder=data, fix=fix)
+        for finding in run_checks(load_definition_of(study, storage, artifacts=artifacts), folder=data, fix=fix)
     ]
     print_document(findings, render_findings, as_json=as_json)
     if not all(finding["is_ok"] for finding in findings):
@@ -53,14 +53,14 @@ def backup(
 ) -> None:
     """Copy the SQLite database of a study, which may be running, to a new file, and check the copy."""
     from hpsearch.config.urls import parse_url
-    from hpsearch.monitor.text import say
+    from hpsearch.monitor.text import echo
     from hpsearch.storage.backup import backup as backup_database
 
     definition = load_definition_of(study, storage)
     load_study_of(definition)
     backup_database(parse_url(definition.study.storage), file)
     place = shlex.quote(f"sqlite:///{file}")
-    say(f"{file} is a whole copy; look at it with: hpsearch status {shlex.quote(study)} --storage {place}")
+    echo(f"{file} is a whole copy; look at it with: hpsearch status {shlex.quote(study)} --storage {place}")
 
 
 @app.command(epilog="Example:  hpsearch copy studies/mnist-mlp.toml --to postgresql://ada@host/studies")
@@ -76,25 +76,25 @@ def copy(
     """Copy a study that no worker runs to another database, and check that both sides are equal; safe to repeat."""
     from hpsearch.config.definition import load_definition
     from hpsearch.config.urls import is_url, parse_url, show_url
-    from hpsearch.monitor.text import say
+    from hpsearch.monitor.text import echo
     from hpsearch.search.copy import copy_study
 
     parse_url(to)  # an empty one is not the study file's
     definition = load_definition_of(study, storage, artifacts=artifacts)
     target = load_definition(study, storage=to, artifacts=artifacts_to or artifacts)
-    frown_on_password("--to", to)
+    warn_about_password("--to", to)
     made = copy_study(definition, target)
     place, files = show_url(target.study.storage), target.study.artifacts
     what = "was there already" if made.was_there else "is there now"
-    say(f"{definition.study.name} {what}: {made.n_trials:,} trials with {made.n_reports:,} reports in {place}")
-    say(f"equal: what is read of it on both sides has the SHA-256 {made.digest[:12]}...")
+    echo(f"{definition.study.name} {what}: {made.n_trials:,} trials with {made.n_reports:,} reports in {place}")
+    echo(f"equal: what is read of it on both sides has the SHA-256 {made.digest[:12]}...")
     settings = f"HPSEARCH_STORAGE={shlex.quote(place)}"
     if files != definition.study.artifacts:
-        say(f"files: {made.n_files_copied} copied to {files}, {made.n_files_there} were there already")
+        echo(f"files: {made.n_files_copied} copied to {files}, {made.n_files_there} were there already")
     else:
         hint = "" if is_url(files) else "; where other machines do not see it: --artifacts-to s3://bucket/prefix"
-        say(f"files: they stay in {files}{hint}")
+        echo(f"files: they stay in {files}{hint}")
     if artifacts_to or artifacts:
         settings += f" HPSEARCH_ARTIFACTS={shlex.quote(files)}"
-    say(f"next:  {settings} hpsearch run {shlex.quote(study)}")
-    say(f"       and go on with one study only; {show_url(definition.study.storage)} is as it was")
+    echo(f"next:  {settings} hpsearch run {shlex.quote(study)}")
+    echo(f"       and go on with one study only; {show_url(definition.study.storage)} is as it was")

@@ -67,17 +67,17 @@ def load_definition_of(
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     definition = load_definition(study, storage=storage, artifacts=artifacts)
-    frown_on_password("--storage", storage)
+    warn_about_password("--storage", storage)
     return definition if trials is None else evolve(definition, "budget", trials=trials)
 
 
-def frown_on_password(option: str, url: str | None) -> None:
+def warn_about_password(option: str, url: str | None) -> None:
     """Say that a password was typed where it can be read."""
     from hpsearch.config.urls import find_secrets
-    from hpsearch.monitor.text import say
+    from hpsearch.monitor.text import echo
 
     if url and find_secrets(url):
-        say(
+        echo(
             f"others can read the password of {option} in the list of processes; better places for it are "
             "HPSEARCH_STORAGE, PGPASSWORD and ~/.pgpass"
         )
@@ -91,7 +91,7 @@ def load_study_of(definition: "StudyDefinition") -> "optuna.Study":
     return load_study(definition, open_storage(definition.study.storage, must_exist=True))
 
 
-def retype(study: str, storage: str | None) -> str:
+def shell_arguments(study: str, storage: str | None) -> str:
     """The study's arguments as they can be typed again, the password of the storage hidden."""
     from hpsearch.config.urls import show_url
 
@@ -111,10 +111,10 @@ def print_document(document: Any, render: Callable[[Any], "RenderableType"], *, 
 def print_status(definition: "StudyDefinition", *, as_json: bool) -> None:
     """Print the document of `status`, and say if the study is stopped."""
     from hpsearch.cli.render import render_status
-    from hpsearch.monitor.text import say
-    from hpsearch.search.trials import summarize
+    from hpsearch.monitor.text import echo
+    from hpsearch.search.trials import read_status
 
     study = load_study_of(definition)
-    print_document(summarize(definition, study), render_status, as_json=as_json)
+    print_document(read_status(definition, study), render_status, as_json=as_json)
     if study.user_attrs.get("stopped"):
-        say("the study is stopped for all workers; hpsearch run goes on with it")
+        echo("the study is stopped for all workers; hpsearch run goes on with it")

@@ -17,7 +17,7 @@ from hpsearch.cli.options import (
     load_definition_of,
     load_study_of,
     print_document,
-    retype,
+    shell_arguments,
 )
 
 app = typer.Typer()
@@ -38,7 +38,7 @@ def confirm(
     stored = load_study_of(definition)
     from hpsearch.bundle.confirm import confirm as confirm_trials
     from hpsearch.cli.render import render_confirmation
-    from hpsearch.monitor.text import say
+    from hpsearch.monitor.text import echo
     from hpsearch.training.devices import default_workers, list_devices
 
     confirmation = confirm_trials(
@@ -49,10 +49,10 @@ def confirm(
         n_workers=workers or default_workers(),
         folder=data,
         devices=list_devices(),
-        on_run=lambda trial, run, accuracy: say(f"trial {trial} training {run + 1} of {seeds} {accuracy:.4f}"),
+        on_run=lambda trial, run, accuracy: echo(f"trial {trial} training {run + 1} of {seeds} {accuracy:.4f}"),
     )
     print_document(confirmation, render_confirmation, as_json=as_json)
-    say(f"next: hpsearch export {retype(study, storage)}")
+    echo(f"next: hpsearch export {shell_arguments(study, storage)}")
 
 
 @app.command(epilog="Example:  hpsearch export studies/mnist-mlp.toml --onnx --output dist/mnist-mlp")
@@ -71,13 +71,13 @@ def export(
     stored = load_study_of(definition)
     from hpsearch.bundle.retrain import export as export_bundle
     from hpsearch.cli.render import render_export
-    from hpsearch.monitor.text import say
+    from hpsearch.monitor.text import echo
     from hpsearch.search.selection import explain_choice
     from hpsearch.training.devices import list_devices
 
     target = output or Path("dist") / definition.study.name
     if trial is None:
-        say(explain_choice(stored, retype(study, storage)))
+        echo(explain_choice(stored, shell_arguments(study, storage)))
     metrics = export_bundle(
         definition,
         stored,
@@ -87,12 +87,12 @@ def export(
         torch_export=torch_export,
         folder=data,
         device=list_devices()[0],
-        on_epoch=lambda seed, result: say(f"model {seed + 1} epoch {result.epoch} loss {result.loss:.4f}"),
+        on_epoch=lambda seed, result: echo(f"model {seed + 1} epoch {result.epoch} loss {result.loss:.4f}"),
     )
     print_document(metrics, lambda document: render_export(str(target), document), as_json=as_json)
     bundle = shlex.quote(str(target))
-    report_command = f"hpsearch report {retype(study, storage)}"
-    say(f"next: hpsearch evaluate {bundle}  |  hpsearch predict {bundle} IMAGE  |  {report_command}")
+    report_command = f"hpsearch report {shell_arguments(study, storage)}"
+    echo(f"next: hpsearch evaluate {bundle}  |  hpsearch predict {bundle} IMAGE  |  {report_command}")
 
 
 @app.command(epilog="Example:  hpsearch replay studies/mnist-mlp.toml --trial 17")
@@ -108,7 +108,7 @@ def replay(
     stored = load_study_of(definition)
     from hpsearch.bundle.replay import replay as replay_trial
     from hpsearch.cli.render import render_replay
-    from hpsearch.monitor.text import say
+    from hpsearch.monitor.text import echo
     from hpsearch.training.devices import list_devices
 
     document = replay_trial(
@@ -117,7 +117,7 @@ def replay(
         trial,
         folder=data,
         device=list_devices()[0],
-        on_epoch=lambda result: say(f"epoch {result.epoch} loss {result.loss:.4f} accuracy {result.accuracy:.4f}"),
+        on_epoch=lambda result: echo(f"epoch {result.epoch} loss {result.loss:.4f} accuracy {result.accuracy:.4f}"),
     )
     print_document(document, render_replay, as_json=as_json)
     if not document["identical"]:
@@ -137,7 +137,7 @@ def report(
     definition = load_definition_of(study, storage)
     from hpsearch.bundle.bundle import load
     from hpsearch.monitor.report import find_bundle, write_report
-    from hpsearch.monitor.text import say
+    from hpsearch.monitor.text import echo
 
     loaded = load_study_of(definition)
     name = definition.study.name
@@ -145,10 +145,12 @@ def report(
     if bundle:
         load(bundle)
     chosen = bundle or find_bundle(Path("dist") / name, name)
-    write_report(definition, loaded, file, bundle=chosen, command=retype(study, storage))
+    write_report(definition, loaded, file, bundle=chosen, command=shell_arguments(study, storage))
     print(file)
     if chosen is None:
-        say(f"next: hpsearch export {retype(study, storage)}, then report again, to have the test accuracy in it")
+        echo(
+            f"next: hpsearch export {shell_arguments(study, storage)}, then report again, to include the test accuracy"
+        )
 
 
 @app.command(epilog="Example:  hpsearch evaluate dist/mnist-mlp --pictures pictures")
@@ -167,7 +169,7 @@ def evaluate(
     from hpsearch.bundle.figures import check_folder, draw_evaluation
     from hpsearch.cli.render import render_evaluation
     from hpsearch.data.dataset import load_test
-    from hpsearch.monitor.text import say
+    from hpsearch.monitor.text import echo
 
     if pictures:
         check_folder(pictures, bundle)
@@ -176,9 +178,9 @@ def evaluate(
     print_document(asdict(evaluation), render_evaluation, as_json=as_json)
     if pictures:
         files = draw_evaluation(evaluation, load_test(classifier.config.data, data)[0], pictures)
-        say(f"drawn: {', '.join(map(str, files))}")
+        echo(f"drawn: {', '.join(map(str, files))}")
     else:
-        say(f"next: hpsearch evaluate {shlex.quote(str(bundle))} --pictures DIR")
+        echo(f"next: hpsearch evaluate {shlex.quote(str(bundle))} --pictures DIR")
 
 
 @app.command(epilog="Example:  hpsearch predict dist/mnist-mlp digit.png scans/ 'more/**/*.jpg'")
@@ -193,16 +195,16 @@ def predict(
     from hpsearch.bundle.bundle import load
     from hpsearch.bundle.predict import predict_files
     from hpsearch.cli.render import prediction_line
-    from hpsearch.monitor.text import printable, say
+    from hpsearch.monitor.text import echo, printable
 
     def tell(file: str) -> None:
-        say(f"{printable(file)}: named again, predicted once")
+        echo(f"{printable(file)}: named again, predicted once")
 
     n_errors, document = 0, []
     for prediction in predict_files(load(bundle), images, on_duplicate=tell):
         if "error" in prediction:
             n_errors += 1
-            say(f"error: {printable(prediction['error'])}")
+            echo(f"error: {printable(prediction['error'])}")
         elif not as_json:
             print(prediction_line(prediction))
         if as_json:

@@ -16,7 +16,7 @@ from hpsearch.cli.options import (
     load_study_of,
     print_document,
     print_status,
-    retype,
+    shell_arguments,
 )
 from hpsearch.errors import UsageError
 
@@ -43,15 +43,15 @@ def status(
     from rich.console import Console
 
     from hpsearch.monitor.live import LiveView
-    from hpsearch.monitor.status import conclude, open_watch
-    from hpsearch.monitor.text import say
+    from hpsearch.monitor.status import open_watch, summarize_search
+    from hpsearch.monitor.text import echo
 
     watched = open_watch(definition)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # leaves the terminal as it was
     with LiveView(watched, Console(highlight=False), follows=True) as view:
         view.wait()
-    for line in conclude(watched, retype(study, storage)):
-        say(line)
+    for line in summarize_search(watched, shell_arguments(study, storage)):
+        echo(line)
     return None
 
 
@@ -106,22 +106,22 @@ def show(
 def stop(study: StudyArgument, storage: StorageOption = None) -> None:
     """Stop all workers on all machines: they finish their epochs and hand their trials back; run goes on with them."""
     from hpsearch.monitor.status import open_watch
-    from hpsearch.monitor.text import say
+    from hpsearch.monitor.text import echo
     from hpsearch.search.steering import stop_study
 
     definition = load_definition_of(study, storage)
     stop_study(load_study_of(definition))
     watch, told = open_watch(definition), 0
-    while (scene := watch.look()).is_stopped and scene.n_alive:
-        if scene.n_alive != told:
-            told = scene.n_alive
-            say(f"waiting for {told} trials whose workers finish their epochs ...")
+    while (snapshot := watch.poll()).is_stopped and snapshot.n_alive:
+        if snapshot.n_alive != told:
+            told = snapshot.n_alive
+            echo(f"waiting for {told} trials whose workers finish their epochs ...")
         time.sleep(_POLL)
-    if not scene.is_stopped:
-        return say("the study was resumed meanwhile")
-    for lost in scene.workers:
-        say(f"trial {lost['trial']} of {lost['worker']}, which gives no sign of life, is taken over by the next run")
-    return say(f"stopped: {scene.sum_up()}; go on with: hpsearch run {retype(study, storage)}")
+    if not snapshot.is_stopped:
+        return echo("the study was resumed meanwhile")
+    for lost in snapshot.workers:
+        echo(f"trial {lost['trial']} of {lost['worker']}, which gives no sign of life, is taken over by the next run")
+    return echo(f"stopped: {snapshot.describe_progress()}; go on with: hpsearch run {shell_arguments(study, storage)}")
 
 
 @app.command(epilog="Example:  hpsearch extend studies/mnist-mlp.toml --trials 40")
@@ -132,12 +132,13 @@ def extend(
 ) -> None:
     """Add trials to the budget of a study; workers that run go on with them."""
     from hpsearch.monitor.status import open_watch
-    from hpsearch.monitor.text import say
+    from hpsearch.monitor.text import echo
     from hpsearch.search.steering import extend_study
 
     definition = load_definition_of(study, storage)
     n_trials = extend_study(load_study_of(definition), trials)
-    say(f"the budget has {n_trials} trials now; {open_watch(definition).look().say_next(retype(study, storage))}")
+    suggestion = open_watch(definition).poll().suggest_next(shell_arguments(study, storage))
+    echo(f"the budget has {n_trials} trials now; {suggestion}")
 
 
 @app.command(epilog="Example:  hpsearch enqueue studies/mnist-mlp.toml --set lr=1e-3 --set depth=2")
@@ -150,13 +151,13 @@ def enqueue(
 ) -> None:
     """Try given values next."""
     from hpsearch.monitor.status import open_watch
-    from hpsearch.monitor.text import say
+    from hpsearch.monitor.text import echo
     from hpsearch.search.steering import enqueue_trial
 
     definition = load_definition_of(study, storage)
     number = enqueue_trial(definition, load_study_of(definition), settings)
-    scene = open_watch(definition).look()
-    say(f"trial {number} waits with {', '.join(settings)}; {scene.say_next(retype(study, storage))}")
+    snapshot = open_watch(definition).poll()
+    echo(f"trial {number} waits with {', '.join(settings)}; {snapshot.suggest_next(shell_arguments(study, storage))}")
 
 
 @app.command(epilog="Example:  hpsearch dashboard studies/mnist-mlp.toml --open")
@@ -182,21 +183,21 @@ def dashboard(
     import webbrowser
     from contextlib import ExitStack
 
-    from hpsearch.monitor.dashboard.app import lead_to, serve
+    from hpsearch.monitor.dashboard.app import redirect_file, serve
     from hpsearch.monitor.dashboard.server import is_loopback
-    from hpsearch.monitor.text import say
+    from hpsearch.monitor.text import echo
 
-    definition, arguments = load_definition_of(study, storage), retype(study, storage)
+    definition, arguments = load_definition_of(study, storage), shell_arguments(study, storage)
     with ExitStack() as stack:
         address = stack.enter_context(
             serve(definition, arguments, host=host, port=port, token=token, is_writable=writable)
         )
         if not is_loopback(host):
-            say(
+            echo(
                 "the token and the study travel unencrypted: put a reverse proxy with TLS before this server,\n"
                 "or leave --host out and reach it through: ssh -L"
             )
         print(address, flush=True)
         if opens:
-            webbrowser.open(stack.enter_context(lead_to(address)))
+            webbrowser.open(stack.enter_context(redirect_file(address)))
         threading.Event().wait()

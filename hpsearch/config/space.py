@@ -130,7 +130,7 @@ class FloatRange(Range):
         if not is_number or not low <= value <= high:
             return False
         steps = (value - low) / self.step if self.step else 0.0
-        return abs(steps - round(steps)) < 1e-8  # as Optuna's FloatDistribution allows
+        return bool(abs(steps - round(steps)) < 1e-8)  # as Optuna's FloatDistribution allows
 
 
 class Choice(Dimension):

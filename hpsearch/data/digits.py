@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpsearch.data.mnist_images import place
+from hpsearch.data.mnist_images import scale_and_center
 from hpsearch.data.stratify import stratify
 
 N_TEST_IMAGES = 360
@@ -17,7 +17,7 @@ def read_digits(*, is_train: bool) -> tuple[Tensor, Tensor]:
     from sklearn.datasets import load_digits
 
     bunch: Any = load_digits()
-    placed = np.stack([place(image.astype(np.float32)) for image in bunch.images])
+    placed = np.stack([scale_and_center(image.astype(np.float32)) for image in bunch.images])
     images = torch.from_numpy(placed.round().astype(np.uint8)).unsqueeze(1)
     labels = torch.from_numpy(bunch.target).long()
     training, test = stratify(labels, N_TEST_IMAGES, None, seed=0)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from hpsearch.data.mnist_images import Pixels, crop_to_ink, place, remove_paper, thicken_strokes
+from hpsearch.data.mnist_images import Pixels, crop_to_ink, remove_paper, scale_and_center, thicken_strokes
 from hpsearch.errors import ImageError
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")
@@ -51,7 +51,7 @@ def read_image(file: Path | str, image_shape: tuple[int, int, int], *, is_digit:
     else:
         try:
             ink = thicken_strokes(crop_to_ink(remove_paper(pixels))) if is_digit else _remove_ground(pixels)
-            pixels = place(ink, height, width, is_digit=is_digit)
+            pixels = scale_and_center(ink, height, width, is_digit=is_digit)
         except ImageError as error:
             raise ImageError(f"{file}: {error}") from error
     return np.asarray(pixels.round(), dtype=np.uint8)[np.newaxis]

@@ -82,7 +82,7 @@ def _disc(width: int) -> NDArray[np.bool_]:
     return np.asarray(np.hypot(y, x) <= width / 2)
 
 
-def place(pixels: Pixels, height: int = 28, width: int = 28, *, is_digit: bool = True) -> Pixels:
+def scale_and_center(pixels: Pixels, height: int = 28, width: int = 28, *, is_digit: bool = True) -> Pixels:
     """Ink on a ground of 0, its bounding box scaled and centred as steps 3 and 4 of `read_image` say.
 
     Shape (H, W), any size in, (height, width) out, values up to 255. Raises `ImageError` if there is no ink.

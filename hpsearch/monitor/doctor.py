@@ -48,15 +48,15 @@ class Finding:
     message: str
 
 
-def examine(definition: StudyDefinition, *, folder: Path | str | None = None, fix: bool = False) -> list[Finding]:
+def run_checks(definition: StudyDefinition, *, folder: Path | str | None = None, fix: bool = False) -> list[Finding]:
     """The findings of all checks; with `fix`, what is safe to mend is mended, and the findings say so.
 
     Without `fix` nothing of the study is changed, and nothing is downloaded in any case.
     """
-    return list(_examine(definition, folder, fix))
+    return list(_run_checks(definition, folder, fix))
 
 
-def _examine(definition: StudyDefinition, folder: Path | str | None, fix: bool) -> Iterator[Finding]:
+def _run_checks(definition: StudyDefinition, folder: Path | str | None, fix: bool) -> Iterator[Finding]:
     url = parse_url(definition.study.storage)
     file = Path(url.database or "") if url.get_backend_name() == "sqlite" else None
     if file and file.exists():

@@ -18,8 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from hpsearch.errors import StorageError
-from hpsearch.monitor.status import Scene, Watch
-from hpsearch.monitor.text import join_params, printable, say, say_duration, trial_line
+from hpsearch.monitor.status import Snapshot, Watch
+from hpsearch.monitor.text import echo, format_duration, join_params, printable, trial_line
 from hpsearch.search.trials import TrialEvent
 
 _REFRESH = 1.0  # seconds between two looks at the study
@@ -53,19 +53,19 @@ class LiveView:
 
     def __call__(self, event: TrialEvent) -> None:
         if not self.is_live and event.state != "running":
-            say(trial_line(event))
+            echo(trial_line(event))
 
     def start(self, n_finished: int, n_workers: int) -> None:
         """Say in a pipe where the study stands before the first worker starts."""
         if not self.is_live:
             n_trials = self.watch.study.user_attrs["budget"]["trials"]
-            say(f"{n_finished} of {n_trials} trials are there; {n_workers} workers start")
+            echo(f"{n_finished} of {n_trials} trials are there; {n_workers} workers start")
 
     def tell(self) -> None:
         """Write a line for each trial that has ended since the last call, where there is no table."""
         if not self.is_live:
             with suppress(StorageError):  # the workers wait for it as well
-                for event in self.watch.look().news:
+                for event in self.watch.poll().news:
                     self(event)
 
     def __enter__(self) -> Self:
@@ -92,21 +92,21 @@ class LiveView:
             raise self._error
 
     def _follow(self) -> None:
-        scene, trouble = None, ""
+        snapshot, trouble = None, ""
         try:
-            while not self._ended.wait(_REFRESH if scene or trouble else 0):
+            while not self._ended.wait(_REFRESH if snapshot or trouble else 0):
                 try:
-                    scene, trouble = self.watch.look(), ""
+                    snapshot, trouble = self.watch.poll(), ""
                 except StorageError as error:  # the workers wait for it as well
                     if not trouble and not self.is_live:
-                        say(str(error))
+                        echo(str(error))
                     trouble = str(error)
                 if self.is_live:
-                    self._draw(SceneTable(scene, trouble, is_own=not self.follows) if scene else trouble)
-                elif scene and not trouble:
-                    for event in scene.news:
+                    self._draw(SnapshotTable(snapshot, trouble, is_own=not self.follows) if snapshot else trouble)
+                elif snapshot and not trouble:
+                    for event in snapshot.news:
                         print(trial_line(event), flush=True)
-                if self.follows and scene and not scene.n_alive and (scene.is_over or scene.is_stopped):
+                if self.follows and snapshot and not snapshot.n_alive and (snapshot.is_over or snapshot.is_stopped):
                     return
         except Exception as error:  # noqa: BLE001 - a search goes on though it cannot be shown
             self._error = error
@@ -116,7 +116,7 @@ class LiveView:
     def _new_live(self) -> Live:
         return Live(console=self.console, auto_refresh=False, transient=not self.follows)
 
-    def _draw(self, table: "SceneTable | str") -> None:
+    def _draw(self, table: "SnapshotTable | str") -> None:
         with self._drawing:
             if self._ended.is_set():
                 return
@@ -162,50 +162,53 @@ def _redirect_log() -> None:
 
 
 @dataclass(frozen=True)
-class SceneTable:
-    """A scene as a table as wide and high as its console; `trouble` is why there is no newer one.
+class SnapshotTable:
+    """A snapshot as a table as wide and high as its console; `trouble` is why there is no newer one.
 
     Of an `is_own` search it goes without saying that workers run, or will in a moment.
     """
 
-    scene: Scene
+    snapshot: Snapshot
     trouble: str = ""
     is_own: bool = False
 
     def __rich_console__(self, _console: Console, options: ConsoleOptions) -> RenderResult:
-        scene, width = self.scene, options.max_width
+        snapshot, width = self.snapshot, options.max_width
         cut: OverflowMethod = "crop" if options.ascii_only else "ellipsis"
-        n_failed = min(len(scene.failed), _MOST_FAILED)
+        n_failed = min(len(snapshot.failed), _MOST_FAILED)
         n_rows = options.max_height - 10 - (n_failed and n_failed + 1) - bool(self.trouble)
-        n_workers = min(len(scene.workers), max(n_rows // 2, _LEAST_ROWS))
-        yield _render_head(scene, is_own=self.is_own)
+        n_workers = min(len(snapshot.workers), max(n_rows // 2, _LEAST_ROWS))
+        yield _render_head(snapshot, is_own=self.is_own)
         yield ""
-        if scene.workers:
+        if snapshot.workers:
             blocks = _ASCII_BLOCKS if options.ascii_only else _BLOCKS
-            yield _render_workers(scene, n_workers, blocks, cut, is_wide=width >= _WIDE)
+            yield _render_workers(snapshot, n_workers, blocks, cut, is_wide=width >= _WIDE)
             yield ""
             n_rows -= n_workers + 3
-        if scene.finished:
-            yield _render_finished(scene.finished[: max(n_rows, _LEAST_ROWS)], cut, is_wide=width >= _WIDE)
+        if snapshot.finished:
+            yield _render_finished(snapshot.finished[: max(n_rows, _LEAST_ROWS)], cut, is_wide=width >= _WIDE)
         if n_failed:
             yield ""
-        for row in scene.failed[:n_failed]:
+        for row in snapshot.failed[:n_failed]:
             yield _one_line(f"trial {row['number']} failed {row['note']}", cut, style="red")
         if self.trouble:
             yield _one_line(self.trouble, cut, style="bold red")
 
 
-def _render_head(scene: Scene, *, is_own: bool) -> RenderableType:
-    status = scene.status
+def _render_head(snapshot: Snapshot, *, is_own: bool) -> RenderableType:
+    status = snapshot.status
     counts, epochs, best = status["trials"], status["epochs"], status["best"]
     n_trials = status["budget"]["trials"]
     top = Table.grid(padding=(0, 2), expand=True)
     for column in ({}, {"ratio": 1}, {}, {"justify": "right"}):
         top.add_column(no_wrap=True, **column)
-    done = min(scene.n_finished, n_trials)
+    done = min(snapshot.n_finished, n_trials)
     bar = ProgressBar(total=n_trials, completed=done, complete_style="cyan", finished_style="green")
     top.add_row(
-        Text(status["study"], style="bold"), bar, f"{scene.n_finished} of {n_trials}", _say_left(scene, is_own=is_own)
+        Text(status["study"], style="bold"),
+        bar,
+        f"{snapshot.n_finished} of {n_trials}",
+        _format_time_left(snapshot, is_own=is_own),
     )
     head = Table.grid(padding=(0, 2))
     states = [Text(f"{n} {state}", style=_STYLES.get(state, "") if n else "dim") for state, n in counts.items()]
@@ -220,26 +223,26 @@ def _render_head(scene: Scene, *, is_own: bool) -> RenderableType:
     return Group(top, head)
 
 
-def _say_left(scene: Scene, *, is_own: bool) -> Text:
-    spent = f"{say_duration(scene.seconds)} searched"
-    if scene.is_over:
+def _format_time_left(snapshot: Snapshot, *, is_own: bool) -> Text:
+    spent = f"{format_duration(snapshot.seconds)} searched"
+    if snapshot.is_over:
         return Text(spent)
-    if scene.is_stopped:
+    if snapshot.is_stopped:
         return Text(f"{spent}, stopped", style="yellow")
-    if not scene.n_alive and not is_own:
+    if not snapshot.n_alive and not is_own:
         return Text(f"{spent}, no worker runs", style="yellow")
-    return Text(f"{spent}, {_say_range(*scene.seconds_left)} left" if scene.seconds_left else spent)
+    return Text(f"{spent}, {_format_range(*snapshot.seconds_left)} left" if snapshot.seconds_left else spent)
 
 
-def _say_range(low: float, high: float) -> str:
-    (low_number, low_unit), (high_number, high_unit) = (say_duration(seconds).split() for seconds in (low, high))
+def _format_range(low: float, high: float) -> str:
+    (low_number, low_unit), (high_number, high_unit) = (format_duration(seconds).split() for seconds in (low, high))
     if low_unit != high_unit:
         return f"{low_number} {low_unit} to {high_number} {high_unit}"
     return f"{high_number} {high_unit}" if low_number == high_number else f"{low_number} to {high_number} {high_unit}"
 
 
-def _render_workers(scene: Scene, n_shown: int, blocks: str, cut: OverflowMethod, *, is_wide: bool) -> Table:
-    epochs, workers = scene.status["budget"]["epochs"], scene.workers
+def _render_workers(snapshot: Snapshot, n_shown: int, blocks: str, cut: OverflowMethod, *, is_wide: bool) -> Table:
+    epochs, workers = snapshot.status["budget"]["epochs"], snapshot.workers
     table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), expand=is_wide)
     table.add_column("worker", no_wrap=True)
     for heading in ("trial", "epoch", "accuracy"):

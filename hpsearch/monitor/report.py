@@ -23,7 +23,7 @@ from hpsearch.config.validation import check_values
 from hpsearch.errors import BundleError, UsageError
 from hpsearch.monitor import plots
 from hpsearch.monitor.trials import list_trials
-from hpsearch.search.trials import summarize
+from hpsearch.search.trials import read_status
 
 MIN_TRIALS = 5  # complete ones, for an importance or a map that is more than chance
 MAX_ROWS = 12
@@ -80,7 +80,7 @@ def _collect(definition: StudyDefinition, study: optuna.Study, folder: Path | No
     reads = study.user_attrs.get("test_reads")
     return {
         "definition": definition,
-        "summary": summarize(definition, study),
+        "summary": read_status(definition, study),
         "best": best,
         "chosen": chosen,
         "interval": chosen and _interval(chosen.value or 0.0, definition.data.validation),

@@ -13,7 +13,7 @@ from hpsearch.bundle.evaluation import wilson_interval
 from hpsearch.config.definition import StudyDefinition
 from hpsearch.search.selection import explain_choice, find_best
 from hpsearch.search.study import load_study
-from hpsearch.search.trials import TrialEvent, describe_trial, explain_end, summarize
+from hpsearch.search.trials import TrialEvent, describe_trial, explain_end, read_status
 from hpsearch.storage.budget import SEARCHING_STATES, seconds_searched
 from hpsearch.storage.rdb import Storage, open_storage
 
@@ -23,7 +23,7 @@ _N_LISTED = 50  # of finished and of failed trials
 
 
 @dataclass(frozen=True)
-class Scene:
+class Snapshot:
     """A moment of a search.
 
     `status` is the document of `status --json`. `workers`, `finished` and `failed` are rows, the latest of the last two
@@ -63,13 +63,13 @@ class Scene:
             or (best and best["value"] >= budget.get("target", math.inf))
         )
 
-    def sum_up(self) -> str:
+    def describe_progress(self) -> str:
         """How far the search has come, in one line."""
         best = self.status["best"]
         found = f", the best {best['value']:.4f} in trial {best['number']}" if best else ""
         return f"{self.n_finished} of {self.status['budget']['trials']} trials are there{found}"
 
-    def say_next(self, command: str) -> str:
+    def suggest_next(self, command: str) -> str:
         """How the search goes on, with what follows the verb in `command`."""
         if self.n_alive:
             return "the workers that run go on with it"
@@ -88,10 +88,10 @@ class Watch:
         self.study = load_study(definition, storage)
         self._known: set[int] | None = None  # the numbers of the trials that have ended
 
-    def look(self) -> Scene:
+    def poll(self) -> Snapshot:
         """The search as it is now; raises `StorageError`."""
         trials = self.study.get_trials(deepcopy=False)
-        status = summarize(self.definition, self.study, trials)
+        status = read_status(self.definition, self.study, trials)
         lost = set(self.storage.find_stuck(self.study._study_id))
         running = [trial for trial in trials if trial.state == TrialState.RUNNING]
         ended = [trial for trial in trials if trial.state.is_finished() and trial.datetime_complete]
@@ -116,7 +116,7 @@ class Watch:
             seconds_left = min(seconds_left[0], most), min(seconds_left[1], most)
         news = [] if self._known is None else [trial for trial in ended if trial.number not in self._known]
         self._known = {trial.number for trial in ended}
-        return Scene(
+        return Snapshot(
             status=status,
             workers=sorted(
                 (_describe_worker(trial, is_lost=trial._trial_id in lost) for trial in running),
@@ -139,11 +139,11 @@ def open_watch(definition: StudyDefinition) -> Watch:
     return Watch(definition, open_storage(url, heartbeat=heartbeat, grace=grace, reads_only=True))
 
 
-def conclude(watch: Watch, command: str) -> list[str]:
+def summarize_search(watch: Watch, command: str) -> list[str]:
     """What was found, how sure that is, and what to type next, with what follows the verb in `command`."""
-    definition, study, scene = watch.definition, watch.study, watch.look()
-    if not scene.is_over:  # it was stopped, or extended at its very end
-        return [scene.sum_up(), f"next: {scene.say_next(command)}"]
+    definition, study, snapshot = watch.definition, watch.study, watch.poll()
+    if not snapshot.is_over:  # it was stopped, or extended at its very end
+        return [snapshot.describe_progress(), f"next: {snapshot.suggest_next(command)}"]
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if not complete:
         return ["found: nothing yet, no trial is complete", f"next: hpsearch trials {command}"]

@@ -12,7 +12,7 @@ from hpsearch.search.trials import TrialEvent
 _WIDTH_OF_A_PIPE = 10_000  # nothing is cut off where no terminal sets a width
 
 
-def say(message: str) -> None:
+def echo(message: str) -> None:
     """Talk goes to stderr; where that is a file on a full disk, it is lost, since the search must not end by it."""
     try:
         print(message, file=sys.stderr, flush=True)
@@ -61,7 +61,7 @@ def shorten(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def say_duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """`45 s`, `12 min`, `3.5 h`, `2.1 d`."""
     for unit, size, most in (("s", 1, 90), ("min", 60, 90), ("h", 3600, 48)):
         if round(seconds / size) < most:

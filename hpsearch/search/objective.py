@@ -108,7 +108,7 @@ class Objective:
             own = (-result.value, trial.number)
             better = [other for other in trials if (-(other.value or 0.0), other.number) < own]
             if len(better) < self.definition.recovery.keep:
-                checkpoint.insist()
+                checkpoint.write_always()
 
 
 class SpeedCallback:

@@ -42,10 +42,11 @@ def explain_pruning(trial: optuna.Trial) -> dict[str, Any]:
     (what the threshold is); the last two are missing where the pruner is another one. The formulas are those of
     Optuna's `PercentilePruner` and `SuccessiveHalvingPruner`, to be maximized.
     """
-    study, frozen = trial.study, trial.study._storage.get_trial(trial._trial_id)
+    study = trial.study
+    trials = study.get_trials(deepcopy=False)
+    frozen = trials[trial.number]
     pruner, epoch = study.pruner, frozen.last_step or 0
     explanation: dict[str, Any] = {"epoch": epoch, "value": frozen.intermediate_values[epoch]}
-    trials = study.get_trials(deepcopy=False)
     if isinstance(pruner, PercentilePruner):
         complete = [other.intermediate_values for other in trials if other.state == TrialState.COMPLETE]
         values = [reports[epoch] for reports in complete if epoch in reports]

@@ -58,6 +58,10 @@ class WindowedTPESampler(optuna.samplers.TPESampler):
     TPE by itself gives older trials ever less weight, but computes with all of them.
     """
 
+    def __init__(self, *, n_startup_trials: int, **options: Any) -> None:
+        super().__init__(n_startup_trials=n_startup_trials, **options)
+        self.n_latest = max(_N_LATEST, n_startup_trials)
+
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return super().infer_relative_search_space(self._window(study), trial)
 
@@ -72,7 +76,7 @@ class WindowedTPESampler(optuna.samplers.TPESampler):
         return super().sample_independent(self._window(study), trial, param_name, param_distribution)
 
     def _window(self, study: optuna.Study) -> optuna.Study:
-        return cast(optuna.Study, _Window(study, n_latest=max(_N_LATEST, self._n_startup_trials)))
+        return cast(optuna.Study, _Window(study, self.n_latest))
 
 
 class _Window:

@@ -12,7 +12,7 @@ from hpsearch.config.validation import check_try
 from hpsearch.errors import StudyNotFound, UsageError
 from hpsearch.search.study import change_attribute, load_study, open_study
 from hpsearch.storage.artifacts import Folder
-from hpsearch.storage.rdb import open_storage
+from hpsearch.storage.rdb import open_storage, storage_of
 
 
 def start_study(definition: StudyDefinition, *, keeps_extension: bool = True, resumes: bool = True) -> None:
@@ -81,8 +81,10 @@ def enqueue_trial(definition: StudyDefinition, study: optuna.Study, settings: It
     if problems:
         raise UsageError("\n".join(problems))
     trial = optuna.trial.create_trial(state=TrialState.WAITING, system_attrs={"fixed_params": values})
-    storage = study._storage
-    return int(storage.get_trial_number_from_id(storage.create_new_trial(study._study_id, template_trial=trial)))
+    storage = storage_of(study)
+    if storage is None:
+        raise UsageError(f"study '{study.study_name}' is not in a storage of hpsearch; open it with open_storage")
+    return storage.get_trial_number_from_id(storage.create_new_trial(study._study_id, template_trial=trial))
 
 
 def _parse(text: str) -> Any:

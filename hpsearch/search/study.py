@@ -16,7 +16,7 @@ from hpsearch.config.definition import StudyDefinition
 from hpsearch.config.urls import show_url
 from hpsearch.errors import StudyMismatch, StudyNotFound
 from hpsearch.storage.engine import creation_lock
-from hpsearch.storage.rdb import Storage
+from hpsearch.storage.rdb import Storage, storage_of
 
 
 def open_study(definition: StudyDefinition, storage: Storage, *, keeps_extension: bool = True) -> optuna.Study:
@@ -66,8 +66,8 @@ def load_study(definition: StudyDefinition, storage: Storage) -> optuna.Study:
 
 def change_attribute(study: optuna.Study, key: str, change: Callable[[Any], Any]) -> Any:
     """The new value of a study's attribute, made of its old one (or None) while no other process changes it."""
-    storage = getattr(study._storage, "_backend", None)  # Optuna wraps it in a cache
-    with creation_lock(storage.engine.url) if isinstance(storage, Storage) else nullcontext():
+    storage = storage_of(study)
+    with creation_lock(storage.engine.url) if storage else nullcontext():
         value = change(study.user_attrs.get(key))
         study.set_user_attr(key, value)
     return value

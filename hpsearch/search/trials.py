@@ -10,7 +10,7 @@ from optuna.trial import FrozenTrial, TrialState
 from hpsearch.config.definition import StudyDefinition
 from hpsearch.config.urls import show_url
 from hpsearch.errors import UsageError
-from hpsearch.storage.rdb import Storage
+from hpsearch.storage.rdb import storage_of
 from hpsearch.storage.tables import count_trials
 
 
@@ -92,35 +92,35 @@ def describe_in_full(study: optuna.Study, number: int) -> dict[str, Any]:
     }
 
 
-def summarize(
+def read_status(
     definition: StudyDefinition, study: optuna.Study, trials: list[FrozenTrial] | None = None
 ) -> dict[str, Any]:
     """The document of `status --json`: counts by state, the best trial, the workers, the epochs run and saved.
 
     `trials` are those of the study, where they were read already.
     """
-    storage = getattr(study._storage, "_backend", None)  # Optuna wraps it in a cache
-    if trials is None and isinstance(storage, Storage):
-        tally = storage.tally(study._study_id)
+    storage = storage_of(study)
+    if trials is None and storage:
+        counts = storage.read_counts(study._study_id)
     else:
-        tally = count_trials(study.get_trials(deepcopy=False) if trials is None else trials)
-    counts, best, full = tally.counts, tally.best, definition.budget.epochs
-    n_pruned = counts.get(TrialState.PRUNED, 0)
+        counts = count_trials(study.get_trials(deepcopy=False) if trials is None else trials)
+    n, best, full = counts.by_state, counts.best, definition.budget.epochs
+    n_pruned = n.get(TrialState.PRUNED, 0)
     return {
         "study": study.study_name,
         "storage": show_url(definition.study.storage),
         "budget": study.user_attrs["budget"],
         "trials": {
-            "complete": counts.get(TrialState.COMPLETE, 0),
+            "complete": n.get(TrialState.COMPLETE, 0),
             "pruned": n_pruned,
-            "failed": counts.get(TrialState.FAIL, 0),
-            "running": counts.get(TrialState.RUNNING, 0),
-            "waiting": counts.get(TrialState.WAITING, 0),
+            "failed": n.get(TrialState.FAIL, 0),
+            "running": n.get(TrialState.RUNNING, 0),
+            "waiting": n.get(TrialState.WAITING, 0),
         },
         "best": best and {"number": best.number, "value": best.value, "params": best.params},
         "workers": [
             {"id": trial.user_attrs.get("worker"), "trial": trial.number, "epoch": trial.last_step or 0}
-            for trial in tally.running
+            for trial in counts.running
         ],
-        "epochs": {"run": tally.n_epochs, "saved": full * n_pruned - tally.n_epochs_of_pruned},
+        "epochs": {"run": counts.n_epochs, "saved": full * n_pruned - counts.n_epochs_of_pruned},
     }

@@ -62,14 +62,14 @@ Span = tuple[datetime, datetime]
 
 
 @dataclass
-class Searched:
+class SearchTime:
     """When trials of a study ran that have all ended, up to the one with the id `until`: this stays as it is."""
 
     until: int = 0
     spans: list[Span] = field(default_factory=list)
 
 
-def admit(session: Session, study_id: int, searched: Searched) -> int:
+def admit(session: Session, study_id: int, searched: SearchTime) -> int:
     """The number of the study's trials, if its budget has room for one more that runs; else this raises.
 
     `BudgetSpent` and `TooManyFailures` are final, and so is `Stopped` until the study is run again; `BudgetInFlight`
@@ -145,7 +145,7 @@ def _merge(spans: Iterable[Span]) -> list[Span]:
     return merged
 
 
-def _minutes_searched(session: Session, study_id: int, searched: Searched) -> float:
+def _minutes_searched(session: Session, study_id: int, searched: SearchTime) -> float:
     """The minutes in which at least one trial ran; one that runs has done so until its last heartbeat.
 
     Trials that ended are read once, and then known by `searched`.

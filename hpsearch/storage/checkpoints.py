@@ -65,7 +65,7 @@ class Checkpoint:
         if time.monotonic() - self._written >= max(self.interval, self._pause):
             self.write(capture())
 
-    def insist(self) -> None:
+    def write_always(self) -> None:
         """From now on write whenever it is asked for."""
         self.interval = self._pause = 0.0
 

@@ -31,10 +31,10 @@ from sqlalchemy.pool import NullPool
 from hpsearch.config.urls import parse_url, show_url
 from hpsearch.errors import StorageError, StudyNotFound, UsageError
 from hpsearch.storage import tables
-from hpsearch.storage.budget import INDEXES, Searched, admit, is_stopped, lock_study
+from hpsearch.storage.budget import INDEXES, SearchTime, admit, is_stopped, lock_study
 from hpsearch.storage.engine import check_place, check_tables, connect_arguments, creation_lock, harden, pool_options
-from hpsearch.storage.retry import failure, patiently, reason, retrying
-from hpsearch.storage.tables import HeldTrial, Tally, read_tally
+from hpsearch.storage.retry import failure, reason, retry_on_outage, retrying
+from hpsearch.storage.tables import BufferedTrial, Counts, read_counts
 
 _TRIAL: Any = models.TrialModel
 
@@ -105,7 +105,7 @@ class RecoveringStorage(RDBStorage):
             session.refresh(trial)
             if trial.state != TrialState.RUNNING:
                 return False
-            self._write_held(trial_id, session)
+            self._write_buffered(trial_id, session)
             frozen = self._build_frozen_trial_from_trial_model(trial)
             kills = [*frozen.system_attrs.get("retry_history", []), *([frozen.number] if kind == "killed" else [])]
             is_retried = kind == "interrupted" or (kind == "killed" and len(kills) <= retries)
@@ -120,7 +120,7 @@ class RecoveringStorage(RDBStorage):
                 self._get_prepared_new_trial(study_id, _retry_of(frozen, kills), session)
             return True
 
-    def insist(self, seconds: float) -> None:
+    def retry_for(self, seconds: float) -> None:
         """From now on wait so long for the storage, whoever gives up: trials are handed back."""
         self.patience, self.giving_up = seconds, threading.Event()
 
@@ -143,7 +143,7 @@ class RecoveringStorage(RDBStorage):
             self.trusts_heartbeats_from = now + grace
         self._last_answer = now
 
-    def _write_held(self, trial_id: int, session: Session) -> None:
+    def _write_buffered(self, trial_id: int, session: Session) -> None:
         """Write what this process knows of the trial and has not written yet."""
 
     def _set_user_attr(self, session: Session, trial_id: int, key: str, value: Any) -> None:
@@ -179,7 +179,7 @@ for _name in (
     *("set_trial_intermediate_value", "set_trial_user_attr", "set_trial_system_attr"),
     *("_get_best_trial_id", "_get_stale_trial_ids", "find_stuck", "record_heartbeat", "join", "fail"),
 ):
-    setattr(RecoveringStorage, _name, patiently(getattr(RecoveringStorage, _name)))
+    setattr(RecoveringStorage, _name, retry_on_outage(getattr(RecoveringStorage, _name)))
 
 
 def _retry_of(trial: FrozenTrial, kills: list[int]) -> FrozenTrial:
@@ -200,25 +200,25 @@ def _retry_of(trial: FrozenTrial, kills: list[int]) -> FrozenTrial:
 class Storage(RecoveringStorage):
     """A RecoveringStorage that admits trials against the study's budget and holds them, once `worker` is set.
 
-    What is new of a held trial is written when it is due and `store` is called, and in the transaction that ends it.
+    Its reports and attributes are written when they are due and `flush` is called, and in the transaction that ends it.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self.worker: str | None = None
         self.is_stopped = False  # the study, as seen when a trial was last written or kept alive
-        self._held: dict[int, HeldTrial] = {}
-        self._ended: dict[int, HeldTrial] = {}  # the last one
+        self._buffered: dict[int, BufferedTrial] = {}
+        self._ended: dict[int, BufferedTrial] = {}  # the last one
         self._fresh_until = 0.0  # what was read last of the trials of others
-        self._searched = defaultdict[int, Searched](Searched)  # of each study
+        self._searched = defaultdict[int, SearchTime](SearchTime)  # of each study
         super().__init__(*args, **options)
 
-    def store(self, trial_id: int) -> None:
-        """Write what is new of a held trial, if it is due; raises `UpdateFinishedTrialError` if it was taken away."""
-        held = self._held.get(trial_id)
-        if held and time.monotonic() >= held.is_due_at:
-            self._store(held)
+    def flush(self, trial_id: int) -> None:
+        """Write a trial's buffered reports if they are due; raises `UpdateFinishedTrialError` if it was taken away."""
+        buffered = self._buffered.get(trial_id)
+        if buffered and time.monotonic() >= buffered.is_due_at:
+            self._flush(buffered)
 
-    @patiently
+    @retry_on_outage
     def beat(self, trial_id: int) -> bool:
         """Whether the trial is still running, and has a new heartbeat therefore."""
         with _create_scoped_session(self.scoped_session) as session:
@@ -230,7 +230,7 @@ class Storage(RecoveringStorage):
 
     def release(self, trial_id: int) -> None:
         """Hold a trial no longer that was taken away; what was not written of it yet is dropped."""
-        self._held.pop(trial_id, None)
+        self._buffered.pop(trial_id, None)
 
     def fail(self, trial_id: int, kind: str, message: str, *, retries: int = 0) -> bool:
         has_failed = super().fail(trial_id, kind, message, retries=retries)
@@ -239,33 +239,33 @@ class Storage(RecoveringStorage):
         return has_failed
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
-        if held := self._held.get(trial_id) or self._ended.get(trial_id):
-            return held.snapshot()
+        if buffered := self._buffered.get(trial_id) or self._ended.get(trial_id):
+            return buffered.snapshot()
         trial: FrozenTrial = self._read_trial(trial_id)
         return trial
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Any = None) -> bool:
         if state == TrialState.RUNNING and self.worker:
             return bool(self._claim(trial_id))
-        if held := self._held.get(trial_id):
-            self._end(held, state, values)
+        if buffered := self._buffered.get(trial_id):
+            self._end(buffered, state, values)
             return True
         return super().set_trial_state_values(trial_id, state, values)
 
     def set_trial_intermediate_value(self, trial_id: int, step: int, intermediate_value: float) -> None:
-        if held := self._held.get(trial_id):
-            held.report(step, intermediate_value)
-            return self.store(trial_id)
+        if buffered := self._buffered.get(trial_id):
+            buffered.report(step, intermediate_value)
+            return self.flush(trial_id)
         return super().set_trial_intermediate_value(trial_id, step, intermediate_value)
 
     def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
-        if held := self._held.get(trial_id):
-            return held.set_user_attr(key, value)
+        if buffered := self._buffered.get(trial_id):
+            return buffered.set_user_attr(key, value)
         return super().set_trial_user_attr(trial_id, key, value)
 
     def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
-        if held := self._held.get(trial_id):
-            return held.set_system_attr(key, value)
+        if buffered := self._buffered.get(trial_id):
+            return buffered.set_system_attr(key, value)
         return super().set_trial_system_attr(trial_id, key, value)
 
     def _set_trial_param(
@@ -276,10 +276,10 @@ class Storage(RecoveringStorage):
         distribution: BaseDistribution,
         previous_distribution: BaseDistribution | None,
     ) -> None:
-        if held := self._held.get(trial_id):
+        if buffered := self._buffered.get(trial_id):
             if previous_distribution is not None:
                 check_distribution_compatibility(previous_distribution, distribution)
-            return held.set_param(param_name, param_value_internal, distribution)
+            return buffered.set_param(param_name, param_value_internal, distribution)
         return super()._set_trial_param(trial_id, param_name, param_value_internal, distribution, previous_distribution)
 
     def _create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> FrozenTrial:
@@ -288,14 +288,14 @@ class Storage(RecoveringStorage):
             return trial
         return super()._create_new_trial(study_id, template_trial)
 
-    @patiently
+    @retry_on_outage
     def _get_trials(
         self, study_id: int, states: Any, included_trial_ids: set[int], trial_id_greater_than: int
     ) -> list[FrozenTrial]:
         ids = {trial_id for trial_id in included_trial_ids if trial_id <= trial_id_greater_than}
-        if self._held and time.monotonic() < self._fresh_until:  # others write what is new no more often
-            return [held.snapshot() for held in self._held.values()]
-        known = self._held | self._ended
+        if self._buffered and time.monotonic() < self._fresh_until:  # others write what is new no more often
+            return [buffered.snapshot() for buffered in self._buffered.values()]
+        known = self._buffered | self._ended
         with _create_scoped_session(self.scoped_session) as session:
             trials = tables.read_trials(
                 session.connection(), study_id=study_id, above=trial_id_greater_than, ids=ids, known=known
@@ -303,35 +303,35 @@ class Storage(RecoveringStorage):
         self._fresh_until = time.monotonic() + tables.WRITE_INTERVAL
         return [trial for trial in trials if states is None or trial.state in states]
 
-    @patiently
-    def tally(self, study_id: int) -> Tally:
+    @retry_on_outage
+    def read_counts(self, study_id: int) -> Counts:
         """What `status` says of the study."""
         with _create_scoped_session(self.scoped_session) as session:
-            return read_tally(session.connection(), study_id)
+            return read_counts(session.connection(), study_id)
 
-    @patiently
+    @retry_on_outage
     def _read_trial(self, trial_id: int) -> FrozenTrial:
         with _create_scoped_session(self.scoped_session) as session:
             return tables.read_trial(session.connection(), trial_id)
 
-    @patiently
+    @retry_on_outage
     def _start(self, study_id: int) -> FrozenTrial:
-        """A new running trial: admitted, signed, with a heartbeat, and held."""
+        """A new running trial: admitted, signed, with a heartbeat, and buffered."""
         with _create_scoped_session(self.scoped_session) as session:
             number, connection = admit(session, study_id, self._searched[study_id]), session.connection()
-            held = HeldTrial(tables.insert_trial(connection, study_id, number, datetime.now(), self.worker))
-        self._hold(held)
-        return held.snapshot()
+            buffered = BufferedTrial(tables.insert_trial(connection, study_id, number, datetime.now(), self.worker))
+        self._buffer(buffered)
+        return buffered.snapshot()
 
-    @patiently
+    @retry_on_outage
     def _claim(self, trial_id: int) -> bool:
-        """Whether the waiting trial is this worker's now: admitted, signed, with a heartbeat, and held."""
+        """Whether the waiting trial is this worker's now: admitted, signed, with a heartbeat, and buffered."""
         with _create_scoped_session(self.scoped_session) as session:
             connection = session.connection()
             study_id = tables.find_study(connection, trial_id)
             lock_study(session, study_id)
-            held = HeldTrial(tables.read_trial(connection, trial_id))
-            trial = held.trial
+            buffered = BufferedTrial(tables.read_trial(connection, trial_id))
+            trial = buffered.trial
             self.check_trial_is_updatable(trial_id, trial.state)
             if trial.state == TrialState.WAITING:
                 admit(session, study_id, self._searched[study_id])
@@ -342,52 +342,71 @@ class Storage(RecoveringStorage):
             elif trial.user_attrs.get("worker") != self.worker:
                 return False
             # Else an earlier try to claim it went through unanswered.
-        self._hold(held)
+        self._buffer(buffered)
         return True
 
-    def _hold(self, held: HeldTrial) -> None:
-        held.forget_rows()
+    def _buffer(self, buffered: BufferedTrial) -> None:
+        buffered.clear_rows()
         self.is_stopped = False  # else it would not have been admitted
-        self._held[held.trial._trial_id] = held
+        self._buffered[buffered.trial._trial_id] = buffered
         self._ended = {}
 
-    @patiently
-    def _store(self, held: HeldTrial) -> None:
-        with self._writing(held) as session:
-            state = tables.lock_trial(session.connection(), held.trial._trial_id)
-            self.check_trial_is_updatable(held.trial._trial_id, state)
-            held.write(session.connection())
-            self.is_stopped = is_stopped(session, held.trial._trial_id)
+    @retry_on_outage
+    def _flush(self, buffered: BufferedTrial) -> None:
+        with self._writing(buffered) as session:
+            state = tables.lock_trial(session.connection(), buffered.trial._trial_id)
+            self.check_trial_is_updatable(buffered.trial._trial_id, state)
+            buffered.write(session.connection())
+            self.is_stopped = is_stopped(session, buffered.trial._trial_id)
 
-    @patiently
-    def _end(self, held: HeldTrial, state: TrialState, values: Any) -> None:
+    @retry_on_outage
+    def _end(self, buffered: BufferedTrial, state: TrialState, values: Any) -> None:
         """Write what is new of the trial, its values and its final state."""
-        ended = held.snapshot()
+        ended = buffered.snapshot()
         ended.state, ended.values, ended.datetime_complete = state, values, datetime.now()
-        with self._writing(held) as session:
+        with self._writing(buffered) as session:
             connection = session.connection()
             if not tables.change_state(connection, ended, before=TrialState.RUNNING):
                 self.check_trial_is_updatable(ended._trial_id, tables.lock_trial(connection, ended._trial_id))
-            held.write(connection)
+            buffered.write(connection)
             tables.write_values(connection, ended._trial_id, values or ())
-        held.trial = ended
-        del self._held[ended._trial_id]
-        self._ended = {ended._trial_id: held}
+        buffered.trial = ended
+        del self._buffered[ended._trial_id]
+        self._ended = {ended._trial_id: buffered}
 
     @contextmanager
-    def _writing(self, held: HeldTrial) -> Iterator[Session]:
-        """A transaction of a held trial, which is held no longer if it has been taken away."""
+    def _writing(self, buffered: BufferedTrial) -> Iterator[Session]:
+        """A transaction of a buffered trial, which is buffered no longer if it has been taken away."""
         try:
             with _create_scoped_session(self.scoped_session) as session:
                 yield session
         except UpdateFinishedTrialError:
-            self.release(held.trial._trial_id)
+            self.release(buffered.trial._trial_id)
             raise
-        held.forget_rows()
+        buffered.clear_rows()
 
-    def _write_held(self, trial_id: int, session: Session) -> None:
-        if held := self._held.get(trial_id):
-            held.write(session.connection())
+    def _write_buffered(self, trial_id: int, session: Session) -> None:
+        if buffered := self._buffered.get(trial_id):
+            buffered.write(session.connection())
+
+
+def storage_of(study: optuna.Study) -> Storage | None:
+    """The `Storage` of a study; None where the study is in another kind of storage."""
+    storage = getattr(cache_of(study), "_backend", None)
+    return storage if isinstance(storage, Storage) else None
+
+
+def cache_of(study: optuna.Study) -> Any:
+    """Optuna's cache around the study's storage, which reads only new trials from the database."""
+    return study._storage
+
+
+def clear_cache(study: optuna.Study) -> None:
+    """Drop what the study's cache has read: a deleted study's id may have been given to another study."""
+    cache = cache_of(study)
+    with cache._lock:
+        for name in ("_studies", "_trial_id_to_study_id_and_number", "_study_id_and_number_to_trial_id"):
+            getattr(cache, name).clear()
 
 
 def open_storage(

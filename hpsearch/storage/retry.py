@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 _MESSAGE_INTERVAL = 30.0  # seconds between two messages about a storage that does not answer
 _next_message = 0.0
-_PASSING_CODES = {
+_TRANSIENT_CODES = {
     *(sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL),
     *(sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PROTOCOL),
 }
@@ -37,7 +37,7 @@ _REFUSALS = {  # psycopg gives no SQLSTATE of an error in connecting
 }
 
 
-def patiently(method: Callable[..., Any]) -> Callable[..., Any]:
+def retry_on_outage(method: Callable[..., Any]) -> Callable[..., Any]:
     """The method, repeated with growing pauses while the database is locked, full or cannot be reached."""
 
     @wraps(method)
@@ -66,7 +66,7 @@ def retrying(url: URL, patience: float, longest_pause: int, giving_up: threading
     The pauses grow up to `longest_pause` seconds, and it is said now and then why.
     """
 
-    def say_waiting(state: tenacity.RetryCallState) -> None:
+    def log_retry(state: tenacity.RetryCallState) -> None:
         global _next_message
         # The threads of a process wait for the same thing, so one of them says so, and not at each try.
         if time.monotonic() >= _next_message and state.outcome and (error := state.outcome.exception()):
@@ -80,7 +80,7 @@ def retrying(url: URL, patience: float, longest_pause: int, giving_up: threading
         wait=tenacity.wait_random_exponential(multiplier=0.5, max=longest_pause),
         stop=tenacity.stop_after_delay(patience) | tenacity.stop_when_event_set(giving_up),
         sleep=tenacity.sleep_using_event(giving_up),
-        before_sleep=say_waiting,
+        before_sleep=log_retry,
         reraise=True,
     )
 
@@ -91,7 +91,7 @@ def is_transient(error: BaseException) -> bool:
         return True
     cause, code = _cause(error), _sqlite_code(error)
     if isinstance(cause, OperationalError | InterfaceError):
-        return (code is None or code in _PASSING_CODES) and not advise(cause)
+        return (code is None or code in _TRANSIENT_CODES) and not advise(cause)
     return isinstance(cause, PoolTimeout)
 
 

@@ -1,8 +1,7 @@
-"""The rows of trials, read and written in few statements.
+"""Optuna's tables: trials read, written and counted in few statements.
 
-Optuna's RDBStorage reads and writes each row as an object, and each in a transaction of its own: some 20 of them a
-trial, and each has to wait for the disk. A trial that this process runs is `HeldTrial` in its memory; what is new of it
-is written together.
+Optuna's RDBStorage reads and writes each row as an object, each in a transaction of its own: about 20 a trial, and each
+waits for the disk. Here a running trial is a `BufferedTrial` in memory, and its reports are written together.
 """
 
 import copy
@@ -35,7 +34,7 @@ HEARTBEATS: Any = models.TrialHeartbeatModel.__table__
 _KEYS = {VALUES: "objective", PARAMS: "param_name", REPORTS: "step", USER_ATTRS: "key", SYSTEM_ATTRS: "key"}
 
 
-class HeldTrial:
+class BufferedTrial:
     """A running trial in the memory of the process that runs it, with the rows that are not written yet."""
 
     def __init__(self, trial: FrozenTrial) -> None:
@@ -63,11 +62,11 @@ class HeldTrial:
         self._add(SYSTEM_ATTRS, WRITE_INTERVAL, key=key, value_json=json.dumps(value))
 
     def write(self, connection: Connection) -> None:
-        """Write the new rows in the connection's transaction; once it is committed, call `forget_rows`."""
+        """Write the new rows in the connection's transaction; once it is committed, call `clear_rows`."""
         for table, rows in self.rows.items():
             connection.execute(_upsert(table, connection.dialect.name), rows)
 
-    def forget_rows(self) -> None:
+    def clear_rows(self) -> None:
         self.rows.clear()
         self.is_due_at, self.written_at = float("inf"), time.monotonic()
 
@@ -153,7 +152,7 @@ def read_trials(
     study_id: int | None = None,
     above: int | None = None,
     ids: Collection[int] = (),
-    known: Mapping[int, HeldTrial] = MappingProxyType({}),
+    known: Mapping[int, BufferedTrial] = MappingProxyType({}),
 ) -> list[FrozenTrial]:
     """The trials of those ids, and those of the study whose ids are above a number, in the order of ids.
 
@@ -168,9 +167,9 @@ def read_trials(
     trials: dict[int, FrozenTrial] = {}
     to_read: list[int] = []
     for row in found:
-        held = known.get(row.trial_id)
-        if held and held.trial.state == row.state:
-            trials[row.trial_id] = held.snapshot()
+        buffered = known.get(row.trial_id)
+        if buffered and buffered.trial.state == row.state:
+            trials[row.trial_id] = buffered.snapshot()
         else:
             moments = _to_local(row.datetime_start), _to_local(row.datetime_complete)
             trials[row.trial_id] = _new_trial(row.trial_id, row.number, row.state, *moments)
@@ -295,24 +294,24 @@ def _to_local(utc: datetime | None) -> datetime | None:
 
 
 @dataclass(frozen=True)
-class Tally:
+class Counts:
     """How many trials are in each state, those that run, the best complete one, and the epochs run.
 
     A retried trial has the epochs of its earlier attempts, so `n_epochs` does not count those again.
     """
 
-    counts: dict[TrialState, int]
+    by_state: dict[TrialState, int]
     running: Sequence[FrozenTrial]
     best: FrozenTrial | None
     n_epochs: int
     n_epochs_of_pruned: int
 
 
-def read_tally(connection: Connection, study_id: int) -> Tally:
-    """The tally of a study at this moment; the best of equal trials is the earliest."""
+def read_counts(connection: Connection, study_id: int) -> Counts:
+    """The counts of a study at this moment; the best of equal trials is the earliest."""
     mine = TRIALS.c.study_id == study_id
     by_state = sqlalchemy.select(TRIALS.c.state, sqlalchemy.func.count()).where(mine).group_by(TRIALS.c.state)
-    counts: dict[TrialState, int] = dict(_rows(connection, by_state))
+    n_trials: dict[TrialState, int] = dict(_rows(connection, by_state))
     is_running = sqlalchemy.select(TRIALS.c.trial_id).where(mine, TRIALS.c.state == TrialState.RUNNING)
     complete = sqlalchemy.select(TRIALS.c.trial_id).where(mine, TRIALS.c.state == TrialState.COMPLETE)
     by_value = complete.join(VALUES).order_by(VALUES.c.value.desc().nulls_last(), TRIALS.c.number).limit(1)
@@ -332,8 +331,8 @@ def read_tally(connection: Connection, study_id: int) -> Tally:
         again = sqlalchemy.select(sqlalchemy.func.sum(last.c.last)).join(TRIALS).where(TRIALS.c.number.in_(superseded))
         twice = connection.execute(again).scalar() or 0
     found = read_trials(connection, ids=[*connection.execute(is_running).scalars(), *([best] if best else [])])
-    return Tally(
-        counts=counts,
+    return Counts(
+        by_state=n_trials,
         running=[trial for trial in found if trial._trial_id != best],
         best=next((trial for trial in found if trial._trial_id == best), None),
         n_epochs=int(sum(epochs.values()) - twice),
@@ -345,16 +344,16 @@ def _rows(connection: Connection, query: Any) -> Any:
     return connection.execute(query).all()
 
 
-def count_trials(trials: Sequence[FrozenTrial]) -> Tally:
-    """The tally of trials that were read already."""
-    counts: dict[TrialState, int] = {}
+def count_trials(trials: Sequence[FrozenTrial]) -> Counts:
+    """The counts of trials that were read already."""
+    n_trials: dict[TrialState, int] = {}
     for trial in trials:
-        counts[trial.state] = counts.get(trial.state, 0) + 1
+        n_trials[trial.state] = n_trials.get(trial.state, 0) + 1
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     begun = [trial for trial in trials if trial.state != TrialState.WAITING]
     superseded = {number for trial in begun for number in trial.user_attrs.get("attempts", ())}
-    return Tally(
-        counts=counts,
+    return Counts(
+        by_state=n_trials,
         running=[trial for trial in trials if trial.state == TrialState.RUNNING],
         best=min(complete, key=lambda trial: (-(trial.value or 0.0), trial.number), default=None),
         n_epochs=sum(trial.last_step or 0 for trial in trials if trial.number not in superseded),

@@ -14,7 +14,7 @@ from sqlalchemy import Connection
 
 from hpsearch.errors import StorageError
 from hpsearch.storage.rdb import Storage
-from hpsearch.storage.retry import patiently
+from hpsearch.storage.retry import retry_on_outage
 from hpsearch.storage.tables import HEARTBEATS, TRIALS
 
 Rows = Mapping[Any, list[dict[str, Any]]]
@@ -26,7 +26,7 @@ _ATTACHED = [  # to a study or a trial, in the order in which they can be insert
 ]
 
 
-@patiently
+@retry_on_outage
 def is_same_database(storage: Storage, other: Storage) -> bool:
     """Whether two storages are one, however their URLs are written."""
     places = [opened.engine.url for opened in (storage, other)]
@@ -41,7 +41,7 @@ def is_same_database(storage: Storage, other: Storage) -> bool:
         return not other_connection.execute(sqlalchemy.text("SELECT pg_try_advisory_xact_lock(:key)"), key).scalar()
 
 
-@patiently
+@retry_on_outage
 def has_study(storage: Storage, name: str) -> bool:
     """Whether the database has a study of that name."""
     with storage.engine.connect() as connection:
@@ -57,7 +57,7 @@ def _one_moment(storage: Storage) -> Iterator[Connection]:
         yield connection
 
 
-@patiently
+@retry_on_outage
 def read_study_rows(storage: Storage, name: str) -> Rows:
     """All rows of the study at one moment, by table.
 
@@ -78,7 +78,7 @@ def read_study_rows(storage: Storage, name: str) -> Rows:
     return rows
 
 
-@patiently
+@retry_on_outage
 def write_study_rows(storage: Storage, rows: Rows, source: Storage) -> None:
     """Insert the rows of a study in one transaction, unless it has changed in its `source` since they were read."""
     with storage.engine.begin() as connection:

@@ -25,7 +25,7 @@ def default_workers() -> int:
     return count_cores() if devices == ["cpu"] else len(devices)
 
 
-def keep_freed_memory() -> None:
+def tune_malloc() -> None:
     """Let this process keep the memory of freed tensors for the next ones, where Linux's C library is glibc.
 
     By default large blocks go back to the system after each use, and each of their pages is cleared again at the next:

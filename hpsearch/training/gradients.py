@@ -39,7 +39,7 @@ def join_parameters(network: nn.Module) -> nn.Parameter:
 
 
 @contextmanager
-def quick_products(n_parameters: int) -> Iterator[None]:
+def fast_matmul(n_parameters: int) -> Iterator[None]:
     """While entered, a network of that size multiplies matrices of float32 in torch's quickest way.
 
     With AVX-512 that is oneDNN, still in float32, and about twice as quick as MKL on AMD's processors; with AMX or on a
@@ -60,7 +60,7 @@ def choose_gradients(network: Network, label_smoothing: float) -> Gradients:
     """
     is_perceptron = [type(layer) for layer in network][:2] == [nn.Flatten, nn.Linear]
     if is_perceptron and all(type(layer) in _RULES for layer in network):
-        return WrittenOut(network, label_smoothing)
+        return PerceptronGradients(network, label_smoothing)
     return Autograd(network, label_smoothing)
 
 
@@ -88,7 +88,7 @@ def _computes_bfloat16(device: str) -> bool:
     return device == "cpu" and bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
-class WrittenOut:
+class PerceptronGradients:
     """The same loss and gradients for a sequence of the layers that have a rule below."""
 
     def __init__(self, network: Network, label_smoothing: float) -> None:

@@ -15,7 +15,7 @@ from hpsearch.config.space import Hyperparameters
 from hpsearch.data.augment import augment
 from hpsearch.data.dataset import Split
 from hpsearch.errors import Diverged, Drained, StorageUnavailable
-from hpsearch.training.gradients import choose_gradients, join_parameters, quick_products
+from hpsearch.training.gradients import choose_gradients, fast_matmul, join_parameters
 from hpsearch.training.networks import Network
 from hpsearch.training.optimizers import build_optimizer, build_schedule
 
@@ -147,7 +147,7 @@ def train(
     try:
         for epoch in range(len(progress.results) + 1, epochs + 1):
             network.train()
-            with quick_products(joined.numel()):
+            with fast_matmul(joined.numel()):
                 for images, labels in islice(loader, progress.n_batches, None):
                     before_batch()
                     if hyperparameters.augment:

@@ -29,7 +29,7 @@ def start_fork_server() -> None:
 
 @atexit.register
 def _stop_fork_server() -> None:
-    """End that process with this one; by itself it would notice that only after its imports."""
+    """WorkerExit that process with this one; by itself it would notice that only after its imports."""
     pid = getattr(forkserver, "_forkserver")._forkserver_pid  # noqa: B009 - not in the types of the standard library
     if pid is not None:
         try:

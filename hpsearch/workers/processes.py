@@ -26,7 +26,7 @@ from hpsearch.training.devices import count_cores, default_workers, list_devices
 from hpsearch.training.run import load_study_data
 from hpsearch.workers.forkserver import start_fork_server
 from hpsearch.workers.shutdown import Drain
-from hpsearch.workers.worker import HAND_BACK_PATIENCE, End, Worker, end_of, open_worker_storage, worker_name
+from hpsearch.workers.worker import REQUEUE_SECONDS, Worker, WorkerExit, capture_exit, open_worker_storage, worker_name
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ _MAX_FAILED_STARTS = 3  # for each worker, in a row
 
 
 @dataclass
-class Member:
+class WorkerProcess:
     """A worker's process, its end of the pipe, and whether it has begun a trial."""
 
     name: str
@@ -43,7 +43,7 @@ class Member:
     messages: connection.Connection
     has_begun: bool = False
     is_asked_to_stop: bool = False
-    end: End | None = None
+    end: WorkerExit | None = None
 
 
 def run_pool(
@@ -85,27 +85,27 @@ class _Pool:
     ) -> None:
         self.definition, self.storage, self.study, self.data, self.folder = definition, storage, study, data, folder
         self.drain, self.emit = drain, emit
-        self.members: list[Member] = []
-        self.left_behind: list[Member] = []  # ended without having handed their trials back
-        self.ends: list[End] = []
+        self.workers: list[WorkerProcess] = []
+        self.not_requeued: list[WorkerProcess] = []  # ended without having handed their trials back
+        self.ends: list[WorkerExit] = []
         self.n_failed_starts = 0
 
     def run(self, n_workers: int) -> str:
         try:
             for i in range(n_workers):
                 self._start(i, n_workers)
-            while self.members:
+            while self.workers:
                 self._step(n_workers)
         except KeyboardInterrupt:
             self.drain.check()
             raise
         finally:
             self.drain.ignore_signals()
-            for member in self.members:
-                member.process.kill()
-            for member in self.members:
-                member.process.join()
-            self._hand_back()
+            for worker in self.workers:
+                worker.process.kill()
+            for worker in self.workers:
+                worker.process.join()
+            self._requeue_own()
         for end in self.ends:
             if end.error is None:  # it saw the budget spent, and speaks for all
                 return end.reason
@@ -114,32 +114,35 @@ class _Pool:
 
     def _step(self, n_workers: int) -> None:
         """Pass on what the workers say, replace those that died, and tell them when to stop."""
-        connection.wait([*(m.messages for m in self.members), *(m.process.sentinel for m in self.members)], _POLL)
-        for i, member in enumerate(list(self.members)):
-            is_dead = member.process.exitcode is not None  # looked at before the pipe, so that nothing is missed
-            self._read(member)
+        connection.wait(
+            [*(worker.messages for worker in self.workers), *(worker.process.sentinel for worker in self.workers)],
+            _POLL,
+        )
+        for i, worker in enumerate(list(self.workers)):
+            is_dead = worker.process.exitcode is not None  # looked at before the pipe, so that nothing is missed
+            self._read(worker)
             if not is_dead:
                 continue
-            member.process.join()
-            self.members.remove(member)
-            error = member.end and member.end.error
-            if member.end and (isinstance(error, Stopped) or not isinstance(error, Drained | WorkerError)):
-                self.ends.append(member.end)
+            worker.process.join()
+            self.workers.remove(worker)
+            error = worker.end and worker.end.error
+            if worker.end and (isinstance(error, Stopped) or not isinstance(error, Drained | WorkerError)):
+                self.ends.append(worker.end)
                 if isinstance(error, StorageUnavailable):
-                    self.left_behind.append(member)
-                if isinstance(error, RepeatedFailures | StorageUnavailable) and self.members:
+                    self.not_requeued.append(worker)
+                if isinstance(error, RepeatedFailures | StorageUnavailable) and self.workers:
                     logger.warning("%s; the other workers go on", error)
                 continue
-            self._bury(member, n_workers)
+            self._handle_exit(worker, n_workers)
             if isinstance(error, WorkerError):
                 raise error
             if not self.drain.event.is_set():  # it was killed, or somebody drained this worker alone
                 self._start(i, n_workers)
         if self.drain.event.is_set():
-            for member in self.members:
-                if not member.is_asked_to_stop:  # a second signal would mean: at once
-                    member.process.terminate()
-                    member.is_asked_to_stop = True
+            for worker in self.workers:
+                if not worker.is_asked_to_stop:  # a second signal would mean: at once
+                    worker.process.terminate()
+                    worker.is_asked_to_stop = True
 
     def _start(self, place: int, n_workers: int) -> None:
         context = multiprocessing.get_context("forkserver")
@@ -165,46 +168,46 @@ class _Pool:
         process.start()
         for end in (sender, url, url_sender):
             end.close()
-        self.members.insert(place, Member(worker_name(stream), process, receiver))
+        self.workers.insert(place, WorkerProcess(worker_name(stream), process, receiver))
 
-    def _read(self, member: Member) -> None:
+    def _read(self, worker: WorkerProcess) -> None:
         """Pass on what the worker says; the last word of one that ends by itself is kept."""
-        while member.end is None:
+        while worker.end is None:
             try:
-                message = member.messages.recv() if member.messages.poll() else None
+                message = worker.messages.recv() if worker.messages.poll() else None
             except (EOFError, OSError):  # killed, possibly in the middle of a message
                 return
             if message is None:
                 return
-            if isinstance(message, End):
-                member.end = message
+            if isinstance(message, WorkerExit):
+                worker.end = message
             elif isinstance(message, logging.LogRecord):
                 logging.getLogger(message.name).handle(message)
             else:
-                member.has_begun = True
+                worker.has_begun = True
                 self.n_failed_starts = 0
                 self.emit(message)
 
-    def _bury(self, member: Member, n_workers: int) -> None:
+    def _handle_exit(self, worker: WorkerProcess, n_workers: int) -> None:
         """Queue its trial again, if it has one still; raise if workers keep dying before they have any."""
-        code = member.process.exitcode
+        code = worker.process.exitcode
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit status {code}"
         is_drained = self.drain.event.is_set()
-        self._requeue([member], "interrupted" if is_drained else "killed", f"worker {member.name} ended {how}")
-        self.n_failed_starts += not member.has_begun
+        self._requeue([worker], "interrupted" if is_drained else "killed", f"worker {worker.name} ended {how}")
+        self.n_failed_starts += not worker.has_begun
         if self.n_failed_starts >= _MAX_FAILED_STARTS * n_workers and not is_drained:
             raise WorkerError(f"{self.n_failed_starts} workers in a row ended {how} before their first trial")
 
-    def _hand_back(self) -> None:
-        self.storage.insist(HAND_BACK_PATIENCE)
+    def _requeue_own(self) -> None:
+        self.storage.retry_for(REQUEUE_SECONDS)
         try:
-            self._requeue([*self.members, *self.left_behind], "interrupted", "its worker was stopped; queued again")
+            self._requeue([*self.workers, *self.not_requeued], "interrupted", "its worker was stopped; queued again")
         except StorageUnavailable as error:
             logger.warning("trials could not be handed back, and will be after the grace period: %s", error)
 
-    def _requeue(self, members: list[Member], kind: str, message: str) -> None:
-        """Fail the running trials of members that are no more, and queue them again."""
-        names, retries = {member.name for member in members}, self.definition.recovery.retries
+    def _requeue(self, workers: list[WorkerProcess], kind: str, message: str) -> None:
+        """Fail the running trials of workers that are no more, and queue them again."""
+        names, retries = {worker.name for worker in workers}, self.definition.recovery.retries
         running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)) if names else []
         theirs = [trial for trial in running if trial.user_attrs.get("worker") in names]
         failed = [trial for trial in theirs if self.storage.fail(trial._trial_id, kind, message, retries=retries)]
@@ -240,7 +243,7 @@ def _work(
 
     lock = threading.Lock()  # the lease's thread sends too
 
-    def send(message: TrialEvent | End | logging.LogRecord) -> None:
+    def send(message: TrialEvent | WorkerExit | logging.LogRecord) -> None:
         try:
             with lock:
                 messages.send(message)
@@ -257,11 +260,11 @@ def _work(
 
     def run() -> str:
         whole = evolve(definition, "study", storage=url.recv_bytes().decode())
-        storage = open_worker_storage(whole, drain, must_exist=True, is_patient=True)
+        storage = open_worker_storage(whole, drain, must_exist=True, waits=True)
         images = data if isinstance(data, ImageData) else load_study_data(definition, data)
         return Worker(whole, storage, stream, drain, data=images, device=device, emit=send).run()
 
-    send(end_of(run))
+    send(capture_exit(run))
 
 
 def _watch_supervisor(drain: Drain) -> None:

@@ -29,7 +29,7 @@ from hpsearch.storage.rdb import open_storage
 from hpsearch.training.devices import list_devices
 from hpsearch.training.run import load_study_data
 from hpsearch.workers.shutdown import Drain
-from hpsearch.workers.worker import End, Worker, end_of, open_worker_storage
+from hpsearch.workers.worker import Worker, WorkerExit, capture_exit, open_worker_storage
 
 logger = logging.getLogger(__name__)
 
@@ -46,23 +46,23 @@ _ADVICE = (
 
 
 @dataclass(frozen=True)
-class Share:
+class Resources:
     """What each worker has of its node: processor cores and GPUs, which may be fractions."""
 
     cpus: float = 1.0
     gpus: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, share in (("--cpus-per-worker", self.cpus), ("--gpus-per-worker", self.gpus)):
-            if share > 1 and share != int(share):
-                raise UsageError(f"{name} {share}: Ray gives a part of one, or whole ones, so use {int(share)}")
+        for name, resources in (("--cpus-per-worker", self.cpus), ("--gpus-per-worker", self.gpus)):
+            if resources > 1 and resources != int(resources):
+                raise UsageError(f"{name} {resources}: Ray gives a part of one, or whole ones, so use {int(resources)}")
 
 
 class Cluster:
     """A Ray cluster that this process is connected to, to launch the workers of a study in."""
 
-    def __init__(self, definition: StudyDefinition, share: Share) -> None:
-        self.definition, self.share = definition, share
+    def __init__(self, definition: StudyDefinition, resources: Resources) -> None:
+        self.definition, self.resources = definition, resources
         self.nodes = [node for node in import_ray().nodes() if node["Alive"]]
         if problems := list(self._find_places_of_one_machine()):
             raise UsageError("\n".join(problems))
@@ -73,8 +73,8 @@ class Cluster:
         n_fitting = 0
         for node in self.nodes:
             has = node["Resources"]
-            by_cpus = has.get("CPU", 0) / self.share.cpus if self.share.cpus else math.inf
-            by_gpus = has.get("GPU", 0) / self.share.gpus if self.share.gpus else math.inf
+            by_cpus = has.get("CPU", 0) / self.resources.cpus if self.resources.cpus else math.inf
+            by_gpus = has.get("GPU", 0) / self.resources.gpus if self.resources.gpus else math.inf
             n_fitting += int(min(by_cpus, by_gpus, 10_000))
         return n_fitting
 
@@ -83,7 +83,7 @@ class Cluster:
         if n_workers > self.n_fitting:
             yield f"the cluster has room for {self.n_fitting} of {n_workers} workers now; the others wait for room"
         n_gpus = sum(node["Resources"].get("GPU", 0) for node in self.nodes)
-        if n_gpus and not self.share.gpus:
+        if n_gpus and not self.resources.gpus:
             yield f"the cluster has {n_gpus:.0f} GPUs that no worker uses; give them some with --gpus-per-worker"
 
     def run(self, n_workers: int, drain: Drain, on_poll: Callable[[], None] = lambda: None) -> str:
@@ -93,7 +93,7 @@ class Cluster:
         called about each second.
         """
         with _as_cluster_errors("the cluster failed"):
-            return Tasks(self.definition, self.share, self._node_for_all).run(n_workers, drain, on_poll)
+            return Tasks(self.definition, self.resources, self._node_for_all).run(n_workers, drain, on_poll)
 
     def detach(self, n_workers: int) -> str:
         """The name of an actor in the cluster that does what `run` does, after this process has gone."""
@@ -102,7 +102,7 @@ class Cluster:
         study, node = self.definition.study, self._node_for_all
         options = {"name": name, "lifetime": "detached", "max_restarts": -1, "num_cpus": 0, **stay_on(node)}
         places = study.storage, study.artifacts
-        actor = ray.remote(Supervisor).options(**options).remote(name, places, self.share, node, n_workers)
+        actor = ray.remote(Supervisor).options(**options).remote(name, places, self.resources, node, n_workers)
         with _as_cluster_errors("the cluster cannot hold the search's supervisor"):
             ray.get(actor.is_there.remote())
         return name
@@ -136,7 +136,7 @@ class Cluster:
 
 @contextmanager
 def connect(
-    definition: StudyDefinition, share: Share, *, address: str | None = None, folder: Path | str | None = None
+    definition: StudyDefinition, resources: Resources, *, address: str | None = None, folder: Path | str | None = None
 ) -> Iterator[Cluster]:
     """The Ray cluster at an address, else the one of RAY_ADDRESS or of this machine; "local" starts one here.
 
@@ -169,7 +169,7 @@ def connect(
             text = " ".join(str(error).split())
             raise ClusterError(f"the Ray cluster at {address} cannot be used: {text}") from error
         try:
-            yield Cluster(definition, share)
+            yield Cluster(definition, resources)
         finally:
             ray.shutdown()
 
@@ -205,10 +205,10 @@ def _as_cluster_errors(what: str) -> Iterator[None]:
 class Tasks:
     """The tasks of a study's workers, owned by this process: the command's, or a detached actor's."""
 
-    def __init__(self, definition: StudyDefinition, share: Share, node: str | None) -> None:
-        self.ray, self.definition, self.share, self.node = import_ray(), definition, share, node
+    def __init__(self, definition: StudyDefinition, resources: Resources, node: str | None) -> None:
+        self.ray, self.definition, self.resources, self.node = import_ray(), definition, resources, node
         self.data: dict[str, Any] = {}
-        self.ends: list[End] = []
+        self.ends: list[WorkerExit] = []
 
     def run(self, n_workers: int, drain: Drain, on_poll: Callable[[], None]) -> str:
         self._read_data()
@@ -217,7 +217,7 @@ class Tasks:
         while running:
             ended, running = self.ray.wait(running, num_returns=1, timeout=_POLL)
             for task in ended:
-                error = self._end_of(task).error
+                error = self._read_exit(task).error
                 is_drained = isinstance(error, Drained) and not isinstance(error, Stopped)
                 if is_drained and not is_cancelled and not drain.event.is_set():
                     running.append(self._start())  # its node was drained, not the search
@@ -238,32 +238,32 @@ class Tasks:
             return False
         try:
             storage = open_storage(self.definition.study.storage, reads_only=True)
-            tally = storage.tally(load_study(self.definition, storage)._study_id)
+            counts = storage.read_counts(load_study(self.definition, storage)._study_id)
             storage.engine.dispose()
         except StorageError:  # the workers wait for it as well
             return False
-        return not tally.running
+        return not counts.running
 
-    def _end_of(self, task: Any) -> End:
+    def _read_exit(self, task: Any) -> WorkerExit:
         """How the task ended; whatever is no end of a search is remembered, and told where others go on."""
         exceptions = self.ray.exceptions
         try:
-            end: End = self.ray.get(task)
+            end: WorkerExit = self.ray.get(task)
         except (exceptions.TaskCancelledError, KeyboardInterrupt):
-            end = End("stopped", Interrupted())
+            end = WorkerExit("stopped", Interrupted())
         except exceptions.RayError as error:
             reason = f"a worker's task failed: {last_line(error)}"
-            end = End(reason, ClusterError(reason))
+            end = WorkerExit(reason, ClusterError(reason))
         if end.error and not isinstance(end.error, Drained) and end.reason not in {other.reason for other in self.ends}:
             logger.warning("a worker has ended: %s", end.error)  # the others may go on
         self.ends.append(end)
         return end
 
     def _start(self) -> Any:
-        options = {"num_cpus": self.share.cpus, "num_gpus": self.share.gpus, "max_retries": _MAX_RETRIES}
+        options = {"num_cpus": self.resources.cpus, "num_gpus": self.resources.gpus, "max_retries": _MAX_RETRIES}
         study = self.definition.study
         task = self.ray.remote(_work).options(name=f"worker of {study.name}", **options, **stay_on(self.node))
-        return task.remote(study.storage, study.artifacts, self.data, self.share)
+        return task.remote(study.storage, study.artifacts, self.data, self.resources)
 
     def _read_data(self) -> None:
         """Have the data read, or downloaded, once on each node, to be mapped by its workers."""
@@ -277,10 +277,12 @@ class Tasks:
 class Supervisor:
     """A detached actor that owns the tasks of a search; begun anew by Ray where its node dies."""
 
-    def __init__(self, name: str, places: tuple[str, str], share: Share, node: str | None, n_workers: int) -> None:
+    def __init__(
+        self, name: str, places: tuple[str, str], resources: Resources, node: str | None, n_workers: int
+    ) -> None:
         self.name = name
         definition = load_definition(STUDY_FILE, storage=places[0], artifacts=places[1])
-        tasks = Tasks(definition, share, node)
+        tasks = Tasks(definition, resources, node)
         self.is_known = threading.Event()
         threading.Thread(target=self._run, args=(tasks, n_workers), daemon=True).start()
 
@@ -289,7 +291,7 @@ class Supervisor:
 
     def _run(self, tasks: Tasks, n_workers: int) -> None:
         self.is_known.wait(_KNOWN_WITHIN)
-        end = end_of(lambda: tasks.run(n_workers, Drain(), lambda: None))
+        end = capture_exit(lambda: tasks.run(n_workers, Drain(), lambda: None))
         logger.warning("%s", end.reason)  # in Ray's log of this actor
         tasks.ray.kill(tasks.ray.get_actor(self.name), no_restart=True)
 
@@ -303,33 +305,33 @@ def _read() -> tuple[Any, ...]:
     return (*arrays, data.mean, data.std, data.class_names)
 
 
-def _work(url: str, artifacts: str, data: Mapping[str, Any], share: Share) -> End:
+def _work(url: str, artifacts: str, data: Mapping[str, Any], resources: Resources) -> WorkerExit:
     """The task of a worker, on whatever node it is placed; `data` are references, by node."""
     ray = import_ray()
     with _signals_restored():
         drain = Drain().listen(signal.SIGINT, signal.SIGTERM)
-        torch.set_num_threads(max(1, int(share.cpus)))
+        torch.set_num_threads(max(1, int(resources.cpus)))
         definition = load_definition(STUDY_FILE, storage=url, artifacts=artifacts)
         node = ray.get_runtime_context().get_node_id()
 
         def run() -> str:
             Folder(artifacts).check()
-            storage = open_worker_storage(definition, drain, must_exist=True, is_patient=True)
+            storage = open_worker_storage(definition, drain, must_exist=True, waits=True)
             study = load_study(definition, storage)
             try:
                 images = _map(ray.get(data[node]))
             except (KeyError, ray.exceptions.RayError):  # of a node that joined later, or they could not be read
                 images = load_study_data(definition)
             stream = storage.join(study._study_id)
-            device = list_devices()[0] if share.gpus else "cpu"
+            device = list_devices()[0] if resources.gpus else "cpu"
             worker = Worker(definition, storage, stream, drain, data=images, device=device, node=node[:6])
             return worker.run()
 
-        return end_of(run)
+        return capture_exit(run)
 
 
 def _map(parts: tuple[Any, ...]) -> ImageData:
-    """The data in memory that all workers of the node share; nothing writes to it."""
+    """The data in memory that all workers of the node resources; nothing writes to it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         tensors = [torch.from_numpy(part) for part in parts if isinstance(part, np.ndarray)]

@@ -35,21 +35,21 @@ from hpsearch.search.study import load_study
 from hpsearch.search.trials import Emit, TrialEvent
 from hpsearch.storage.artifacts import Folder
 from hpsearch.storage.rdb import Storage, open_storage
-from hpsearch.training.devices import count_cores, keep_freed_memory, list_devices
+from hpsearch.training.devices import count_cores, list_devices, tune_malloc
 from hpsearch.training.run import load_study_data
 from hpsearch.training.trainer import EpochResult
 from hpsearch.workers.shutdown import Drain
 
 logger = logging.getLogger(__name__)
 
-PATIENCE = 600.0  # seconds for which a worker waits for a storage that does not answer
-HAND_BACK_PATIENCE = 15.0  # and for which one that is stopped tries to hand its trial back
+RETRY_SECONDS = 600.0  # seconds for which a worker waits for a storage that does not answer
+REQUEUE_SECONDS = 15.0  # and for which one that is stopped tries to hand its trial back
 _POLL = 0.25  # seconds between two looks for room in the budget
 _MAX_FAILURES = 3  # of a worker in a row, after which something is wrong with the worker
 
 
 @dataclass(frozen=True)
-class End:
+class WorkerExit:
     """How a worker ended: the reason, and the error of hpsearch that it would have raised."""
 
     reason: str
@@ -84,7 +84,7 @@ class Worker:
             self.study.sampler, self.study.pruner = build_sampler(definition, stream), build_pruner(definition)
         checkpoints = checkpoint_folder(definition, self.study)
         self.objective = Objective(definition, data, device=device, checkpoints=checkpoints)
-        keep_freed_memory()
+        tune_malloc()
         self._next_reap = time.monotonic()
         self._failures: list[str] = []  # in a row
 
@@ -95,7 +95,7 @@ class Worker:
         except (Drained, KeyboardInterrupt, StorageError) as error:
             if isinstance(error, StorageError) and not self.drain.event.is_set():
                 raise
-            self._hand_back()
+            self._requeue_own()
             self.drain.check()
             raise
 
@@ -123,14 +123,14 @@ class Worker:
         """Admit, ask, beat, objective, tell."""
         trial = self._ask()
         value, state = None, TrialState.COMPLETE
-        with Lease(self, trial) as lease:
-            self.objective.before_batch = lease.check
-            self.objective.callbacks = (lease.finish_epoch,)
+        with Heartbeat(self, trial) as heartbeat:
+            self.objective.before_batch = heartbeat.check
+            self.objective.callbacks = (heartbeat.finish_epoch,)
             try:
                 value = self.objective(trial)
             except optuna.TrialPruned:
                 state = TrialState.PRUNED
-            except (LeaseLost, UpdateFinishedTrialError):
+            except (TrialLost, UpdateFinishedTrialError):
                 return self._drop(trial)
             except (Drained, StorageError):
                 raise
@@ -139,10 +139,10 @@ class Worker:
                 return self._fail(trial, kind, f"{type(error).__name__}: {error}; {self._keep_traceback(trial)}")
         return self._tell(trial, value, state)
 
-    def _hand_back(self) -> None:
+    def _requeue_own(self) -> None:
         """Queue the trial again that this worker still has, if it has one."""
         self.drain.ignore_signals()
-        self.storage.insist(HAND_BACK_PATIENCE)
+        self.storage.retry_for(REQUEUE_SECONDS)
         try:
             for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
                 if trial.user_attrs.get("worker") == self.name:
@@ -161,7 +161,7 @@ class Worker:
 
     def _ask(self) -> optuna.Trial:
         with warnings.catch_warnings():
-            # The storage writes the first heartbeat itself, and `Lease` the others.
+            # The storage writes the first heartbeat itself, and `Heartbeat` the others.
             warnings.filterwarnings("ignore", "Heartbeat of storage is supposed to be used with Study.optimize")
             trial = self.study.ask()
         self.emit(TrialEvent(self.name, trial.number, "running"))
@@ -201,15 +201,15 @@ class Worker:
         self.emit(TrialEvent(self.name, trial.number, "dropped", message="another worker has taken it over"))
 
 
-class LeaseLost(Exception):
+class TrialLost(Exception):
     """The trial was given to another worker."""
 
 
-class Lease(threading.Thread):
+class Heartbeat(threading.Thread):
     """While entered, beats for a running trial, notices when it was taken away, and reaps the trials of the dead."""
 
     def __init__(self, worker: "Worker", trial: optuna.Trial) -> None:
-        super().__init__(name=f"lease of trial {trial.number}", daemon=True)
+        super().__init__(name=f"heartbeat of trial {trial.number}", daemon=True)
         self.worker, self.trial_id = worker, trial._trial_id
         self.ended, self.lost = threading.Event(), threading.Event()
         self.is_between_epochs = False
@@ -221,8 +221,8 @@ class Lease(threading.Thread):
         """
         self.worker.drain.check()
         if self.lost.is_set():
-            raise LeaseLost
-        self.worker.storage.store(self.trial_id)
+            raise TrialLost
+        self.worker.storage.flush(self.trial_id)
         if self.is_between_epochs and self.worker.storage.is_stopped:
             raise Stopped
         self.is_between_epochs = False
@@ -270,7 +270,7 @@ def run_worker(
 
 
 def open_worker_storage(
-    definition: StudyDefinition, drain: Drain, *, must_exist: bool = False, is_patient: bool = False
+    definition: StudyDefinition, drain: Drain, *, must_exist: bool = False, waits: bool = False
 ) -> Storage:
     """The definition's storage as workers need it: with its recovery times, and patient until they are drained.
 
@@ -280,11 +280,11 @@ def open_worker_storage(
         definition.study.storage,
         heartbeat=definition.recovery.heartbeat,
         grace=definition.recovery.grace,
-        patience=PATIENCE if is_patient else 0.0,
+        patience=RETRY_SECONDS if waits else 0.0,
         giving_up=drain.event,
         must_exist=must_exist,
     )
-    storage.patience = PATIENCE
+    storage.patience = RETRY_SECONDS
     # There may just have been an outage for all: whoever is alive beats within the grace period.
     storage.trusts_heartbeats_from = time.time() + definition.recovery.grace
     return storage
@@ -301,15 +301,15 @@ def worker_name(stream: int, node: str = "") -> str:
     return "-".join(filter(None, (socket.gethostname(), node, str(stream))))
 
 
-def end_of(run: Callable[[], str]) -> End:
+def capture_exit(run: Callable[[], str]) -> WorkerExit:
     """How the worker ended that `run` runs, which returns why."""
     try:
-        return End(run())
+        return WorkerExit(run())
     except KeyboardInterrupt:
-        return End("stopped", Drained())
+        return WorkerExit("stopped", Drained())
     except HpsearchError as error:
-        return End(str(error), error)
+        return WorkerExit(str(error), error)
     except Exception as error:
         logger.debug("the worker failed", exc_info=True)
         reason = f"a worker failed: {type(error).__name__}: {error}"
-        return End(reason, WorkerError(reason))
+        return WorkerExit(reason, WorkerError(reason))

@@ -22,7 +22,7 @@ CHANCES = {name: float(chance) for name, _, chance in (i.partition("=") for i in
 METHODS = {
     "_start": "ask",
     "_claim": "ask",
-    "_store": "report",
+    "_flush": "report",
     "beat": "heartbeat",
     "_end": "tell",
 }
@@ -92,7 +92,7 @@ def injure_trainings() -> None:
 
     from hpsearch.training import run
 
-    original = run.train
+    original = getattr(run, "train")  # noqa: B009
     pains = cycle(["", "exception", "", "memory", "", "allocation"])
 
     def train(*args: Any, **options: Any) -> Any:
@@ -105,7 +105,7 @@ def injure_trainings() -> None:
                 torch.empty(2**45)
         return original(*args, **options)
 
-    run.train = train
+    setattr(run, "train", train)  # noqa: B010 - imported there, not defined
 
 
 if __name__ == "__main__":

@@ -279,9 +279,9 @@ def test_a_link_to_another_machine_leads_to_the_study_and_browsers_complain_of_n
 
 
 def test_a_file_leads_to_the_study(folder: Path, browser: Browser) -> None:
-    from hpsearch.monitor.dashboard.app import lead_to
+    from hpsearch.monitor.dashboard.app import redirect_file
 
-    with served(folder, "dashboard", "small.toml") as (address, _), lead_to(address) as file:
+    with served(folder, "dashboard", "small.toml") as (address, _), redirect_file(address) as file:
         page = browser.new_context().new_page()
         page.goto(file)
         page.wait_for_url(address.partition("?")[0])

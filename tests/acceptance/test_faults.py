@@ -16,7 +16,7 @@ import torch
 from hpsearch.config.definition import load_definition
 from hpsearch.errors import StudyNotFound
 from hpsearch.search.study import load_study, open_study
-from hpsearch.search.trials import summarize
+from hpsearch.search.trials import read_status
 from hpsearch.storage.artifacts import Folder
 from hpsearch.storage.checkpoints import read
 from hpsearch.storage.rdb import open_storage
@@ -39,7 +39,7 @@ def runs_a_trial(file: Path, n: int = 1, above: int = 0) -> Callable[[], bool]:
         definition = load_definition(file)
         try:
             storage = open_storage(f"sqlite:///{file.with_suffix('.db')}", must_exist=True)
-            workers = summarize(definition, load_study(definition, storage))["workers"]
+            workers = read_status(definition, load_study(definition, storage))["workers"]
         except StudyNotFound:
             return False
         storage.engine.dispose()

@@ -171,7 +171,7 @@ def test_stop_extend_and_enqueue_steer_four_workers_and_the_budget_stays_exact(
     worker = start("worker", "small.toml", cwd=tmp_path / "elsewhere", log=tmp_path / "worker.log")
     run = start("run", "small.toml", "--workers", 3, cwd=tmp_path, log=tmp_path / "run.log")
     try:
-        wait_for(lambda: watch.look().n_alive == 4, "four running trials")
+        wait_for(lambda: watch.poll().n_alive == 4, "four running trials")
         told = hpsearch("enqueue", "small.toml", "--set", "lr=0.0123", "--set", "width=17", cwd=tmp_path).stderr
         assert re.match(r"trial \d+ waits with lr=0.0123, width=17; the workers that run go on with it\n", told)
         assert "the budget has 12 trials now" in hpsearch("extend", "small.toml", "--trials", 4, cwd=tmp_path).stderr
@@ -193,7 +193,7 @@ def test_stop_extend_and_enqueue_steer_four_workers_and_the_budget_stays_exact(
 
     run = start("run", "small.toml", "--workers", 4, cwd=tmp_path, log=tmp_path / "again.log")
     try:
-        wait_for(lambda: watch.look().n_alive > 0, "the search to go on")
+        wait_for(lambda: watch.poll().n_alive > 0, "the search to go on")
         assert "the budget has 14 trials now" in hpsearch("extend", "small.toml", "--trials", 2, cwd=tmp_path).stderr
         assert run.wait(120) == 0
     finally:

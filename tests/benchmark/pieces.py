@@ -96,8 +96,8 @@ def _time_worker(arguments: tuple[str, str, int, int, float]) -> float:
     study = load_study(definition, opened)
     study.sampler, study.pruner = build_sampler(definition, stream), build_pruner(definition)
     opened.worker = f"worker-{stream}"
-    _time_trials(study, definition, 2, lambda trial: opened.store(trial._trial_id))
-    return _time_trials(study, definition, n_trials, lambda trial: opened.store(trial._trial_id))
+    _time_trials(study, definition, 2, lambda trial: opened.flush(trial._trial_id))
+    return _time_trials(study, definition, n_trials, lambda trial: opened.flush(trial._trial_id))
 
 
 def _time_trials(
@@ -127,7 +127,7 @@ def _fill(storage: Storage, study_id: int, n_trials: int) -> None:
             example = drawn.ask()
             suggest(example, space)
             trial = tables.insert_trial(connection, study_id, number, now)
-            held, value = tables.HeldTrial(trial), number / n_trials / 2  # below those of the trials that are timed
+            held, value = tables.BufferedTrial(trial), number / n_trials / 2  # below those of the trials that are timed
             for name, distribution in example.distributions.items():
                 held.set_param(name, distribution.to_internal_repr(example.params[name]), distribution)
             for epoch in range(1, _N_REPORTS + 1):

@@ -166,7 +166,7 @@ def test_a_damaged_manifest_is_refused(copy: Path, manifest: str | None) -> None
 
 def sign(folder: Path) -> None:
     """Write a manifest that fits whatever the files hold now."""
-    manifest.seal(folder)
+    manifest.write_manifest(folder)
 
 
 def test_a_config_that_is_not_understood_is_refused(copy: Path) -> None:
@@ -318,7 +318,7 @@ def test_an_older_bundle_that_was_being_replaced_is_put_back(copy: Path) -> None
     left.mkdir()
     (left / "lock").touch()
     copy.rename(left / "old")
-    with pytest.raises(KeyError), manifest.replacing(copy):
+    with pytest.raises(KeyError), manifest.replace_folder(copy):
         raise KeyError
     bundle.load(copy)
     assert [file.name for file in copy.parent.iterdir()] == [copy.name]
@@ -328,12 +328,12 @@ def test_a_bundle_can_be_loaded_while_it_is_replaced(saved: Path, tmp_path: Path
     target = Path(shutil.copytree(saved, tmp_path / "b"))
     other = Path(shutil.copytree(saved, tmp_path / "other"))
     (other / "metrics.json").write_text("{}")
-    manifest.seal(other)
+    manifest.write_manifest(other)
     is_over = threading.Event()
 
     def replace_often() -> None:
         for i in range(60):
-            with manifest.replacing(target) as new:
+            with manifest.replace_folder(target) as new:
                 shutil.copytree((saved, other)[i % 2], new, dirs_exist_ok=True)
         is_over.set()
 

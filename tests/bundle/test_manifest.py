@@ -113,7 +113,7 @@ def grow(name: str, n_bytes: int, *, is_signed: bool) -> Mutate:
     def mutate(folder: Path) -> None:
         os.truncate(folder / name, (folder / name).stat().st_size + n_bytes)
         if is_signed:
-            manifest.seal(folder)
+            manifest.write_manifest(folder)
 
     return mutate
 
@@ -124,7 +124,7 @@ def put_pickle(name: str, protocol: int, *, is_torch: bool, is_signed: bool) -> 
         with (folder / name).open("wb") as stream:
             torch.save(hostile, stream) if is_torch else pickle.dump(hostile, stream, protocol)
         if is_signed:
-            manifest.seal(folder)
+            manifest.write_manifest(folder)
 
     return mutate
 
@@ -135,7 +135,7 @@ def put_json(name: str, text: str) -> Mutate:
     def mutate(folder: Path) -> None:
         (folder / name).write_text(text)
         if name == "config.json":
-            manifest.seal(folder)
+            manifest.write_manifest(folder)
 
     return mutate
 

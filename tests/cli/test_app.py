@@ -16,7 +16,7 @@ import pytest
 from hpsearch import __main__
 from hpsearch.cli.render import render_trials
 from hpsearch.config.definition import load_definition
-from hpsearch.monitor.text import say, show, trial_line
+from hpsearch.monitor.text import echo, show, trial_line
 from hpsearch.search.study import open_study
 from hpsearch.search.trials import TrialEvent
 from hpsearch.storage.rdb import open_storage
@@ -319,12 +319,12 @@ def test_a_traceback_is_shown_only_with_debug(study_file: Callable[..., Path], m
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full, the disk that is always full")
 def test_talk_into_a_file_on_a_full_disk_ends_nothing_but_a_closed_pipe_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", os.fdopen(os.open("/dev/full", os.O_WRONLY), "w", closefd=False))
-    say("trial 3 complete 0.9")
+    echo("trial 3 complete 0.9")
     reader, writer = os.pipe()
     os.close(reader)
     monkeypatch.setattr(sys, "stderr", os.fdopen(writer, "w", closefd=False))
     with pytest.raises(BrokenPipeError):
-        say("trial 3 complete 0.9")
+        echo("trial 3 complete 0.9")
 
 
 @pytest.mark.parametrize("verb", VERBS)

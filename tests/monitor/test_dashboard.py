@@ -1,4 +1,4 @@
-"""The dashboard behind its guard: what passes and what does not, and the notes that are made when it is read."""
+"""The dashboard behind its access: what passes and what does not, and the notes that are made when it is read."""
 
 import base64
 import gc
@@ -30,7 +30,7 @@ from hpsearch.cli import watch
 from hpsearch.config.definition import StudyDefinition
 from hpsearch.errors import StorageUnavailable, StudyNotFound, UsageError
 from hpsearch.monitor.dashboard import app, notes, server
-from hpsearch.monitor.dashboard.auth import READING, Guard
+from hpsearch.monitor.dashboard.auth import READING, AccessControl
 from hpsearch.search.checkpoints import checkpoint_folder
 from hpsearch.search.study import open_study
 from hpsearch.storage.rdb import Storage, open_storage
@@ -71,7 +71,7 @@ class Site:
 
     def __call__(self, path: str, method: str = "GET", data: Any = None, **headers: str | None) -> Answer:
         """The answer to a request; a header of None is left out."""
-        guard = Guard(
+        access = AccessControl(
             self.application,
             token=TOKEN,
             names={"127.0.0.1", "localhost", "[::1]"},
@@ -95,7 +95,7 @@ class Site:
             if value is not None:
                 environ[name] = value
         started: list[Any] = []
-        parts = guard(environ, lambda status, headers, error=None: started.append((status, headers)))
+        parts = access(environ, lambda status, headers, error=None: started.append((status, headers)))
         content = b"".join(parts)
         if close := getattr(parts, "close", None):
             close()
@@ -253,7 +253,7 @@ def test_the_token_becomes_another_secret_as_a_cookie_and_leaves_the_address(sit
 
 
 def test_every_server_has_a_secret_of_its_own_and_shows_none() -> None:
-    guards = [Guard(lambda *_: [], token=TOKEN, names=(), cookie="x") for _ in range(2)]
+    guards = [AccessControl(lambda *_: [], token=TOKEN, names=(), cookie="x") for _ in range(2)]
     assert guards[0].secret != guards[1].secret
     assert TOKEN not in repr(guards[0])
     assert guards[0].secret not in repr(guards[0])
@@ -644,7 +644,7 @@ def test_other_machines_need_a_token_of_the_user(searched: StudyDefinition) -> N
         assert place.hostname == socket.gethostname().lower()
         with connected(f"http://127.0.0.1:{place.port}") as ask:
             cookie = enter(ask, f"{place.path}?{place.query}")
-            for host in (socket.gethostname(), "127.0.0.1", *server.names_of("0.0.0.0", "0.0.0.0")):
+            for host in (socket.gethostname(), "127.0.0.1", *server.host_names("0.0.0.0", "0.0.0.0")):
                 assert ask("/api/studies", Host=host, Cookie=cookie).status == 200, host
             assert ask("/api/studies", Host="evil.example", Cookie=cookie).status == 403
             assert ask("/api/studies", Host=socket.gethostname()).status == 403
@@ -666,11 +666,11 @@ def test_loopback_is_known_however_it_is_spelled(searched: StudyDefinition, host
     assert server.is_loopback(host)
     with app.serve(searched, "small.toml", host=host) as address, connected(address) as ask:
         assert ask("/healthz").status == 200
-        assert server.names_of(host, "127.0.0.1") <= {host.lower(), f"[{host}]", "localhost", "127.0.0.1", "[::1]"}
+        assert server.host_names(host, "127.0.0.1") <= {host.lower(), f"[{host}]", "localhost", "127.0.0.1", "[::1]"}
 
 
 def test_names_of_this_machine_are_addresses_and_no_hardware() -> None:
-    names = server.names_of("0.0.0.0", "0.0.0.0")
+    names = server.host_names("0.0.0.0", "0.0.0.0")
     hardware = [
         each.address for found in psutil.net_if_addrs().values() for each in found if each.family == psutil.AF_LINK
     ]
@@ -702,7 +702,7 @@ def test_a_server_refuses_and_leaves_nothing_behind(searched: StudyDefinition) -
     wait_until(lambda: threading.active_count() <= before[0] and process.num_fds() <= before[1])
 
 
-@pytest.mark.parametrize("name", ["serving", "build_application", "listen", "load_study"])
+@pytest.mark.parametrize("name", ["serve_in_threads", "build_application", "listen", "load_study"])
 def test_what_fails_before_it_serves_leaves_nothing_open(searched: StudyDefinition, name: str) -> None:
     process = psutil.Process()
     with app.serve(searched, "small.toml"):
@@ -738,7 +738,7 @@ def test_a_browser_is_given_a_file_that_only_this_user_can_read(
         watch.dashboard("small.toml", token=None, host="127.0.0.1", port=0, opens=True)
     [file] = seen
     assert not file.exists()
-    with app.lead_to('http://x/?a=1&"><script>') as place:
+    with app.redirect_file('http://x/?a=1&"><script>') as place:
         assert '"0; url=http://x/?a=1&amp;&quot;&gt;&lt;script&gt;"' in Path(urlsplit(place).path).read_text()
 
 

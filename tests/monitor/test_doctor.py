@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 
 from hpsearch.config.definition import StudyDefinition
 from hpsearch.monitor import doctor
-from hpsearch.monitor.doctor import examine
+from hpsearch.monitor.doctor import run_checks
 from hpsearch.search.checkpoints import artifact_folder, checkpoint_folder
 from hpsearch.search.study import open_study
 from hpsearch.storage.checkpoints import Checkpoint
@@ -28,14 +28,14 @@ def define(folder: Path, **sections: Any) -> StudyDefinition:
 
 
 def wrong(definition: StudyDefinition, **options: Any) -> dict[str, str]:
-    return {finding.check: finding.message for finding in examine(definition, **options) if not finding.is_ok}
+    return {finding.check: finding.message for finding in run_checks(definition, **options) if not finding.is_ok}
 
 
 def test_a_healthy_study_is_in_order(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(psutil, "getloadavg", lambda: (0.0, 0.0, 0.0))  # other tests run beside this one
     definition = make_definition(url, study={"artifacts": str(tmp_path / "artifacts")})
     open_study(definition, open_storage(url))
-    findings = examine(definition)
+    findings = run_checks(definition)
     assert [finding for finding in findings if not finding.is_ok] == []
     checks = [finding.check for finding in findings]
     assert {"study", "latency", "clock", "trials", "checkpoints", "threads", "artifacts", "data", "devices"} <= {
@@ -46,7 +46,7 @@ def test_a_healthy_study_is_in_order(url: str, tmp_path: Path, monkeypatch: pyte
 
 def test_a_missing_study_is_said_and_the_rest_is_checked(tmp_path: Path) -> None:
     definition = define(tmp_path)
-    findings = examine(definition)
+    findings = run_checks(definition)
     assert "no database" in wrong(definition)["study"]
     assert {"data", "devices", "database"} <= {finding.check for finding in findings}
     assert list(tmp_path.iterdir()) == []
@@ -90,7 +90,7 @@ def test_checkpoints_that_no_trial_needs_are_found_and_removed_when_asked(url: s
     assert "checkpoints" not in wrong(definition, fix=True)
     assert folder.find() == ["trial-0.ckpt"]
     assert (artifact_folder(definition) / "another").find() == ["trial-0.ckpt"]
-    messages = [finding.message for finding in examine(definition) if finding.check == "checkpoints"]
+    messages = [finding.message for finding in run_checks(definition) if finding.check == "checkpoints"]
     assert "none is left over; 1 in " in messages[0]
 
 

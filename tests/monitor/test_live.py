@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from hpsearch.monitor.live import LiveView, SceneTable, draw_curve
-from hpsearch.monitor.status import Scene, Watch, open_watch
-from hpsearch.monitor.text import say_duration
+from hpsearch.monitor.live import LiveView, SnapshotTable, draw_curve
+from hpsearch.monitor.status import Snapshot, Watch, open_watch
+from hpsearch.monitor.text import format_duration
 from hpsearch.search.study import open_study
 from hpsearch.search.trials import TrialEvent
 from hpsearch.storage.rdb import open_storage
@@ -31,26 +31,26 @@ def watch(tmp_path: Path) -> Watch:
 
 
 @pytest.fixture
-def scene(watch: Watch) -> Scene:
-    return watch.look()
+def snapshot(watch: Watch) -> Snapshot:
+    return watch.poll()
 
 
-def draw(scene: Scene, width: int, height: int, trouble: str = "", encoding: str = "utf-8") -> list[str]:
+def draw(snapshot: Snapshot, width: int, height: int, trouble: str = "", encoding: str = "utf-8") -> list[str]:
     file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     console = Console(file=file, width=width, height=height, force_terminal=True, color_system=None)
-    console.print(SceneTable(scene, trouble))
+    console.print(SnapshotTable(snapshot, trouble))
     file.flush()
     assert isinstance(file.buffer, io.BytesIO)
     return file.buffer.getvalue().decode(encoding).splitlines()
 
 
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (200, 50), (100, 30), (60, 24)])
-def test_the_table_fits_the_terminal_and_shows_all_that_matters(scene: Scene, width: int, height: int) -> None:
-    lines = draw(scene, width, height)
+def test_the_table_fits_the_terminal_and_shows_all_that_matters(snapshot: Snapshot, width: int, height: int) -> None:
+    lines = draw(snapshot, width, height)
     assert max(map(len, lines)) <= width
     assert len(lines) < height
     text = "\n".join(lines)
-    best = scene.status["best"]
+    best = snapshot.status["best"]
     for part in (
         *("small", "31 of 60", "21 complete, 10 pruned, 5 failed, 4 running", " left"),
         *(f"{best['value']:.4f} in trial {best['number']}", "saved by pruning (", "lr 0."),
@@ -63,47 +63,49 @@ def test_the_table_fits_the_terminal_and_shows_all_that_matters(scene: Scene, wi
     assert float(value.split()[-1]) < float(threshold.split(",")[0])
 
 
-def test_a_wide_terminal_has_room_for_hyperparameters_and_a_high_one_for_more_trials(scene: Scene) -> None:
-    narrow, wide = draw(scene, 80, 24), draw(scene, 200, 50)
+def test_a_wide_terminal_has_room_for_hyperparameters_and_a_high_one_for_more_trials(snapshot: Snapshot) -> None:
+    narrow, wide = draw(snapshot, 80, 24), draw(snapshot, 200, 50)
     assert any("machine-0" in line and "width " in line for line in wide)
     assert not any("machine-0" in line and "width " in line for line in narrow)
     assert sum("complete  " in line for line in wide) > sum("complete  " in line for line in narrow)
 
 
-def test_of_many_workers_as_many_as_fit_are_shown(scene: Scene) -> None:
-    lines = draw(replace(scene, workers=[*scene.workers] * 16), 80, 24)
+def test_of_many_workers_as_many_as_fit_are_shown(snapshot: Snapshot) -> None:
+    lines = draw(replace(snapshot, workers=[*snapshot.workers] * 16), 80, 24)
     assert len(lines) < 24
     n_shown = sum(line.startswith("machine-") for line in lines)
     assert n_shown >= 3
     assert any(f"and {64 - n_shown} more" in line for line in lines)
 
 
-def test_a_terminal_without_unicode_gets_ascii(scene: Scene) -> None:
-    lines = draw(scene, 80, 24, encoding="ascii")
+def test_a_terminal_without_unicode_gets_ascii(snapshot: Snapshot) -> None:
+    lines = draw(snapshot, 80, 24, encoding="ascii")
     assert any(re.search(r"machine-3 .*\|[_.~=+*#-]{10} ", line) for line in lines)
 
 
-def test_text_of_a_failure_is_one_line_and_cannot_command_the_terminal(scene: Scene) -> None:
-    row = dict(scene.failed[0], note="exception: \x1b[2J\x1b]0;title\x07 [bold]a\nb")
-    lines = draw(replace(scene, failed=[row]), 120, 24)
+def test_text_of_a_failure_is_one_line_and_cannot_command_the_terminal(snapshot: Snapshot) -> None:
+    row = dict(snapshot.failed[0], note="exception: \x1b[2J\x1b]0;title\x07 [bold]a\nb")
+    lines = draw(replace(snapshot, failed=[row]), 120, 24)
     [line] = [line for line in lines if "failed exception" in line]
     assert line.rstrip() == r"trial 33 failed exception: \x1b[2J\x1b]0;title\x07 [bold]a b"
 
 
-def test_why_there_is_nothing_newer_is_told_below(scene: Scene) -> None:
-    assert draw(scene, 80, 24, "the storage cannot be reached: locked")[-1].startswith("the storage cannot be reached")
+def test_why_there_is_nothing_newer_is_told_below(snapshot: Snapshot) -> None:
+    assert draw(snapshot, 80, 24, "the storage cannot be reached: locked")[-1].startswith(
+        "the storage cannot be reached"
+    )
 
 
-def test_the_head_says_whether_the_search_goes_on(scene: Scene) -> None:
-    assert "no worker runs" in draw(replace(scene, workers=[]), 80, 24)[0]
-    assert "stopped" in draw(replace(scene, is_stopped=True), 80, 24)[0]
+def test_the_head_says_whether_the_search_goes_on(snapshot: Snapshot) -> None:
+    assert "no worker runs" in draw(replace(snapshot, workers=[]), 80, 24)[0]
+    assert "stopped" in draw(replace(snapshot, is_stopped=True), 80, 24)[0]
     for low, high, told in (
         *((170, 301, "3 to 5 min"), (5, 25, "5 to 25 s")),
         *((0, 20, "0 to 20 s"), (40, 120, "40 s to 2 min")),
     ):
-        assert f"searched, {told} left" in draw(replace(scene, seconds_left=(low, high)), 80, 24)[0]
-    assert "searched, 5 min left" in draw(replace(scene, seconds_left=(290, 301)), 80, 24)[0]
-    over = replace(scene, status={**scene.status, "budget": {"trials": 31, "epochs": 10}})
+        assert f"searched, {told} left" in draw(replace(snapshot, seconds_left=(low, high)), 80, 24)[0]
+    assert "searched, 5 min left" in draw(replace(snapshot, seconds_left=(290, 301)), 80, 24)[0]
+    over = replace(snapshot, status={**snapshot.status, "budget": {"trials": 31, "epochs": 10}})
     assert draw(over, 80, 24)[0].rstrip().endswith("searched")
 
 
@@ -118,7 +120,7 @@ def test_a_curve_has_a_block_for_each_value_or_for_the_last_of_several() -> None
 
 
 def test_durations_are_told_in_the_unit_that_suits_them() -> None:
-    assert [say_duration(s) for s in (0, 89, 91, 5_000, 5_401, 100_000, 172_801)] == [
+    assert [format_duration(s) for s in (0, 89, 91, 5_000, 5_401, 100_000, 172_801)] == [
         *("0 s", "89 s", "2 min", "83 min", "1.5 h", "27.8 h", "2.0 d"),
     ]
 
@@ -140,7 +142,7 @@ def test_a_pipe_that_follows_a_study_gets_the_lines_of_all_its_workers(
     storage = open_storage(watch.definition.study.storage)
     study = open_study(watch.definition, storage)
     study.set_user_attr("budget", {"trials": 35, "epochs": 10})
-    watch.look()
+    watch.poll()
     with LiveView(watch, Console(file=io.StringIO()), follows=True) as view:
         for number in (36, 38, 37, 39):
             study.tell(number, number / 100)
@@ -151,7 +153,7 @@ def test_a_pipe_that_follows_a_study_gets_the_lines_of_all_its_workers(
 
 def test_a_pipe_that_was_closed_ends_the_watch(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hpsearch.monitor.live._REFRESH", 0.01)
-    watch.look()
+    watch.poll()
     open_study(watch.definition, open_storage(watch.definition.study.storage)).tell(36, 0.5)
     reader, writer = os.pipe()
     os.close(reader)

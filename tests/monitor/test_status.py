@@ -14,7 +14,7 @@ import sqlalchemy
 from optuna.trial import FrozenTrial, TrialState
 
 from hpsearch.config.definition import StudyDefinition
-from hpsearch.monitor.status import Watch, conclude, estimate_seconds_left, open_watch
+from hpsearch.monitor.status import Watch, estimate_seconds_left, open_watch, summarize_search
 from hpsearch.search.study import open_study
 from hpsearch.storage import tables
 from hpsearch.storage.budget import seconds_searched
@@ -44,41 +44,41 @@ def watch(definition: StudyDefinition, study: optuna.Study) -> Iterator[Watch]:
 
 
 def test_a_scene_has_the_workers_and_what_became_of_the_last_trials(watch: Watch, study: optuna.Study) -> None:
-    scene = watch.look()
-    assert scene.status["trials"] == {"complete": 21, "pruned": 10, "failed": 5, "running": 4, "waiting": 0}
-    assert scene.n_finished == 31
-    assert not scene.is_over
-    assert [worker["trial"] for worker in scene.workers] == [36, 37, 38, 39]
-    first = scene.workers[0]
+    snapshot = watch.poll()
+    assert snapshot.status["trials"] == {"complete": 21, "pruned": 10, "failed": 5, "running": 4, "waiting": 0}
+    assert snapshot.n_finished == 31
+    assert not snapshot.is_over
+    assert [worker["trial"] for worker in snapshot.workers] == [36, 37, 38, 39]
+    first = snapshot.workers[0]
     running = study.trials[36]
     assert first["worker"] == "machine-0"
     assert first["epoch"] == running.last_step == len(first["curve"]) == 7
     assert first["accuracy"] == running.intermediate_values[7] == first["curve"][-1]
     assert first["images_per_second"] == 40_036
     assert not first["is_lost"]
-    assert [row["number"] for row in scene.finished[:3]] == [35, 34, 32]
-    assert scene.finished[0]["note"].endswith(", the median of 12 trials, after epoch 9")
-    assert [row["number"] for row in scene.failed] == [33, 26, 19, 12, 5]
-    assert scene.failed[0]["note"] == "exception: ValueError: =trial 33"
-    assert scene.sum_up().startswith("31 of 60 trials are there, the best 0.9")
-    assert scene.n_alive == 4
-    assert scene.say_next("small") == "the workers that run go on with it"
+    assert [row["number"] for row in snapshot.finished[:3]] == [35, 34, 32]
+    assert snapshot.finished[0]["note"].endswith(", the median of 12 trials, after epoch 9")
+    assert [row["number"] for row in snapshot.failed] == [33, 26, 19, 12, 5]
+    assert snapshot.failed[0]["note"] == "exception: ValueError: =trial 33"
+    assert snapshot.describe_progress().startswith("31 of 60 trials are there, the best 0.9")
+    assert snapshot.n_alive == 4
+    assert snapshot.suggest_next("small") == "the workers that run go on with it"
 
 
 def test_what_ended_since_the_last_look_is_news_once_and_in_order(watch: Watch, study: optuna.Study) -> None:
-    assert watch.look().news == []
+    assert watch.poll().news == []
     study.tell(36, 0.75)
     study.tell(38, 0.5, state=TrialState.COMPLETE)
-    news = watch.look().news
+    news = watch.poll().news
     assert [(event.number, event.state, event.value, event.worker) for event in news] == [
         (36, "complete", 0.75, "machine-0"),
         (38, "complete", 0.5, "machine-2"),
     ]
-    assert watch.look().news == []
+    assert watch.poll().news == []
 
 
 def test_only_what_is_new_is_read_again(watch: Watch, study: optuna.Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    watch.look()
+    watch.poll()
     read: list[int] = []
     original = tables._read_children
 
@@ -87,7 +87,7 @@ def test_only_what_is_new_is_read_again(watch: Watch, study: optuna.Study, monke
         original(connection, trials, ids)
 
     monkeypatch.setattr(tables, "_read_children", spy)
-    watch.look()
+    watch.poll()
     assert set(read) == {36, 37, 38, 39}
 
 
@@ -98,20 +98,20 @@ def test_a_worker_without_a_heartbeat_is_shown_as_lost_and_not_counted_on(
     with storage.engine.begin() as connection:
         old = datetime(2020, 1, 1)
         connection.execute(sqlalchemy.update(tables.HEARTBEATS).values(heartbeat=old))
-    scene = watch.look()
-    assert all(worker["is_lost"] for worker in scene.workers)
-    assert scene.seconds_left is None
-    assert scene.say_next("small") == "no worker runs; go on with: hpsearch run small"
+    snapshot = watch.poll()
+    assert all(worker["is_lost"] for worker in snapshot.workers)
+    assert snapshot.seconds_left is None
+    assert snapshot.suggest_next("small") == "no worker runs; go on with: hpsearch run small"
 
 
 def test_a_trial_that_was_queued_again_is_no_failure_to_look_at(watch: Watch, definition: StudyDefinition) -> None:
     storage = open_storage(definition.study.storage)
     for number, kind in ((36, "interrupted"), (37, "killed"), (38, "exception")):
         assert storage.fail(watch.study.trials[number]._trial_id, kind, "gone", retries=1)
-    scene = watch.look()
-    assert [row["number"] for row in scene.failed[:2]] == [38, 33]
-    assert scene.n_failed == 6
-    assert scene.status["trials"]["failed"] == 8
+    snapshot = watch.poll()
+    assert [row["number"] for row in snapshot.failed[:2]] == [38, 33]
+    assert snapshot.n_failed == 6
+    assert snapshot.status["trials"]["failed"] == 8
 
 
 def test_watching_needs_no_lock_that_a_worker_holds(url: str) -> None:
@@ -121,7 +121,7 @@ def test_watching_needs_no_lock_that_a_worker_holds(url: str) -> None:
     watch = open_watch(definition)
     with storage.engine.begin() as connection:  # on SQLite no other writer could begin now
         connection.execute(sqlalchemy.update(tables.TRIALS).values(number=tables.TRIALS.c.number))
-        assert watch.look().n_finished == 1
+        assert watch.poll().n_finished == 1
 
 
 def test_a_watch_writes_nothing(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_a_watch_writes_nothing(tmp_path: Path) -> None:
     fill(storage, open_study(definition, storage), 5)
     storage.engine.dispose()
     before = (tmp_path / "study.db").read_bytes()
-    open_watch(definition).look()
+    open_watch(definition).poll()
     assert (tmp_path / "study.db").read_bytes() == before
 
 
@@ -141,9 +141,9 @@ def test_the_budget_is_over_by_trials_minutes_target_or_failures(url: str) -> No
         storage = open_storage(definition.study.storage)
         study = open_study(definition, storage)
         fill(storage, study, 40)
-        assert open_watch(definition).look().is_over, limits
+        assert open_watch(definition).poll().is_over, limits
     open_study(make_definition(definition.study.storage, budget=usual), storage)
-    assert not open_watch(make_definition(definition.study.storage, budget=usual)).look().is_over
+    assert not open_watch(make_definition(definition.study.storage, budget=usual)).poll().is_over
 
 
 def test_seconds_searched_leave_pauses_out_and_count_parallel_trials_once() -> None:
@@ -202,7 +202,7 @@ def test_nothing_is_told_of_the_time_left_without_workers_or_trials_to_judge_by(
 
 def test_the_end_says_what_was_found_how_sure_and_what_to_type(watch: Watch, study: optuna.Study) -> None:
     study.set_user_attr("budget", {"trials": 31, "epochs": 10})
-    found, sure, following = conclude(watch, "small")
+    found, sure, following = summarize_search(watch, "small")
     best = study.best_trial
     assert found.startswith(f"found: trial {best.number}, {best.value:.4f} on 200 validation images (95% interval 0.")
     low = float(found.split("interval ")[1].split(" to ")[0])
@@ -214,19 +214,20 @@ def test_the_end_says_what_was_found_how_sure_and_what_to_type(watch: Watch, stu
 def test_an_end_with_budget_left_says_how_to_go_on(watch: Watch, definition: StudyDefinition) -> None:
     with open_storage(definition.study.storage).engine.begin() as connection:
         connection.execute(sqlalchemy.update(tables.HEARTBEATS).values(heartbeat=datetime(2020, 1, 1)))
-    reached, following = conclude(watch, "small")
+    reached, following = summarize_search(watch, "small")
     assert reached.startswith("31 of 60 trials are there, the best 0.9")
     assert following == "next: no worker runs; go on with: hpsearch run small"
 
 
 def test_what_ends_a_search_but_its_trials_is_not_mended_by_more_trials(watch: Watch, study: optuna.Study) -> None:
     study.set_user_attr("budget", {"trials": 60, "epochs": 10, "target": 0.5})
-    scene = replace(watch.look(), workers=[])
+    snapshot = replace(watch.poll(), workers=[])
     assert (
-        scene.say_next("small") == "its minutes, target or failures are reached; raise them in the study file to go on"
+        snapshot.suggest_next("small")
+        == "its minutes, target or failures are reached; raise them in the study file to go on"
     )
     study.set_user_attr("budget", {"trials": 31, "epochs": 10})
-    assert "hpsearch extend small" in replace(watch.look(), workers=[]).say_next("small")
+    assert "hpsearch extend small" in replace(watch.poll(), workers=[]).suggest_next("small")
 
 
 def test_an_end_without_a_complete_trial_says_so(watch: Watch) -> None:
@@ -234,4 +235,4 @@ def test_an_end_without_a_complete_trial_says_so(watch: Watch) -> None:
     storage = open_storage(definition.study.storage)
     empty = open_study(definition, storage)
     empty.tell(empty.ask(), state=TrialState.PRUNED)
-    assert conclude(open_watch(definition), "empty")[0] == "found: nothing yet, no trial is complete"
+    assert summarize_search(open_watch(definition), "empty")[0] == "found: nothing yet, no trial is complete"

@@ -250,7 +250,7 @@ def test_a_copy_that_is_not_equal_is_told(
     definition: StudyDefinition, study: optuna.Study, target: StudyDefinition, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fill(open_storage(definition.study.storage), study, 9, n_running=0)
-    read_rows = copy.read_study_rows
+    read_rows = transfer.read_study_rows
 
     def lose_a_report(storage: Storage, name: str) -> Any:
         rows = read_rows(storage, name)
@@ -320,7 +320,7 @@ def test_a_running_trial_keeps_the_age_of_its_heartbeat(
             ages.append((transfer._read_clock(connection) - beat.heartbeat).total_seconds())
     assert len(ages) == 1, "of ended trials there is none"
     assert 990 < ages[0] < 1800
-    assert open_watch(target).look().n_alive == 0
+    assert open_watch(target).poll().n_alive == 0
     copied = load_study(target, storage)
     assert len(storage.reap(copied._study_id, retries=2)) == 1
     assert copied.trials[-1].state == TrialState.WAITING

@@ -11,7 +11,7 @@ from hpsearch.errors import NoCompletedTrial, StudyMismatch, StudyNotFound
 from hpsearch.monitor.trials import list_trials
 from hpsearch.search.selection import count_test_reading, find_best
 from hpsearch.search.study import load_study, open_study
-from hpsearch.search.trials import summarize
+from hpsearch.search.trials import read_status
 from hpsearch.storage.rdb import Storage, open_storage
 
 from ..conftest import fill as write_many
@@ -114,7 +114,7 @@ def test_a_study_without_a_complete_trial_says_so(storage: Storage) -> None:
 
 def test_the_summary_has_the_documents_keys_and_counts(storage: Storage) -> None:
     study = fill(storage)
-    summary = summarize(make_definition("postgresql://me:secret@host/db"), study)
+    summary = read_status(make_definition("postgresql://me:secret@host/db"), study)
     assert list(summary) == ["study", "storage", "budget", "trials", "best", "workers", "epochs"]
     assert "secret" not in summary["storage"]
     assert summary["trials"] == {"complete": 2, "pruned": 1, "failed": 1, "running": 1, "waiting": 1}
@@ -138,11 +138,11 @@ def test_the_epochs_of_a_resumed_trial_count_once(storage: Storage) -> None:
     killed = study.ask()
     killed.report(0.5, 1)
     storage.fail(killed._trial_id, "interrupted", "Ctrl-C")
-    assert summarize(make_definition("sqlite:///x"), study)["epochs"]["run"] == 1
+    assert read_status(make_definition("sqlite:///x"), study)["epochs"]["run"] == 1
     resumed = study.ask()
     for epoch in (1, 2):
         resumed.report(0.5, epoch)
-    assert summarize(make_definition("sqlite:///x"), study)["epochs"]["run"] == 2
+    assert read_status(make_definition("sqlite:///x"), study)["epochs"]["run"] == 2
 
 
 def test_readings_of_the_test_set_that_meet_are_all_counted(storage: Storage, url: str) -> None:
@@ -170,7 +170,7 @@ def test_what_the_database_counts_is_what_reading_all_trials_gives(storage: Stor
     for _ in range(2):  # one of them goes on with the interrupted trial
         study.ask()
     study.add_trial(optuna.trial.create_trial(value=study.best_value))  # a later equal is not the best
-    counted = summarize(definition, study)
-    assert counted == summarize(definition, study, study.get_trials(deepcopy=False))
+    counted = read_status(definition, study)
+    assert counted == read_status(definition, study, study.get_trials(deepcopy=False))
     assert counted["trials"]["failed"] > 5
     assert len(counted["workers"]) == 5

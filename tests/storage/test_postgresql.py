@@ -62,7 +62,7 @@ def _connects(url: sqlalchemy.URL) -> bool:
     return True
 
 
-def say(url: sqlalchemy.URL) -> str:
+def echo(url: sqlalchemy.URL) -> str:
     return url.render_as_string(hide_password=False)
 
 
@@ -70,7 +70,7 @@ def count_connections(storage: Storage) -> int:
     """The connections to the storage's database, but for the one that asks."""
     query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
     url = storage.engine.url.set(drivername="postgresql")
-    with psycopg.connect(say(url), autocommit=True, application_name="test") as connection:
+    with psycopg.connect(echo(url), autocommit=True, application_name="test") as connection:
         return int(connection.execute(query).fetchall()[0][0])  # type: ignore[arg-type,unused-ignore]
 
 
@@ -122,7 +122,7 @@ def test_a_thread_that_waits_in_vain_for_the_connection_tells_an_outage(
 def test_what_the_user_has_set_of_a_connection_is_kept(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PGCONNECT_TIMEOUT", "7")
     mine = make_url(url).update_query_dict({"application_name": "mine", "keepalives_idle": "5"})
-    storage = open_storage(say(mine))
+    storage = open_storage(echo(mine))
     with storage.engine.connect() as connection:
         parameters = connection.connection.driver_connection.info.get_parameters()  # type: ignore[union-attr]
     assert (parameters["application_name"], parameters["keepalives_idle"]) == ("mine", "5")
@@ -131,7 +131,7 @@ def test_what_the_user_has_set_of_a_connection_is_kept(url: str, monkeypatch: py
 
 
 def test_a_server_that_has_no_connection_left_is_waited_for(guarded: sqlalchemy.URL) -> None:
-    url = say(guarded.set(password=SECRET))
+    url = echo(guarded.set(password=SECRET))
     open_storage(url).engine.dispose()
     taken = [psycopg.connect(url) for _ in range(20)]
     with pytest.raises(StorageUnavailable, match="too many connections"):
@@ -186,7 +186,7 @@ def test_a_password_comes_from_the_environment_or_a_password_file(
     for name, value in places:
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
-            storage = open_storage(say(guarded))
+            storage = open_storage(echo(guarded))
             assert storage.get_all_studies() == []
             storage.engine.dispose()
 
@@ -207,13 +207,13 @@ def test_a_refusal_is_told_at_once_and_with_what_to_do(
     guarded: sqlalchemy.URL, change: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(StorageError, match=f"cannot be used: .*{message}") as caught:
-        open_storage(say(guarded.set(**change)), patience=600)
+        open_storage(echo(guarded.set(**change)), patience=600)
     assert not is_transient(caught.value)
     assert "secret" not in str(caught.value)
 
 
 def test_a_password_that_is_changed_ends_a_worker_with_the_reason(guarded: sqlalchemy.URL, postgres_url: str) -> None:
-    storage = open_storage(say(guarded.set(password=SECRET)), patience=600)
+    storage = open_storage(echo(guarded.set(password=SECRET)), patience=600)
     with psycopg.connect(postgres_url, autocommit=True) as connection:
         execute: Callable[..., Any] = connection.execute
         execute(f"ALTER ROLE {guarded.username} PASSWORD 'another'")
@@ -231,23 +231,23 @@ def test_a_server_is_known_by_its_certificate(
     socket = f"{guarded.query['host']}/.s.PGSQL.5432"
     with tls_server(right, socket) as port:
         url = guarded.set(host="127.0.0.1", port=port, query={"sslmode": "verify-full"})
-        storage = open_storage(say(url.update_query_dict({"sslrootcert": str(right)})))
+        storage = open_storage(echo(url.update_query_dict({"sslrootcert": str(right)})))
         with storage.engine.connect() as connection:
             assert connection.connection.driver_connection.pgconn.ssl_in_use  # type: ignore[union-attr]
         storage.engine.dispose()
         with pytest.raises(StorageError, match=r"certificate verify failed.*; see sslmode and sslrootcert") as caught:
-            open_storage(say(url.update_query_dict({"sslrootcert": str(wrong)})), patience=600)
+            open_storage(echo(url.update_query_dict({"sslrootcert": str(wrong)})), patience=600)
         assert not isinstance(caught.value, StorageUnavailable)
         monkeypatch.setenv("PGSSLMODE", "verify-ca")
         monkeypatch.setenv("PGSSLROOTCERT", str(wrong))
         with pytest.raises(StorageError, match="certificate verify failed"):
-            open_storage(say(url.set(query={})))
+            open_storage(echo(url.set(query={})))
         monkeypatch.setenv("PGSSLROOTCERT", str(right))
-        open_storage(say(url.set(query={}))).engine.dispose()
+        open_storage(echo(url.set(query={}))).engine.dispose()
 
 
 def test_the_password_reaches_the_workers_of_a_pool_by_no_command_line(guarded: sqlalchemy.URL, tmp_path: Path) -> None:
-    url = say(guarded.set(password=SECRET))
+    url = echo(guarded.set(password=SECRET))
     definition = make_definition(url, study={"artifacts": str(tmp_path)}, budget={"trials": 2})
     open_study(definition, open_storage(url))
     seen = list[bool]()

@@ -90,13 +90,13 @@ def test_a_trial_of_many_reports_is_written_in_three_transactions(url: str, monk
     trial = study.ask()
     assert len(writing) == 1
     width = trial.suggest_int("width", 8, 32)
-    storage.store(trial._trial_id)
+    storage.flush(trial._trial_id)
     assert len(writing) == 2
     assert seen_by_others(url, trial).params == {"width": width}
     for step in range(1, 11):
         trial.report(step / 10, step)
         trial.set_user_attr("note", step)
-        storage.store(trial._trial_id)
+        storage.flush(trial._trial_id)
     assert len(writing) == 2
     study.tell(trial, 1.0)
     assert len(writing) == 3
@@ -116,15 +116,15 @@ def test_a_report_is_seen_by_others_at_the_first_call_after_the_interval(
     trial = study.ask()
     trial.report(0.5, 1)
     assert trial.should_prune() is False
-    storage.store(trial._trial_id)
+    storage.flush(trial._trial_id)
     assert seen_by_others(url, trial).intermediate_values == {}
     assert study.trials[0].intermediate_values == {1: 0.5}, "its own worker sees it"
     now += tables.WRITE_INTERVAL
-    storage.store(trial._trial_id)
+    storage.flush(trial._trial_id)
     assert seen_by_others(url, trial).intermediate_values == {1: 0.5}
     now += tables.WRITE_INTERVAL
     trial.report(0.6, 2)  # nothing was written for so long, so it does not wait
-    storage.store(trial._trial_id)
+    storage.flush(trial._trial_id)
     assert seen_by_others(url, trial).intermediate_values == {1: 0.5, 2: 0.6}
 
 
@@ -135,7 +135,7 @@ def test_nothing_is_written_to_a_trial_that_was_taken_away(url: str, late: str) 
     trial.suggest_int("width", 8, 32)
     open_storage(url).fail(trial._trial_id, "killed", "gone")
     write: dict[str, Callable[[], object]] = {
-        "store": lambda: storage.store(trial._trial_id),
+        "store": lambda: storage.flush(trial._trial_id),
         "tell": lambda: study.tell(trial, 1.0),
     }
     with pytest.raises(UpdateFinishedTrialError):

@@ -12,7 +12,7 @@ import hpsearch.training.gradients
 import hpsearch.training.trainer
 from hpsearch.config.space import Hyperparameters
 from hpsearch.data.dataset import Split
-from hpsearch.training.gradients import Autograd, WrittenOut, choose_gradients, join_parameters
+from hpsearch.training.gradients import Autograd, PerceptronGradients, choose_gradients, join_parameters
 from hpsearch.training.networks import Dropout, Network, build_network
 from hpsearch.training.trainer import EpochResult, seed_everything, train
 
@@ -37,7 +37,7 @@ def test_written_out_gradients_and_loss_are_those_of_autograd(blobs: Split, opti
     network, hyperparameters = make_network(**options)
     join_parameters(network)
     found = []
-    for kind in (Autograd, WrittenOut):
+    for kind in (Autograd, PerceptronGradients):
         torch.manual_seed(1)  # of the dropout
         loss = kind(network, hyperparameters.label_smoothing)(blobs.images, blobs.labels)
         found.append([loss, *(parameter.grad.clone() for parameter in network.parameters())])  # type: ignore[union-attr]
@@ -69,7 +69,7 @@ def test_a_written_out_training_has_the_learning_curve_and_the_weights_of_autogr
 
 
 def test_perceptrons_are_written_out_and_others_left_to_autograd() -> None:
-    assert isinstance(choose_gradients(make_network(dropout=0.1)[0], 0.0), WrittenOut)
+    assert isinstance(choose_gradients(make_network(dropout=0.1)[0], 0.0), PerceptronGradients)
     assert isinstance(choose_gradients(make_network("cnn")[0], 0.0), Autograd)
     assert isinstance(choose_gradients(Network(nn.Flatten(), nn.Linear(784, 2), nn.Tanh()), 0.0), Autograd)
 
@@ -130,7 +130,7 @@ def learn_losses(blobs: Split, kind: str, width: int) -> list[float]:
 
 def test_quick_products_lead_to_the_learning_curve_of_plain_ones(blobs: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     quick = learn_losses(blobs, "mlp", 256)
-    monkeypatch.setattr(hpsearch.training.trainer, "quick_products", lambda n_parameters: nullcontext())
+    monkeypatch.setattr(hpsearch.training.trainer, "fast_matmul", lambda n_parameters: nullcontext())
     is_rounded = torch.cpu.get_capabilities().get("amx_bf16") or platform.machine() != "x86_64"
     assert quick == pytest.approx(learn_losses(blobs, "mlp", 256), rel=0.05 if is_rounded else 1e-3)
 

@@ -137,9 +137,9 @@ def test_optimizers_get_their_hyperparameters(name: str) -> None:
 def test_memory_of_freed_tensors_is_kept_for_the_next_ones() -> None:
     program = """
 import resource, sys, torch
-from hpsearch.training.trainer import keep_freed_memory
+from hpsearch.training.trainer import tune_malloc
 if sys.argv[1] == "kept":
-    keep_freed_memory()
+    tune_malloc()
 def work():
     return [torch.ones(3_000_000) for _ in range(9)]  # 12 MB each
 work()

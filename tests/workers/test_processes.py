@@ -18,7 +18,7 @@ from hpsearch.training import devices
 from hpsearch.training.devices import count_cores, default_workers
 from hpsearch.workers import processes
 from hpsearch.workers.shutdown import Drain
-from hpsearch.workers.worker import End
+from hpsearch.workers.worker import WorkerExit
 
 from ..acceptance.commands import epochs_of
 from ..conftest import make_definition
@@ -96,7 +96,7 @@ def test_a_signal_decides_the_exit_status_even_if_a_worker_had_failed_before(tmp
     members = processes._Pool(
         definition, storage, open_study(definition, storage), None, None, drain, lambda event: None
     )
-    members.ends = [End("three failures", RepeatedFailures())]
+    members.ends = [WorkerExit("three failures", RepeatedFailures())]
     with pytest.raises(Interrupted):
         members.run(0)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hpsearch.errors import ClusterError, UsageError
-from hpsearch.workers.ray import Cluster, Share, connect
+from hpsearch.workers.ray import Cluster, Resources, connect
 
 from ..acceptance.commands import hpsearch
 from ..conftest import make_definition
@@ -20,7 +20,7 @@ def test_a_cluster_that_does_not_answer_is_named_with_what_to_do(address: str) -
     message = f"no Ray cluster .*{address}.*start one with ray start --head, or name another with --address"
     with (
         pytest.raises(ClusterError, match=message),
-        connect(make_definition("sqlite:///x.db"), Share(), address=address),
+        connect(make_definition("sqlite:///x.db"), Resources(), address=address),
     ):
         pass
 
@@ -34,13 +34,13 @@ def test_a_cluster_that_does_not_answer_is_named_with_what_to_do(address: str) -
 )
 def test_what_is_no_address_of_a_cluster_is_told_apart(address: str, message: str) -> None:
     definition = make_definition("sqlite:///x.db")
-    with pytest.raises(ClusterError, match=message), connect(definition, Share(), address=address):
+    with pytest.raises(ClusterError, match=message), connect(definition, Resources(), address=address):
         pass
 
 
 def test_without_ray_it_is_said_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UsageError, match=r"pip install 'hpsearch\[ray\]'"), connect(make_definition(), Share()):
+    with pytest.raises(UsageError, match=r"pip install 'hpsearch\[ray\]'"), connect(make_definition(), Resources()):
         pass
 
 
@@ -48,7 +48,7 @@ def test_without_ray_it_is_said_how_to_install_it(monkeypatch: pytest.MonkeyPatc
 def test_a_password_is_not_given_to_ray(url: str) -> None:
     with (
         pytest.raises(UsageError, match="PGPASSWORD or a password file") as caught,
-        connect(make_definition(url), Share(), address="local"),
+        connect(make_definition(url), Resources(), address="local"),
     ):
         pass
     assert "secret" not in str(caught.value)
@@ -59,18 +59,24 @@ def node(name: str, cpus: float, gpus: float = 0) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("share", "n_fitting"),
-    [(Share(), 12), (Share(cpus=3), 3), (Share(gpus=0.25), 8), (Share(cpus=2, gpus=0.5), 4), (Share(gpus=3), 0)],
+    ("resources", "n_fitting"),
+    [
+        (Resources(), 12),
+        (Resources(cpus=3), 3),
+        (Resources(gpus=0.25), 8),
+        (Resources(cpus=2, gpus=0.5), 4),
+        (Resources(gpus=3), 0),
+    ],
 )
 def test_as_many_workers_fit_as_cores_and_gpus_of_each_node_allow(
-    share: Share, n_fitting: int, monkeypatch: pytest.MonkeyPatch
+    resources: Resources, n_fitting: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ray.nodes", lambda: [node("a", 4), node("b", 8, 2)])
-    cluster = Cluster(make_definition("postgresql://host/db", study={"artifacts": "s3://bucket"}), share)
+    cluster = Cluster(make_definition("postgresql://host/db", study={"artifacts": "s3://bucket"}), resources)
     assert cluster.n_fitting == n_fitting
     remarks = " ".join(cluster.remark_on(12))
     assert ("others wait for room" in remarks) == (n_fitting < 12)
-    assert ("2 GPUs that no worker uses" in remarks) == (share.gpus == 0)
+    assert ("2 GPUs that no worker uses" in remarks) == (resources.gpus == 0)
 
 
 def test_one_node_that_is_another_machine_needs_shared_places_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +84,7 @@ def test_one_node_that_is_another_machine_needs_shared_places_too(monkeypatch: p
     with pytest.raises(
         UsageError, match="is a file of this machine, but the cluster is far-away: give a PostgreSQL URL"
     ):
-        Cluster(make_definition("sqlite:///x.db"), Share())
+        Cluster(make_definition("sqlite:///x.db"), Resources())
 
 
 @pytest.mark.usefixtures("ray_alone")

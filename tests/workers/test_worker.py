@@ -25,10 +25,10 @@ from hpsearch.search.study import open_study
 from hpsearch.search.trials import TrialEvent
 from hpsearch.storage.checkpoints import find_checkpoints, read
 from hpsearch.storage.rdb import Storage, open_storage
-from hpsearch.storage.tables import HeldTrial
+from hpsearch.storage.tables import BufferedTrial
 from hpsearch.training.trainer import EpochResult
 from hpsearch.workers.shutdown import Drain
-from hpsearch.workers.worker import Lease, Worker, open_worker_storage, worker_name
+from hpsearch.workers.worker import Heartbeat, Worker, open_worker_storage, worker_name
 
 from ..conftest import make_definition
 
@@ -156,11 +156,11 @@ def test_a_trial_that_was_taken_away_is_dropped_and_not_overwritten(
     b = bench(budget={"trials": 1})
     thief = open_storage(b.definition.study.storage)
 
-    def steal(lease: Lease, result: EpochResult) -> None:
+    def steal(lease: Heartbeat, result: EpochResult) -> None:
         if result.epoch == 1 and lease.trial_id == b.study.trials[0]._trial_id:
             assert thief.fail(lease.trial_id, "killed", "no heartbeat", retries=2)
 
-    monkeypatch.setattr(Lease, "finish_epoch", steal)
+    monkeypatch.setattr(Heartbeat, "finish_epoch", steal)
     b.worker().run()
     assert b.ends() == ["dropped", "complete"]
     assert [trial.state for trial in b.study.trials] == [TrialState.FAIL, TrialState.COMPLETE]
@@ -210,7 +210,7 @@ def test_a_second_signal_stops_at_once_and_still_hands_the_trial_back(
 ) -> None:
     b = bench(budget={"trials": 1})
 
-    def receive_two(_lease: Lease, _result: EpochResult) -> None:
+    def receive_two(_lease: Heartbeat, _result: EpochResult) -> None:
         b.drain._receive(signal.SIGINT, None)
         b.drain._receive(signal.SIGINT, None)  # at once: the same wish, as `timeout` sends it twice
         b.drain._since -= 1
@@ -218,7 +218,7 @@ def test_a_second_signal_stops_at_once_and_still_hands_the_trial_back(
             b.drain._receive(signal.SIGINT, None)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Lease, "finish_epoch", receive_two)
+    monkeypatch.setattr(Heartbeat, "finish_epoch", receive_two)
     with pytest.raises(Interrupted):
         b.worker().run()
     b.drain._receive(signal.SIGINT, None)  # handing back is not interrupted
@@ -315,7 +315,7 @@ def test_a_result_whose_acknowledgement_was_lost_counts_once(
     lost: list[int] = []
 
     @contextmanager
-    def lose_the_answer(storage: Storage, held: HeldTrial) -> Iterator[Session]:
+    def lose_the_answer(storage: Storage, held: BufferedTrial) -> Iterator[Session]:
         with original(storage, held) as session:
             yield session
         if not lost and storage._read_trial(held.trial._trial_id).state == TrialState.COMPLETE:
@@ -343,7 +343,7 @@ def test_a_worker_reaps_the_trials_of_the_dead_and_runs_them_again(bench: Callab
     with pytest.warns(UserWarning, match="Heartbeat"):
         trial = optuna.load_study(study_name="small", storage=dead).ask()
     width = trial.suggest_int("width", 8, 32)
-    dead.store(trial._trial_id)  # as a worker does before the first batch
+    dead.flush(trial._trial_id)  # as a worker does before the first batch
     b.worker().run()  # waits until the grace of 2 s is over
     assert b.study.trials[0].user_attrs["failure"]["message"] == "no heartbeat for 2 s"
     assert b.study.trials[1].state == TrialState.COMPLETE

@@ -1,4 +1,4 @@
-"""Optuna's dashboard on one study, behind a guard, served by threads of this process."""
+"""Optuna's dashboard on one study, behind a access, served by threads of this process."""
 
 import html
 import logging
@@ -20,13 +20,13 @@ from optuna_dashboard import wsgi
 
 from hpsearch.config.definition import StudyDefinition
 from hpsearch.errors import UsageError
-from hpsearch.monitor.dashboard.auth import Guard
+from hpsearch.monitor.dashboard.auth import AccessControl
 from hpsearch.monitor.dashboard.notes import describe_study, describe_trial
-from hpsearch.monitor.dashboard.server import LOOPBACK, listen, names_of, resolve, serving, show_host
+from hpsearch.monitor.dashboard.server import LOOPBACK, host_names, listen, resolve, serve_in_threads, show_host
 from hpsearch.search.checkpoints import checkpoint_folder
 from hpsearch.search.study import load_study
 from hpsearch.storage.artifacts import Folder
-from hpsearch.storage.rdb import open_storage
+from hpsearch.storage.rdb import cache_of, clear_cache, open_storage
 
 logger = logging.getLogger(__name__)
 
@@ -115,19 +115,19 @@ def serve(
         listener = stack.enter_context(listen(family, address, port))
         port = listener.getsockname()[1]
         token = token or secrets.token_urlsafe(16)
-        guard = Guard(
+        access = AccessControl(
             build_application(definition, study, arguments, is_writable=is_writable),
             token=token,
-            names=names_of(host, address),
+            names=host_names(host, address),
             cookie=f"hpsearch_{port}",
             writes=_WRITES if is_writable else None,
         )
-        stack.enter_context(serving(guard, listener, _LARGEST_UPLOAD if is_writable else _LARGEST_QUESTION))
+        stack.enter_context(serve_in_threads(access, listener, _LARGEST_UPLOAD if is_writable else _LARGEST_QUESTION))
         yield f"http://{show_host(host, address)}:{port}/dashboard/studies/{study._study_id}?token={token}"
 
 
 @contextmanager
-def lead_to(address: str) -> Iterator[str]:
+def redirect_file(address: str) -> Iterator[str]:
     """The address of a file, there meanwhile, that leads a browser of this user to `address`.
 
     Everybody on the machine sees what a browser is started with, and so would have the token.
@@ -142,10 +142,10 @@ def build_application(
     definition: StudyDefinition, study: optuna.Study, arguments: str, *, is_writable: bool = False
 ) -> bottle.Bottle:
     """Optuna's dashboard on the storage of the study, which has notes about it and its trials."""
-    _hush()
+    _quiet_loggers()
     files = checkpoint_folder(definition, study) / "files"
     store = Files(files) if is_writable or _has_any(files) else None  # the page offers uploads where there is one
-    application = wsgi(study._storage, artifact_store=store)  # Optuna's cache around the storage reads only what is new
+    application = wsgi(cache_of(study), artifact_store=store)
     application.catchall = False  # the guard says what failed
     application.install(_Additions(application, definition, study, arguments))
     return application
@@ -181,15 +181,12 @@ class _Additions:
 
     def _forget_if_replaced(self, study_id: int) -> None:
         """Drop what was read of a study before it was deleted, as SQLite gives its number to the next one."""
-        storage: Any = self.study._storage
         try:
-            identity = storage.get_study_user_attrs(study_id).get("id")
+            identity = cache_of(self.study).get_study_user_attrs(study_id).get("id")
         except KeyError:
             identity = None
         if self.identities.setdefault(study_id, identity) != identity:
-            with storage._lock:
-                for name in ("_studies", "_trial_id_to_study_id_and_number", "_study_id_and_number_to_trial_id"):
-                    getattr(storage, name).clear()
+            clear_cache(self.study)
             self.application._inmemory_cache.clear()
             self.identities[study_id] = identity
 
@@ -222,12 +219,12 @@ def _fill(shown: dict[str, Any], describe: Callable[[], str]) -> None:
             logger.debug("no note could be made", exc_info=True)
 
 
-def _hush() -> None:
+def _quiet_loggers() -> None:
     """Silence what would be printed whenever few trials are drawn, and make one line of a failure."""
     if logging.getLogger().getEffectiveLevel() > logging.DEBUG:
         for name in ("optuna.visualization", "optuna.importance", "waitress"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-        logging.getLogger("optuna_dashboard._bottle_util").addFilter(_cut)  # it appends a traceback
+        logging.getLogger("optuna_dashboard").getChild("_bottle_util").addFilter(_cut)  # it appends a traceback
         warnings.filterwarnings("ignore", module="optuna.(importance|visualization)")
 
 

@@ -36,7 +36,7 @@ _DOWNLOADS = ("document", "empty", "image", "video", "audio")  # what an uploade
 
 
 @dataclass(frozen=True)
-class Guard:
+class AccessControl:
     """A WSGI application that passes on to another one what may pass, and answers everything else with 403.
 
     `names` are those it may be called by in the Host header, in small letters, without ports. Whoever shows the `token`

@@ -46,7 +46,7 @@ def describe_study(definition: StudyDefinition, budget: Mapping[str, Any], argum
         f"A value is the **validation accuracy** after {epochs}, or, of a pruned trial, after its last one. "
         "No test image is read in a search: `hpsearch export` reads them, once it is over.",
         *_table(["", ""], list(about.items())),
-        "### Searched",
+        "### SearchTime",
         *_table(["hyperparameter", "values", "only where"], searched),
         "### To type",
         _fence("\n".join(f"{line:{width}}  # {what}" for line, what in typed)),

@@ -22,7 +22,7 @@ _SILENCE = 20  # seconds until a connection that says nothing is closed
 
 
 @contextmanager
-def serving(application: Application, listener: socket.socket, largest_request: int) -> Iterator[None]:
+def serve_in_threads(application: Application, listener: socket.socket, largest_request: int) -> Iterator[None]:
     """While entered, threads of this process answer what comes to the listener, requests of so many bytes at most."""
     server = create_server(
         application,
@@ -69,7 +69,7 @@ def listen(family: socket.AddressFamily, address: str, port: int) -> socket.sock
         raise UsageError(f"{address}, port {port}, cannot be used: {os.strerror(error.errno or 0)}") from error
 
 
-def names_of(host: str, address: str) -> set[str]:
+def host_names(host: str, address: str) -> set[str]:
     """What browsers on this machine, and on others where they can reach it, may call the host at the address."""
     names = {LOOPBACK, "localhost", "[::1]", show_host(host, address), _bracket(address)}
     if not ip_address(address).is_loopback:
