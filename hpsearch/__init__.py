@@ -23,70 +23,49 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hpsearch.bundle.bundle import Classifier, load
-    from hpsearch.bundle.confirm import confirm
-    from hpsearch.bundle.evaluation import Evaluation
-    from hpsearch.bundle.retrain import export
-    from hpsearch.config.definition import StudyDefinition, load_definition
-    from hpsearch.config.space import Hyperparameters, suggest
-    from hpsearch.data.dataset import ImageData, Split, load_data, load_test
-    from hpsearch.errors import HpsearchError
-    from hpsearch.search.objective import Objective
-    from hpsearch.search.pruning import PruningCallback
-    from hpsearch.search.study import open_study
-    from hpsearch.storage.rdb import open_storage
-    from hpsearch.training.networks import build_network
-    from hpsearch.training.trainer import train
+    from hpsearch.bundle.bundle import Classifier as Classifier
+    from hpsearch.bundle.bundle import load as load
+    from hpsearch.bundle.confirm import confirm as confirm
+    from hpsearch.bundle.evaluation import Evaluation as Evaluation
+    from hpsearch.bundle.retrain import export as export
+    from hpsearch.config.definition import StudyDefinition as StudyDefinition
+    from hpsearch.config.definition import load_definition as load_definition
+    from hpsearch.config.space import Hyperparameters as Hyperparameters
+    from hpsearch.config.space import suggest as suggest
+    from hpsearch.data.dataset import ImageData as ImageData
+    from hpsearch.data.dataset import Split as Split
+    from hpsearch.data.dataset import load_data as load_data
+    from hpsearch.data.dataset import load_test as load_test
+    from hpsearch.errors import HpsearchError as HpsearchError
+    from hpsearch.search.objective import Objective as Objective
+    from hpsearch.search.pruning import PruningCallback as PruningCallback
+    from hpsearch.search.study import open_study as open_study
+    from hpsearch.storage.rdb import open_storage as open_storage
+    from hpsearch.training.networks import build_network as build_network
+    from hpsearch.training.trainer import train as train
 
-_HOMES = {
-    "Classifier": "bundle.bundle",
-    "Evaluation": "bundle.evaluation",
-    "HpsearchError": "errors",
-    "Hyperparameters": "config.space",
-    "ImageData": "data.dataset",
-    "Objective": "search.objective",
-    "PruningCallback": "search.pruning",
-    "Split": "data.dataset",
-    "StudyDefinition": "config.definition",
-    "build_network": "training.networks",
-    "confirm": "bundle.confirm",
-    "export": "bundle.retrain",
-    "load": "bundle.bundle",
-    "load_data": "data.dataset",
-    "load_definition": "config.definition",
-    "load_test": "data.dataset",
-    "open_storage": "storage.rdb",
-    "open_study": "search.study",
-    "suggest": "config.space",
-    "train": "training.trainer",
+_MODULES = {
+    "bundle.bundle": ("Classifier", "load"),
+    "bundle.confirm": ("confirm",),
+    "bundle.evaluation": ("Evaluation",),
+    "bundle.retrain": ("export",),
+    "config.definition": ("StudyDefinition", "load_definition"),
+    "config.space": ("Hyperparameters", "suggest"),
+    "data.dataset": ("ImageData", "Split", "load_data", "load_test"),
+    "errors": ("HpsearchError",),
+    "search.objective": ("Objective",),
+    "search.pruning": ("PruningCallback",),
+    "search.study": ("open_study",),
+    "storage.rdb": ("open_storage",),
+    "training.networks": ("build_network",),
+    "training.trainer": ("train",),
 }
-
-__all__ = [
-    "Classifier",
-    "Evaluation",
-    "HpsearchError",
-    "Hyperparameters",
-    "ImageData",
-    "Objective",
-    "PruningCallback",
-    "Split",
-    "StudyDefinition",
-    "build_network",
-    "confirm",
-    "export",
-    "load",
-    "load_data",
-    "load_definition",
-    "load_test",
-    "open_storage",
-    "open_study",
-    "suggest",
-    "train",
-]
+_HOMES = {name: f"hpsearch.{module}" for module, names in _MODULES.items() for name in names}
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name at its first use, so that `import hpsearch` does not wait for torch."""
     if name not in _HOMES:
         raise AttributeError(f"module 'hpsearch' has no attribute '{name}'")
-    return getattr(import_module(f"hpsearch.{_HOMES[name]}"), name)
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,4 +1,4 @@
-"""The command line, as `hpsearch` or `python -m hpsearch`: runs a verb, catches `HpsearchError`, and exits."""
+"""The entry point of `hpsearch` and `python -m hpsearch`: runs a command and turns errors into exit statuses."""
 
 import logging
 import os
@@ -11,11 +11,11 @@ from typer.exceptions import TyperException
 from hpsearch.cli.app import app
 from hpsearch.errors import HpsearchError
 
-_INTERRUPTED = 130  # typer returns it for Ctrl-C, and says nothing
+_INTERRUPTED = 130  # typer returns it on Ctrl-C without printing anything
 
 
 def main() -> None:
-    """Run the command line; every error becomes one or two lines on stderr and an exit status."""
+    """Run the command line. Every error is printed as one or two lines on stderr and sets the exit status."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     is_debug = len(arguments) < len(sys.argv) - 1
     logging.basicConfig(level=logging.DEBUG if is_debug else logging.WARNING, format="%(message)s")
@@ -34,23 +34,25 @@ def main() -> None:
         command = context.command_path if context else "hpsearch"
         if type(error).__name__ == "NoArgsIsHelpError":
             _exit_with(error.format_message(), 2, prefix="")
-        _exit_with(f"{error.format_message()}\nsee: {command} --help", error.exit_code)
+        _exit_with(f"{error.format_message()}\nTry `{command} --help` for help.", error.exit_code)
     except typer.Abort:
         _exit_with("interrupted", _INTERRUPTED)
-    except BrokenPipeError:  # whoever was to read has gone
+    except BrokenPipeError:  # the reader of stdout has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
         if is_debug:
             raise
-        _exit_with(f"{error.filename or 'input or output'}: {error.strerror or error}", 1)
+        _exit_with(f"{error.filename or 'I/O error'}: {error.strerror or error}", 1)
     except Exception as error:
         if is_debug:
             raise
-        _exit_with(f"unexpected {type(error).__name__}: {error}\nsee more with: hpsearch --debug ...", 1)
+        hint = "This looks like a bug in hpsearch. Re-run with --debug for the full traceback."
+        _exit_with(f"internal error: {type(error).__name__}: {error}\n{hint}", 1)
 
 
 def _exit_with(message: str, exit_status: int, prefix: str = "error: ") -> None:
+    prefix = "" if exit_status == _INTERRUPTED else prefix  # Ctrl-C is no error
     print(f"{prefix}{message}", file=sys.stderr)
     sys.exit(exit_status)
 

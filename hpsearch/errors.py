@@ -1,4 +1,4 @@
-"""Every error that hpsearch raises, each with the exit status of the command line.
+"""All errors that hpsearch raises, with the exit status of the command line for each.
 
 HpsearchError                 1
 ├── UsageError                2
@@ -28,7 +28,7 @@ from collections.abc import Sequence
 
 
 class HpsearchError(Exception):
-    """Something went wrong in hpsearch."""
+    """An error occurred in hpsearch."""
 
     exit_status = 1
 
@@ -37,13 +37,13 @@ class HpsearchError(Exception):
 
 
 class UsageError(HpsearchError):
-    """An argument cannot be used."""
+    """Invalid argument."""
 
     exit_status = 2
 
 
 class DefinitionError(UsageError):
-    """The study file is not valid; `problems` holds one line for each mistake."""
+    """The study file is invalid; `problems` holds one line per problem."""
 
     def __init__(self, source: str, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)
@@ -51,7 +51,7 @@ class DefinitionError(UsageError):
 
 
 class StudyMismatch(UsageError):
-    """The stored study was searched with another definition."""
+    """The stored study was started with a different definition."""
 
 
 class DataError(HpsearchError):
@@ -59,80 +59,80 @@ class DataError(HpsearchError):
 
 
 class StorageError(HpsearchError):
-    """The storage holds something that hpsearch cannot use."""
+    """The database contains something that hpsearch cannot use."""
 
 
 class StorageUnavailable(StorageError):
-    """The storage, or the artifact store, cannot be reached."""
+    """The database or the artifact store cannot be reached."""
 
     exit_status = 75
 
 
 class StudyNotFound(HpsearchError):
-    """The storage holds no study of that name."""
+    """The database has no study with this name."""
 
 
 class NoCompletedTrial(HpsearchError):
-    """No trial of the study is complete yet."""
+    """No completed trial yet."""
 
     exit_status = 4
 
 
 class BudgetSpent(HpsearchError):
-    """The study has all that its budget allows."""
+    """The study's budget is used up."""
 
     exit_status = 0
 
 
 class BudgetInFlight(HpsearchError):
-    """Trials that are running may use up the budget; there is no room for another one now."""
+    """The running trials may use up the budget; no other trial can start now."""
 
     exit_status = 0
 
 
 class TooManyFailures(HpsearchError):
-    """The study reached its bound of failed trials."""
+    """The study reached its limit of failed trials."""
 
 
 class WorkerError(HpsearchError):
-    """The workers cannot go on."""
+    """The workers cannot continue."""
 
 
 class ClusterError(HpsearchError):
-    """The Ray cluster cannot be reached, or the tasks in it cannot go on."""
+    """The Ray cluster cannot be reached, or its tasks cannot continue."""
 
 
 class RepeatedFailures(HpsearchError):
-    """One worker failed several trials in a row."""
+    """A worker failed several trials in a row."""
 
 
 class CheckpointError(HpsearchError):
-    """The checkpoint is damaged or not a checkpoint."""
+    """The checkpoint is corrupt or not a checkpoint."""
 
 
 class ImageError(HpsearchError):
-    """A file cannot be read as an image."""
+    """The file cannot be read as an image."""
 
 
 class BundleError(HpsearchError):
-    """The bundle is damaged or not a bundle."""
+    """The model folder is corrupt or not a model folder of hpsearch."""
 
 
 class Drained(HpsearchError):
-    """Drained with budget left; start again to go on."""
+    """Stopped before the budget was used up; run the same command to continue."""
 
     exit_status = 75
 
 
 class Interrupted(Drained):
-    """Interrupted; run again to go on."""
+    """Interrupted; run the same command to continue."""
 
     exit_status = 130
 
 
 class Stopped(Drained):
-    """The study was stopped for all workers; go on with: hpsearch run STUDY."""
+    """The study was stopped; resume it with: hpsearch run STUDY"""
 
 
 class Diverged(HpsearchError):
-    """The training loss is not finite."""
+    """The training diverged (loss is NaN or infinite)."""

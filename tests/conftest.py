@@ -3,26 +3,30 @@
 import logging
 import os
 import signal
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import optuna
 import pytest
 import torch
-from filelock import FileLock
 from optuna.distributions import FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 
+from hpsearch.bundle import formats
 from hpsearch.config.definition import StudyDefinition, parse_definition
 from hpsearch.data.dataset import ImageData, Split, load_data
 from hpsearch.storage import tables
 from hpsearch.storage.rdb import Storage, open_storage
 from hpsearch.storage.tables import BufferedTrial
+
+from .acceptance.commands import run_program
 
 os.environ.pop("HPSEARCH_STORAGE", None)
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait for each other sleep: tests share the cores
@@ -154,13 +158,6 @@ def url(new_url: Callable[[], str]) -> str:
     return new_url()
 
 
-@pytest.fixture
-def ray_alone() -> Iterator[None]:
-    """One test at a time starts Ray: two that do so at once may take the same ports."""
-    with FileLock(Path(tempfile.gettempdir()) / "hpsearch-tests-ray.lock"):
-        yield
-
-
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
     """The address of an S3 server with one bucket, `artifacts`."""
@@ -182,10 +179,25 @@ def s3_server() -> Iterator[str]:
 @pytest.fixture
 def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """The URL of a bucket, which this process and those that it starts can reach."""
-    keys = {"AWS_ACCESS_KEY_ID": "me", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
-    for name, value in (keys | {"AWS_ENDPOINT_URL": s3_server}).items():
+    for name, value in aws_environment(s3_server).items():
         monkeypatch.setenv(name, value)
     return "s3://artifacts"
+
+
+def aws_environment(address: str) -> dict[str, str]:
+    keys = {"AWS_ACCESS_KEY_ID": "me", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+    return keys | {"AWS_ENDPOINT_URL": address}
+
+
+@pytest.fixture(scope="module")
+def forked_verification() -> Iterator[None]:
+    """Model files are verified in new processes that are forked instead of started: importing torch takes seconds.
+
+    `bundle/test_bundle.py` verifies every format as a user's export does.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(formats, "subprocess", SimpleNamespace(run=run_program, TimeoutExpired=subprocess.TimeoutExpired))
+        yield
 
 
 @pytest.fixture

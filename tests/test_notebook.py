@@ -29,7 +29,7 @@ def test_every_cell_of_the_notebook_runs_and_shows_what_it_promises(
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     printed = "".join(output.get("text", "") for output in outputs)
     assert "test accuracy 9" in printed
-    assert "wins;" in printed
+    assert "winner: trial" in printed
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 7
     assert [output.text for output in outputs if output.get("name") == "stderr"] == []
     assert {file.name for file in NOTEBOOK.parent.iterdir()} == before, "it leaves files beside the studies"

@@ -1,12 +1,12 @@
 """From the best trial to a verified model folder.
 
 evaluation   accuracy, confusion matrix, calibration, misclassified images
-figures      the same as PNG files
-confirm      the best trials retrained with new seeds: was it luck?
-replay       a trial run again from its seed
-manifest     a folder replaced in one step, and read only if no file of it has changed
-formats      the model files, each verified in a new process
-bundle       the model folder: saved, loaded, `Classifier`
-retrain      the winner retrained, tested once, saved
+figures      plots of an evaluation as PNG files
+confirm      retrains the best trials with new seeds: was it luck?
+replay       re-runs a trial with its seed
+manifest     replaces a folder in one step; reads it only if no file has changed
+formats      writes the model files, and verifies each in a new process
+bundle       saves and loads the model folder; `Classifier`
+retrain      retrains the winner, tests it once, saves it
 predict      predictions for image files
 """

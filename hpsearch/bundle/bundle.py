@@ -1,4 +1,4 @@
-"""The bundle that a user takes away: saved beside its target, verified in fresh processes, loaded only if whole."""
+"""The model folder: saved beside its target, verified in new processes, and loaded only if complete and unmodified."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from hpsearch.errors import BundleError, ImageError
 from hpsearch.training.networks import Network, describe_layers, from_layers
 
 FORMAT_VERSION = 1
-DIGITS = ("mnist", "digits")  # data sets whose images were made the way of MNIST
+DIGITS = ("mnist", "digits")  # data sets whose images are prepared like MNIST's
 REQUIRED = (
     *("model.safetensors", "model.pt", "config.json", "metrics.json", "study.toml", "confusion_matrix.png"),
     "README.md",
@@ -38,7 +38,7 @@ _Side = Annotated[int, Field(ge=1, le=4096)]
 
 
 class Config(Table):
-    """`config.json`: what rebuilds the network. `layers` is for readers without hpsearch."""
+    """`config.json`: what is needed to rebuild the network. `layers` is for users without hpsearch."""
 
     format_version: Literal[1]
     data: Literal["mnist", "fashion-mnist", "kmnist", "digits"]
@@ -53,7 +53,7 @@ class Config(Table):
 
 @dataclass(frozen=True)
 class Contents:
-    """What goes into a bundle: a network on the CPU and plain values."""
+    """The contents of a model folder: a network on the CPU and plain values."""
 
     network: Network
     config: dict[str, Any]
@@ -63,7 +63,7 @@ class Contents:
 
 
 class Classifier:
-    """A network that was loaded from a bundle, with all that it needs to classify raw pixels."""
+    """A network loaded from a model folder, with everything it needs to classify raw pixels."""
 
     def __init__(self, network: Network, config: Config) -> None:
         self.network, self.config = network, config
@@ -72,20 +72,20 @@ class Classifier:
         self.class_names = tuple(config.class_names)
 
     def predict_proba(self, images: NDArray[np.uint8] | torch.Tensor) -> NDArray[np.float32]:
-        """Softmax probabilities, float32, shape (N, classes), of raw pixels.
+        """Return the softmax probabilities of raw pixels: float32 of shape (N, classes).
 
-        `images` are uint8 of shape (N, 1, H, W) or (N, H, W), as a NumPy array or a tensor; anything else raises
+        `images` is a NumPy array or tensor of type uint8 and shape (N, 1, H, W) or (N, H, W); anything else raises
         `ImageError`.
         """
         array = np.array(images.numpy(force=True) if isinstance(images, torch.Tensor) else images)
         if array.dtype != np.uint8:
-            raise ImageError(f"images must be raw pixels of type uint8, but got {array.dtype}")
+            raise ImageError(f"images must be uint8 pixels, got {array.dtype}")
         pixels = torch.from_numpy(array)
         if pixels.ndim == 3:
             pixels = pixels.unsqueeze(1)
         if pixels.shape[1:] != self.image_shape:
             raise ImageError(f"images must have shape (N, {', '.join(map(str, self.image_shape))}), "
-                             f"but got {tuple(pixels.shape)}")  # fmt: skip
+                             f"got {tuple(pixels.shape)}")  # fmt: skip
         if not len(pixels):
             return np.empty((0, len(self.class_names)), dtype=np.float32)
         inputs = normalise(pixels, self.config.mean, self.config.std)
@@ -93,23 +93,23 @@ class Classifier:
         return probabilities
 
     def predict_file(self, file: Path | str, top: int = 3) -> list[tuple[str, float]]:
-        """The likeliest classes of an image file with their probabilities; raises `ImageError`."""
+        """Return the `top` most likely classes of an image file with their probabilities; raises `ImageError`."""
         pixels = read_image(file, self.image_shape, is_digit=self.config.data in DIGITS)
         [probabilities] = self.predict_proba(pixels[np.newaxis])
         order = probabilities.argsort()[::-1][:top]
         return [(self.class_names[i], float(probabilities[i])) for i in order]
 
     def evaluate(self, folder: Path | str | None = None) -> Evaluation:
-        """The figures on the test set of the data that it was searched on; raises `DataError`."""
+        """Evaluate the model on the test set of its data set; raises `DataError`."""
         images, labels = load_test(self.config.data, folder)
         return evaluate(self.predict_proba(images), labels.numpy(), self.class_names)
 
 
 def load(path: Path | str) -> Classifier:
-    """The classifier in a bundle, after every file's SHA-256 was checked; runs no code from it.
+    """Load the classifier from a model folder after checking every file's SHA-256; runs no code from it.
 
-    Only the known names are read, only regular files, and no more bytes than the network can have. Raises
-    `BundleError` naming the file that is missing, damaged, too large, a link, not of a bundle or not understood.
+    Reads only regular files with known names, and no more bytes than the network can have. Raises `BundleError` naming
+    the file that is missing, modified, too large, a link, unexpected or invalid.
     """
     folder = Path(path)
     while True:
@@ -117,13 +117,13 @@ def load(path: Path | str) -> Classifier:
         try:
             return _load(folder)
         except BundleError:
-            if _identify(folder) == before:  # else it was replaced by another bundle meanwhile
+            if _identify(folder) == before:  # otherwise a new export has just replaced it
                 raise
 
 
 def _identify(folder: Path) -> tuple[int, int, int] | None:
     status = folder.stat() if folder.exists() else None
-    return status and (status.st_dev, status.st_ino, status.st_ctime_ns)  # numbers are used again
+    return status and (status.st_dev, status.st_ino, status.st_ctime_ns)  # inode numbers are reused
 
 
 def _load(folder: Path) -> Classifier:
@@ -132,26 +132,26 @@ def _load(folder: Path) -> Classifier:
         config = parse(Config, files.read("config.json"), folder / "config.json")
         outline = _outline(config, folder)
         n_bytes = sum(tensor.numel() * tensor.element_size() for tensor in outline.values())
-        bound = min(n_bytes + n_bytes // 4 + 2**22, _MAX_MODEL_BYTES)  # names and graphs take some room
+        bound = min(n_bytes + n_bytes // 4 + 2**22, _MAX_MODEL_BYTES)  # names and graphs take some space
         for name in files.names:
             content = files.read(name, bound if name.startswith("model.") else MAX_BYTES)
             if name == "model.safetensors":
                 weights = content
     except OSError as error:
-        raise BundleError(f"{error.filename or folder} cannot be read: {error.strerror}") from error
+        raise BundleError(f"cannot read {error.filename or folder}: {error.strerror}") from error
     network = _restore_network(config, outline, weights, folder / "model.safetensors")
     return Classifier(network, config)
 
 
 def _outline(config: Config, folder: Path) -> dict[str, torch.Tensor]:
-    """The network's state without its memory, which a hostile config could ask for without end."""
+    """Return the network's state as meta tensors, so that a malicious config cannot exhaust the memory."""
     channels, height, width = config.image_shape
     shape, n_classes = (channels, height, width), len(config.class_names)
     if tuple(config.class_names) != CLASS_NAMES[config.data]:
-        raise BundleError(f"{folder / 'config.json'} is not understood: class_names: not those of {config.data}")
+        raise BundleError(f"{folder / 'config.json'}: class_names do not match {config.data}")
     layers = describe_layers(config.kind, config.hyperparameters, shape, n_classes)
     if json.loads(json.dumps(layers)) != config.layers:
-        raise BundleError(f"{folder / 'config.json'} is not understood: layers: not those of the hyperparameters")
+        raise BundleError(f"{folder / 'config.json'}: layers do not match the hyperparameters")
     with torch.device("meta"):
         return from_layers(layers).state_dict()
 
@@ -160,12 +160,12 @@ def _restore_network(config: Config, outline: dict[str, torch.Tensor], content: 
     try:
         state = from_safetensors(content)
     except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
-        raise BundleError(f"{file} is not understood: {error}") from error
+        raise BundleError(f"{file} is invalid: {error}") from error
     kinds = [{name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()} for tensors in (state, outline)]
     if kinds[0] != kinds[1]:
-        raise BundleError(f"{file} does not fit config.json: its tensors have other names, shapes or types")
+        raise BundleError(f"{file} does not match config.json: tensor names, shapes or types differ")
     if not all(tensor.isfinite().all() for tensor in state.values()):
-        raise BundleError(f"{file} has weights that are not finite")
+        raise BundleError(f"{file} contains NaN or infinite weights")
     with torch.device("meta"):
         network = from_layers([(name, options) for name, options in config.layers])
     network.load_state_dict(state, assign=True)
@@ -181,11 +181,11 @@ def save(
     onnx: bool = False,
     torch_export: bool = False,
 ) -> dict[str, dict[str, float]]:
-    """Write a bundle to `target`, replacing an older bundle there; returns what `formats.verify_models` found.
+    """Write a model folder to `target`, replacing an older one; returns the result of `formats.verify_models`.
 
-    It is written in a temporary folder beside the target, each model file is loaded again in a fresh process and asked
-    for the `images` (uint8, (N, C, H, W)), and takes the target's place in one step if all agree. Raises `BundleError`,
-    and leaves the target as it was, if they do not.
+    It is written to a temporary folder beside the target. Each model file is loaded in a new process and run on
+    `images` (uint8, (N, C, H, W)). If the probabilities agree, the folder replaces the target in one step; otherwise
+    raises `BundleError` and leaves the target unchanged.
     """
     check_target(target)
     with replace_folder(target) as new:
@@ -203,21 +203,22 @@ def save(
 
 
 def check_target(target: Path) -> None:
-    """Raise `BundleError` if a bundle cannot be written to the target, or would overwrite something else there."""
+    """Raise `BundleError` if the target is not writable, or exists and is not a model folder."""
     target.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(target.parent, os.W_OK):
-        raise BundleError(f"{target.parent} cannot be written to; choose another --output")
+        raise BundleError(f"{target.parent} is not writable; choose another --output")
     if target.is_symlink() or (target.exists() and not (target.is_dir() and not any(target.iterdir()))):
         try:
             if target.is_symlink():
-                raise BundleError("it is a link")
+                raise BundleError(f"{target} is a link")
             VerifiedFolder(target, REQUIRED, OPTIONAL)
         except (BundleError, OSError) as error:
-            raise BundleError(f"{target} is in the way, so choose another --output: {error}") from error
+            reason = str(error).partition(";")[0]
+            raise BundleError(f"cannot replace {target}: {reason}; choose another --output") from error
 
 
 def _write_texts(contents: Contents, folder: Path, verified: dict[str, dict[str, float]]) -> None:
-    """Write what is known only after the models were verified."""
+    """Write the files whose content depends on the verification of the models."""
     _write_json(contents.metrics | {"verified": verified}, folder / "metrics.json")
     (folder / "README.md").write_text(_write_card(contents, verified), encoding="utf-8")
     write_manifest(folder)

@@ -1,4 +1,4 @@
-"""The best few trials trained again from fresh seeds, to see which of them is the best, and how lucky it was."""
+"""Retrain the best trials with new seeds, to find the real winner and how lucky the search was."""
 
 import multiprocessing
 import os
@@ -32,7 +32,7 @@ from hpsearch.training.run import load_study_data, train_from_seed, trial_seed
 from hpsearch.training.trainer import measure_accuracy
 from hpsearch.workers.forkserver import start_fork_server
 
-_FIRST_REPETITION = 1_000  # of a trial's seeds: 0 is the search's, those after it are the retraining's
+_FIRST_REPETITION = 1_000  # index of a trial's seed: 0 is for the search, those from 1 on for the export
 _LEVEL = 0.95
 
 Run = tuple[FrozenTrial, int]
@@ -49,16 +49,16 @@ def confirm(
     devices: Sequence[str] = ("cpu",),
     on_run: Callable[[int, int, float], None] = lambda trial, run, accuracy: None,
 ) -> dict[str, Any]:
-    """The comparison of the `top` best trials, each trained `seeds` times, which is stored in the study.
+    """Retrain the `top` best trials `seeds` times each; store the comparison in the study and return it.
 
-    A training differs from the search's in its seed alone: on the training split, for the budget's epochs, measured
-    on the validation split; one that diverges counts as accuracy 0. Each is stored when it is done (and `on_run` gets
-    its trial, number and accuracy), and a later call does not repeat it. `n_workers` processes share the work and the
-    devices. Raises `NoCompletedTrial`, `DataError`, `UsageError` for less than two seeds, and `WorkerError` if one of
-    the processes dies.
+    A run differs from the one in the search only in its seed: it trains on the training split for the budget's epochs,
+    and is evaluated on the validation split. A run that diverges counts as accuracy 0. Finished runs are stored at once
+    and never repeated; `on_run` gets the trial, the run's index and its accuracy. `n_workers` processes share the work
+    and the devices. Raises `NoCompletedTrial`, `DataError`, `UsageError` for fewer than two seeds, and `WorkerError`
+    if a process dies.
     """
     if seeds < 2:
-        raise UsageError(f"seeds >= 2 must hold, but got {seeds}: a single training shows no variance")
+        raise UsageError(f"--seeds {seeds}: must be at least 2 (a single run shows no variance)")
     trials = find_best_few(study, top)
     data = load_study_data(definition, folder)
     done: dict[str, float] = dict(study.user_attrs.get("confirmed_runs", {}))
@@ -99,30 +99,30 @@ def _merge(new: dict[str, float], stored: dict[str, float] | None) -> dict[str, 
 
 
 def choose_winner(accuracies: Mapping[int, list[float]], sizes: Mapping[int, int]) -> tuple[int, bool]:
-    """The winner's number, and whether others are as good: then it is the smallest network among them.
+    """Return the winner's number, and whether there is a tie; in a tie the smallest network wins.
 
-    Tukey's honestly significant difference (1949, https://doi.org/10.2307/3001913), with simultaneous intervals of 95%
-    for all pairs and a variance that the candidates share: one is as good as the highest mean if the interval of their
-    difference holds 0. Of equal sizes the higher mean wins. A candidate of which a training diverged, and has accuracy
-    0, is compared only if that is true of all.
+    Uses Tukey's honestly significant difference (1949, https://doi.org/10.2307/3001913), with simultaneous 95%
+    confidence intervals for all pairs and a common variance. A candidate is tied with the highest mean if the interval
+    of their difference contains 0. Among equal sizes the higher mean wins. Candidates with a diverged run (accuracy 0)
+    are left out, unless all have one.
     """
-    sound = {number: values for number, values in accuracies.items() if min(values) > 0}
-    accuracies = sound or accuracies
+    converged = {number: values for number, values in accuracies.items() if min(values) > 0}
+    accuracies = converged or accuracies
     means = {number: float(np.mean(values)) for number, values in accuracies.items()}
     best = max(means, key=lambda number: (means[number], -sizes[number]))
     numbers = list(accuracies)
-    if all(np.ptp(values) == 0 for values in accuracies.values()):  # there is no variance to go by
-        equals = [number for number in numbers if means[number] == means[best]]
+    if all(np.ptp(values) == 0 for values in accuracies.values()):  # no variance, so no test
+        tied = [number for number in numbers if means[number] == means[best]]
     elif len(numbers) == 1:
-        equals = numbers
+        tied = numbers
     else:
         lows = stats.tukey_hsd(*accuracies.values()).confidence_interval(_LEVEL).low[numbers.index(best)]
-        equals = [number for number, low in zip(numbers, lows, strict=True) if low <= 0]
-    return min(equals, key=lambda number: (sizes[number], -means[number], number)), len(equals) > 1
+        tied = [number for number, low in zip(numbers, lows, strict=True) if low <= 0]
+    return min(tied, key=lambda number: (sizes[number], -means[number], number)), len(tied) > 1
 
 
 def mean_interval(accuracies: list[float]) -> list[float] | None:
-    """The 95% interval of the mean over seeds by Student's t, within [0, 1]; None for a single one."""
+    """Return the 95% confidence interval of the mean (Student's t), clipped to [0, 1]; None for a single value."""
     if len(accuracies) < 2:
         return None
     mean, error = float(np.mean(accuracies)), float(stats.sem(accuracies))
@@ -140,7 +140,7 @@ def _count_parameters(definition: StudyDefinition, data: ImageData, trial: Froze
 def _train_all(
     definition: StudyDefinition, data: ImageData, runs: list[Run], n_workers: int, devices: Sequence[str]
 ) -> Iterator[tuple[Run, float]]:
-    """The runs with their accuracies, in the order in which they end."""
+    """Train all runs, and yield each with its accuracy in order of completion."""
     n_workers = min(n_workers, len(runs))
     if n_workers <= 1:
         here = data.to(devices[0])
@@ -149,17 +149,17 @@ def _train_all(
         return
     with _processes(n_workers, (definition, data, max(1, torch.get_num_threads() // n_workers))) as pool:
         try:
-            chosen = cycle(devices)
-            futures = {pool.submit(_measure_shared, run, next(chosen)): run for run in runs}
+            device = cycle(devices)
+            futures = {pool.submit(_measure_shared, run, next(device)): run for run in runs}
             yield from ((futures[future], future.result()) for future in as_completed(futures))
         except BrokenProcessPool as error:
             raise WorkerError(
-                "a process of confirm was killed (by the system, for want of memory?); start it again to go on"
+                "a training process was killed (out of memory?); run confirm again, finished runs are kept"
             ) from error
 
 
 def _measure(definition: StudyDefinition, data: ImageData, run: Run) -> float:
-    """The validation accuracy of a trial's training from the fresh seed of that number."""
+    """Retrain a trial with the new seed of that index, and return its validation accuracy."""
     trial, i = run
     seed = trial_seed(definition.study.seed, trial, _FIRST_REPETITION + i)
     try:
@@ -171,7 +171,7 @@ def _measure(definition: StudyDefinition, data: ImageData, run: Run) -> float:
 
 @contextmanager
 def _processes(n_workers: int, shared: tuple[StudyDefinition, ImageData, int]) -> Iterator[ProcessPoolExecutor]:
-    """Processes that call `_measure_shared`; none outlives the block."""
+    """Start processes that run `_measure_shared`; none outlives the block."""
     start_fork_server()
     context = multiprocessing.get_context("forkserver")
     others = {*multiprocessing.active_children()}
@@ -185,12 +185,12 @@ def _processes(n_workers: int, shared: tuple[StudyDefinition, ImageData, int]) -
             process.join()
 
 
-_shared: dict[str, Any] = {}  # in a process of the pool
+_shared: dict[str, Any] = {}  # state of a pool process
 
 
 def _prepare_process(definition: StudyDefinition, data: ImageData, n_threads: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the others
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent stops the pool
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     torch.set_num_threads(n_threads)
     tune_malloc()
     _shared["measure"] = partial(_measure, definition)
@@ -202,7 +202,7 @@ def _measure_shared(run: Run, device: str) -> float:
     return accuracy
 
 
-def _end_with_parent() -> None:
+def _exit_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -1,4 +1,4 @@
-"""How good predictions are: accuracy, confusion matrix, per-class figures, calibration and the worst mistakes."""
+"""Evaluate predictions: accuracy, confusion matrix, per-class metrics, calibration and the most confident errors."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,19 +7,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-N_BINS = 15  # of the calibration, as in Guo et al.
+N_BINS = 15  # calibration bins, as in Guo et al.
 N_MISTAKES = 40
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures of a set of predictions.
+    """Metrics of a set of predictions.
 
-    `interval` is the 95% interval [low, high] of the accuracy. `confusion_matrix[i][j]` counts the images of class i
-    that were taken for class j. `per_class` has a row for each class: name, precision, recall, f1 and support (its
-    number of images). `calibration` has the expected calibration error and the bins that hold images: their mean
-    confidence, accuracy and n. `mistakes` are the most confident wrong predictions, at most 40, the worst first: index
-    (the image's row in the set), true, predicted and probability.
+    `interval` is the 95% confidence interval [low, high] of the accuracy. `confusion_matrix[i][j]` counts images of
+    class i predicted as class j. `per_class` has a row for each class: name, precision, recall, f1 and support (number
+    of images). `calibration` has the expected calibration error and the non-empty bins: mean confidence, accuracy and
+    n. `mistakes` are the most confident errors, at most 40, in descending order: index of the image, true class,
+    predicted class and probability.
     """
 
     accuracy: float
@@ -31,7 +31,7 @@ class Evaluation:
 
 
 def evaluate(probabilities: NDArray[np.float32], labels: NDArray[np.int64], class_names: Sequence[str]) -> Evaluation:
-    """The figures of probabilities (N, classes) against labels (N,)."""
+    """Evaluate probabilities of shape (N, classes) against labels of shape (N,)."""
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
     predicted, confidences = probabilities.argmax(axis=1), probabilities.max(axis=1).astype(np.float64)
@@ -62,7 +62,7 @@ def evaluate(probabilities: NDArray[np.float32], labels: NDArray[np.int64], clas
 
 
 def wilson_interval(n_right: int, n: int) -> list[float]:
-    """The 95% interval [low, high] of a share (Wilson 1927, https://doi.org/10.2307/2276774)."""
+    """Return the 95% confidence interval [low, high] of a proportion (Wilson 1927, https://doi.org/10.2307/2276774)."""
     from scipy.stats import binomtest
 
     interval = binomtest(n_right, n).proportion_ci(0.95, method="wilson")
@@ -70,21 +70,21 @@ def wilson_interval(n_right: int, n: int) -> list[float]:
 
 
 def calibrate(confidences: NDArray[np.float64], is_right: NDArray[np.bool_]) -> dict[str, Any]:
-    """The expected calibration error, and the bins that hold images.
+    """Return the expected calibration error and the non-empty bins; both arguments have shape (N,).
 
-    The error is the mean, weighted by images, of |accuracy - confidence| in bins of equal width (Naeini et al. 2015;
-    Guo et al. 2017, https://arxiv.org/abs/1706.04599). Both arguments have shape (N,).
+    The error is the mean of |accuracy - confidence| over bins of equal width, weighted by their number of images
+    (Naeini et al. 2015; Guo et al. 2017, https://arxiv.org/abs/1706.04599).
     """
-    places = bin_of(confidences)
+    indices = bin_of(confidences)
     bins = [
         {"confidence": float(confidences[chosen].mean()), "accuracy": float(is_right[chosen].mean()), "n": len(chosen)}
-        for chosen in (np.flatnonzero(places == i) for i in np.unique(places))
+        for chosen in (np.flatnonzero(indices == i) for i in np.unique(indices))
     ]
     gaps = (row["n"] * abs(row["accuracy"] - row["confidence"]) for row in bins)
     return {"error": sum(gaps) / len(confidences), "bins": bins}
 
 
 def bin_of(confidences: NDArray[np.float64]) -> NDArray[np.int64]:
-    """The bin of each confidence; bin i holds those in (i / 15, (i + 1) / 15]."""
+    """Return the bin index of each confidence; bin i covers (i / 15, (i + 1) / 15]."""
     bins: NDArray[np.int64] = np.clip(np.ceil(confidences * N_BINS) - 1, 0, N_BINS - 1).astype(np.int64)
     return bins

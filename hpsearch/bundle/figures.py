@@ -1,6 +1,6 @@
-"""Evaluations as PNG pictures: the confusion matrix, the calibration and a gallery of the worst mistakes.
+"""Plots of an evaluation as PNG files: confusion matrix, calibration, and a gallery of the most confident errors.
 
-matplotlib is imported where it is used, so that a bundle can be loaded without it; and without pyplot, which has state.
+matplotlib is imported on first use, so that models load without it; pyplot is avoided, as it is stateful.
 """
 
 import os
@@ -22,21 +22,21 @@ N_COLUMNS = 8  # of the gallery
 
 
 def check_folder(folder: Path, bundle: Path) -> None:
-    """Make a folder for pictures; raises `UsageError` where none can be, and in the bundle, which stays as it is."""
+    """Create a folder for plots; raises `UsageError` if it is not writable or inside the model folder."""
     if folder.resolve().is_relative_to(bundle.resolve()):
-        raise UsageError(f"--pictures {folder}: a bundle stays as it is; choose a folder outside it")
+        raise UsageError(f"--pictures {folder}: cannot write into the model folder itself; choose another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise UsageError(f"--pictures {folder}: a file is in the way, choose a folder") from error
+        raise UsageError(f"--pictures {folder}: is a file, expected a folder") from error
     except OSError as error:
         raise UsageError(f"--pictures {folder}: {error.strerror}") from error
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise UsageError(f"--pictures {folder}: cannot be written to")
+        raise UsageError(f"--pictures {folder}: not writable")
 
 
 def draw_evaluation(evaluation: Evaluation, images: ArrayLike, folder: Path) -> list[Path]:
-    """The files written to a folder: all pictures of an evaluation of `images`, raw pixels of shape (N, 1, H, W)."""
+    """Write all plots to a folder and return their paths; `images` are raw pixels of shape (N, 1, H, W)."""
     files = [folder / f"{name}.png" for name in ("confusion_matrix", "calibration", "mistakes")]
     draw_confusion_matrix(evaluation, files[0])
     draw_calibration(evaluation, files[1])
@@ -45,7 +45,7 @@ def draw_evaluation(evaluation: Evaluation, images: ArrayLike, folder: Path) -> 
 
 
 def draw_confusion_matrix(evaluation: Evaluation, file: Path) -> None:
-    """Write the confusion matrix; the shade of a cell is its share of the true class, log scaled, mistakes in red."""
+    """Plot the confusion matrix; the shade of a cell is its share of the true class (log scale), errors are red."""
     from matplotlib.colors import LogNorm
 
     counts = np.array(evaluation.confusion_matrix)
@@ -56,9 +56,9 @@ def draw_confusion_matrix(evaluation: Evaluation, file: Path) -> None:
     figure = _new_figure(side + 0.09 * longest, side + 0.06 * longest)
     axes = figure.add_subplot()
     is_right = np.eye(len(names), dtype=bool)
-    for colours, hidden in (("Blues", ~is_right), ("Reds", is_right)):
+    for color_map, hidden in (("Blues", ~is_right), ("Reds", is_right)):
         shown = np.ma.array(np.maximum(shares, 3e-4), mask=hidden | (counts == 0))
-        axes.imshow(shown, cmap=colours, norm=LogNorm(3e-4, 1.5))
+        axes.imshow(shown, cmap=color_map, norm=LogNorm(3e-4, 1.5))
     for (i, j), count in np.ndenumerate(counts):
         if count:
             is_dark = shares[i, j] > 0.06
@@ -70,39 +70,40 @@ def draw_confusion_matrix(evaluation: Evaluation, file: Path) -> None:
     low, high = evaluation.interval
     axes.set(xlabel="predicted", ylabel="true")
     axes.set_title(f"test accuracy {evaluation.accuracy:.2%}\n", size=12, weight="bold")
-    axes.text(0.5, 1.02, f"95% interval {low:.2%} to {high:.2%}", transform=axes.transAxes, ha="center", size=9)
+    interval = f"95% confidence interval {low:.2%} to {high:.2%}"
+    axes.text(0.5, 1.02, interval, transform=axes.transAxes, ha="center", size=9)
     _save(figure, file)
 
 
 def draw_calibration(evaluation: Evaluation, file: Path) -> None:
-    """Write the reliability diagram: the accuracy of each bin with its 95% interval, and how many images it holds."""
+    """Plot the reliability diagram: each bin's accuracy with its 95% confidence interval, and its number of images."""
     bins = evaluation.calibration["bins"]
     confidence, accuracy, counts = (np.array([row[key] for row in bins]) for key in ("confidence", "accuracy", "n"))
-    centres = (bin_of(confidence) + 0.5) / N_BINS
+    centers = (bin_of(confidence) + 0.5) / N_BINS
     intervals = np.array([wilson_interval(round(row["accuracy"] * row["n"]), row["n"]) for row in bins]).T
     figure = _new_figure(6, 6.4)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3.2, 1])
     upper.plot([0, 1], [0, 1], color=FAINT, linestyle="--", linewidth=1, label="perfect calibration")
-    upper.bar(centres, accuracy, width=0.94 / N_BINS, color=RIGHT, alpha=0.25)
+    upper.bar(centers, accuracy, width=0.94 / N_BINS, color=RIGHT, alpha=0.25)
     whiskers = np.abs(intervals - accuracy)
     points = {"fmt": "o", "color": RIGHT, "markersize": 5, "linewidth": 1.2, "capsize": 2.5, "clip_on": False}
-    upper.errorbar(confidence, accuracy, yerr=whiskers, label="accuracy, 95% interval", **points)
+    upper.errorbar(confidence, accuracy, yerr=whiskers, label="accuracy (95% CI)", **points)
     upper.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="accuracy")
     upper.set_title(f"expected calibration error {evaluation.calibration['error']:.4f}", size=12, weight="bold")
     upper.legend(loc="upper left", frameon=False)
-    lower.bar(centres, counts, width=0.94 / N_BINS, color=RIGHT)
-    for centre, count in zip(centres, counts, strict=True):
-        lower.annotate(f"{count:,}", (centre, count), (0, 2), textcoords="offset points", ha="center", size=7)
-    lower.set(yscale="log", ylim=(0.7, counts.max() * 5), xlabel="confidence: the top probability", ylabel="images")
+    lower.bar(centers, counts, width=0.94 / N_BINS, color=RIGHT)
+    for center, count in zip(centers, counts, strict=True):
+        lower.annotate(f"{count:,}", (center, count), (0, 2), textcoords="offset points", ha="center", size=7)
+    lower.set(yscale="log", ylim=(0.7, counts.max() * 5), xlabel="confidence (top probability)", ylabel="images")
     for axes in (upper, lower):
         axes.spines[["top", "right"]].set_visible(False)
     _save(figure, file)
 
 
 def draw_mistakes(evaluation: Evaluation, images: ArrayLike, file: Path) -> None:
-    """Write a gallery of the worst mistakes, each with its true class, the predicted one and its probability.
+    """Plot the most confident errors, each with true class, predicted class and probability.
 
-    `images` are the raw pixels that were evaluated, shape (N, 1, H, W).
+    `images` are the evaluated raw pixels, shape (N, 1, H, W).
     """
     mistakes, pixels = evaluation.mistakes, np.asarray(images)
     longest = max(len(row["name"]) for row in evaluation.per_class)
@@ -123,12 +124,12 @@ def draw_mistakes(evaluation: Evaluation, images: ArrayLike, file: Path) -> None
 
 def _title_of(evaluation: Evaluation) -> str:
     n_images = int(np.sum(evaluation.confusion_matrix))
-    n_mistakes = n_images - int(np.trace(evaluation.confusion_matrix))
-    if not n_mistakes:
-        return f"no mistake among {n_images:,} images"
+    n_errors = n_images - int(np.trace(evaluation.confusion_matrix))
+    if not n_errors:
+        return f"no errors on {n_images:,} test images"
     n_shown = len(evaluation.mistakes)
-    which = f"the {n_shown} most confident of {n_mistakes:,} mistakes" if n_shown < n_mistakes else "all mistakes"
-    return f"{which} among {n_images:,} images\ntrue \N{RIGHTWARDS ARROW} predicted, probability"
+    which = f"{n_shown} most confident of {n_errors:,} errors" if n_shown < n_errors else f"all {n_errors:,} errors"
+    return f"{which} (out of {n_images:,} images)\ntrue \N{RIGHTWARDS ARROW} predicted, probability"
 
 
 def _draw_image(axes: "Axes", pixels: NDArray[np.uint8], label: str) -> None:

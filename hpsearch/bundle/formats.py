@@ -1,4 +1,4 @@
-"""The files that hold a model, each loaded again in a fresh process to see that it gives the same probabilities."""
+"""Write the model files, and verify in a new process that each gives the same probabilities."""
 
 import importlib.util
 import logging
@@ -51,18 +51,18 @@ probabilities = model(images)
 """
 _LOADING_HPSEARCH = 'import hpsearch\nclassifier = hpsearch.load(".")\n'
 _BATCH_SIZE = 512
-_TIMEOUT = 900  # seconds for one file
+_TIMEOUT = 900  # seconds per file
 
 
 @dataclass(frozen=True)
 class Format:
-    """How a file is loaded by whoever has it, and how `images`, raw pixels, become `probabilities`."""
+    """A file format: the code that loads a file, and the code that turns `images` into `probabilities`."""
 
     name: str
     loading: str
     predicting: str
-    tolerance: float  # between its probabilities and those of the network that was written
-    has_tensors: bool = True  # `images` is a tensor, else an array of NumPy
+    tolerance: float  # largest allowed difference to the probabilities of the original network
+    has_tensors: bool = True  # whether `images` is a tensor or a NumPy array
 
 
 FORMATS = (
@@ -74,7 +74,7 @@ FORMATS = (
 
 
 class _Deployed(nn.Module):
-    """Raw pixels (uint8) to probabilities: a network with normalisation and softmax around it."""
+    """A network with normalization and softmax included: raw pixels (uint8) to probabilities."""
 
     def __init__(self, network: Network, mean: float, std: float) -> None:
         super().__init__()
@@ -86,18 +86,16 @@ class _Deployed(nn.Module):
 
 
 def check_onnx() -> None:
-    """Raise `UsageError` where the packages of the extra `onnx` are missing."""
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
-    if missing:
-        names = " ".join(missing)
-        raise UsageError(f"an ONNX file needs packages that are missing; install them with: pip install {names}")
+    """Raise `UsageError` if a package of the extra `onnx` is missing."""
+    if any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")):
+        raise UsageError("ONNX export needs extra packages; install them with: pip install 'hpsearch[onnx]'")
 
 
 def write_models(
     network: Network, config: dict[str, Any], folder: Path, *, onnx: bool = False, torch_export: bool = False
 ) -> None:
-    """Write the network into the folder, in the two formats of every bundle and in those that are asked for."""
-    # After training, parameters share one memory, which `torch.save` would write whole.
+    """Write the network to the folder as safetensors and `torch.save` file, and optionally as ONNX and `model.pt2`."""
+    # After training, parameters share one storage, which `torch.save` would write completely for each.
     layout = torch.contiguous_format
     state = {name: tensor.clone(memory_format=layout) for name, tensor in network.state_dict().items()}
     (folder / "model.safetensors").write_bytes(to_safetensors(state))
@@ -110,11 +108,11 @@ def write_models(
     example = (torch.zeros((2, *config["image_shape"]), dtype=torch.uint8),)
     shapes = ({0: torch.export.Dim("n_images")},)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own about itself
+        warnings.simplefilter("ignore")  # torch warns about its own code
         if torch_export:
             exported = torch.export.export(model, example, dynamic_shapes=shapes)
             for node in exported.graph.nodes:
-                node.meta.pop("stack_trace", None)  # it has paths of this machine
+                node.meta.pop("stack_trace", None)  # contains paths of this machine
             torch.export.save(exported, folder / "model.pt2")
         if onnx:
             program = torch.onnx.export(
@@ -126,21 +124,21 @@ def write_models(
                 output_names=["probabilities"],
             )
             if program is None:
-                raise BundleError("torch gives no ONNX model of this network")
+                raise BundleError("torch could not export this network to ONNX")
             content = program.model_proto
             for node in content.graph.node:
-                del node.metadata_props[:]  # here, too
+                del node.metadata_props[:]  # contains paths, too
             (folder / "model.onnx").write_bytes(content.SerializeToString())
 
 
 def verify_models(
     network: Network, config: dict[str, Any], folder: Path, images: Tensor, labels: NDArray[np.int64]
 ) -> dict[str, dict[str, float]]:
-    """For each model in the folder the largest difference of its probabilities, and its accuracy on the images.
+    """Return, for each model file, the maximum difference of its probabilities and its accuracy on the images.
 
-    `images` are raw pixels, uint8, (N, C, H, W); each file is loaded in a fresh process, by the lines of the model
-    card, in batches. Raises `BundleError` where a difference is above the format's tolerance; `model.pt2` is then
-    removed instead.
+    `images` are raw pixels, uint8, (N, C, H, W). Each file is loaded in a new process with the model card's code and
+    run in batches. Raises `BundleError` if a difference exceeds the format's tolerance; a `model.pt2` is removed
+    instead.
     """
     expected = network.predict_proba(normalise(images, config["mean"], config["std"])).numpy()
     found: dict[str, dict[str, float]] = {}
@@ -155,14 +153,14 @@ def verify_models(
             except BundleError as error:
                 if kind.name != "model.pt2":
                     raise
-                logger.warning("%s; it is left out", error)
+                logger.warning("%s; skipped", error)
                 (folder / kind.name).unlink()
     return found
 
 
 def _predict(kind: Format, folder: Path, pixels: Path) -> NDArray[np.float32]:
-    """The probabilities that a fresh process gets from a file of the folder."""
-    answers = pixels.with_name(f"{kind.name}.npy")
+    """Load a model file in a new process, and return its probabilities for the pixels."""
+    output = pixels.with_name(f"{kind.name}.npy")
     wrap = "torch.from_numpy(images)" if kind.has_tensors else "images"
     program = (
         f"{kind.loading}import sys, numpy\nparts, pixels = [], numpy.load(sys.argv[1])\n"
@@ -171,17 +169,17 @@ def _predict(kind: Format, folder: Path, pixels: Path) -> NDArray[np.float32]:
         f"{textwrap.indent(kind.predicting, '    ')}\n    parts.append(numpy.asarray(probabilities))\n"
         "numpy.save(sys.argv[2], numpy.concatenate(parts))\n"
     )
-    command = [sys.executable, "-W", "ignore", "-c", program, str(pixels.resolve()), str(answers.resolve())]
+    command = [sys.executable, "-W", "ignore", "-c", program, str(pixels.resolve()), str(output.resolve())]
     try:
         process = subprocess.run(  # noqa: S603
             command, cwd=folder, capture_output=True, text=True, check=False, timeout=_TIMEOUT
         )
     except subprocess.TimeoutExpired as error:
-        raise BundleError(f"{kind.name} was not loaded and asked in a fresh process within {_TIMEOUT} s") from error
+        raise BundleError(f"verification of {kind.name} timed out after {_TIMEOUT} s") from error
     if process.returncode:
         last = process.stderr.strip().splitlines()[-1:] or [f"exit status {process.returncode}"]
-        raise BundleError(f"{kind.name} cannot be loaded in a fresh process: {last[0]}")
-    probabilities: NDArray[np.float32] = np.load(answers)
+        raise BundleError(f"verification failed: {kind.name} cannot be loaded in a new process: {last[0]}")
+    probabilities: NDArray[np.float32] = np.load(output)
     return probabilities
 
 
@@ -190,6 +188,6 @@ def _compare(
 ) -> dict[str, float]:
     difference = float(np.abs(probabilities - expected).max())
     if not difference <= kind.tolerance:
-        raise BundleError(f"{kind.name} gives other probabilities when loaded again, by up to {difference:.2g}")
+        raise BundleError(f"verification failed: the probabilities of {kind.name} differ by up to {difference:.2g}")
     accuracy = int((probabilities.argmax(axis=1) == labels).sum()) / len(labels)
     return {"difference": difference, "accuracy": accuracy}

@@ -1,4 +1,4 @@
-"""A folder whose files are sealed by a manifest: put in its place whole, and read only if nothing in it has changed."""
+"""A folder with a manifest of checksums: replaced in one step, and read only if no file has changed."""
 
 import ctypes
 import glob
@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from hpsearch.errors import BundleError
 
 MANIFEST = "manifest.json"
-MAX_BYTES = 2**24  # of a file that holds no weights
+MAX_BYTES = 2**24  # size limit of files without weights
 _RENAME_EXCHANGE, _AT_FDCWD = 2, -100  # of Linux' fs.h and fcntl.h
 
 _Name = Annotated[str, StringConstraints(max_length=100)]
@@ -38,68 +38,69 @@ class Manifest(BaseModel):
 
 
 class VerifiedFolder:
-    """The files that a manifest lists; each is checked whenever it is read, and only the known names can be read.
+    """The files listed in a manifest; every read checks the SHA-256, and only known names can be read.
 
-    Raises `BundleError` naming what is missing, what does not belong here, or what the manifest lists wrongly.
+    Raises `BundleError` naming a missing file, an unexpected file, or an entry that must not be in the manifest.
     """
 
     def __init__(self, path: Path, required: Collection[str], optional: Collection[str] = ()) -> None:
         self.path, known = path, {*required, *optional}
         if not (path / MANIFEST).is_file():
-            raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}")
+            raise BundleError(f"{path} is not a model folder (no {MANIFEST}); create one with: hpsearch export STUDY")
         content = _read(path / MANIFEST, MAX_BYTES)
         self._digests = parse(Manifest, content, path / MANIFEST).sha256
         if content != _dump_manifest(self._digests):
-            raise BundleError(f"{path / MANIFEST} is damaged: export it again")
+            raise BundleError(f"{path / MANIFEST} is corrupt; export again")
         self.names = sorted(self._digests)
         for name in sorted({entry.name for entry in os.scandir(path)} - {MANIFEST}):
             if name not in known:
-                raise BundleError(f"{path} has {name!r}, which does not belong to a bundle; move it away")
+                raise BundleError(f"{path} contains an unexpected file: {name}; remove it, or export again")
             if name not in self._digests:
-                raise BundleError(f"{path / name} is not listed in {MANIFEST}")
+                raise BundleError(f"{path / name} is not listed in {MANIFEST}; was it added after the export?")
         for name in sorted({*required, *self.names}):
             if name not in self._digests:
-                raise BundleError(f"{path / MANIFEST} does not list {name}")
+                raise BundleError(f"{path / MANIFEST} does not list {name}; export again")
             if name not in known:
-                raise BundleError(f"{path / MANIFEST} lists {name!r}, which is no file of a bundle")
+                raise BundleError(f"{path / MANIFEST} lists an unknown file: {name}")
 
     def read(self, name: str, max_bytes: int = MAX_BYTES) -> bytes:
-        """The content of a file; raises `BundleError` if it is missing, a link, too large or not what it was."""
+        """Return the content of a file; raises `BundleError` if it is missing, a link, too large or modified."""
         file = self.path / name
         content = _read(file, max_bytes)
         if hashlib.sha256(content).hexdigest() != self._digests[name]:
-            raise BundleError(f"{file} is damaged: its SHA-256 differs from that in {MANIFEST}; export it again")
+            raise BundleError(f"{file} was changed after the export (SHA-256 mismatch); export again")
         return content
 
 
 def parse(model: type[_Model], content: bytes, file: Path) -> _Model:
-    """The document in a JSON file's content; raises `BundleError` with its first mistake."""
+    """Validate the content of a JSON file; raises `BundleError` with the first problem."""
     try:
         return model.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise BundleError(f"{file} is not understood: {place}{': ' if place else ''}{first['msg']}") from error
+        location = ".".join(map(str, first["loc"]))
+        raise BundleError(f"{file} is invalid: {location}{': ' if location else ''}{first['msg']}") from error
 
 
 def _read(file: Path, max_bytes: int) -> bytes:
-    """The bytes of a regular file; a pipe is not waited for and a link is not followed."""
+    """Return the bytes of a regular file; never follows a link or blocks on a pipe."""
     try:
         mode = file.lstat().st_mode
         if not stat.S_ISREG(mode):
-            raise BundleError(f"{file} is {'a link' if stat.S_ISLNK(mode) else 'not a file'}; a bundle has files only")
+            kind = "a link" if stat.S_ISLNK(mode) else "not a regular file"
+            raise BundleError(f"{file} is {kind}; model folders may contain regular files only")
         descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     except FileNotFoundError as error:
         raise BundleError(f"{file} is missing") from error
     with os.fdopen(descriptor, "rb") as stream:
         n_bytes = os.fstat(descriptor).st_size
         if n_bytes > max_bytes:
-            raise BundleError(f"{file} is too large: {n_bytes:,} bytes where at most {max_bytes:,} can be")
-        return stream.read(n_bytes + 1)  # one more, lest a file that grows be taken for whole
+            raise BundleError(f"{file} is too large: {n_bytes:,} bytes, expected at most {max_bytes:,}")
+        return stream.read(n_bytes + 1)  # one more byte, so that a growing file fails its checksum
 
 
 def write_manifest(folder: Path) -> None:
-    """Write the manifest of the files that are in the folder now."""
+    """Write the manifest of all files currently in the folder."""
     files = sorted(file for file in folder.iterdir() if file.name != MANIFEST)
     digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
     (folder / MANIFEST).write_bytes(_dump_manifest(digests))
@@ -111,9 +112,9 @@ def _dump_manifest(digests: dict[str, str]) -> bytes:
 
 @contextmanager
 def replace_folder(target: Path) -> Iterator[Path]:
-    """A new, empty folder to be filled, which takes the target's place in one step; an error leaves the target alone.
+    """Yield an empty folder to fill, which then replaces the target in one step; on error the target stays unchanged.
 
-    What was left beside the target by processes that were killed is removed first.
+    Temporary folders of killed processes beside the target are removed first.
     """
     _sweep(target)
     with (
@@ -127,7 +128,7 @@ def replace_folder(target: Path) -> Iterator[Path]:
 
 
 def _sweep(target: Path) -> None:
-    """Remove the folders of which nobody holds the lock; an older bundle that was about to be replaced is put back."""
+    """Remove temporary folders without a lock holder; restore a target that was being replaced."""
     for lock in target.parent.glob(f".{glob.escape(target.name)}.????????/lock"):
         try:
             with FileLock(lock, timeout=0):
@@ -152,7 +153,7 @@ def _put(new: Path, target: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Whether two folders took each other's place, which Linux does in one step."""
+    """Swap two folders atomically, which only Linux can do. Returns whether it succeeded."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
     paths = _AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other)
     return rename is not None and rename(*paths, _RENAME_EXCHANGE) == 0

@@ -1,4 +1,4 @@
-"""Predictions for image files: found in folders and by patterns, read one by one, classified in batches."""
+"""Predictions for image files, which are found in folders and by patterns and classified in batches."""
 
 import glob
 import os
@@ -13,9 +13,9 @@ from hpsearch.data.image_files import read_image
 from hpsearch.errors import ImageError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
-BATCH_SIZE = 64  # small, since nothing is shown before its batch is read
+BATCH_SIZE = 64  # small, since no result is shown before its batch is read
 
-Found = tuple[str, str | None]  # a file, and the error for what names none
+Found = tuple[str, str | None]  # a file, or an argument and its error
 
 
 def predict_files(
@@ -24,10 +24,10 @@ def predict_files(
     top: int = 3,
     on_duplicate: Callable[[str], None] = lambda file: None,
 ) -> Iterator[dict[str, Any]]:
-    """For each image, in the order given, `{"image", "top": [{"class", "probability"}, ...]}` or `{"image", "error"}`.
+    """Yield `{"image", "top": [{"class", "probability"}, ...]}` or `{"image", "error"}` for each image, in order.
 
-    An argument is a file; a folder, searched with its subfolders for names that end like an image's; or a pattern with
-    `*`, `?`, `[...]` or `**`, which matches files. An image that is named again is left out, and told of.
+    An argument is a file, a folder (searched recursively for image suffixes), or a pattern with `*`, `?`, `[...]` or
+    `**`. Duplicates are skipped and passed to `on_duplicate`.
     """
     found = _distinct(arguments, on_duplicate)
     while batch := list(islice(found, BATCH_SIZE)):
@@ -35,7 +35,7 @@ def predict_files(
 
 
 def find_images(argument: str) -> Iterator[Found]:
-    """The files that an argument names, sorted, or an error; nothing is opened."""
+    """Yield the files that an argument stands for, sorted, or an error; opens no file."""
     if os.path.isdir(argument):
         return _search_folder(argument)
     return iter([(argument, None)] if os.path.lexists(argument) or not glob.has_magic(argument) else _match(argument))
@@ -43,7 +43,7 @@ def find_images(argument: str) -> Iterator[Found]:
 
 def _match(pattern: str) -> Sequence[Found]:
     files = sorted(file for file in glob.glob(pattern, recursive=True) if not os.path.isdir(file))
-    return [(file, None) for file in files] or [(pattern, "no file matches this pattern")]
+    return [(file, None) for file in files] or [(pattern, "no matching files")]
 
 
 def _search_folder(folder: str) -> Iterator[Found]:
@@ -56,7 +56,7 @@ def _search_folder(folder: str) -> Iterator[Found]:
                 yield os.path.join(parent, name), None
     yield from ((str(error.filename), error.strerror) for error in unreadable)
     if is_empty and not unreadable:
-        yield folder, f"no image in this folder ({' '.join(SUFFIXES)})"
+        yield folder, f"no images found (looked for {' '.join(SUFFIXES)}, including subfolders)"
 
 
 def _distinct(arguments: Sequence[str | os.PathLike[str]], on_duplicate: Callable[[str], None]) -> Iterator[Found]:

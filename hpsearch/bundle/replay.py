@@ -1,4 +1,4 @@
-"""A finished trial run again from its seed, to see whether it gives the same learning curve."""
+"""Re-run a finished trial with its seed, to check that the learning curve is reproduced."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +18,7 @@ from hpsearch.training.trainer import EpochResult
 
 
 class _Reached(Exception):
-    """The epoch in which the trial ended is reached."""
+    """The last epoch of the original trial is reached."""
 
 
 def replay(
@@ -30,12 +30,11 @@ def replay(
     device: torch.device | str = "cpu",
     on_epoch: Callable[[EpochResult], None] = lambda result: None,
 ) -> dict[str, Any]:
-    """Whether the trial's training gives the same validation accuracies again, and if not by how much they differ.
+    """Re-run a trial with its seed and thread count up to its last epoch, and compare the validation accuracies.
 
-    It is run on the training split from the trial's seed, with the number of threads that it had, up to its last
-    epoch, and on the CPU if it was. The document has `identical`, the `largest_difference` of an accuracy (None where
-    none can be compared) and its `epoch`, and in `reasons` what is different from then and may explain it. Raises
-    `NoCompletedTrial` where the trial is not there or has not finished an epoch, and `DataError`.
+    A trial that ran on the CPU is re-run there. The result has `identical`, the `largest_difference` of an accuracy
+    (None if there is none to compare), its `epoch`, and `reasons`: what has changed since and may explain a
+    difference. Raises `NoCompletedTrial` if the trial does not exist or has no finished epoch, and `DataError`.
     """
     trial = _find_finished(study, number)
     then = trial.user_attrs.get("environment", {})
@@ -44,7 +43,7 @@ def replay(
     torch.set_num_threads(then.get("threads", before))
     tune_malloc()
     try:
-        curve, now = _train_again(definition, trial, folder, device, on_epoch), describe_environment(device)
+        curve, now = _rerun(definition, trial, folder, device, on_epoch), describe_environment(device)
     finally:
         torch.set_num_threads(before)
     wanted = dict(sorted(trial.intermediate_values.items()))
@@ -70,18 +69,18 @@ def _find_finished(study: optuna.Study, number: int) -> FrozenTrial:
         raise NoCompletedTrial(f"study '{study.study_name}' has no trial {number}; see: hpsearch trials STUDY")
     [trial] = found
     if not trial.state.is_finished() or not trial.intermediate_values:
-        raise NoCompletedTrial(f"trial {number} has not finished an epoch, so there is nothing to compare with")
+        raise NoCompletedTrial(f"trial {number} has no finished epoch, so there is nothing to reproduce")
     return trial
 
 
-def _train_again(
+def _rerun(
     definition: StudyDefinition,
     trial: FrozenTrial,
     folder: Path | str | None,
     device: torch.device | str,
     on_epoch: Callable[[EpochResult], None],
 ) -> dict[int, float]:
-    """The validation accuracy after each epoch that the trial has reported, or until the training diverges."""
+    """Return the validation accuracy after each epoch that the trial reported, or until the training diverges."""
     curve: dict[int, float] = {}
 
     def keep(result: EpochResult) -> None:
@@ -101,10 +100,11 @@ def _train_again(
 
 
 def _explain(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What was different when the trial ran, in words."""
+    """Return possible reasons for a difference: what has changed in the environment."""
     if not then:
-        return ["the trial did not note its environment: it was run by an earlier version, or not by hpsearch"]
-    reasons = [f"{name}: {then[name]} then, {now[name]} now" for name in now if then.get(name, now[name]) != now[name]]
+        return ["the trial has no environment recorded (older version, or not run by hpsearch)"]
+    changed = [name for name in now if then.get(name, now[name]) != now[name]]
+    reasons = [f"{name}: was {then[name]}, is now {now[name]}" for name in changed]
     if now["device"] != "cpu":
-        reasons.append("a GPU adds up numbers in an order that varies")
-    return reasons or ["nothing that was noted is different: was the data set or hpsearch itself changed?"]
+        reasons.append("GPU arithmetic is not deterministic")
+    return reasons or ["no recorded difference; did the data set or hpsearch itself change?"]

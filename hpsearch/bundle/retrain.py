@@ -1,4 +1,4 @@
-"""From the best trial to a bundle: trained on training and validation images, measured once on the test set."""
+"""Export the best trial: retrain it on training and validation images, test it once, and save the model folder."""
 
 import platform
 from collections.abc import Callable
@@ -36,12 +36,12 @@ def export(
     device: torch.device | str = "cpu",
     on_epoch: Callable[[int, EpochResult], None] = lambda seed, result: None,
 ) -> dict[str, Any]:
-    """The metrics of the bundle that it writes to `target`: of the confirmed winner, else the best, or trial `number`.
+    """Export the confirmed winner, else the best trial, or trial `number` to `target`; return the metrics.
 
-    The network is trained on training and validation images together, once for each of `retrain.seeds`; the first
-    model is exported. The test set is read after all training is done, so nothing can be chosen on it, and the study
-    counts the reading. Raises `NoCompletedTrial`, `DataError`, `UsageError` where packages for ONNX are missing,
-    `Diverged`, and `BundleError`; a bundle that cannot be verified leaves nothing behind.
+    The network is retrained on training and validation images together, once for each of `retrain.seeds`; the first
+    model is exported. The test set is used only after all training, so nothing can be selected on it, and the study
+    counts each use. Raises `NoCompletedTrial`, `DataError`, `UsageError` if packages for ONNX are missing, `Diverged`,
+    and `BundleError`. If verification fails, nothing is written.
     """
     tune_malloc()
     trial = find_winner(study) if number is None else find_best(study, number)
@@ -55,23 +55,23 @@ def export(
     seeds = [trial_seed(definition.study.seed, trial, 1 + i) for i in range(definition.retrain.seeds)]
     networks = []
     for i, seed in enumerate(seeds):
-        report = [lambda result, i=i: on_epoch(i, result)]
+        callbacks = [lambda result, i=i: on_epoch(i, result)]
         try:
             network, _ = train_from_seed(
-                *(definition, data, hyperparameters, seed), split=images, epochs=epochs, callbacks=report
+                *(definition, data, hyperparameters, seed), split=images, epochs=epochs, callbacks=callbacks
             )
         except Diverged as error:
-            raise Diverged(f"trial {trial.number}, model {i + 1}: {error}; export another one with --trial") from error
+            raise Diverged(f"trial {trial.number}, model {i + 1}: {error}; choose another one with --trial") from error
         networks.append(network.cpu())
 
-    n_readings = count_test_reading(study, trial)
+    n_test_uses = count_test_reading(study, trial)
     test_images, test_labels = load_test(definition.data.name, folder)
     inputs = data.split_of(test_images, test_labels).images
     labels = test_labels.numpy()
     evaluations = [evaluate(network.predict_proba(inputs).numpy(), labels, data.class_names) for network in networks]
     metrics = {
-        **_describe_figures(evaluations),
-        "test_reads": n_readings,
+        **_describe_evaluations(evaluations),
+        "test_reads": n_test_uses,
         "n_images": {"train": len(images), "validation": len(data.validation), "test": len(labels)},
         "n_parameters": sum(parameter.numel() for parameter in networks[0].parameters()),
         **_describe_search(study, trial),
@@ -86,8 +86,8 @@ def export(
     return metrics | {"verified": verified}
 
 
-def _describe_figures(evaluations: list[Evaluation]) -> dict[str, Any]:
-    """What the models' evaluations came to; the first one is that of the exported model."""
+def _describe_evaluations(evaluations: list[Evaluation]) -> dict[str, Any]:
+    """Summarize the evaluations of all models; the first is the exported one."""
     accuracies, first = [evaluation.accuracy for evaluation in evaluations], evaluations[0]
     return {
         "test_accuracy": first.accuracy,
@@ -104,7 +104,7 @@ def _describe_figures(evaluations: list[Evaluation]) -> dict[str, Any]:
 
 
 def _describe_search(study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
-    """How the trial was found, and what `confirm` said of it, if it did."""
+    """Describe how the trial was found, and its result in `confirm`, if any."""
     confirmation = study.user_attrs.get("confirmation", {"candidates": []})
     candidates = confirmation["candidates"]
     confirmed = [
@@ -124,7 +124,7 @@ def _describe_search(study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
 
 
 def _describe_network(definition: StudyDefinition, data: ImageData, hyperparameters: Hyperparameters) -> dict[str, Any]:
-    """The document `config.json`."""
+    """Return the content of `config.json`."""
     layers = describe_layers(definition.network.kind, hyperparameters, data.image_shape, len(data.class_names))
     return {
         "format_version": bundle.FORMAT_VERSION,

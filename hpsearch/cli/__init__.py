@@ -1,9 +1,9 @@
-"""The commands: each parses its arguments, calls one function and prints the answer.
+"""The commands: each parses its arguments, calls one function and prints the result.
 
-options   the arguments that several commands share
-render    answers as tables
+options   arguments shared by several commands
+render    results as tables
 app       search: check, run, worker, launch
-watch     watch and steer: status, trials, show, stop, extend, enqueue, dashboard
+watch     watching and steering: status, trials, show, stop, extend, enqueue, dashboard
 result    the result: confirm, export, replay, report, evaluate, predict
-care      upkeep: doctor, backup, copy
+care      maintenance: doctor, backup, copy
 """

@@ -1,6 +1,6 @@
-"""The verbs of the command line: each calls one function and prints what it returns.
+"""The commands that search: each calls one function and prints its result.
 
-What a verb needs is imported inside it: torch takes seconds to import, and `--help` should not.
+Commands import what they need inside the function: torch takes seconds to import, and `--help` must be fast.
 """
 
 import json
@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hpsearch.cli.care import app as upkeep_app
+from hpsearch.cli.care import app as care_app
 from hpsearch.cli.options import (
+    STUDY_HELP,
     ArtifactsOption,
     DataOption,
     JsonOption,
@@ -24,7 +25,7 @@ from hpsearch.cli.options import (
     print_status,
     shell_arguments,
 )
-from hpsearch.cli.result import app as winner_app
+from hpsearch.cli.result import app as result_app
 from hpsearch.cli.watch import app as watch_app
 from hpsearch.errors import Drained, StorageError, UsageError
 
@@ -33,8 +34,11 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="hpsearch",
-    help="Hyperparameter search for PyTorch image classifiers: launch workers, watch them, export the best model.",
-    epilog="First steps:  hpsearch run digits  |  hpsearch status digits  |  hpsearch export digits",
+    help="Tune MLPs and CNNs on MNIST-style image data: search in parallel, watch it live, export the best model.",
+    epilog="\b\nGetting started:\n"
+    "  hpsearch run digits                  search (about a minute)\n"
+    "  hpsearch export digits               save the best model\n"
+    "  hpsearch predict dist/digits IMAGE   classify an image",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -53,9 +57,9 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _global_options(
     _version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
-    _debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and details; may stand anywhere.")] = False,
+    _debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug output (works anywhere).")] = False,
 ) -> None:
     pass
 
@@ -63,18 +67,18 @@ def _global_options(
 @app.command(epilog="Example:  hpsearch check studies/mnist-mlp.toml")
 def check(
     study: Annotated[
-        str | None, typer.Argument(metavar="STUDY", help="A study file, or a name.", autocompletion=complete_study)
+        str | None, typer.Argument(metavar="STUDY", help=STUDY_HELP, autocompletion=complete_study)
     ] = None,
-    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of study files.")] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema for study files and exit.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Validate a study file and print the resolved study."""
+    """Check a study file and print it with all defaults filled in."""
     from hpsearch.config.definition import StudyDefinition, load_definition
 
     if schema:
         print(json.dumps(StudyDefinition.model_json_schema(), indent=2))
     elif study is None:
-        raise UsageError("name a study file to check, or use --schema")
+        raise UsageError("missing argument STUDY (or use --schema)")
     else:
         definition = load_definition(study)
         print(json.dumps(definition.to_tables(), indent=2) if as_json else definition.to_toml().rstrip())
@@ -89,12 +93,12 @@ def run(
     artifacts: ArtifactsOption = None,
     data: DataOption = None,
     shows_dashboard: Annotated[
-        bool, typer.Option("--dashboard", help="Serve Optuna's dashboard of the search meanwhile.")
+        bool, typer.Option("--dashboard", help="Also serve the Optuna dashboard while the search runs.")
     ] = False,
-    opens: Annotated[bool, typer.Option("--open", help="Serve it, and open it in a browser.")] = False,
+    opens: Annotated[bool, typer.Option("--open", help="Like --dashboard, and open it in your browser.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Create or resume a study and search until its budget is spent."""
+    """Start or resume a search until its budget is used up."""
     from hpsearch.monitor.live import LiveView
     from hpsearch.monitor.status import open_watch
     from hpsearch.monitor.text import echo, stderr_console
@@ -105,7 +109,7 @@ def run(
     start_fork_server()
     from hpsearch.search.steering import start_study
 
-    start_study(definition, keeps_extension=trials is None)  # what cannot work is told before torch is loaded
+    start_study(definition, keeps_extension=trials is None)  # fails before torch is loaded
     watch = open_watch(definition)
     from hpsearch.workers.processes import run_pool
 
@@ -118,7 +122,7 @@ def run(
                 from hpsearch.monitor.dashboard.app import redirect_file, serve
 
                 address = stack.enter_context(serve(definition, shell_arguments(study, storage)))
-                echo(address)
+                echo(f"Optuna dashboard (read-only): {address}")
                 if opens:
                     webbrowser.open(stack.enter_context(redirect_file(address)))
             view = stack.enter_context(LiveView(watch, stderr_console()))
@@ -139,13 +143,13 @@ def run(
 @app.command(epilog="Example:  hpsearch worker studies/mnist-mlp.toml --max-trials 5")
 def worker(
     study: StudyArgument,
-    max_trials: Annotated[int | None, typer.Option(min=1, help="End after so many trials.")] = None,
-    creates: Annotated[bool, typer.Option("--create", help="Create the study, if nobody has yet.")] = False,
+    max_trials: Annotated[int | None, typer.Option(min=1, help="Stop after N trials.", metavar="N")] = None,
+    creates: Annotated[bool, typer.Option("--create", help="Create the study if it does not exist yet.")] = False,
     storage: StorageOption = None,
     artifacts: ArtifactsOption = None,
     data: DataOption = None,
 ) -> None:
-    """Run one more worker on a study, from any terminal or machine."""
+    """Add a worker to a study, from any terminal or machine."""
     from hpsearch.monitor.live import LiveView
     from hpsearch.monitor.status import open_watch
     from hpsearch.monitor.text import echo, stderr_console
@@ -171,21 +175,21 @@ def worker(
 def launch(
     study: StudyArgument,
     workers: Annotated[
-        int | None, typer.Option(min=1, max=10_000, help="Default: as many as there is room for.")
+        int | None, typer.Option(min=1, max=10_000, help="Number of workers. [default: as many as fit]")
     ] = None,
     address: Annotated[
-        str | None, typer.Option(help="Of the Ray cluster; else RAY_ADDRESS, else the one that this machine is in.")
+        str | None, typer.Option(help="Address of the Ray cluster. [env: RAY_ADDRESS; default: this machine's]")
     ] = None,
-    cpus: Annotated[float, typer.Option("--cpus-per-worker", min=0.01, help="Processor cores of each.")] = 1.0,
-    gpus: Annotated[float, typer.Option("--gpus-per-worker", min=0, help="GPUs of each: 0.25 for four on one.")] = 0.0,
-    detaches: Annotated[bool, typer.Option("--detach", help="Leave the workers to the cluster, and return.")] = False,
+    cpus: Annotated[float, typer.Option("--cpus-per-worker", min=0.01, help="CPU cores per worker.")] = 1.0,
+    gpus: Annotated[float, typer.Option("--gpus-per-worker", min=0, help="GPUs per worker, e.g. 0.25.")] = 0.0,
+    detaches: Annotated[bool, typer.Option("--detach", help="Start the workers and return immediately.")] = False,
     trials: TrialsOption = None,
     storage: StorageOption = None,
     artifacts: ArtifactsOption = None,
     data: DataOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Create or resume a study and search with workers in a Ray cluster."""
+    """Start or resume a search with workers in a Ray cluster."""
     from hpsearch.monitor.live import LiveView
     from hpsearch.monitor.status import open_watch
     from hpsearch.monitor.text import echo, stderr_console
@@ -194,25 +198,25 @@ def launch(
     from hpsearch.workers.shutdown import Drain
 
     if detaches and address == "local":
-        raise UsageError("a cluster that is started for the search ends with it; use ray start --head for --detach")
+        raise UsageError("--detach needs a cluster that outlives this command; start one with: ray start --head")
     definition, command = load_definition_of(study, storage, trials, artifacts), shell_arguments(study, storage)
     with connect(definition, Resources(cpus, gpus), address=address, folder=data) as cluster:
-        drain = Drain().listen(signal.SIGINT, signal.SIGTERM)  # Ray has set handlers of its own
+        drain = Drain().listen(signal.SIGINT, signal.SIGTERM)  # replaces the handlers that Ray installed
         n_workers = workers or cluster.n_fitting
         if not n_workers:
-            raise UsageError("no node of the cluster has room for a worker; to wait for one, say how many: --workers")
+            raise UsageError("no node has enough free CPUs or GPUs for a worker; pass --workers N to queue them anyway")
         start_study(definition, keeps_extension=trials is None)
         for remark in cluster.remark_on(n_workers):
             echo(remark)
         watch = open_watch(definition)
         if detaches:
             name = cluster.detach(n_workers)
-            echo(f"{n_workers} workers were launched, and looked after by the actor {name} in the cluster")
+            echo(f"launched {n_workers} workers; the actor {name} supervises them in the cluster")
             return echo(f"next: hpsearch status {command} --watch  |  hpsearch stop {command}")
         try:
             with LiveView(watch, stderr_console()) as view:
                 view.start(watch.poll().n_finished, n_workers)
-                reason = cluster.run(n_workers, drain, view.tell)
+                reason = cluster.run(n_workers, drain, view.print_finished)
         except Drained:
             _echo_progress(watch)
             raise
@@ -236,6 +240,6 @@ def _echo_result(watch: "Watch", reason: str, command: str, *, as_json: bool) ->
         echo(line)
 
 
-app.add_typer(upkeep_app)
+app.add_typer(care_app)
 app.add_typer(watch_app)
-app.add_typer(winner_app)
+app.add_typer(result_app)

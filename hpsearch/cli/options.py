@@ -1,4 +1,4 @@
-"""The arguments and options that several verbs share, what they stand for, and how a verb's answer is printed."""
+"""Arguments and options shared by several commands, and helpers that load a study and print a result."""
 
 import json
 import shlex
@@ -17,33 +17,33 @@ if TYPE_CHECKING:
 
 
 def complete_study(incomplete: str) -> list[str]:
-    """What a shell offers for STUDY: names in studies/, and the paths of study files."""
+    """Return the shell completions for STUDY: names in studies/, and paths of study files."""
     names = [file.stem for file in Path("studies").glob("*.toml") if file.stem.startswith(incomplete)]
     folder = Path(incomplete.rpartition("/")[0] or ("/" if incomplete.startswith("/") else "."))
     paths = [str(path) for pattern in ("*.toml", "*/*.toml") for path in folder.glob(pattern)]
     return sorted([*names, *(path for path in paths if incomplete and path.startswith(incomplete))])
 
 
+STUDY_HELP = "Study file, or the name of one in ./studies (e.g. `digits`)."
 StudyArgument = Annotated[
     str,
-    typer.Argument(
-        metavar="STUDY", help="A study file, or the name of one in studies/.", autocompletion=complete_study
-    ),
+    typer.Argument(metavar="STUDY", help=STUDY_HELP, autocompletion=complete_study),
 ]
-BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that export wrote.")]
+BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Model folder written by `hpsearch export`.")]
 StorageOption = Annotated[
-    str | None, typer.Option(help="SQLAlchemy URL instead of the study file's; so does HPSEARCH_STORAGE.")
+    str | None, typer.Option(help="Database URL, SQLite or PostgreSQL; overrides the file. [env: HPSEARCH_STORAGE]")
 ]
 ArtifactsOption = Annotated[
-    str | None, typer.Option(help="Folder or URL instead of the study file's; so does HPSEARCH_ARTIFACTS.")
+    str | None, typer.Option(help="Folder or URL for checkpoints; overrides the file. [env: HPSEARCH_ARTIFACTS]")
 ]
 DataOption = Annotated[
-    Path | None, typer.Option(help="Folder of the data sets; else HPSEARCH_DATA, else the user's cache.")
+    Path | None, typer.Option(help="Folder with the data sets. [env: HPSEARCH_DATA; default: the user cache]")
 ]
-TrialsOption = Annotated[int | None, typer.Option(min=1, help="Overrides budget.trials.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+TrialsOption = Annotated[int | None, typer.Option(min=1, help="Total number of trials; overrides budget.trials.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON to stdout.")]
 WorkersOption = Annotated[
-    int | None, typer.Option("--workers", min=1, max=1024, help="Default: one per GPU, else one per core.")
+    int | None,
+    typer.Option("--workers", min=1, max=1024, help="Number of workers. [default: one per GPU, else one per core]"),
 ]
 
 
@@ -60,7 +60,7 @@ class State(StrEnum):
 def load_definition_of(
     study: str, storage: str | None, trials: int | None = None, artifacts: str | None = None
 ) -> "StudyDefinition":
-    """The study that the argument names; `trials` replaces that of its budget."""
+    """Return the definition of the named study; `trials` overrides `budget.trials`."""
     import optuna
 
     from hpsearch.config.definition import evolve, load_definition
@@ -72,19 +72,19 @@ def load_definition_of(
 
 
 def warn_about_password(option: str, url: str | None) -> None:
-    """Say that a password was typed where it can be read."""
+    """Warn that a password on the command line is visible to other users."""
     from hpsearch.config.urls import find_secrets
     from hpsearch.monitor.text import echo
 
     if url and find_secrets(url):
         echo(
-            f"others can read the password of {option} in the list of processes; better places for it are "
-            "HPSEARCH_STORAGE, PGPASSWORD and ~/.pgpass"
+            f"warning: other users of this machine can read the password in {option} from the process list; "
+            "use HPSEARCH_STORAGE, PGPASSWORD or ~/.pgpass instead"
         )
 
 
 def load_study_of(definition: "StudyDefinition") -> "optuna.Study":
-    """The stored study of a definition; nothing is created."""
+    """Return the stored study of a definition. Creates nothing."""
     from hpsearch.search.study import load_study
     from hpsearch.storage.rdb import open_storage
 
@@ -92,14 +92,14 @@ def load_study_of(definition: "StudyDefinition") -> "optuna.Study":
 
 
 def shell_arguments(study: str, storage: str | None) -> str:
-    """The study's arguments as they can be typed again, the password of the storage hidden."""
+    """Return the study's arguments quoted for a shell, with the password of the database URL hidden."""
     from hpsearch.config.urls import show_url
 
     return shlex.quote(study) + (f" --storage {shlex.quote(show_url(storage))}" if storage else "")
 
 
 def print_document(document: Any, render: Callable[[Any], "RenderableType"], *, as_json: bool) -> None:
-    """Print a verb's answer on stdout, as JSON or as text."""
+    """Print a result to stdout, as JSON or as text."""
     from hpsearch.monitor.text import show
 
     if as_json:
@@ -109,7 +109,7 @@ def print_document(document: Any, render: Callable[[Any], "RenderableType"], *, 
 
 
 def print_status(definition: "StudyDefinition", *, as_json: bool) -> None:
-    """Print the document of `status`, and say if the study is stopped."""
+    """Print the document of `status`, and a hint if the study is stopped."""
     from hpsearch.cli.render import render_status
     from hpsearch.monitor.text import echo
     from hpsearch.search.trials import read_status
@@ -117,4 +117,4 @@ def print_status(definition: "StudyDefinition", *, as_json: bool) -> None:
     study = load_study_of(definition)
     print_document(read_status(definition, study), render_status, as_json=as_json)
     if study.user_attrs.get("stopped"):
-        echo("the study is stopped for all workers; hpsearch run goes on with it")
+        echo("the study is stopped; resume it with: hpsearch run STUDY")

@@ -1,4 +1,4 @@
-"""Answers of the commands as tables and lines."""
+"""Results of the commands as tables and lines."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from hpsearch.monitor.text import join_params, printable, shorten
+from hpsearch.monitor.text import describe_epochs, join_params, printable, shorten
 from hpsearch.monitor.trials import flatten, list_columns
 
 
@@ -18,15 +18,15 @@ def render_status(status: Mapping[str, Any]) -> RenderableType:
     budget, counts, best, epochs = status["budget"], status["trials"], status["best"], status["epochs"]
     finished = counts["complete"] + counts["pruned"]
     table.add_row("study", Text(status["study"], style="bold"))
-    table.add_row("storage", Text(status["storage"], overflow="fold"))
-    table.add_row("budget", f"{finished} of {budget['trials']} trials, {budget['epochs']} epochs each")
+    table.add_row("database", Text(status["storage"], overflow="fold"))
+    table.add_row("progress", f"{finished}/{budget['trials']} trials (up to {budget['epochs']} epochs each)")
     table.add_row("trials", ", ".join(f"{n} {state}" for state, n in counts.items()))
-    table.add_row("epochs", f"{epochs['run']} run, {epochs['saved']} saved by pruning")
+    table.add_row("epochs", describe_epochs(**epochs))
     if best:
-        table.add_row("best", Text(f"{best['value']:.4f} in trial {best['number']}", style="bold"))
+        table.add_row("best", Text(f"{best['value']:.4f} (trial {best['number']})", style="bold"))
         table.add_row("", Text(join_params(best["params"])))
     else:
-        table.add_row("best", "no trial is complete yet")
+        table.add_row("best", "no completed trial yet")
     for worker in status["workers"]:
         text = f"{worker['id']}: trial {worker['trial']}, epoch {worker['epoch']}"
         table.add_row("worker", Text(printable(text)))
@@ -34,9 +34,9 @@ def render_status(status: Mapping[str, Any]) -> RenderableType:
 
 
 def render_trials(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> RenderableType:
-    """A table with a row for each trial; by default with a column for each hyperparameter that any of them has.
+    """A table with one row per trial, by default with a column for each hyperparameter that any of them has.
 
-    On a terminal a note is cut to what is left of its line.
+    On a terminal, a note is cut at the end of the line.
     """
     names = dict.fromkeys(name for row in rows for name in row["params"])
     columns = columns or [name for name in list_columns(names) if name != "worker"]
@@ -56,117 +56,117 @@ def render_trial(trial: Mapping[str, Any]) -> RenderableType:
     table = Table.grid(padding=(0, 2))
     table.add_row("trial", Text(f"{trial['number']} {trial['state']}", style="bold"))
     if trial["value"] is not None:
-        table.add_row("value", f"{trial['value']:.4f}")
+        table.add_row("val. accuracy", f"{trial['value']:.4f}")
     if trial["note"]:
-        table.add_row("why", Text(printable(trial["note"]), overflow="fold"))
+        table.add_row("reason", Text(printable(trial["note"]), overflow="fold"))
     for i, (name, value) in enumerate(trial["params"].items()):
-        table.add_row("" if i else "parameters", Text(printable(f"{name} {shorten(value)}")))
+        table.add_row("" if i else "hyperparameters", Text(printable(f"{name} {shorten(value)}")))
     if trial["started"]:
         seconds = "" if trial["seconds"] is None else f" ({trial['seconds']:.1f} s)"
-        table.add_row("times", f"{trial['started']} to {trial['ended'] or 'now'}{seconds}")
+        start, end = ((trial[key] or "now")[:19].replace("T", " ") for key in ("started", "ended"))
+        table.add_row("time", f"{start} to {end.removeprefix(start[:11])}{seconds}")
         table.add_row("worker", Text(printable(str(trial["worker"]))))
     if trial["images_per_second"]:
-        table.add_row("speed", f"{trial['images_per_second']:,} training images a second")
+        table.add_row("speed", f"{trial['images_per_second']:,} images/s")
     if trial["attempts"]:
-        after = trial["resumed_after"]
-        how = f"from its checkpoint after epoch {after}" if after else "from the beginning"
-        table.add_row("attempts", f"goes on with trial {', '.join(map(str, trial['attempts']))}, {how}")
+        after, numbers = trial["resumed_after"], ", ".join(map(str, trial["attempts"]))
+        how = f"resumed from trial {numbers}, at epoch {after}" if after else f"restarted trial {numbers} from scratch"
+        table.add_row("attempts", how)
     if trial["environment"]:
         environment = ", ".join(f"{name} {value}" for name, value in trial["environment"].items())
-        table.add_row("ran with", Text(printable(environment)))
+        table.add_row("environment", Text(printable(environment)))
     reports = [f"{epoch}: {value:.4f}" for epoch, value in trial["reports"].items()]
-    table.add_row("reports", Text("  ".join(reports) or "none", overflow="fold"))
+    table.add_row("val. accuracy by epoch", Text("  ".join(reports) or "none", overflow="fold"))
     return table
 
 
 def render_findings(findings: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """A line for each check of `doctor`: `ok`, or `mend` and how."""
+    """One line per check of `doctor`: `ok`, or `FIX` and how."""
     table = Table.grid(padding=(0, 2))
     for finding in findings:
-        verdict = Text("ok", style="green") if finding["is_ok"] else Text("mend", style="bold red")
+        verdict = Text("ok", style="green") if finding["is_ok"] else Text("FIX", style="bold red")
         table.add_row(verdict, finding["check"], Text(finding["message"], overflow="fold"))
     return table
 
 
 def render_confirmation(confirmation: Mapping[str, Any]) -> RenderableType:
-    """The document of `confirm --json`: a row for each candidate, and the verdict."""
+    """The document of `confirm --json` as text: one row per candidate, and the verdict."""
     table = Table(box=SIMPLE_HEAD, show_edge=False)
-    for heading in ("trial", "search", "mean", "95% interval", "lowest", "highest", "parameters"):
+    for heading in ("trial", "search acc.", "mean acc.", "95% CI", "min", "max", "params"):
         table.add_column(heading, justify="right")
     candidates = {candidate["number"]: candidate for candidate in confirmation["candidates"]}
     for number, candidate in candidates.items():
         low, high = candidate["interval"]
         values = candidate["accuracies"]
-        figures = [f"{value:.4f}" for value in (candidate["search_value"], candidate["mean"])]
+        means = [f"{value:.4f}" for value in (candidate["search_value"], candidate["mean"])]
         ends = [f"{value:.4f}" if value else "diverged" for value in (min(values), max(values))]
-        row = [str(number), *figures, f"{low:.4f} to {high:.4f}", *ends, f"{candidate['n_parameters']:,}"]
+        row = [str(number), *means, f"{low:.4f} to {high:.4f}", *ends, f"{candidate['n_parameters']:,}"]
         table.add_row(*row, style="bold" if number == confirmation["winner"] else None)
     winner, seeds = candidates[confirmation["winner"]], confirmation["seeds"]
-    verdict = f"trial {winner['number']} wins, with a mean of {winner['mean']:.4f} over {seeds} seeds"
-    if confirmation["is_tie"]:
-        verdict = f"a tie, the differences are within chance; so the smallest network among equals, and {verdict}"
+    verdict = f"trial {winner['number']}, mean accuracy {winner['mean']:.4f} over {seeds} seeds"
+    tie = "tie: the differences are within noise, so the smallest network is chosen: "
+    verdict = f"{tie if confirmation['is_tie'] else 'winner: '}{verdict}"
     optimism = round(confirmation["optimism"], 4) + 0.0  # no minus before a zero
-    side = "above" if optimism > 0 else "below" if optimism < 0 else "at"
-    luck = f"optimism of the selection: {optimism:+.4f}; the search's best value lies {side} its trial's mean"
-    return Group(table, "", Text(verdict, style="bold"), Text(luck))
+    side = "that much above" if optimism > 0 else "that much below" if optimism < 0 else "equal to"
+    bias = f"selection bias: {optimism:+.4f} (the search's best value is {side} the mean of its retrainings)"
+    return Group(table, "", Text(verdict, style="bold"), Text(bias))
 
 
 def render_export(target: str, metrics: Mapping[str, Any]) -> RenderableType:
-    """Where the bundle is, how good it is, and how its files agree."""
+    """The model folder, its accuracy, and the verification of its files."""
     low, high = metrics["test_interval"]
-    n_images, several, readings = metrics["n_images"]["test"], metrics["test_accuracies"], metrics["test_reads"]
+    n_images, several, n_uses = metrics["n_images"]["test"], metrics["test_accuracies"], metrics["test_reads"]
     lines = [
         f"{target}: trial {metrics['trial']}, test accuracy {metrics['test_accuracy']:.4f} "
-        f"(95% interval {low:.4f} to {high:.4f}) on {n_images} images; export {readings} of this study that reads them"
+        f"(95% CI {low:.4f} to {high:.4f}) on {n_images:,} test images; "
+        f"the test set has now been used by {n_uses} export{'s' * (n_uses > 1)} of this study"
     ]
     if several["std"] is not None:
         n_models = len(several["of_each_seed"])
-        lines.append(
-            f"{n_models} models from different seeds: mean {several['mean']:.4f}, deviation {several['std']:.4f}"
-        )
-    table = Table("file", "largest difference of a probability", "test accuracy", box=SIMPLE_HEAD, show_edge=False)
-    for name, seen in metrics["verified"].items():
-        table.add_row(name, f"{seen['difference']:.1e}", f"{seen['accuracy']:.4f}")
+        mean, std = f"mean {several['mean']:.4f}", f"standard deviation {several['std']:.4f}"
+        lines.append(f"{n_models} models with different seeds: {mean}, {std}")
+    table = Table("file", "max. probability difference", "test accuracy", box=SIMPLE_HEAD, show_edge=False)
+    for name, check in metrics["verified"].items():
+        table.add_row(name, f"{check['difference']:.1e}", f"{check['accuracy']:.4f}")
     return Group(*(Text(line) for line in lines), "", table)
 
 
 def render_replay(document: Mapping[str, Any]) -> RenderableType:
-    """Identical, or by how much not, and why."""
-    trial = f"trial {document['trial']} ({document['state']}, {document['epochs']} epochs)"
+    """Whether the trial was reproduced; if not, the largest difference and its causes."""
+    trial, value, epochs = f"trial {document['trial']}", f"{document['value']:.4f}", document["epochs"]
     if document["identical"]:
-        return Text(f"{trial} is identical: {document['value']:.4f} after the last epoch, as every epoch before it")
-    replayed = document["replayed_value"]
-    again = "the training diverged before" if replayed is None else f"{replayed:.4f} now"
-    largest = document["largest_difference"]
-    size = f", by up to {largest:.4f} (in epoch {document['epoch']})" if largest else ""
+        return Text(f"{trial}: reproduced exactly, all {epochs} epochs identical (final accuracy {value})")
+    replayed, largest = document["replayed_value"], document["largest_difference"]
+    now = "now training diverges before the last epoch" if replayed is None else f"is now {replayed:.4f}"
+    size = f", largest difference {largest:.4f} (epoch {document['epoch']})" if largest else ""
     lines = [
-        f"{trial} differs{size}; after the last epoch {document['value']:.4f} then, {again}",
+        f"{trial}: NOT reproduced{size}; final accuracy was {value}, {now}",
         *(f"  {reason}" for reason in document["reasons"]),
     ]
     return Group(*(Text(line) for line in lines))
 
 
 def render_evaluation(evaluation: Mapping[str, Any]) -> RenderableType:
-    """Accuracy, calibration, and as tables per-class figures, the confusion matrix and the worst mistakes."""
+    """Accuracy, calibration, and tables of per-class metrics, the confusion matrix and the worst errors."""
     rows = evaluation["per_class"]
-    figures = Table("class", "precision", "recall", "F1", "images", box=SIMPLE_HEAD, show_edge=False)
+    per_class = Table("class", "precision", "recall", "F1", "images", box=SIMPLE_HEAD, show_edge=False)
     for row in rows:
         scores = [f"{row[key]:.4f}" for key in ("precision", "recall", "f1")]
-        figures.add_row(row["name"], *scores, str(row["support"]))
+        per_class.add_row(row["name"], *scores, str(row["support"]))
     matrix = Table("true \\ predicted", *(row["name"] for row in rows), box=SIMPLE_HEAD, show_edge=False)
     for row, counts in zip(rows, evaluation["confusion_matrix"], strict=True):
         matrix.add_row(row["name"], *(str(count) if count else "." for count in counts))
     n_images = sum(row["support"] for row in rows)
     low, high = evaluation["interval"]
-    accuracy = f"test accuracy {evaluation['accuracy']:.4f} (95% interval {low:.3f} to {high:.3f}) on {n_images} images"
+    accuracy = f"test accuracy {evaluation['accuracy']:.4f} (95% CI {low:.3f} to {high:.3f}) on {n_images:,} images"
     calibration = f"expected calibration error {evaluation['calibration']['error']:.4f}"
-    return Group(accuracy, calibration, "", figures, "", matrix, *_render_mistakes(evaluation["mistakes"]))
+    return Group(accuracy, calibration, "", per_class, "", matrix, *_render_errors(evaluation["mistakes"]))
 
 
-def _render_mistakes(mistakes: Sequence[Mapping[str, Any]], n_shown: int = 5) -> list[RenderableType]:
-    table = Table("worst mistakes", "true", "predicted", "probability", box=SIMPLE_HEAD, show_edge=False)
+def _render_errors(mistakes: Sequence[Mapping[str, Any]], n_shown: int = 5) -> list[RenderableType]:
+    table = Table("most confident errors", "true", "predicted", "confidence", box=SIMPLE_HEAD, show_edge=False)
     for row in mistakes[:n_shown]:
-        table.add_row(f"image {row['index']}", row["true"], row["predicted"], f"{row['probability']:.4f}")
+        table.add_row(f"test image #{row['index']}", row["true"], row["predicted"], f"{row['probability']:.4f}")
     return ["", table] if mistakes else []
 
 

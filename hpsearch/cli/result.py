@@ -1,4 +1,4 @@
-"""The verbs of the command line for what a search has found: each calls one function and prints what it returns."""
+"""The commands for the result of a search: each calls one function and prints its result."""
 
 import json
 import shlex
@@ -26,14 +26,14 @@ app = typer.Typer()
 @app.command(epilog="Example:  hpsearch confirm studies/mnist-mlp.toml --top 3 --seeds 3")
 def confirm(
     study: StudyArgument,
-    top: Annotated[int, typer.Option(min=1, help="How many of the best trials.")] = 3,
-    seeds: Annotated[int, typer.Option(min=2, max=100, help="Trainings of each, from fresh seeds.")] = 3,
+    top: Annotated[int, typer.Option(min=1, help="Number of best trials to retrain.")] = 3,
+    seeds: Annotated[int, typer.Option(min=2, max=100, help="Training runs per trial, each with a new seed.")] = 3,
     workers: WorkersOption = None,
     storage: StorageOption = None,
     data: DataOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Train the best few trials again from fresh seeds, and say which wins on validation; export takes the winner."""
+    """Retrain the best trials with new seeds and pick the winner. Compares validation accuracies; `export` uses it."""
     definition = load_definition_of(study, storage)
     stored = load_study_of(definition)
     from hpsearch.bundle.confirm import confirm as confirm_trials
@@ -49,7 +49,7 @@ def confirm(
         n_workers=workers or default_workers(),
         folder=data,
         devices=list_devices(),
-        on_run=lambda trial, run, accuracy: echo(f"trial {trial} training {run + 1} of {seeds} {accuracy:.4f}"),
+        on_run=lambda trial, run, accuracy: echo(f"trial {trial}, run {run + 1}/{seeds}: {accuracy:.4f}"),
     )
     print_document(confirmation, render_confirmation, as_json=as_json)
     echo(f"next: hpsearch export {shell_arguments(study, storage)}")
@@ -58,15 +58,15 @@ def confirm(
 @app.command(epilog="Example:  hpsearch export studies/mnist-mlp.toml --onnx --output dist/mnist-mlp")
 def export(
     study: StudyArgument,
-    trial: Annotated[int | None, typer.Option(min=0, help="Another trial than the confirmed or the best one.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Default: dist/<name of the study>.")] = None,
-    onnx: Annotated[bool, typer.Option("--onnx", help="Write model.onnx, too (needs the extra onnx).")] = False,
-    torch_export: Annotated[bool, typer.Option("--torch-export", help="Write model.pt2, too.")] = False,
+    trial: Annotated[int | None, typer.Option(min=0, help="Export this trial instead of the winner.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Output folder. [default: dist/<study>]")] = None,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Also write model.onnx (needs hpsearch[onnx]).")] = False,
+    torch_export: Annotated[bool, typer.Option("--torch-export", help="Also write model.pt2 (torch.export).")] = False,
     storage: StorageOption = None,
     data: DataOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Retrain the confirmed or best trial, measure it once on the test set, and write it as a bundle."""
+    """Retrain the winner, test it once and save it. Trains on the training and validation images together."""
     definition = load_definition_of(study, storage)
     stored = load_study_of(definition)
     from hpsearch.bundle.retrain import export as export_bundle
@@ -76,6 +76,7 @@ def export(
     from hpsearch.training.devices import list_devices
 
     target = output or Path("dist") / definition.study.name
+    n_models, n_epochs = definition.retrain.seeds, definition.retrain.epochs or definition.budget.epochs
     if trial is None:
         echo(explain_choice(stored, shell_arguments(study, storage)))
     metrics = export_bundle(
@@ -87,7 +88,9 @@ def export(
         torch_export=torch_export,
         folder=data,
         device=list_devices()[0],
-        on_epoch=lambda seed, result: echo(f"model {seed + 1} epoch {result.epoch} loss {result.loss:.4f}"),
+        on_epoch=lambda i, result: echo(
+            f"model {i + 1}/{n_models}  epoch {result.epoch}/{n_epochs}  loss {result.loss:.4f}"
+        ),
     )
     print_document(metrics, lambda document: render_export(str(target), document), as_json=as_json)
     bundle = shlex.quote(str(target))
@@ -98,12 +101,12 @@ def export(
 @app.command(epilog="Example:  hpsearch replay studies/mnist-mlp.toml --trial 17")
 def replay(
     study: StudyArgument,
-    trial: Annotated[int, typer.Option(min=0, help="A trial that has finished an epoch.")],
+    trial: Annotated[int, typer.Option(min=0, help="Number of the trial (must have finished at least one epoch).")],
     storage: StorageOption = None,
     data: DataOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Run a finished trial again from its seed, and say whether it gives the same learning curve."""
+    """Re-run a trial and check that its learning curve is reproduced."""
     definition = load_definition_of(study, storage)
     stored = load_study_of(definition)
     from hpsearch.bundle.replay import replay as replay_trial
@@ -127,13 +130,13 @@ def replay(
 @app.command(epilog="Example:  hpsearch report studies/mnist-mlp.toml --output report.html")
 def report(
     study: StudyArgument,
-    output: Annotated[Path | None, typer.Option(help="Default: <name of the study>-report.html.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Output file. [default: <study>-report.html]")] = None,
     bundle: Annotated[
-        Path | None, typer.Option(help="A folder that export wrote; default: dist/<name of the study>, if it is there.")
+        Path | None, typer.Option(help="Model folder to include. [default: dist/<study>, if it exists]")
     ] = None,
     storage: StorageOption = None,
 ) -> None:
-    """Write one HTML file that opens offline: how good the winner is, how sure that is, and what the search did."""
+    """Write an HTML report. Shows the winner, how certain its accuracy is, and how the search went; opens offline."""
     definition = load_definition_of(study, storage)
     from hpsearch.bundle.bundle import load
     from hpsearch.monitor.report import find_bundle, write_report
@@ -148,21 +151,20 @@ def report(
     write_report(definition, loaded, file, bundle=chosen, command=shell_arguments(study, storage))
     print(file)
     if chosen is None:
-        echo(
-            f"next: hpsearch export {shell_arguments(study, storage)}, then report again, to include the test accuracy"
-        )
+        again = f"hpsearch export {shell_arguments(study, storage)}, then run report again"
+        echo(f"no exported model found, so the report has no test accuracy; to add it: {again}")
 
 
 @app.command(epilog="Example:  hpsearch evaluate dist/mnist-mlp --pictures pictures")
 def evaluate(
     bundle: BundleArgument,
     pictures: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Draw confusion matrix, calibration and worst mistakes here.")
+        Path | None, typer.Option(metavar="DIR", help="Save plots (confusion matrix, calibration, worst errors) here.")
     ] = None,
     data: DataOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure a bundle on the test set: accuracy, per-class figures, confusion matrix, calibration, worst mistakes."""
+    """Evaluate a saved model on the test set. Prints accuracy, per-class metrics, confusion matrix and calibration."""
     from dataclasses import asdict
 
     from hpsearch.bundle.bundle import load
@@ -178,7 +180,7 @@ def evaluate(
     print_document(asdict(evaluation), render_evaluation, as_json=as_json)
     if pictures:
         files = draw_evaluation(evaluation, load_test(classifier.config.data, data)[0], pictures)
-        echo(f"drawn: {', '.join(map(str, files))}")
+        echo(f"plots saved: {', '.join(map(str, files))}")
     else:
         echo(f"next: hpsearch evaluate {shlex.quote(str(bundle))} --pictures DIR")
 
@@ -187,21 +189,21 @@ def evaluate(
 def predict(
     bundle: BundleArgument,
     images: Annotated[
-        list[str], typer.Argument(metavar="IMAGE...", help="Image files of any size, folders of them, and patterns.")
+        list[str], typer.Argument(metavar="IMAGE...", help="Image files, folders, or quoted glob patterns.")
     ],
     as_json: JsonOption = False,
 ) -> None:
-    """Give the softmax probabilities of the three likeliest classes of each image."""
+    """Classify images. Prints the top three classes with probabilities."""
     from hpsearch.bundle.bundle import load
     from hpsearch.bundle.predict import predict_files
     from hpsearch.cli.render import prediction_line
     from hpsearch.monitor.text import echo, printable
 
-    def tell(file: str) -> None:
-        echo(f"{printable(file)}: named again, predicted once")
+    def warn(file: str) -> None:
+        echo(f"{printable(file)}: listed more than once, predicted once")
 
     n_errors, document = 0, []
-    for prediction in predict_files(load(bundle), images, on_duplicate=tell):
+    for prediction in predict_files(load(bundle), images, on_duplicate=warn):
         if "error" in prediction:
             n_errors += 1
             echo(f"error: {printable(prediction['error'])}")

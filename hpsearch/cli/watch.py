@@ -1,4 +1,4 @@
-"""The verbs to watch a search, and to steer it."""
+"""The commands that watch and steer a search."""
 
 import signal
 import sys
@@ -22,24 +22,24 @@ from hpsearch.errors import UsageError
 
 app = typer.Typer()
 
-_POLL = 0.25  # seconds between two looks at whether all workers have stopped
+_POLL = 0.25  # seconds between two checks whether all workers have stopped
 
 
 @app.command(epilog="Example:  hpsearch status studies/mnist-mlp.toml --watch")
 def status(
     study: StudyArgument,
     watch: Annotated[
-        bool, typer.Option("--watch", help="Show it until the search ends; in a pipe a line for each finished trial.")
+        bool, typer.Option("--watch", help="Update until the search ends; in a pipe, one line per finished trial.")
     ] = False,
     storage: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show counts by state, the best trial, the workers, and the epochs run and saved."""
+    """Show the progress of a search. Prints trial counts, the best trial, workers and epochs."""
     definition = load_definition_of(study, storage)
     if not watch:
         return print_status(definition, as_json=as_json)
     if as_json:
-        raise UsageError("--watch and --json do not go together; call status --json again and again instead")
+        raise UsageError("--watch cannot be combined with --json; poll `status --json` instead")
     from rich.console import Console
 
     from hpsearch.monitor.live import LiveView
@@ -47,7 +47,7 @@ def status(
     from hpsearch.monitor.text import echo
 
     watched = open_watch(definition)
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # leaves the terminal as it was
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # restores the terminal
     with LiveView(watched, Console(highlight=False), follows=True) as view:
         view.wait()
     for line in summarize_search(watched, shell_arguments(study, storage)):
@@ -58,22 +58,22 @@ def status(
 @app.command(epilog="Example:  hpsearch trials studies/mnist-mlp.toml --sort value --limit 5 --columns number,value,lr")
 def trials(
     study: StudyArgument,
-    state: Annotated[State | None, typer.Option(help="Only trials in this state.")] = None,
-    sort: Annotated[str, typer.Option(metavar="COLUMN", help="By value the best first, else the least.")] = "number",
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many.")] = None,
+    state: Annotated[State | None, typer.Option(help="Show only trials in this state.")] = None,
+    sort: Annotated[str, typer.Option(metavar="COLUMN", help="Sort by this column; value: best first.")] = "number",
+    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Show at most N trials.")] = None,
     columns: Annotated[
-        str | None, typer.Option(metavar="A,B,...", help="Only these columns: number, state, value, lr, ...")
+        str | None, typer.Option(metavar="A,B,...", help="Columns to show: number, state, value, lr, ...")
     ] = None,
     storage: StorageOption = None,
     as_json: JsonOption = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV, safe to open in a spreadsheet.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV (formulas are escaped).")] = False,
 ) -> None:
-    """List the trials of a study."""
+    """List trials; filter, sort, or print them as CSV or JSON."""
     from hpsearch.cli.render import render_trials
     from hpsearch.monitor.trials import check_columns, flatten, list_columns, list_trials, to_csv
 
     if as_json and as_csv:
-        raise UsageError("--json and --csv do not go together; choose one")
+        raise UsageError("--json and --csv cannot be combined")
     definition = load_definition_of(study, storage)
     known = list_columns(definition.search)
     chosen = [name.strip() for name in columns.split(",")] if columns else []
@@ -90,11 +90,11 @@ def trials(
 @app.command(epilog="Example:  hpsearch show studies/mnist-mlp.toml 17")
 def show(
     study: StudyArgument,
-    number: Annotated[int, typer.Argument(metavar="TRIAL", help="The trial's number.")],
+    number: Annotated[int, typer.Argument(metavar="TRIAL", help="Trial number.")],
     storage: StorageOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show one trial: its parameters, reports, times, worker, and why it failed or was pruned."""
+    """Show one trial: hyperparameters, accuracy per epoch, timing. Also why it failed or was pruned."""
     from hpsearch.cli.render import render_trial
     from hpsearch.search.trials import describe_in_full
 
@@ -104,33 +104,34 @@ def show(
 
 @app.command(epilog="Example:  hpsearch stop studies/mnist-mlp.toml")
 def stop(study: StudyArgument, storage: StorageOption = None) -> None:
-    """Stop all workers on all machines: they finish their epochs and hand their trials back; run goes on with them."""
+    """Stop all workers on all machines after their current epoch. `run` resumes."""
     from hpsearch.monitor.status import open_watch
     from hpsearch.monitor.text import echo
     from hpsearch.search.steering import stop_study
 
     definition = load_definition_of(study, storage)
     stop_study(load_study_of(definition))
-    watch, told = open_watch(definition), 0
+    watch, n_waiting = open_watch(definition), 0
     while (snapshot := watch.poll()).is_stopped and snapshot.n_alive:
-        if snapshot.n_alive != told:
-            told = snapshot.n_alive
-            echo(f"waiting for {told} trials whose workers finish their epochs ...")
+        if snapshot.n_alive != n_waiting:
+            n_waiting = snapshot.n_alive
+            echo(f"waiting for {n_waiting} worker{'s' * (n_waiting > 1)} to finish the current epoch ...")
         time.sleep(_POLL)
     if not snapshot.is_stopped:
-        return echo("the study was resumed meanwhile")
+        return echo("someone resumed the study in the meantime; it is running again")
     for lost in snapshot.workers:
-        echo(f"trial {lost['trial']} of {lost['worker']}, which gives no sign of life, is taken over by the next run")
-    return echo(f"stopped: {snapshot.describe_progress()}; go on with: hpsearch run {shell_arguments(study, storage)}")
+        echo(f"worker {lost['worker']} is not responding; its trial {lost['trial']} will be resumed by the next run")
+    command = shell_arguments(study, storage)
+    return echo(f"stopped: {snapshot.describe_progress()}; resume with: hpsearch run {command}")
 
 
 @app.command(epilog="Example:  hpsearch extend studies/mnist-mlp.toml --trials 40")
 def extend(
     study: StudyArgument,
-    trials: Annotated[int, typer.Option(min=1, help="How many trials more.")],
+    trials: Annotated[int, typer.Option(min=1, help="Number of trials to add.")],
     storage: StorageOption = None,
 ) -> None:
-    """Add trials to the budget of a study; workers that run go on with them."""
+    """Add trials to a study's budget. Running workers pick them up."""
     from hpsearch.monitor.status import open_watch
     from hpsearch.monitor.text import echo
     from hpsearch.search.steering import extend_study
@@ -138,18 +139,18 @@ def extend(
     definition = load_definition_of(study, storage)
     n_trials = extend_study(load_study_of(definition), trials)
     suggestion = open_watch(definition).poll().suggest_next(shell_arguments(study, storage))
-    echo(f"the budget has {n_trials} trials now; {suggestion}")
+    echo(f"budget is now {n_trials} trials; {suggestion}")
 
 
 @app.command(epilog="Example:  hpsearch enqueue studies/mnist-mlp.toml --set lr=1e-3 --set depth=2")
 def enqueue(
     study: StudyArgument,
     settings: Annotated[
-        list[str], typer.Option("--set", metavar="NAME=VALUE", help="A hyperparameter; the sampler adds the others.")
+        list[str], typer.Option("--set", metavar="NAME=VALUE", help="Repeatable; the sampler chooses the rest.")
     ],
     storage: StorageOption = None,
 ) -> None:
-    """Try given values next."""
+    """Queue a trial with hyperparameters of your choice."""
     from hpsearch.monitor.status import open_watch
     from hpsearch.monitor.text import echo
     from hpsearch.search.steering import enqueue_trial
@@ -157,31 +158,31 @@ def enqueue(
     definition = load_definition_of(study, storage)
     number = enqueue_trial(definition, load_study_of(definition), settings)
     snapshot = open_watch(definition).poll()
-    echo(f"trial {number} waits with {', '.join(settings)}; {snapshot.suggest_next(shell_arguments(study, storage))}")
+    echo(f"trial {number} queued with {', '.join(settings)}; {snapshot.suggest_next(shell_arguments(study, storage))}")
 
 
 @app.command(epilog="Example:  hpsearch dashboard studies/mnist-mlp.toml --open")
 def dashboard(
     study: StudyArgument,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 0,
-    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")] = 0,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     token: Annotated[
-        str | None, typer.Option(envvar="HPSEARCH_TOKEN", help="The secret in the address; default: a random one.")
+        str | None, typer.Option(envvar="HPSEARCH_TOKEN", help="Access token for the URL. [default: random]")
     ] = None,
     writable: Annotated[
         bool,
         typer.Option(
             "--writable",
-            help="Allow the page to write notes, to attach and delete files, and to delete studies, but nothing else.",
+            help="Allow editing notes, uploading and deleting files, and deleting studies. [default: read-only]",
         ),
     ] = False,
-    opens: Annotated[bool, typer.Option("--open", help="Open the address in a browser.")] = False,
+    opens: Annotated[bool, typer.Option("--open", help="Open the dashboard in your browser.")] = False,
     storage: StorageOption = None,
 ) -> None:
-    """Show the study in a browser, with Optuna's dashboard, until Ctrl-C."""
+    """Serve the Optuna dashboard for a study (stop with Ctrl-C)."""
     import threading
     import webbrowser
-    from contextlib import ExitStack
+    from contextlib import ExitStack, suppress
 
     from hpsearch.monitor.dashboard.app import redirect_file, serve
     from hpsearch.monitor.dashboard.server import is_loopback
@@ -194,10 +195,12 @@ def dashboard(
         )
         if not is_loopback(host):
             echo(
-                "the token and the study travel unencrypted: put a reverse proxy with TLS before this server,\n"
-                "or leave --host out and reach it through: ssh -L"
+                "warning: traffic, including the token, is not encrypted; put a TLS reverse proxy in front of it,\n"
+                "or drop --host and use an SSH tunnel (ssh -L)"
             )
+        echo(f"Optuna dashboard ({'writable' if writable else 'read-only'}), press Ctrl-C to stop:")
         print(address, flush=True)
         if opens:
             webbrowser.open(stack.enter_context(redirect_file(address)))
-        threading.Event().wait()
+        with suppress(KeyboardInterrupt):
+            threading.Event().wait()

@@ -1,7 +1,7 @@
-"""The study file: read, validated, fingerprinted; and the search space that it describes.
+"""Reads, validates and fingerprints study files, and defines the search space.
 
-urls         database and artifact URLs: parsed, and shown without passwords
-space        hyperparameters, search space, and `suggest`, which draws the one from the other
-validation   what is wrong with a study file, and where
-definition   the study file as one frozen value, `StudyDefinition`
+urls         parses database and artifact URLs, and hides their passwords
+space        hyperparameters, the search space, and `suggest`, which samples one from the other
+validation   the errors in a study file, with their location
+definition   the study file as a frozen `StudyDefinition`
 """

@@ -1,4 +1,4 @@
-"""The study file: read, validated with all its mistakes at once, resolved, fingerprinted."""
+"""Reads a study file, reports all of its errors at once, fills in the defaults, and fingerprints it."""
 
 import hashlib
 import json
@@ -23,11 +23,11 @@ N_TRAINING_IMAGES = {"mnist": 60_000, "fashion-mnist": 60_000, "kmnist": 60_000,
 
 
 class Study(Table):
-    """Its repr and its pickle do not have the passwords in the URL of the storage."""
+    """The [study] table; its repr and its pickle leave out passwords in the database URL."""
 
     name: str = Field("", pattern=r"^[A-Za-z0-9][\w.-]*$", max_length=100, description="default: the file's stem")
     storage: str = Field("", description="SQLAlchemy URL; default: sqlite:///<name>.db beside the file")
-    artifacts: str = Field("artifacts", description="folder or URL of what trials leave behind, in <artifacts>/<name>/")
+    artifacts: str = Field("artifacts", description="folder or URL for checkpoints and tracebacks, by study name")
     seed: int = Field(0, ge=0, lt=2**63)
 
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
@@ -43,19 +43,19 @@ class Study(Table):
 
 
 class Budget(Table):
-    """Of the whole study, across all workers and machines."""
+    """Limits for the whole study, across all workers and machines."""
 
-    trials: int = Field(60, ge=1, description="finished (complete or pruned) trials")
-    epochs: int = Field(10, ge=1, description="full fidelity of a trial")
-    minutes: float | None = Field(None, gt=0, description="of searching, pauses not counted")
-    target: float | None = Field(None, gt=0, le=1, description="validation accuracy that ends the search")
-    failures: int = Field(5, ge=1, description="failed trials that end the search")
+    trials: int = Field(60, ge=1, description="number of finished (completed or pruned) trials")
+    epochs: int = Field(10, ge=1, description="epochs of a trial that is not pruned")
+    minutes: float | None = Field(None, gt=0, description="search time limit, without pauses")
+    target: float | None = Field(None, gt=0, le=1, description="stop once a trial reaches this validation accuracy")
+    failures: int = Field(5, ge=1, description="stop after this many failed trials")
 
 
 class Data(Table):
     name: Literal["mnist", "fashion-mnist", "kmnist", "digits"] = "mnist"
-    validation: int = Field(0, ge=1, description="images held out of the training split; default: a sixth")
-    train: int | None = Field(None, ge=1, description="size of a smaller training subset")
+    validation: int = Field(0, ge=1, description="images held out for validation; default: one sixth")
+    train: int | None = Field(None, ge=1, description="train on this many images only; default: all")
     split_seed: int = Field(0, ge=0, lt=2**32)
 
     @model_validator(mode="after")
@@ -65,7 +65,7 @@ class Data(Table):
             object.__setattr__(self, "validation", n_images // 6)
         wanted = self.validation + (self.train or 1)
         if wanted > n_images:
-            message = "train + validation <= {n} must hold for {name}, but got {wanted}"
+            message = "{name} has only {n} training images, but train + validation need {wanted}"
             raise PydanticCustomError("bounds", message, {"n": n_images, "name": self.name, "wanted": wanted})
         return self
 
@@ -76,7 +76,7 @@ class Network(Table):
 
 class Sampler(Table):
     kind: Literal["tpe", "random", "gp", "cmaes"] = "tpe"
-    startup: int = Field(10, ge=1, description="random trials before the sampler learns")
+    startup: int = Field(10, ge=1, description="number of random trials before the sampler takes over")
 
 
 class Pruner(Table):
@@ -84,27 +84,27 @@ class Pruner(Table):
 
 
 class Recovery(Table):
-    heartbeat: int = Field(10, ge=1, description="seconds between two signs of life")
-    grace: int = Field(60, ge=2, description="seconds without one after which a worker is given up")
-    retries: int = Field(2, ge=0, description="of a trial whose worker was killed")
-    checkpoint: float = Field(5.0, ge=0, description="least seconds between two checkpoints of a trial")
-    keep: int = Field(3, ge=0, description="checkpoints of finished trials that stay: those of the best")
+    heartbeat: int = Field(10, ge=1, description="seconds between heartbeats")
+    grace: int = Field(60, ge=2, description="seconds without a heartbeat until a worker counts as dead")
+    retries: int = Field(2, ge=0, description="retries of a trial whose worker was killed")
+    checkpoint: float = Field(5.0, ge=0, description="minimum seconds between two checkpoints of a trial")
+    keep: int = Field(3, ge=0, description="number of best finished trials whose checkpoints are kept")
 
     @model_validator(mode="after")
     def _check_grace(self) -> Self:
         if self.grace <= self.heartbeat:
-            message = "heartbeat < grace must hold, but got (heartbeat={heartbeat}, grace={grace})"
+            message = "grace ({grace} s) must be greater than heartbeat ({heartbeat} s)"
             raise PydanticCustomError("bounds", message, self.model_dump(include={"heartbeat", "grace"}))
         return self
 
 
 class Retrain(Table):
     epochs: int | None = Field(None, ge=1, description="default: budget.epochs")
-    seeds: int = Field(1, ge=1, le=100, description="models trained; the first one is exported")
+    seeds: int = Field(1, ge=1, le=100, description="number of models to train; the first is exported")
 
 
 class StudyDefinition(Table):
-    """A study file, checked and resolved: what is searched, on which data, within which budget."""
+    """A validated study file with all defaults filled in: search space, data, budget and settings."""
 
     study: Study = Study()
     budget: Budget = Budget()
@@ -124,10 +124,10 @@ class StudyDefinition(Table):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What makes two trials of a study comparable, as a flat table of `section.key` to value.
+        """Return the settings that must not change for trials to be comparable, as `section.key` to value.
 
-        Budget, recovery and retrain may change in a study's life, and so may its place; the epochs of a trial may
-        not, since they are part of what its value means.
+        Budget, recovery, retrain and the location may change; the epochs of a trial may not, because trial values
+        depend on them.
         """
         tables = self.to_tables()
         kept = {key: tables[key] for key in ("data", "network", "search", "fixed", "try", "sampler", "pruner")}
@@ -136,11 +136,11 @@ class StudyDefinition(Table):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over `identity`."""
+        """Return the SHA-256 of `identity`."""
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
 
     def to_tables(self) -> dict[str, Any]:
-        """The resolved study as plain tables, as in a study file, the password of its storage hidden."""
+        """Return the resolved study as plain tables, with the database password hidden."""
         tables = self.model_dump(by_alias=True, exclude_none=True)
         if self.study.storage:
             tables["study"]["storage"] = show_url(self.study.storage)
@@ -151,51 +151,51 @@ class StudyDefinition(Table):
         return tables
 
     def to_toml(self) -> str:
-        """The resolved study as the text of a study file."""
+        """Return the resolved study as the text of a study file."""
         tables = self.to_tables()
         tables["search"] = {name: _inline(table) for name, table in tables["search"].items()}
         return tomlkit.dumps({key: table for key, table in tables.items() if table})
 
 
 def load_definition(path: Path | str, *, storage: str | None = None, artifacts: str | None = None) -> StudyDefinition:
-    """The definition in a study file, with its defaults, its storage and its artifacts resolved.
+    """Load a study file and resolve its defaults, its storage and its artifacts.
 
-    `path` may be the bare name of a file in `studies/`. The storage is the argument, else HPSEARCH_STORAGE, else the
-    file's, and so are the artifacts, with HPSEARCH_ARTIFACTS; relative paths in the file are relative to it, others to
-    the current folder. Raises `DefinitionError` with one line for each mistake.
+    `path` may be the name of a file in `studies/`. The arguments override HPSEARCH_STORAGE and HPSEARCH_ARTIFACTS,
+    which override the file. Relative paths in the file are relative to the file, others to the current folder. Raises
+    `DefinitionError` with one line per problem.
     """
     file = _find_study_file(str(path))
     try:
         raw = tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise DefinitionError(str(file), [f"cannot be read: {error.strerror}"]) from error
+        raise DefinitionError(str(file), [f"cannot read the file: {error.strerror}"]) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DefinitionError(str(file), [f"not valid TOML: {error}"]) from error
     definition = parse_definition(raw, str(file))
     name = definition.study.name or file.stem
     given = storage or os.environ.get("HPSEARCH_STORAGE")
+    url = given or definition.study.storage or f"sqlite:///{name}.db"
     try:
-        url = _relative_to(
-            Path() if given else file.parent, given or definition.study.storage or f"sqlite:///{name}.db"
-        )
+        url = _relative_to(Path() if given else file.parent, url)
     except UsageError as error:
         raise error if given else DefinitionError(str(file), [f"study.storage: {error}"]) from error
-    place = artifacts or os.environ.get("HPSEARCH_ARTIFACTS")
+    location = artifacts or os.environ.get("HPSEARCH_ARTIFACTS")
     try:
-        place = _resolve_artifacts(Path() if place else file.parent, place or definition.study.artifacts)
+        location = _resolve_artifacts(Path() if location else file.parent, location or definition.study.artifacts)
     except UsageError as error:
         raise DefinitionError(str(file), [f"study.artifacts: {error}"]) from None
-    study = definition.study.model_dump() | {"name": name, "storage": url, "artifacts": place}
+    study = definition.study.model_dump() | {"name": name, "storage": url, "artifacts": location}
     try:
         resolved = Study.model_validate(study)
     except ValidationError as error:
-        problem = f"{next(describe(error, StudyDefinition))} (from the file's name); set study.name in the file"
-        raise DefinitionError(str(file), [f"study.{problem}"]) from error
+        problem = next(describe(error, StudyDefinition)).removeprefix("name: ")
+        problem = f"the file name cannot serve as study name: {problem}; set study.name in the file"
+        raise DefinitionError(str(file), [problem]) from error
     return definition.model_copy(update={"study": resolved})
 
 
 def parse_definition(raw: Mapping[str, Any], source: str = "study") -> StudyDefinition:
-    """The definition in the tables of a study file; raises `DefinitionError` with all mistakes."""
+    """Validate the tables of a study file. Raises `DefinitionError` with all problems."""
     try:
         definition = StudyDefinition.model_validate(raw)
         problems: list[str] = []
@@ -208,7 +208,7 @@ def parse_definition(raw: Mapping[str, Any], source: str = "study") -> StudyDefi
 
 
 def evolve(definition: StudyDefinition, section: str, **values: Any) -> StudyDefinition:
-    """The definition with some values of a section replaced, checked again; raises `UsageError`."""
+    """Return the definition with some values of a section replaced. Raises `UsageError` if they are invalid."""
     table = getattr(definition, section)
     try:
         changed = type(table).model_validate(table.model_dump() | values)
@@ -226,8 +226,8 @@ def _find_study_file(name: str) -> Path:
         if path.is_file():
             return path
     known = sorted(file.stem for file in Path("studies").glob("*.toml"))
-    hint = did_you_mean(path.stem, known) if known else "name a study file, such as studies/digits.toml"
-    raise DefinitionError(name, [f"no such study file; {hint}"])
+    hint = did_you_mean(path.stem, known) if known else "./studies has none; give the path of a study file"
+    raise DefinitionError(name, [f"study file not found; {hint}"])
 
 
 def _relative_to(folder: Path, url: str) -> str:
@@ -238,17 +238,17 @@ def _relative_to(folder: Path, url: str) -> str:
     return parsed.set(database=database).render_as_string(hide_password=False)
 
 
-def _resolve_artifacts(folder: Path, place: str) -> str:
-    if not is_url(place):
-        return str(folder.resolve() / place)
-    scheme, _, rest = place.partition("://")
+def _resolve_artifacts(folder: Path, location: str) -> str:
+    if not is_url(location):
+        return str(folder.resolve() / location)
+    scheme, _, rest = location.partition("://")
     if ":" in rest.rpartition("@")[0]:
-        raise UsageError("a URL is printed, so it must not have a password; give it in the environment")
+        raise UsageError("logs show this URL, so it must not contain a password; set credentials in the environment")
     if not rest.strip("/"):
-        raise UsageError(f"{place} names no place")
+        raise UsageError(f"{location}: bucket or path missing")
     if scheme == "memory":
-        raise UsageError("memory:// is of one process, and the others do not see it; use a folder or an object store")
-    return place
+        raise UsageError("memory:// is not shared between processes; use a folder or an object store")
+    return location
 
 
 def _flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,6 +1,6 @@
-"""The search table of a study file, what it suggests to an Optuna trial, and the hyperparameters drawn from it.
+"""The search space of a study file, and the hyperparameters that Optuna trials sample from it.
 
-A hyperparameter has one home, a field of `Hyperparameters`, whose constraints check every value from anywhere.
+Each hyperparameter is a field of `Hyperparameters`; the constraints of that field validate all of its values.
 """
 
 from abc import abstractmethod
@@ -14,31 +14,31 @@ Scalar = bool | int | float | str
 
 
 class Table(BaseModel):
-    """A table of a study file: frozen, strict about types, and closed to unknown keys."""
+    """A table of a study file: frozen, strictly typed, without unknown keys."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
 class Hyperparameters(Table):
-    """What decides how a network is built and trained; every field can be searched or fixed."""
+    """The hyperparameters of a network and its training; each can be searched or fixed."""
 
-    depth: int = Field(2, ge=1, le=64, description="hidden layers of an MLP, blocks of a CNN")
-    width: int = Field(128, ge=1, le=65_536, description="units of a hidden layer, channels of the first block")
+    depth: int = Field(2, ge=1, le=64, description="number of hidden layers (MLP) or blocks (CNN)")
+    width: int = Field(128, ge=1, le=65_536, description="units per layer (MLP) or channels of the first block (CNN)")
     activation: Literal["relu", "gelu", "silu"] = "relu"
     dropout: float = Field(0.0, ge=0, lt=1)
     batch_norm: bool = True
     optimizer: Literal["adam", "adamw", "sgd", "rmsprop", "nadam"] = "adam"
-    lr: float = Field(1e-3, gt=0, description="learning rate, the peak one of a schedule")
+    lr: float = Field(1e-3, gt=0, description="learning rate; the peak if a schedule is used")
     weight_decay: float = Field(0.0, ge=0)
-    momentum: float = Field(0.0, ge=0, lt=1, description="of sgd and rmsprop")
-    batch_size: int = Field(128, ge=2, le=65_536, description="images; batch norm needs two")
+    momentum: float = Field(0.0, ge=0, lt=1, description="for sgd and rmsprop")
+    batch_size: int = Field(128, ge=2, le=65_536, description="images per batch; batch norm needs two")
     schedule: Literal["constant", "cosine", "onecycle"] = "constant"
     label_smoothing: float = Field(0.0, ge=0, lt=1)
-    augment: float = Field(0.0, ge=0, le=1, description="strength of random shift, rotation and scale")
+    augment: float = Field(0.0, ge=0, le=1, description="strength of random shift, rotation and scaling")
 
 
 class Suggests(Protocol):
-    """Anything with Optuna's `suggest_*`: `Trial`, `FixedTrial` or `FrozenTrial`."""
+    """Anything with Optuna's `suggest_*` methods: `Trial`, `FixedTrial` or `FrozenTrial`."""
 
     @property
     def number(self) -> int: ...
@@ -56,29 +56,29 @@ class Suggests(Protocol):
 
 
 class Dimension(Table):
-    """One searched hyperparameter; `when` names the values of others that make it part of a trial."""
+    """A searched hyperparameter, suggested only if the hyperparameters in `when` have one of the listed values."""
 
     when: dict[str, list[Scalar]] = {}
 
     @property
     @abstractmethod
     def ends(self) -> list[Any]:
-        """The values that must be valid for every value between them to be valid."""
+        """Return the values to validate; if they are valid, so are all values in between."""
 
     @abstractmethod
     def suggest(self, trial: Suggests, name: str) -> Scalar:
-        """The value that the trial draws."""
+        """Return the value that the trial samples."""
 
     @abstractmethod
     def has(self, value: Any) -> bool:
-        """Whether the dimension can take the value."""
+        """Return whether the dimension contains the value."""
 
     def is_active(self, values: Mapping[str, Any]) -> bool:
         return all(name in values and is_among(values[name], allowed) for name, allowed in self.when.items())
 
 
 class Range(Dimension):
-    """All values between two ends, both included."""
+    """All values between two bounds, both inclusive."""
 
     range: list[Any]
     log: bool = False
@@ -87,16 +87,17 @@ class Range(Dimension):
     @model_validator(mode="after")
     def _check_bounds(self) -> Self:
         low, high = self.range
+        bounds = {"low": low, "high": high}
         if low > high:
-            raise PydanticCustomError("bounds", "low {low} > high {high}", {"low": low, "high": high})
+            raise PydanticCustomError("bounds", "lower bound {low} is greater than upper bound {high}", bounds)
         if self.log and low <= 0:
-            raise PydanticCustomError("bounds", "a log range needs low > 0, but got low {low}", {"low": low})
+            raise PydanticCustomError("bounds", "log = true needs a lower bound > 0, got {low}", bounds)
         if self.log and "step" in self.model_fields_set:
-            raise PydanticCustomError("bounds", "log and step exclude each other")
+            raise PydanticCustomError("bounds", "log and step cannot be combined")
         rest = (high - low) % self.step if "step" in self.model_fields_set else 0
         if min(rest, self.step - rest if rest else 0) > 1e-9:
-            context = {"low": low, "high": high, "step": self.step}
-            raise PydanticCustomError("bounds", "step {step} does not divide the range from {low} to {high}", context)
+            message = "step {step} does not divide the range from {low} to {high}"
+            raise PydanticCustomError("bounds", message, bounds | {"step": self.step})
         return self
 
     @property
@@ -139,7 +140,7 @@ class Choice(Dimension):
     @model_validator(mode="after")
     def _check_choices(self) -> Self:
         if len({(isinstance(value, bool), value) for value in self.choice}) < len(self.choice):
-            raise PydanticCustomError("choices", "choices must differ, but got {choices}", {"choices": self.choice})
+            raise PydanticCustomError("choices", "duplicate values in {choices}", {"choices": self.choice})
         return self
 
     @property
@@ -166,13 +167,14 @@ AnyDimension = Annotated[
     Discriminator(
         _kind_of_dimension,
         custom_error_type="dimension",
-        custom_error_message="must be one of { int = [low, high] }, { float = [low, high] }, { choice = [...] }",
+        custom_error_message="expected a range or a choice: { int = [low, high] }, { float = [low, high] } or "
+        "{ choice = [...] }",
     ),
 ]
 
 
 class SearchSpace:
-    """The dimensions in the order in which they are suggested, each behind those that its `when` names."""
+    """The dimensions in the order of suggestion, each after those that its `when` names."""
 
     def __init__(self, search: Mapping[str, Dimension], fixed: Mapping[str, Any]) -> None:
         self.fixed = dict(fixed)
@@ -184,7 +186,7 @@ class SearchSpace:
 
 
 def suggest(trial: Suggests, space: SearchSpace) -> Hyperparameters:
-    """The hyperparameters of a trial: searched ones from the trial, the others fixed or at their defaults.
+    """Sample the hyperparameters of a trial; those not searched are fixed or have their default.
 
     A hyperparameter whose `when` does not hold is not suggested and keeps its default.
     """
@@ -196,9 +198,9 @@ def suggest(trial: Suggests, space: SearchSpace) -> Hyperparameters:
 
 
 def parents_first(search: Mapping[str, Dimension]) -> list[str]:
-    """The names of the dimensions, each after those that its `when` names; without those that depend on themselves."""
+    """Return the names of the dimensions, each after those that its `when` names; circular ones are left out."""
     ordered: list[str] = []
-    for _ in search:  # one more name each time, if conditions do not go round in a circle
+    for _ in search:  # each pass adds one name, unless conditions are circular
         for name, dimension in search.items():
             if name not in ordered and all(parent in ordered or parent not in search for parent in dimension.when):
                 ordered.append(name)
@@ -207,5 +209,5 @@ def parents_first(search: Mapping[str, Dimension]) -> list[str]:
 
 
 def is_among(value: Any, allowed: Iterable[Any]) -> bool:
-    """Whether a value is one of those allowed; `True` is not 1."""
+    """Return whether a value is among the allowed ones; unlike with `in`, `True` does not equal 1."""
     return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in allowed)

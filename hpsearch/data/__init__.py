@@ -1,10 +1,10 @@
-"""Data sets as tensors in memory, and image files as pixels.
+"""Loads data sets as tensors in memory, and image files as pixels.
 
 dataset        splits, batches, and the registry of data sets
-mnist          MNIST and its relatives: downloaded, unpacked, parsed
-digits         scikit-learn's digits, enlarged to 28x28
-stratify       row numbers of two parts with the same share of each class
-augment        random shift, rotation and scale of a batch
-image_files    image files of any size and colour to the pixels that a network expects
-mnist_images   handwriting to MNIST's form: paper removed, strokes thickened, digit centred
+mnist          downloads, unpacks and parses MNIST and similar data sets
+digits         scikit-learn's digits, upscaled to 28x28
+stratify       splits rows into two parts with the same class proportions
+augment        randomly shifts, rotates and scales a batch
+image_files    converts image files of any size and color to a network's input
+mnist_images   converts handwriting to MNIST's format: removes paper, thickens strokes, centers digits
 """

@@ -1,7 +1,7 @@
-"""Image data as resident tensors: read, split, normalised, loaded in batches, augmented.
+"""Loads, splits, normalizes and batches image data that stays in memory as tensors.
 
-The training split of a data set is divided into training and validation images. The test set is read by `load_test`
-alone, which a search never calls.
+The training split of a data set is divided into training and validation images. Only `load_test` reads the test set,
+and a search never calls it.
 """
 
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ CLASS_NAMES = {
 
 @dataclass(frozen=True)
 class Split:
-    """Images, float32 and normalised, shape (N, 1, H, W), and their labels, int64, shape (N,)."""
+    """Normalized images, float32, shape (N, 1, H, W), and their labels, int64, shape (N,)."""
 
     images: Tensor
     labels: Tensor
@@ -53,15 +53,15 @@ class Split:
     def loader(
         self, batch_size: int, *, shuffle: bool = False, generator: torch.Generator | None = None
     ) -> DataLoader[tuple[Tensor, Tensor]]:
-        """A DataLoader of (images, labels) batches; each batch is one indexing of the resident tensors."""
+        """Return a DataLoader of (images, labels) batches, each indexed from the tensors in memory."""
         return _Loader(_Batches(self, batch_size, shuffle=shuffle, generator=generator), batch_size=None)
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """What a search may see: the training and the validation split, and how their pixels were normalised.
+    """The data of a search: the training and validation split, and the statistics that normalize them.
 
-    `mean` and `std` are those of the training split's pixels, scaled to [0, 1].
+    `mean` and `std` are computed from the training split's pixels, scaled to [0, 1].
     """
 
     train: Split
@@ -79,18 +79,18 @@ class ImageData:
         return type(self)(self.train.to(device), self.validation.to(device), self.mean, self.std, self.class_names)
 
     def share_memory(self) -> Self:
-        """The same data, moved into memory that other processes can map."""
+        """Move the data to shared memory, and return it."""
         for split in (self.train, self.validation):
             split.images.share_memory_()
             split.labels.share_memory_()
         return self
 
     def split_of(self, images: Tensor, labels: Tensor) -> Split:
-        """Raw pixels (uint8) and labels, such as those of `load_test`, normalised like the training split."""
+        """Normalize raw pixels (uint8), such as those of `load_test`, like the training split."""
         return Split(normalise(images, self.mean, self.std), labels)
 
     def merged(self) -> Split:
-        """Training and validation images together, for the retraining of the winner."""
+        """Return the training and validation images as one split, to retrain the winner on."""
         return Split(
             torch.cat([self.train.images, self.validation.images]),
             torch.cat([self.train.labels, self.validation.labels]),
@@ -100,10 +100,10 @@ class ImageData:
 def load_data(
     name: str, folder: Path | str | None = None, *, validation: int, train: int | None = None, split_seed: int = 0
 ) -> ImageData:
-    """The training and validation split of a data set, stratified by class and drawn with `split_seed`.
+    """Load the training and validation split of a data set, stratified by class, with the seed `split_seed`.
 
-    `validation` and `train` are numbers of images; without `train`, all that remain are trained on. Raises
-    `DataError` where the data are missing and cannot be had, or are damaged.
+    `validation` and `train` are numbers of images; without `train`, all remaining images are used for training. Raises
+    `DataError` if the data cannot be loaded or downloaded.
     """
     images, labels = _read(name, folder, is_train=True)
     training, held_out = stratify(labels, validation, train, split_seed)
@@ -119,19 +119,19 @@ def load_data(
 
 
 def load_test(name: str, folder: Path | str | None = None) -> tuple[Tensor, Tensor]:
-    """The sealed test set as raw pixels, uint8, shape (N, 1, H, W), and labels, int64; raises `DataError`."""
+    """Load the test set: raw pixels, uint8, shape (N, 1, H, W), and labels, int64. Raises `DataError`."""
     return _read(name, folder, is_train=False)
 
 
 def normalise(images: Tensor, mean: float, std: float) -> Tensor:
-    """Raw pixels (uint8) as float32 with the given mean and deviation taken out, same shape."""
+    """Return raw pixels (uint8) as float32, normalized with the given mean and standard deviation."""
     return images.float().div_(255).sub_(mean).div_(std)
 
 
 class _Batches(IterableDataset[tuple[Tensor, Tensor]]):
-    """A split in batches, each gathered from the resident tensors at once; their order is drawn on the CPU.
+    """The batches of a split, each indexed from the tensors in memory; the CPU draws their order.
 
-    When shuffling, a last batch of a single image is left out: batch norm cannot train on it.
+    When shuffling, a last batch of a single image is dropped because batch norm cannot train on it.
     """
 
     def __init__(self, split: Split, batch_size: int, *, shuffle: bool, generator: torch.Generator | None) -> None:
@@ -154,7 +154,7 @@ class _Batches(IterableDataset[tuple[Tensor, Tensor]]):
 
 
 class _Loader(DataLoader[tuple[Tensor, Tensor]]):
-    """A DataLoader that hands out ready batches; without worker processes, torch's own loop would only take time."""
+    """A DataLoader that returns ready batches; it skips torch's own loop, which is slow without worker processes."""
 
     def __iter__(self) -> Any:
         return iter(self.dataset)

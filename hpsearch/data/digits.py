@@ -1,4 +1,4 @@
-"""scikit-learn's digits, enlarged to 28x28 pixels."""
+"""scikit-learn's digits, upscaled to 28x28 pixels."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ N_TEST_IMAGES = 360
 
 
 def read_digits(*, is_train: bool) -> tuple[Tensor, Tensor]:
-    """scikit-learn's 8x8 digits, enlarged and placed in 28x28 pixels the way of MNIST."""
+    """Load scikit-learn's 8x8 digits, upscaled and centered in 28x28 pixels like MNIST."""
     from sklearn.datasets import load_digits
 
     bunch: Any = load_digits()

@@ -1,4 +1,4 @@
-"""Image files brought to the raw pixels that a network was trained on."""
+"""Converts image files to raw pixels like those that a network was trained on."""
 
 import stat
 import struct
@@ -14,8 +14,8 @@ from hpsearch.data.mnist_images import Pixels, crop_to_ink, remove_paper, scale_
 from hpsearch.errors import ImageError
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")
-# Pillow raises all of them for damaged files.
-_DAMAGED = (
+# Pillow raises all of these for corrupt files.
+_CORRUPT = (
     OSError,
     SyntaxError,
     ValueError,
@@ -26,23 +26,22 @@ _DAMAGED = (
     struct.error,
     zlib.error,
 )
-_SIDE = 600  # pixels of the shorter side are enough
+_SIDE = 600  # pixels of the shorter side; larger images are shrunk
 
 
 def read_image(file: Path | str, image_shape: tuple[int, int, int], *, is_digit: bool = True) -> NDArray[np.uint8]:
-    """The raw pixels of an image file of any size, uint8, shape (1, H, W): light ink on a dark ground.
+    """Read an image file of any size as raw pixels, uint8, shape (1, H, W): light ink on a dark background.
 
-    1. Colours become grey; what is transparent becomes paper; a camera's rotation is undone.
-    2. A picture that already has the network's size goes on as it is, inverted if the median of its border is above
-       127.
-    3. A digit's paper is taken out: shades and shadows that are wider than its strokes. Strokes that are thinner than
-       MNIST's are thickened. The ink's bounding box is scaled, keeping its proportions, into 20x20 of 28x28 pixels,
-       with its centre of mass in the middle, the way MNIST was made (LeCun, Cortes and Burges,
+    1. Colors become gray, transparent pixels become paper, and the camera's EXIF rotation is applied.
+    2. An image that already has the network's size is only inverted, if the median of its border is above 127.
+    3. For a digit, the paper is removed, with its shades and shadows that are wider than the strokes. Strokes thinner
+       than MNIST's are thickened. The ink's bounding box is scaled into 20x20 of 28x28 pixels, keeping its aspect
+       ratio, and its center of mass is centered, as in MNIST (LeCun, Cortes and Burges,
        http://yann.lecun.com/exdb/mnist/).
-    4. Anything else is inverted as in 2, the ground's shade is taken out, and it fills the picture, centred, the way
-       of Fashion-MNIST (Xiao, Rasul and Vollgraf 2017, https://arxiv.org/abs/1708.07747).
+    4. Any other image is inverted as in 2, its background shade is subtracted, and it is scaled to fill the image, as
+       in Fashion-MNIST (Xiao, Rasul and Vollgraf 2017, https://arxiv.org/abs/1708.07747).
 
-    Raises `ImageError` for a file that is missing, no regular file, damaged, blank or absurdly large.
+    Raises `ImageError` for a file that is missing, not a regular file, corrupt, blank or too large.
     """
     pixels = _read_grey(Path(file))
     height, width = image_shape[1:]
@@ -60,25 +59,25 @@ def read_image(file: Path | str, image_shape: tuple[int, int, int], *, is_digit:
 def _read_grey(file: Path) -> Pixels:
     try:
         if not stat.S_ISREG(mode := file.stat().st_mode):  # a pipe or a device may never end
-            raise ImageError(f"{file}: {'a directory' if stat.S_ISDIR(mode) else 'not a regular file'}")
+            raise ImageError(f"{file}: is {'a directory' if stat.S_ISDIR(mode) else 'not a regular file'}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file, formats=FORMATS) as image:
                 return np.asarray(_shrink(_to_grey(ImageOps.exif_transpose(image))), dtype=np.float32)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(f"{file}: too large an image: {error}") from error
+        raise ImageError(f"{file}: image too large: {error}") from error
     except UnidentifiedImageError as error:
-        reason = "an empty file" if file.stat().st_size == 0 else "not an image that can be read"
+        reason = "file is empty" if file.stat().st_size == 0 else "not a readable image"
         raise ImageError(f"{file}: {reason}") from error
     except FileNotFoundError as error:
         raise ImageError(f"{file}: no such file") from error
-    except _DAMAGED as error:
+    except _CORRUPT as error:
         raise ImageError(f"{file}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _to_grey(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits a pixel
+    if image.mode.startswith("I"):  # 16 bits per pixel
         return Image.fromarray(np.asarray(image, dtype=np.float32) / np.float32(257))
     if image.has_transparency_data:
         rgba = _shrink(image.convert("RGBA"))

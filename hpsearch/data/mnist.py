@@ -1,4 +1,4 @@
-"""MNIST and its relatives: downloaded and unpacked by torchvision, checked and parsed here."""
+"""Downloads MNIST and similar data sets with torchvision, and checks and parses their files."""
 
 import os
 import zlib
@@ -13,20 +13,20 @@ from torch import Tensor
 
 from hpsearch.errors import DataError
 
-# Data set names of a study file, and the classes of torchvision that fetch them.
+# Data set names of a study file, and the torchvision classes that download them.
 TORCHVISION_NAMES = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
 
 
 def data_folder(folder: Path | str | None = None) -> Path:
-    """The folder that holds the data sets: the argument, else HPSEARCH_DATA, else the user's cache folder."""
+    """Return the folder of the data sets: the argument, else HPSEARCH_DATA, else the user's cache folder."""
     chosen = folder or os.environ.get("HPSEARCH_DATA")
     return Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("hpsearch")
 
 
 def inspect_files(name: str, folder: Path | str | None = None) -> tuple[list[str], bool]:
-    """The archives that would have to be downloaded, being absent or damaged; and whether all files are unpacked.
+    """Return the archives that are missing or corrupt, and whether all files are unpacked.
 
-    Nothing is downloaded or unpacked.
+    Does not download or unpack anything.
     """
     if name == "digits":
         return [], True
@@ -37,18 +37,18 @@ def inspect_files(name: str, folder: Path | str | None = None) -> tuple[list[str
     resources = [(raw / archive, md5) for archive, md5 in getattr(torchvision.datasets, class_name).resources]
     if all(archive.with_suffix("").exists() for archive, _ in resources):
         return [], True
-    is_whole = torchvision.datasets.utils.check_integrity
-    return [archive.name for archive, md5 in resources if not is_whole(archive, md5)], False
+    is_complete = torchvision.datasets.utils.check_integrity
+    return [archive.name for archive, md5 in resources if not is_complete(archive, md5)], False
 
 
 def read_idx(class_name: str, root: Path, *, is_train: bool) -> tuple[Tensor, Tensor]:
-    """The images (N, H, W) and labels of an MNIST-like data set, which torchvision fetches and unpacks if need be."""
+    """Read the images (N, H, W) and labels of an MNIST-like data set; torchvision downloads it if necessary."""
     raw = root / class_name / "raw"
     part = "train" if is_train else "t10k"
     files = [raw / f"{part}-images-idx3-ubyte", raw / f"{part}-labels-idx1-ubyte"]
     try:
         raw.mkdir(parents=True, exist_ok=True)
-        # A second process would read half-unpacked files; and torchvision prints on stdout, which belongs to data.
+        # Other processes must not read half-unpacked files, and stdout is reserved for results.
         with FileLock(raw.parent / ".lock"), redirect_stdout(None):
             _check_unpacked(raw)
             if not all(file.exists() for file in files):
@@ -57,33 +57,33 @@ def read_idx(class_name: str, root: Path, *, is_train: bool) -> tuple[Tensor, Te
                 getattr(torchvision.datasets, class_name)(root, train=is_train, download=True)
         images, labels = (_parse_idx(file.read_bytes()) for file in files)
         if not len(images) == len(labels) == (60_000 if is_train else 10_000):
-            raise ValueError(f"it has {len(images)} images and {len(labels)} labels")
+            raise ValueError(f"unexpected size: {len(images)} images, {len(labels)} labels")
     except (RuntimeError, OSError, EOFError, zlib.error, ValueError, AssertionError, TypeError) as error:
-        # torchvision asserts what a file's header says, and torch raises RuntimeError for too few bytes.
+        # torchvision checks file headers with assertions, and torch raises RuntimeError for truncated data.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
-            f"{class_name} can neither be read from {raw} nor be downloaded to it ({reason}). Put its four archives "
-            "(*-ubyte.gz), and nothing else, into that folder, name another data folder with --data or HPSEARCH_DATA, "
-            'or use data.name = "digits", which needs no download'
+            f"could not load {class_name} from {raw} or download it ({reason}). To work offline, put only its four "
+            f"*-ubyte.gz files into that folder, point --data or HPSEARCH_DATA at a folder with {class_name}/raw, "
+            'or set data.name = "digits" in the study file (no download)'
         ) from error
     return images, labels.long()
 
 
 def _parse_idx(content: bytes) -> Tensor:
-    """An array of bytes in the format of http://yann.lecun.com/exdb/mnist: magic number, sizes, values."""
+    """Parse an array of bytes in the IDX format: magic number, sizes, values (http://yann.lecun.com/exdb/mnist)."""
     if content[:3] != b"\0\0\x08" or len(content) < 4:
-        raise ValueError("an unpacked file is not in the IDX format")
+        raise ValueError("not an IDX file")
     header = 4 + 4 * content[3]
     shape = np.frombuffer(content[4:header], ">i4")
     return torch.from_numpy(np.frombuffer(content[header:], np.uint8).reshape(shape).copy())
 
 
 def _check_unpacked(raw: Path) -> None:
-    """Compare unpacked files with the CRC-32 and length at the end of their archives (RFC 1952, 2.3.1)."""
+    """Compare unpacked files with the CRC-32 and length in their archives' trailers (RFC 1952, 2.3.1)."""
     for archive in raw.glob("*.gz"):
         if not archive.with_suffix("").exists():
             continue
         content = archive.with_suffix("").read_bytes()
         trailer = archive.read_bytes()[-8:]
         if (zlib.crc32(content), len(content)) != tuple(int.from_bytes(trailer[i : i + 4], "little") for i in (0, 4)):
-            raise ValueError(f"{archive.stem} is damaged: it differs from its archive")
+            raise ValueError(f"{archive.stem} is corrupt (does not match its archive)")

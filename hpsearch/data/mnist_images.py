@@ -1,4 +1,4 @@
-"""Handwriting brought to MNIST's form: paper removed, strokes thickened, the digit scaled and centred."""
+"""Converts handwriting to MNIST's format: removes the paper, thickens strokes, scales and centers the digit."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -6,23 +6,23 @@ from PIL import Image, ImageFilter
 
 from hpsearch.errors import ImageError
 
-_BOX = 20 / 28  # MNIST scales a digit into a box of 20x20 pixels of its 28x28
-_PEN = 1 / 14  # of the box's side: thinner strokes are thickened, since MNIST's are about an eighth
+_BOX = 20 / 28  # MNIST scales a digit to 20x20 of its 28x28 pixels
+_PEN = 1 / 14  # minimum stroke width, as a share of the box's side; MNIST's is about 1/8
 Pixels = NDArray[np.float32]
 
 
 def remove_paper(pixels: Pixels) -> Pixels:
-    """Light ink on a ground of 0, whatever the paper and the light on it.
+    """Return light ink on a background of 0, for any paper and lighting.
 
-    In a small copy, what is narrower than half the picture is closed (dark ink) or opened (light ink). What that
-    changed most is ink; the paper under it is that which is nearest.
+    In a small copy, a morphological closing (dark ink) or opening (light ink) removes everything narrower than half
+    the image. The pixels that it changes most are ink; under them, the shade of the nearest paper pixel is assumed.
     """
     from scipy import ndimage
 
     small = _resize(pixels, 96)
     is_dark = _has_dark_ink(_resize(pixels, 32))
     window = [side // 2 + 1 for side in small.shape]
-    # Continued as it rises or falls, so that a gradient of light goes through both operations unchanged.
+    # Odd reflection continues a gradient of light, so that closing and opening leave it unchanged.
     padded = np.pad(small, [(side, side) for side in window], mode="reflect", reflect_type="odd")
     padded = padded.clip(small.min(), small.max())
     closed = (ndimage.grey_closing if is_dark else ndimage.grey_opening)(padded, window)
@@ -31,13 +31,13 @@ def remove_paper(pixels: Pixels) -> Pixels:
     nearest = ndimage.distance_transform_edt(is_ink, return_distances=False, return_indices=True)
     paper = ndimage.gaussian_filter(small[tuple(nearest)], 1)
     paper = np.asarray(Image.fromarray(paper).resize(pixels.shape[::-1], Image.Resampling.BILINEAR))
-    # Light is a factor, so that ink in a shadow is as black as elsewhere; a blackboard's chalk is not.
+    # Light multiplies dark ink, so that ink in a shadow is as black as elsewhere; chalk on a blackboard adds to it.
     ink = 255 * (1 - pixels / np.maximum(paper, 16)) if is_dark else pixels - paper
     return _remove_stains(np.asarray(np.clip(ink, 0, None)))
 
 
 def _remove_stains(ink: Pixels) -> Pixels:
-    """The ink without what is faint throughout, like the rest of a shadow."""
+    """Remove parts that are faint throughout, such as the remains of a shadow."""
     from scipy import ndimage
 
     parts, _ = ndimage.label(ink > ink.max() / 4, np.ones((3, 3)))
@@ -46,7 +46,7 @@ def _remove_stains(ink: Pixels) -> Pixels:
 
 
 def _has_dark_ink(small: Pixels) -> bool:
-    """Whether the few pixels that differ most from the median around them are darker than it."""
+    """Return whether the pixels that differ most from their local median are darker than it."""
     from scipy import ndimage
 
     return bool(((small - ndimage.median_filter(small, [side // 2 + 1 for side in small.shape])) ** 3).mean() < 0)
@@ -59,14 +59,14 @@ def _resize(pixels: Pixels, longer_side: int) -> Pixels:
 
 
 def crop_to_ink(ink: Pixels) -> Pixels:
-    """A box around the ink with a margin, in which the ink's bounds can be found anew and finer."""
+    """Crop to the ink with a margin, so that its bounds can be found more precisely."""
     rows, columns = _bounds(ink)
     margin = 2 + (rows.stop - rows.start + columns.stop - columns.start) // 8
     return ink[max(rows.start - margin, 0) : rows.stop + margin, max(columns.start - margin, 0) : columns.stop + margin]
 
 
 def thicken_strokes(ink: Pixels) -> Pixels:
-    """The ink with strokes at least as wide as `_PEN` says."""
+    """Dilate the ink until its strokes are at least `_PEN` wide."""
     from scipy import ndimage
 
     rows, columns = _bounds(ink)
@@ -83,16 +83,16 @@ def _disc(width: int) -> NDArray[np.bool_]:
 
 
 def scale_and_center(pixels: Pixels, height: int = 28, width: int = 28, *, is_digit: bool = True) -> Pixels:
-    """Ink on a ground of 0, its bounding box scaled and centred as steps 3 and 4 of `read_image` say.
+    """Scale and center the bounding box of ink on a background of 0, as in steps 3 and 4 of `read_image`.
 
-    Shape (H, W), any size in, (height, width) out, values up to 255. Raises `ImageError` if there is no ink.
+    The input shape (H, W) becomes (height, width), with values up to 255. Raises `ImageError` if there is no ink.
     """
     ink = pixels * (255 / max(float(pixels.max()), 16))
     bounds = _bounds(ink)
     ink[ink < 32] = 0
     cropped = ink[bounds]
     if not cropped.any():
-        raise ImageError("blank, there is nothing to classify")
+        raise ImageError("image is blank")
     scale = (_BOX if is_digit else 1.0) * min(height / cropped.shape[0], width / cropped.shape[1])
     new_height, new_width = (max(1, round(side * scale)) for side in cropped.shape)
     method = Image.Resampling.BOX if scale < 1 else Image.Resampling.BILINEAR
@@ -108,10 +108,10 @@ def scale_and_center(pixels: Pixels, height: int = 28, width: int = 28, *, is_di
 
 
 def _bounds(ink: Pixels) -> tuple[slice, slice]:
-    """The rows and columns of the ink, found in a smoothed picture, lest the grain of paper and JPEG stretch them."""
+    """Return the rows and columns of the ink; smoothing keeps paper grain and JPEG noise from stretching them."""
     smooth = Image.fromarray(ink.clip(0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(min(ink.shape) / 140))
     is_ink = np.asarray(smooth) > max(16, np.asarray(smooth).max() / 4)
     rows, columns = np.flatnonzero(is_ink.any(axis=1)), np.flatnonzero(is_ink.any(axis=0))
     if not len(rows):
-        raise ImageError("blank, there is nothing to classify")
+        raise ImageError("image is blank")
     return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)

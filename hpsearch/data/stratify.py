@@ -1,4 +1,4 @@
-"""Row numbers of two disjoint parts with the same share of each class."""
+"""Splits rows into two disjoint parts with the same class proportions."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from hpsearch.errors import DataError
 
 
 def stratify(labels: Tensor, n_held_out: int, n_training: int | None, seed: int) -> tuple[Tensor, Tensor]:
-    """Row numbers of two disjoint parts with the class proportions of the labels, in the data set's order."""
+    """Return the row numbers of two disjoint parts, training and held out, sorted and stratified by label."""
     from sklearn.model_selection import train_test_split
 
     try:
@@ -16,7 +16,7 @@ def stratify(labels: Tensor, n_held_out: int, n_training: int | None, seed: int)
         )
     except ValueError as error:
         raise DataError(
-            f"{len(labels)} images cannot be split into data.train = {n_training or 'the rest'} and "
+            f"cannot split {len(labels)} images into data.train = {n_training or 'the rest'} and "
             f"data.validation = {n_held_out} with every class in both: {error}"
         ) from error
     return torch.tensor(sorted(training)), torch.tensor(sorted(held_out))

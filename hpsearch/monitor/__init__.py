@@ -1,11 +1,11 @@
-"""What a search looks like: for people, in a terminal, a file or a browser.
+"""Views of a search for people: in a terminal, a file or a browser.
 
-text        how messages, numbers and durations are printed
-trials      the table of trials: columns, order, CSV
-status      a snapshot of a running search, and the time that is left
-live        the live table, or a line for each finished trial
+text        formatting of messages, numbers and durations
+trials      the table of trials: columns, sorting, CSV
+status      a snapshot of a running search, and the remaining time
+live        the live table, or one line per finished trial
 plots       the plots of a report
 report      a study as one HTML file
-doctor      what is wrong with a study or this machine, and how to fix it
+doctor      finds problems of a study or this machine, and fixes some
 dashboard   Optuna's dashboard behind a token
 """

@@ -1,4 +1,4 @@
-"""What may be wrong with a study, its database, its data and this machine, and what can be mended."""
+"""Checks for problems of a study, its database, its data and this machine, and fixes some of them."""
 
 import os
 import shutil
@@ -36,12 +36,12 @@ from hpsearch.training.run import load_study_data
 _MAX_LATENCY = 1.0  # seconds
 _MAX_CLOCK_DIFFERENCE = 5.0  # seconds
 _MIN_FREE = 500  # megabytes
-_MAX_LOAD = 1.5  # runnable processes a core
+_MAX_LOAD = 1.5  # runnable processes per core
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found: in order, or what is wrong and how to mend it."""
+    """The result of one check; if it is not ok, the message says what is wrong and how to fix it."""
 
     check: str
     is_ok: bool
@@ -49,9 +49,9 @@ class Finding:
 
 
 def run_checks(definition: StudyDefinition, *, folder: Path | str | None = None, fix: bool = False) -> list[Finding]:
-    """The findings of all checks; with `fix`, what is safe to mend is mended, and the findings say so.
+    """Run all checks. With `fix`, also fix what can be fixed safely; the findings report it.
 
-    Without `fix` nothing of the study is changed, and nothing is downloaded in any case.
+    Without `fix`, nothing in the study is changed. Nothing is ever downloaded.
     """
     return list(_run_checks(definition, folder, fix))
 
@@ -81,15 +81,15 @@ def _run_checks(definition: StudyDefinition, folder: Path | str | None, fix: boo
                 yield _check_checkpoints(definition, study, fix)
             yield _check_threads(study)
         except (StorageUnavailable, SQLAlchemyError) as error:
-            yield Finding("study", False, f"the storage stopped answering: {reason(url, error)}")
+            yield Finding("study", False, f"the database stopped responding: {reason(url, error)}")
         finally:
             storage.engine.dispose()
     if folder_of_artifacts.path is None:
         yield artifacts
     folders = {"database": file.parent if file else None, "artifacts": folder_of_artifacts.path}
-    for name, place in folders.items():
-        if place:
-            yield _check_place(name, place, may_be_remote=place != (file and file.parent))
+    for name, path in folders.items():
+        if path:
+            yield _check_folder(name, path, may_be_remote=path != (file and file.parent))
     yield _check_data(definition, folder)
     yield _check_devices()
 
@@ -103,17 +103,21 @@ def _check_file(file: Path, fix: bool) -> Iterator[Finding]:
                 journal = connection.execute(f"PRAGMA journal_mode = {safe_journal()}").fetchone()[0]
         except sqlite3.Error as error:
             is_locked = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY
-            advice = "a program holds it: find it with fuser, and end it" if is_locked else "restore the last backup"
+            advice = (
+                f"another program has locked it; find it with `fuser {file}` and close it"
+                if is_locked
+                else "restore the last backup"
+            )
             yield Finding("integrity", False, f"{file}: {error}; {advice}")
             return
-    advice = "stop the workers, restore the last backup (hpsearch backup), or try sqlite3's .recover"
-    yield Finding("integrity", not problems, f"{problems}; {advice}" if problems else "ok, says SQLite")
+    advice = f"stop all workers, then restore a backup (made with `hpsearch backup`) or try `sqlite3 {file} .recover`"
+    yield Finding("integrity", not problems, f"{problems}; {advice}" if problems else "passed (SQLite integrity check)")
     version = f"SQLite {sqlite3.sqlite_version}"
     if journal == "wal" != safe_journal():
-        advice = "stop all programs on it, then use --fix"
-        yield Finding("journal", False, f"mode WAL can damage a database with {version}; {advice}")
+        advice = "stop all programs using it, then run doctor --fix"
+        yield Finding("journal", False, f"WAL mode can corrupt the database with {version}; {advice}")
     else:
-        yield Finding("journal", True, f"workers use mode {safe_journal().upper()}, which is safe with {version}")
+        yield Finding("journal", True, f"journal mode {safe_journal().upper()}, safe with {version}")
 
 
 def _check_latency(storage: Storage) -> Finding:
@@ -122,48 +126,50 @@ def _check_latency(storage: Storage) -> Finding:
             connection.execute(sqlalchemy.text("SELECT 1"))
 
     seconds = statistics.median(_time(lock) for _ in range(5))
-    message = f"{seconds * 1000:.1f} ms to lock the database"
-    advice = f"{message}; too many workers share it, or its disk is slow: use fewer workers, or PostgreSQL"
+    message = f"{seconds * 1000:.1f} ms to acquire the database lock"
+    advice = f"{message}; too many workers or a slow disk; use fewer workers or PostgreSQL"
     return Finding("latency", seconds < _MAX_LATENCY, message if seconds < _MAX_LATENCY else advice)
 
 
 def _check_clock(storage: Storage) -> Finding:
     with storage.engine.begin() as connection:
-        theirs = connection.execute(sqlalchemy.text("SELECT CURRENT_TIMESTAMP")).scalar_one()
-    if not isinstance(theirs, datetime):
-        theirs = datetime.fromisoformat(theirs)  # SQLite has whole seconds, in UTC
-    theirs = theirs if theirs.tzinfo else theirs.replace(tzinfo=UTC)
-    difference = abs((datetime.now(UTC) - theirs).total_seconds())
+        time_there = connection.execute(sqlalchemy.text("SELECT CURRENT_TIMESTAMP")).scalar_one()
+    if not isinstance(time_there, datetime):
+        time_there = datetime.fromisoformat(time_there)  # SQLite returns whole seconds, in UTC
+    time_there = time_there if time_there.tzinfo else time_there.replace(tzinfo=UTC)
+    difference = abs((datetime.now(UTC) - time_there).total_seconds())
     is_ok = difference <= _MAX_CLOCK_DIFFERENCE
-    message = f"{difference:.0f} s between this machine and the database"
-    return Finding("clock", is_ok, message if is_ok else f"{message}; set both by NTP")
+    message = f"clock difference to the database: {difference:.0f} s"
+    return Finding("clock", is_ok, message if is_ok else f"{message}; synchronize both clocks with NTP")
 
 
 def _check_stuck(definition: StudyDefinition, storage: Storage, study: optuna.Study, fix: bool) -> Finding:
     stuck = storage.find_stuck(study._study_id)
     if stuck and fix:
-        time.sleep(definition.recovery.heartbeat)  # there may just have been an outage: who is alive beats now
-        n_stuck, n_mended = len(stuck), len(storage.reap(study._study_id, definition.recovery.retries))
-        if n_mended == n_stuck:
-            return Finding("trials", True, f"mended: {n_mended} stuck trials failed, and queued again within retries")
-        advice = f"unless their workers show up; use --fix again in {definition.recovery.grace} s"
-        return Finding("trials", False, f"{n_mended} of {n_stuck} stuck trials mended; the others follow {advice}")
+        time.sleep(definition.recovery.heartbeat)  # after an outage, workers that are alive send a heartbeat now
+        n_stuck, n_fixed = len(stuck), len(storage.reap(study._study_id, definition.recovery.retries))
+        if n_fixed == n_stuck:
+            advice = "or failed, where retries were used up"
+            return Finding("trials", True, f"fixed: {n_fixed} stuck trials re-queued ({advice})")
+        advice = f"run doctor --fix again in {definition.recovery.grace} s for the rest"
+        return Finding("trials", False, f"{n_fixed} of {n_stuck} stuck trials fixed; {advice}")
     numbers = ", ".join(str(storage.get_trial(trial_id).number) for trial_id in stuck)
-    advice = "any worker mends that within the grace period, or use --fix now and again in a minute"
-    return Finding("trials", not stuck, f"RUNNING without a worker: {numbers}; {advice}" if stuck else "none is stuck")
+    advice = f"any worker will re-queue them within {definition.recovery.grace} s, or use --fix"
+    message = f"marked running but without a worker: trial {numbers}; {advice}"
+    return Finding("trials", not stuck, message if stuck else "no stuck trials")
 
 
 def _check_checkpoints(definition: StudyDefinition, study: optuna.Study, fix: bool) -> Finding:
     own, files = checkpoint_folder(definition, study), find_unneeded_checkpoints(definition, study)
     if files and not fix:
-        advice = "the next trial to finish removes them, or --fix"
-        return Finding("checkpoints", False, f"{len(files)} that no trial needs in {own}; {advice}")
+        advice = "removed when the next trial finishes, or now with --fix"
+        return Finding("checkpoints", False, f"{len(files)} leftover checkpoints in {own}; {advice}")
     if fix:
         sweep_checkpoints(definition, study)
-    every = artifact_folder(definition)
-    others = [name for name in every.find() if name.endswith(".ckpt") and not str(every / name).startswith(f"{own}/")]
-    message = f"mended: removed {len(files)}" if files else "none is left over"
-    hint = f"; {len(others)} in {every} are of other databases with a study of this name" if others else ""
+    root = artifact_folder(definition)
+    others = [name for name in root.find() if name.endswith(".ckpt") and not str(root / name).startswith(f"{own}/")]
+    message = f"fixed: removed {len(files)} leftover checkpoints" if files else "no leftover checkpoints"
+    hint = f"; {len(others)} more in {root} belong to other databases with a study of this name" if others else ""
     return Finding("checkpoints", True, message + hint)
 
 
@@ -172,53 +178,55 @@ def _check_threads(study: optuna.Study) -> Finding:
     n_threads = int(os.environ.get("OMP_NUM_THREADS") or 1)
     running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
     here = [trial for trial in running if str(trial.user_attrs.get("worker")).startswith(f"{socket.gethostname()}-")]
-    message = f"{n_cores} cores, {len(here)} workers of this study on them, load {load:.1f}"
+    message = f"{n_cores} CPU cores, {len(here)} workers of this study here, load average {load:.1f}"
     if len(here) > n_cores and not torch.cuda.is_available():
-        return Finding("threads", False, f"{message}: workers wait for each other; use --workers {n_cores}")
+        return Finding("threads", False, f"{message}; more workers than cores; use --workers {n_cores}")
     if n_threads > n_cores:
-        return Finding("threads", False, f"OMP_NUM_THREADS={n_threads} is more than {n_cores} cores; unset it")
+        message = f"OMP_NUM_THREADS={n_threads} exceeds the {n_cores} available cores; unset it"
+        return Finding("threads", False, message)
     if load > _MAX_LOAD * n_cores:
-        return Finding(
-            "threads", False, f"{message}: the cores are overloaded; end other programs, or use fewer workers"
-        )
+        advice = "CPU overloaded; stop other programs or use fewer workers"
+        return Finding("threads", False, f"{message}; {advice}")
     return Finding("threads", True, message)
 
 
-def _check_place(name: str, folder: Path, *, may_be_remote: bool) -> Finding:
+def _check_folder(name: str, folder: Path, *, may_be_remote: bool) -> Finding:
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     kind, free = network_file_system(existing), shutil.disk_usage(existing).free / 1e6
-    message = f"{free:,.0f} MB are free in {folder}"
+    message = f"{free:,.0f} MB free in {folder}"
     if kind and not may_be_remote:
-        advice = "put the database on this machine's disk, or use PostgreSQL"
-        return Finding(name, False, f"{folder} is on a network file system ({kind}), whose locks fail; {advice}")
+        advice = "where SQLite locking is unreliable; move the database to a local disk, or use PostgreSQL"
+        return Finding(name, False, f"{folder} is on a network file system ({kind}), {advice}")
     if not os.access(existing, os.W_OK):
-        return Finding(name, False, f"{existing} cannot be written to; change its permissions, or name another folder")
-    return Finding(name, free >= _MIN_FREE, message if free >= _MIN_FREE else f"{message}; make room there")
+        return Finding(name, False, f"{existing} is not writable; fix its permissions or choose another folder")
+    return Finding(
+        name, free >= _MIN_FREE, message if free >= _MIN_FREE else f"low disk space: {message}; free some space"
+    )
 
 
 def _check_store(artifacts: Folder) -> Finding:
     try:
         artifacts.check()
     except HpsearchError as error:
-        return Finding("artifacts", False, f"{error}; give its credentials and endpoint in the environment")
-    return Finding("artifacts", True, f"{artifacts} can be written and read")
+        return Finding("artifacts", False, f"{error}; set its credentials and endpoint in the environment")
+    return Finding("artifacts", True, f"{artifacts} is readable and writable")
 
 
 def _check_data(definition: StudyDefinition, folder: Path | str | None) -> Finding:
     name = definition.data.name
     missing, is_unpacked = inspect_files(name, folder)
     if missing:
-        advice = "the next run downloads them; without a network, put them there yourself"
-        return Finding("data", False, f"{name}: no sound {', '.join(missing)} in {data_folder(folder)}; {advice}")
+        advice = "the next run downloads them (offline: copy them there yourself)"
+        message = f"{name}: missing or corrupt in {data_folder(folder)}: {', '.join(missing)}"
+        return Finding("data", False, f"{message}; {advice}")
     if not is_unpacked:
-        return Finding("data", True, f"{name} is whole; the next run unpacks it")
+        return Finding("data", True, f"{name}: archives complete; unpacked at the next run")
     try:
         data = load_study_data(definition, folder)
     except HpsearchError as error:
         return Finding("data", False, str(error))
-    return Finding(
-        "data", True, f"{name} is whole: {len(data.train)} images to train on, {len(data.validation)} held out"
-    )
+    counts = f"{len(data.train):,} training and {len(data.validation):,} validation images"
+    return Finding("data", True, f"{name}: complete ({counts})")
 
 
 def _check_devices() -> Finding:

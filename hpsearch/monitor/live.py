@@ -1,4 +1,4 @@
-"""What is shown while a search runs: on a terminal a table of all of it, drawn anew each second; in a pipe lines."""
+"""The view of a running search: on a terminal a table, redrawn every second; in a pipe one line per trial."""
 
 import logging
 import os
@@ -19,29 +19,28 @@ from rich.text import Text
 
 from hpsearch.errors import StorageError
 from hpsearch.monitor.status import Snapshot, Watch
-from hpsearch.monitor.text import echo, format_duration, join_params, printable, trial_line
+from hpsearch.monitor.text import describe_epochs, echo, format_duration, join_params, printable, trial_line
 from hpsearch.search.trials import TrialEvent
 
-_REFRESH = 1.0  # seconds between two looks at the study
-_LEAST_ROWS = 3  # of each list, however low the terminal is
-_MOST_FAILED = 3
-_WIDE = 120  # columns from which there is room for the workers' hyperparameters
+_REFRESH = 1.0  # seconds between two polls of the study
+_MIN_ROWS = 3  # of each list, even on a low terminal
+_MAX_FAILED = 3
+_WIDE = 120  # columns from which the workers' hyperparameters fit
 _CURVE_WIDTH = 12
-_NAME_WIDTH = 20  # the end of a worker's name is its own number
+_NAME_WIDTH = 20  # shows the end of a worker's name, which is its number
 _BLOCKS, _ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-~=+*#"
 _STYLES = {"complete": "green", "pruned": "yellow", "failed": "red"}
 
 
 class LiveView:
-    """While entered, shows a search: a table on a terminal, else a line for each trial that has ended.
+    """A context manager that shows a search: a table on a terminal, else one line per finished trial.
 
-    The lines are those of the events that it is called with; where it `follows`, those of all trials of the study
-    instead.
+    The lines come from the events it is called with or, if `follows` is set, from all trials of the study.
     """
 
     def __init__(self, watch: Watch, console: Console, *, follows: bool = False) -> None:
         self.watch, self.console, self.follows = watch, console, follows
-        # Rich believes FORCE_COLOR, which is no terminal yet.
+        # With FORCE_COLOR set, Rich takes any stream for a terminal.
         is_terminal = console.is_terminal and console.file.isatty() and not console.is_dumb_terminal
         self.is_live = is_terminal and _is_in_foreground(console.file)
         self._over = threading.Event()
@@ -56,15 +55,15 @@ class LiveView:
             echo(trial_line(event))
 
     def start(self, n_finished: int, n_workers: int) -> None:
-        """Say in a pipe where the study stands before the first worker starts."""
+        """In a pipe, print the progress before the first worker starts."""
         if not self.is_live:
             n_trials = self.watch.study.user_attrs["budget"]["trials"]
-            echo(f"{n_finished} of {n_trials} trials are there; {n_workers} workers start")
+            echo(f"{n_finished} of {n_trials} trials done; starting {n_workers} worker{'s' * (n_workers > 1)}")
 
-    def tell(self) -> None:
-        """Write a line for each trial that has ended since the last call, where there is no table."""
+    def print_finished(self) -> None:
+        """In a pipe, print one line for each trial that ended since the last call."""
         if not self.is_live:
-            with suppress(StorageError):  # the workers wait for it as well
+            with suppress(StorageError):  # the workers retry as well
                 for event in self.watch.poll().news:
                     self(event)
 
@@ -79,14 +78,14 @@ class LiveView:
 
     def __exit__(self, *_: object) -> None:
         with self._drawing:
-            self._ended.set()  # the thread may wait for a locked database, but draws no more
+            self._ended.set()  # the thread may wait for a locked database, but stops drawing
         if self.is_live:
             self._live.stop()
             _redirect_log()
             self._restores.close()
 
     def wait(self) -> None:
-        """Wait until the search is over; raises what kept it from being shown, such as a pipe that was closed."""
+        """Wait until the search is over. Raises the error that stopped the view, e.g. a closed pipe."""
         self._over.wait()
         if self._error:
             raise self._error
@@ -97,7 +96,7 @@ class LiveView:
             while not self._ended.wait(_REFRESH if snapshot or trouble else 0):
                 try:
                     snapshot, trouble = self.watch.poll(), ""
-                except StorageError as error:  # the workers wait for it as well
+                except StorageError as error:  # the workers retry as well
                     if not trouble and not self.is_live:
                         echo(str(error))
                     trouble = str(error)
@@ -108,7 +107,7 @@ class LiveView:
                         print(trial_line(event), flush=True)
                 if self.follows and snapshot and not snapshot.n_alive and (snapshot.is_over or snapshot.is_stopped):
                     return
-        except Exception as error:  # noqa: BLE001 - a search goes on though it cannot be shown
+        except Exception as error:  # noqa: BLE001 - an error of the view must not end the search
             self._error = error
         finally:
             self._over.set()
@@ -120,7 +119,7 @@ class LiveView:
         with self._drawing:
             if self._ended.is_set():
                 return
-            if self.console.size != self._size:  # terminals differ in what they make of the old table
+            if self.console.size != self._size:  # terminals differ in how they reflow the old table
                 self._live.stop()
                 self.console.clear()
                 self._live, self._size = self._new_live(), self.console.size
@@ -130,16 +129,16 @@ class LiveView:
 
 
 def _is_in_foreground(stream: IO[str]) -> bool:
-    """Whether this process has the stream's terminal for itself; a job in the background must leave it alone."""
+    """Whether this process is in the foreground of the terminal; a background job must not touch it."""
     try:
         return os.tcgetpgrp(stream.fileno()) == os.getpgrp()
-    except OSError:  # nothing with jobs
+    except OSError:  # no terminal with job control
         return True
 
 
 @contextmanager
 def _no_echo_of_control_keys() -> Iterator[None]:
-    """The `^C` that a terminal writes where the cursor is would move the table by a line."""
+    """Hide the `^C` that a terminal echoes at the cursor: it would move the table by a line."""
     if not sys.stdin or not sys.stdin.isatty() or not _is_in_foreground(sys.stdin):
         yield
         return
@@ -149,13 +148,13 @@ def _no_echo_of_control_keys() -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(termios.error):  # the terminal may be gone
-            if _is_in_foreground(sys.stdin):  # else the shell has set its own modes meanwhile
+        with suppress(termios.error):  # the terminal may be closed
+            if _is_in_foreground(sys.stdin):  # otherwise the shell has set its own modes
                 termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
 
 def _redirect_log() -> None:
-    """Let the log write to the stderr of now, which is above the table while there is one."""
+    """Make the log write to the current stderr, which Rich prints above a live table."""
     for handler in logging.getLogger().handlers:
         if type(handler) is logging.StreamHandler:
             handler.setStream(sys.stderr)
@@ -163,9 +162,9 @@ def _redirect_log() -> None:
 
 @dataclass(frozen=True)
 class SnapshotTable:
-    """A snapshot as a table as wide and high as its console; `trouble` is why there is no newer one.
+    """A snapshot as a table that fits the console; `trouble` says why there is no newer one.
 
-    Of an `is_own` search it goes without saying that workers run, or will in a moment.
+    `is_own` is set if this process runs the search; then the table does not report missing workers.
     """
 
     snapshot: Snapshot
@@ -175,9 +174,9 @@ class SnapshotTable:
     def __rich_console__(self, _console: Console, options: ConsoleOptions) -> RenderResult:
         snapshot, width = self.snapshot, options.max_width
         cut: OverflowMethod = "crop" if options.ascii_only else "ellipsis"
-        n_failed = min(len(snapshot.failed), _MOST_FAILED)
+        n_failed = min(len(snapshot.failed), _MAX_FAILED)
         n_rows = options.max_height - 10 - (n_failed and n_failed + 1) - bool(self.trouble)
-        n_workers = min(len(snapshot.workers), max(n_rows // 2, _LEAST_ROWS))
+        n_workers = min(len(snapshot.workers), max(n_rows // 2, _MIN_ROWS))
         yield _render_head(snapshot, is_own=self.is_own)
         yield ""
         if snapshot.workers:
@@ -186,11 +185,11 @@ class SnapshotTable:
             yield ""
             n_rows -= n_workers + 3
         if snapshot.finished:
-            yield _render_finished(snapshot.finished[: max(n_rows, _LEAST_ROWS)], cut, is_wide=width >= _WIDE)
+            yield _render_finished(snapshot.finished[: max(n_rows, _MIN_ROWS)], cut, is_wide=width >= _WIDE)
         if n_failed:
             yield ""
         for row in snapshot.failed[:n_failed]:
-            yield _one_line(f"trial {row['number']} failed {row['note']}", cut, style="red")
+            yield _one_line(f"trial {row['number']} failed: {row['note']}", cut, style="red")
         if self.trouble:
             yield _one_line(self.trouble, cut, style="bold red")
 
@@ -213,24 +212,23 @@ def _render_head(snapshot: Snapshot, *, is_own: bool) -> RenderableType:
     head = Table.grid(padding=(0, 2))
     states = [Text(f"{n} {state}", style=_STYLES.get(state, "") if n else "dim") for state, n in counts.items()]
     head.add_row("trials", Text(", ").join(states))
-    share = epochs["saved"] / max(epochs["run"] + epochs["saved"], 1)
-    head.add_row("epochs", f"{epochs['run']:,} run, {epochs['saved']:,} saved by pruning ({share:.0%})")
-    value = Text("no trial is complete yet")
+    head.add_row("epochs", describe_epochs(**epochs))
+    value = Text("no completed trial yet")
     if best:
-        value = Text(f"{best['value']:.4f} in trial {best['number']}", style="bold green")
+        value = Text(f"{best['value']:.4f} (trial {best['number']})", style="bold green")
         value.append(f"  {join_params(best['params'])}", style="not bold default")
     head.add_row("best", value)
     return Group(top, head)
 
 
 def _format_time_left(snapshot: Snapshot, *, is_own: bool) -> Text:
-    spent = f"{format_duration(snapshot.seconds)} searched"
+    spent = f"elapsed {format_duration(snapshot.seconds)}"
     if snapshot.is_over:
         return Text(spent)
     if snapshot.is_stopped:
         return Text(f"{spent}, stopped", style="yellow")
     if not snapshot.n_alive and not is_own:
-        return Text(f"{spent}, no worker runs", style="yellow")
+        return Text(f"{spent}, no workers running", style="yellow")
     return Text(f"{spent}, {_format_range(*snapshot.seconds_left)} left" if snapshot.seconds_left else spent)
 
 
@@ -245,12 +243,12 @@ def _render_workers(snapshot: Snapshot, n_shown: int, blocks: str, cut: Overflow
     epochs, workers = snapshot.status["budget"]["epochs"], snapshot.workers
     table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), expand=is_wide)
     table.add_column("worker", no_wrap=True)
-    for heading in ("trial", "epoch", "accuracy"):
+    for heading in ("trial", "epoch", "val. acc."):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("curve", min_width=_CURVE_WIDTH, no_wrap=True)
     table.add_column("images/s", justify="right", no_wrap=True)
     if is_wide:
-        table.add_column("hyperparameters", ratio=1, no_wrap=True, overflow=cut)
+        table.add_column("params", ratio=1, no_wrap=True, overflow=cut)
     values = [value for worker in workers for value in worker["curve"]]
     ends = (min(values), max(values)) if values else (0.0, 1.0)
     for worker in workers[:n_shown]:
@@ -262,7 +260,7 @@ def _render_workers(snapshot: Snapshot, n_shown: int, blocks: str, cut: Overflow
             f"{worker['epoch']}/{epochs}",
             accuracy,
         ]
-        row += ["no sign of life" if worker["is_lost"] else draw_curve(worker["curve"], ends, blocks), speed]
+        row += ["not responding" if worker["is_lost"] else draw_curve(worker["curve"], ends, blocks), speed]
         table.add_row(*row, *([Text(join_params(worker["params"]), style="dim")] if is_wide else []))
     if len(workers) > n_shown:
         table.add_row(f"and {len(workers) - n_shown} more", style="dim")
@@ -270,7 +268,7 @@ def _render_workers(snapshot: Snapshot, n_shown: int, blocks: str, cut: Overflow
 
 
 def draw_curve(values: Sequence[float], ends: tuple[float, float], blocks: str = _BLOCKS) -> str:
-    """A block for each value, or for the last of several, as high as the value lies between the ends."""
+    """A sparkline scaled between `ends`, with one block per value; long curves are sampled to fit."""
     low, high = ends
     step = max(len(values) / _CURVE_WIDTH, 1)
     n_shown = min(len(values), _CURVE_WIDTH)
@@ -281,18 +279,18 @@ def draw_curve(values: Sequence[float], ends: tuple[float, float], blocks: str =
 
 def _render_finished(rows: Sequence[Mapping[str, Any]], cut: OverflowMethod, *, is_wide: bool) -> Table:
     table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), expand=True)
-    table.add_column("finished", justify="right", no_wrap=True)
+    table.add_column("trial", justify="right", no_wrap=True)
     table.add_column("state", no_wrap=True)
-    for heading in ("value", "epoch", *(["seconds"] if is_wide else [])):
+    for heading in ("val. acc.", "epochs", *(["time (s)"] if is_wide else [])):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("", ratio=1, no_wrap=True, overflow=cut)
     for row in rows:
-        figures = ["" if row["value"] is None else f"{row['value']:.4f}", str(row["epoch"])]
+        cells = ["" if row["value"] is None else f"{row['value']:.4f}", str(row["epoch"])]
         if is_wide:
-            figures.append("" if row["seconds"] is None else f"{row['seconds']:.1f}")
-        why = row["note"].replace(" is below ", " < ")
-        remark = Text(printable(why)) if why else Text(join_params(row["params"]), style="dim")
-        table.add_row(str(row["number"]), Text(row["state"], style=_STYLES[row["state"]]), *figures, remark)
+            cells.append("" if row["seconds"] is None else f"{row['seconds']:.1f}")
+        note = row["note"]
+        remark = Text(printable(note)) if note else Text(join_params(row["params"]), style="dim")
+        table.add_row(str(row["number"]), Text(row["state"], style=_STYLES[row["state"]]), *cells, remark)
     return table
 
 

@@ -1,4 +1,4 @@
-"""The pictures of a report: Optuna's plots and the learning curves, each for a light and for a dark page."""
+"""The plots of a report: Optuna's plots and the learning curves, each in a light and a dark version."""
 
 import base64
 import io
@@ -16,22 +16,22 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BLUE, ORANGE, GREY = "#3f83c9", "#e0802b", "#98a2ae"
-COLORS = {TrialState.COMPLETE: BLUE, TrialState.PRUNED: "#9a7bd0"}  # orange is the best trial's
-THEMES = {"light": ("#39434f", "#dfe4ea"), "dark": ("#c3cbd5", "#39424e")}  # of text, of lines
+COLORS = {TrialState.COMPLETE: BLUE, TrialState.PRUNED: "#9a7bd0"}  # orange marks the best trial
+THEMES = {"light": ("#39434f", "#dfe4ea"), "dark": ("#c3cbd5", "#39424e")}  # text, lines
 SETTINGS: Any = {
     "figure.constrained_layout.use": True,
-    "text.parse_math": False,  # a name with dollars would be read as a formula
+    "text.parse_math": False,  # otherwise a name with dollar signs is parsed as a formula
     "figure.dpi": 170,
 }
-MAX_JITTERED = 10  # the span of integers or choices up to which their points are spread sideways
+MAX_JITTERED = 10  # jitter the points of integers and choices up to this span
 MAX_CURVES = 120
 N_BEST_CURVES = 20
-MANY = 200  # points, above which a map is drawn more lightly
+MANY = 200  # above this number of points, the contour plot has lighter lines and points
 
 
 @dataclass(frozen=True)
 class Picture:
-    """PNG files in base64, and in words what they show."""
+    """A plot as base64 PNG files, with its alternative text."""
 
     alt: str
     light: str
@@ -41,7 +41,7 @@ class Picture:
 
 @contextmanager
 def _pyplot(figsize: tuple[float, float] = (5.4, 3.4)) -> Iterator[None]:
-    """Optuna's plots go through pyplot, change its style for good, and warn that they are experimental."""
+    """Undo what Optuna's plots change in pyplot's style, and silence their warnings about being experimental."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -53,14 +53,14 @@ def _pyplot(figsize: tuple[float, float] = (5.4, 3.4)) -> Iterator[None]:
 
 
 def rank_hyperparameters(study: optuna.Study, names: Sequence[str]) -> dict[str, float]:
-    """The importance of each hyperparameter by PED-ANOVA, the greatest first; they sum to one."""
+    """The importance of each hyperparameter by PED-ANOVA, largest first. They sum to one."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return optuna.importance.get_param_importances(study, params=list(names))
 
 
 def draw_history(study: optuna.Study, values: Sequence[float]) -> Picture:
-    """The value of each complete trial, and the best so far."""
+    """The value of each completed trial, and the best so far."""
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 
@@ -71,30 +71,30 @@ def draw_history(study: optuna.Study, values: Sequence[float]) -> Picture:
         for line in axes.lines:
             line.set(color=ORANGE, linewidth=2, alpha=1, drawstyle="steps-post")
         dot = Line2D([], [], color=BLUE, marker="o", markersize=5, linestyle="none")
-        axes.legend([dot, axes.lines[0]], ["complete trial", "best so far"], loc="lower right", frameon=False)
+        axes.legend([dot, axes.lines[0]], ["completed trial", "best so far"], loc="lower right", frameon=False)
         axes.set(xlabel="trial", ylabel="validation accuracy")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         note = _focus(axes, values)
-        return _picture(axes, f"Validation accuracy of {len(values)} complete trials in their order.", note)
+        return _picture(axes, f"Validation accuracy of {len(values)} completed trials in order.", note)
 
 
 def draw_importances(study: optuna.Study, names: Sequence[str]) -> Picture:
-    """The importance of each hyperparameter, as bars."""
+    """The importance of each hyperparameter as a bar chart."""
     with _pyplot():
         axes = optuna.visualization.matplotlib.plot_param_importances(study, params=list(names))
         for bar in axes.patches:
             bar.set(color=BLUE)
         for label in axes.texts:
             label.set_text(f" {label.get_text()}")
-        axes.set(xlabel="share of importance", ylabel="")
+        axes.set(xlabel="importance", ylabel="")
         axes.grid(visible=False, axis="y")
         if legend := axes.get_legend():
             legend.remove()
-        return _picture(axes, "Importance of each hyperparameter, as bars.")
+        return _picture(axes, "Importance of each hyperparameter as a bar chart.")
 
 
 def draw_slice(study: optuna.Study, name: str, best: FrozenTrial, values: Sequence[float]) -> Picture:
-    """The validation accuracy over one hyperparameter; a ring marks the best trial."""
+    """The validation accuracy against one hyperparameter; a ring marks the best trial."""
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.ticker import MaxNLocator
 
@@ -106,8 +106,8 @@ def draw_slice(study: optuna.Study, name: str, best: FrozenTrial, values: Sequen
         points.set_cmap(LinearSegmentedColormap.from_list("age", [GREY, BLUE]))
         where = points.get_offsets()
         distinct = np.unique(where[:, 0])
-        is_whole = axes.get_xscale() == "linear" and (distinct == distinct.round()).all()
-        if is_whole and np.ptp(distinct) < MAX_JITTERED:
+        is_integer = axes.get_xscale() == "linear" and (distinct == distinct.round()).all()
+        if is_integer and np.ptp(distinct) < MAX_JITTERED:
             where[:, 0] += np.random.default_rng(0).uniform(-0.15, 0.15, len(where))
             points.set_offsets(where)
             axes.set_xlim(distinct[0] - 0.5, distinct[-1] + 0.5)
@@ -121,11 +121,11 @@ def draw_slice(study: optuna.Study, name: str, best: FrozenTrial, values: Sequen
         axes.scatter(*ring.T, s=110, facecolor="none", edgecolor=ORANGE, linewidth=2, zorder=3, clip_on=False)
         axes.set(xlabel=name, ylabel="validation accuracy")
         _focus(axes, values)
-        return _picture(axes, f"Validation accuracy of the complete trials over {name}.")
+        return _picture(axes, f"Validation accuracy of the completed trials against {name}.")
 
 
 def draw_contour(study: optuna.Study, names: Sequence[str], n_trials: int) -> Picture:
-    """The validation accuracy over two hyperparameters, interpolated between the trials."""
+    """The validation accuracy as a contour plot of two hyperparameters, interpolated between the trials."""
     from matplotlib.contour import ContourSet
 
     with _pyplot():
@@ -137,11 +137,11 @@ def draw_contour(study: optuna.Study, names: Sequence[str], n_trials: int) -> Pi
                 collection.set(linewidth=0 if n_trials > MANY else 0.4)
             else:
                 collection.set(sizes=[_size(n_trials) / 3], linewidth=0, alpha=0.3 if n_trials > MANY else 0.6)
-        return _picture(axes, f"Validation accuracy over {names[0]} and {names[1]}, as a map.")
+        return _picture(axes, f"Contour plot of the validation accuracy over {names[0]} and {names[1]}.")
 
 
 def draw_curves(trials: Sequence[FrozenTrial], best: FrozenTrial | None) -> Picture:
-    """The validation accuracy after each epoch, of at most `MAX_CURVES` trials."""
+    """The validation accuracy per epoch of at most `MAX_CURVES` trials."""
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 
@@ -169,14 +169,13 @@ def draw_curves(trials: Sequence[FrozenTrial], best: FrozenTrial | None) -> Pict
         axes.grid(visible=True)
         note = _focus(axes, [value for trial in shown for value in trial.intermediate_values.values()], share=0.05)
         if len(shown) < len(trials):
-            note += (
-                f" {len(shown)} of {len(trials):,} curves are drawn: the {N_BEST_CURVES} best and evenly spread others."
-            )
-        return _picture(axes, f"Learning curves of {len(shown)} trials; pruned ones are cut short.", note)
+            which = f"the {N_BEST_CURVES} best and an even sample of the rest"
+            note += f" Showing {len(shown)} of {len(trials):,} curves: {which}."
+        return _picture(axes, f"Learning curves of {len(shown)} trials; curves of pruned trials end early.", note)
 
 
 def _thin(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """The trials, or where there are many the best complete ones and others spread evenly over the study."""
+    """At most `MAX_CURVES` trials: the best completed ones and an even sample of the rest."""
     if len(trials) <= MAX_CURVES:
         return list(trials)
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
@@ -191,7 +190,7 @@ def _size(n_points: int) -> float:
 
 
 def _focus(axes: "Axes", values: Iterable[float], share: float = 0.25) -> str:
-    """Cut a few far lower values off, which would press the others together; a note that says how many."""
+    """Crop the axis below a few very low values that would squeeze the rest. Returns a note with their number."""
     finite = np.array([value for value in values if np.isfinite(value)])
     if not len(finite):
         return ""
@@ -200,11 +199,12 @@ def _focus(axes: "Axes", values: Iterable[float], share: float = 0.25) -> str:
     room = 0.08 * max(top - bottom, 0.005)
     axes.set_ylim(bottom - room, top + room)
     n_below = int((finite < bottom - room).sum())
-    return f"{n_below} {'point lies' if n_below == 1 else 'points lie'} below the picture." if n_below else ""
+    are = "point below the axis range is" if n_below == 1 else "points below the axis range are"
+    return f"{n_below} {are} not shown." if n_below else ""
 
 
 def _picture(axes: "Axes", alt: str, note: str = "") -> Picture:
-    """The figure of the axes, drawn once for each theme."""
+    """The figure of the axes, rendered once per theme."""
     import matplotlib.pyplot as plt
     from matplotlib.text import Text
     from matplotlib.ticker import FuncFormatter
@@ -221,12 +221,12 @@ def _picture(axes: "Axes", alt: str, note: str = "") -> Picture:
             axis.set_minor_formatter(plain)
     sources = {}
     for theme, (ink, line) in THEMES.items():
-        for each in figure.axes:
-            each.tick_params(which="both", colors=ink, labelsize=9)
-            each.xaxis.label.set_size(10)
-            each.yaxis.label.set_size(10)
-            each.spines[:].set(color=line, linewidth=0.8)
-            for grid_line in (*each.get_xgridlines(), *each.get_ygridlines()):
+        for ax in figure.axes:
+            ax.tick_params(which="both", colors=ink, labelsize=9)
+            ax.xaxis.label.set_size(10)
+            ax.yaxis.label.set_size(10)
+            ax.spines[:].set(color=line, linewidth=0.8)
+            for grid_line in (*ax.get_xgridlines(), *ax.get_ygridlines()):
                 grid_line.set(color=line, linewidth=0.7)
         for text in figure.findobj(Text):
             text.set_color(ink)
@@ -236,7 +236,7 @@ def _picture(axes: "Axes", alt: str, note: str = "") -> Picture:
 
 
 def _to_png(figure: Any) -> str:
-    """The figure on a transparent ground, in few colors: a third of the size."""
+    """The figure on a transparent background with 256 colors, a third of the size."""
     from PIL import Image
 
     figure.patch.set_alpha(0)

@@ -1,4 +1,4 @@
-"""The report of a study: one HTML file that opens offline and that a stranger to the project can read."""
+"""The report of a study: one self-contained HTML file, readable without knowledge of the project."""
 
 import base64
 import json
@@ -25,7 +25,7 @@ from hpsearch.monitor import plots
 from hpsearch.monitor.trials import list_trials
 from hpsearch.search.trials import read_status
 
-MIN_TRIALS = 5  # complete ones, for an importance or a map that is more than chance
+MIN_TRIALS = 5  # completed trials needed for importances and a contour plot
 MAX_ROWS = 12
 PICTURES = ("confusion_matrix.png", "calibration.png", "mistakes.png")
 VERSIONS = ("hpsearch", "optuna", "torch", "torchvision", "numpy", "matplotlib")
@@ -34,10 +34,10 @@ VERSIONS = ("hpsearch", "optuna", "torch", "torchvision", "numpy", "matplotlib")
 def write_report(
     definition: StudyDefinition, study: optuna.Study, file: Path, *, bundle: Path | None = None, command: str
 ) -> None:
-    """Write the report to a file, whole or not at all; raises `UsageError` where that cannot be written.
+    """Write the report atomically. Raises `UsageError` if the file cannot be written.
 
-    `command` is what follows the verbs in the commands that do it again. A bundle that is damaged, or that another
-    search made, is named in the report and left out.
+    `command` holds the arguments of the commands that the report suggests. A bundle that is corrupt or from another
+    search is left out, and the report says why.
     """
     environment = Environment(
         loader=PackageLoader("hpsearch.monitor", ""),
@@ -53,13 +53,13 @@ def write_report(
         temporary.write_text(text, encoding="utf-8", errors="replace")
         temporary.replace(file)
     except OSError as error:
-        raise UsageError(f"{file} cannot be written ({error.strerror}); choose another --output") from error
+        raise UsageError(f"cannot write {file}: {error.strerror}; choose another --output") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def find_bundle(folder: Path, name: str) -> Path | None:
-    """The folder, if there is a bundle of the study of that name in it."""
+    """The folder if it holds a bundle of the named study, else None."""
     try:
         metrics = json.loads((folder / "metrics.json").read_bytes())
     except (OSError, ValueError):
@@ -68,7 +68,7 @@ def find_bundle(folder: Path, name: str) -> Path | None:
 
 
 def _collect(definition: StudyDefinition, study: optuna.Study, folder: Path | None, command: str) -> dict[str, Any]:
-    """All that the template shows."""
+    """The variables of the template."""
     trials = study.get_trials(deepcopy=False)
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     confirmation = study.user_attrs.get("confirmation") if complete else None
@@ -111,7 +111,7 @@ def _draw(
     complete: Sequence[FrozenTrial],
     chosen: FrozenTrial | None,
 ) -> dict[str, Any]:
-    """The pictures that so many trials allow; the others are None."""
+    """The plots for which there are enough trials; the others are None."""
     values = [trial.value or 0.0 for trial in complete]
     names = [name for name in definition.search if any(name in trial.params for trial in complete)]
     ranked: dict[str, float] = {}
@@ -131,7 +131,7 @@ def _draw(
 
 
 def _find_pair(ranked: Sequence[str], complete: Sequence[FrozenTrial]) -> tuple[str, str] | None:
-    """The two most important hyperparameters that enough trials have together, with several values of each."""
+    """The two most important hyperparameters that enough trials have in common, each with several values."""
     for pair in ((first, second) for i, second in enumerate(ranked) for first in ranked[:i]):
         both = [[trial.params[name] for name in pair] for trial in complete if set(pair) <= trial.params.keys()]
         if len(both) >= MIN_TRIALS and all(len(set(column)) > 1 for column in zip(*both, strict=True)):
@@ -142,7 +142,7 @@ def _find_pair(ranked: Sequence[str], complete: Sequence[FrozenTrial]) -> tuple[
 def _read_bundle(
     folder: Path | None, study: optuna.Study, trials: Sequence[FrozenTrial]
 ) -> tuple[dict[str, Any] | None, str]:
-    """What a verified bundle holds, or None and why it cannot be used."""
+    """The contents of a verified bundle, or None and the reason why it cannot be used."""
     if folder is None:
         return None, ""
     try:
@@ -152,8 +152,8 @@ def _read_bundle(
         return _describe_bundle(folder, config, metrics), ""
     except BundleError as error:
         return None, str(error)
-    except (LookupError, TypeError, ValueError, OSError) as error:  # it was sealed again by somebody
-        return None, f"{folder / 'metrics.json'} is not understood: {error!r}"
+    except (LookupError, TypeError, ValueError, OSError) as error:  # someone edited it and updated the manifest
+        return None, f"{folder / 'metrics.json'} is invalid ({error}); export again"
 
 
 def _describe_bundle(folder: Path, config: bundles.Config, metrics: dict[str, Any]) -> dict[str, Any]:
@@ -178,30 +178,30 @@ def _describe_bundle(folder: Path, config: bundles.Config, metrics: dict[str, An
 def _check_origin(
     folder: Path, study: optuna.Study, trials: Sequence[FrozenTrial], metrics: dict[str, Any], values: dict[str, Any]
 ) -> None:
-    """Raise `BundleError` if the bundle is not from a trial of this study, but from another or an earlier one."""
+    """Raise `BundleError` if the bundle was not exported from a trial of this study."""
     if metrics["study"] != study.study_name:
-        raise BundleError(f"{folder} is of study '{metrics['study']}', not of '{study.study_name}'")
+        raise BundleError(f"{folder} belongs to study '{metrics['study']}', not '{study.study_name}'")
     source = next((trial for trial in trials if trial.number == metrics["trial"] and trial.params), None)
     if source is None or any(values.get(name) != value for name, value in source.params.items()):
-        raise BundleError(f"{folder} was made by another search of that name; export it again")
+        raise BundleError(f"{folder} was exported from a different search with the same name; export again")
 
 
 def _sum_time(rows: Sequence[dict[str, Any]], full: int, trials: Sequence[FrozenTrial]) -> dict[str, Any]:
-    """Trials, epochs and seconds by state and by worker, and the seconds that pruning saved."""
-    # A retried trial has the epochs of its earlier attempts.
+    """Trials, epochs and seconds by state and by worker, and the seconds saved by pruning."""
+    # A retried trial includes the epochs of its earlier attempts.
     superseded = {number for trial in trials for number in trial.user_attrs.get("attempts", ())}
-    begun = [
+    started = [
         row | {"seconds": row["seconds"] or 0.0, "epoch": 0 if row["number"] in superseded else row["epoch"]}
         for row in rows
         if row["state"] != "waiting"
     ]
-    pruned = [row for row in begun if row["state"] == "pruned" and row["epoch"]]
+    pruned = [row for row in started if row["state"] == "pruned" and row["epoch"]]
     starts = [trial.datetime_start for trial in trials if trial.datetime_start]
     ends = [trial.datetime_complete for trial in trials if trial.datetime_complete]
     return {
-        "seconds": sum(row["seconds"] for row in begun),
-        "by_state": _group(begun, "state"),
-        "by_worker": _group(begun, "worker"),
+        "seconds": sum(row["seconds"] for row in started),
+        "by_state": _group(started, "state"),
+        "by_worker": _group(started, "worker"),
         "saved": sum((full - row["epoch"]) * row["seconds"] / row["epoch"] for row in pruned),
         "wall": (max(ends) - min(starts)).total_seconds() if starts and ends else 0.0,
         "since": min(starts, default=None),
@@ -225,13 +225,13 @@ def _group(rows: Sequence[dict[str, Any]], key: str) -> list[dict[str, Any]]:
 
 
 def advise(definition: StudyDefinition, trial: FrozenTrial) -> Iterator[dict[str, str]]:
-    """For each value of the trial at an end of its range: which end, and the line of the study file now and wider."""
+    """For each value at the edge of its range: which edge, and the line of the study file now and widened."""
     for name, dimension in definition.search.items():
         if not isinstance(dimension, Range) or name not in trial.params:
             continue
         value = trial.params[name]
-        low, high, place = (math.log(x) if dimension.log else x for x in (*dimension.range, value))
-        share = (place - low) / (high - low) if high > low else 0.5
+        low, high, position = (math.log(x) if dimension.log else x for x in (*dimension.range, value))
+        share = (position - low) / (high - low) if high > low else 0.5
         if 0.02 < share < 0.98:
             continue
         ends: list[Any] = list(dimension.range)
@@ -246,7 +246,7 @@ def advise(definition: StudyDefinition, trial: FrozenTrial) -> Iterator[dict[str
 
 
 def _find_wider(name: str, dimension: Range, end: int) -> int | float | None:
-    """A value beyond an end of the range, as far as the hyperparameter can go; None if the end is its limit."""
+    """A valid value beyond that end of the range, or None if the hyperparameter allows none."""
     low, high = dimension.range
     sign, is_int = (-1, 1)[end], isinstance(dimension, IntRange)
     for part in (2.0**-i for i in range(8)):

@@ -1,4 +1,4 @@
-"""What there is to see of a search while it runs, read from its study, so that every watcher sees all workers."""
+"""Snapshots of a running search, read from the database, so that they include all workers on all machines."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,19 +17,19 @@ from hpsearch.search.trials import TrialEvent, describe_trial, explain_end, read
 from hpsearch.storage.budget import SEARCHING_STATES, seconds_searched
 from hpsearch.storage.rdb import Storage, open_storage
 
-_N_RECENT = 40  # finished trials from which the time left is estimated
+_N_RECENT = 40  # finished trials used to estimate the remaining time
 _N_DRAWS = 200
-_N_LISTED = 50  # of finished and of failed trials
+_N_LISTED = 50  # finished and failed trials each
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A moment of a search.
+    """The state of a search at one moment.
 
-    `status` is the document of `status --json`. `workers`, `finished` and `failed` are rows, the latest of the last two
-    first; the `n_failed` failed ones are those that were not queued again. `news` are the trials that ended since the
-    moment before, in their order. `seconds` are those searched, and `seconds_left` the range that the rest of the
-    budget will probably take, None where nobody can say.
+    `status` is the document of `status --json`. `workers`, `finished` and `failed` are rows, the latter two with the
+    latest first; `failed` and `n_failed` exclude trials that were re-queued. `news` lists the trials that ended since
+    the last snapshot, in order. `seconds` is the time searched so far; `seconds_left` is the estimated range of the
+    remaining time, or None if there is no estimate.
     """
 
     status: Mapping[str, Any]
@@ -49,12 +49,12 @@ class Snapshot:
 
     @property
     def n_alive(self) -> int:
-        """How many workers have a trial, and give signs of life."""
+        """The number of workers with a running trial and a recent heartbeat."""
         return sum(not worker["is_lost"] for worker in self.workers)
 
     @property
     def is_over(self) -> bool:
-        """Whether the budget is spent: its trials, minutes or failures, or its target is reached."""
+        """Whether the trials, minutes or failures are used up, or the target is reached."""
         budget, best = self.status["budget"], self.status["best"]
         return bool(
             self.n_finished >= budget["trials"]
@@ -64,32 +64,32 @@ class Snapshot:
         )
 
     def describe_progress(self) -> str:
-        """How far the search has come, in one line."""
+        """The progress in one line, such as `12 of 40 trials done, best 0.9812 (trial 7)`."""
         best = self.status["best"]
-        found = f", the best {best['value']:.4f} in trial {best['number']}" if best else ""
-        return f"{self.n_finished} of {self.status['budget']['trials']} trials are there{found}"
+        found = f", best {best['value']:.4f} (trial {best['number']})" if best else ""
+        return f"{self.n_finished} of {self.status['budget']['trials']} trials done{found}"
 
     def suggest_next(self, command: str) -> str:
-        """How the search goes on, with what follows the verb in `command`."""
+        """How to continue the search; `command` holds the arguments of the suggested command."""
         if self.n_alive:
-            return "the workers that run go on with it"
+            return "running workers will pick it up"
         if self.n_finished >= self.status["budget"]["trials"]:
-            return f"the budget is spent; give it more with: hpsearch extend {command} --trials 20"
+            return f"the budget is used up; add trials with: hpsearch extend {command} --trials 20"
         if self.is_over:
-            return "its minutes, target or failures are reached; raise them in the study file to go on"
-        return f"no worker runs; go on with: hpsearch run {command}"
+            return "a limit (minutes, target or failures) has been reached; raise it in the study file to continue"
+        return f"no workers running; start some with: hpsearch run {command}"
 
 
 class Watch:
-    """Reads a study again and again; only what is new of it comes from the database each time."""
+    """Polls a study. Each poll reads only changes from the database."""
 
     def __init__(self, definition: StudyDefinition, storage: Storage) -> None:
         self.definition, self.storage = definition, storage
         self.study = load_study(definition, storage)
-        self._known: set[int] | None = None  # the numbers of the trials that have ended
+        self._known: set[int] | None = None  # numbers of the trials that have ended
 
     def poll(self) -> Snapshot:
-        """The search as it is now; raises `StorageError`."""
+        """The current snapshot. Raises `StorageError`."""
         trials = self.study.get_trials(deepcopy=False)
         status = read_status(self.definition, self.study, trials)
         lost = set(self.storage.find_stuck(self.study._study_id))
@@ -125,7 +125,7 @@ class Watch:
             finished=[describe_trial(trial) for trial in finished[:_N_LISTED]],
             failed=[describe_trial(trial) for trial in failed[:_N_LISTED]],
             n_failed=len(failed),
-            news=[_tell(trial) for trial in reversed(news)],
+            news=[_make_event(trial) for trial in reversed(news)],
             seconds=seconds,
             seconds_left=seconds_left,
             is_stopped=bool(self.study.user_attrs.get("stopped")),
@@ -133,37 +133,39 @@ class Watch:
 
 
 def open_watch(definition: StudyDefinition) -> Watch:
-    """A watch of the definition's study; raises `StudyNotFound`, `StudyMismatch` or `StorageError`."""
+    """A read-only watch of a study. Raises `StudyNotFound`, `StudyMismatch` or `StorageError`."""
     recovery = definition.recovery
     url, heartbeat, grace = definition.study.storage, recovery.heartbeat, recovery.grace
     return Watch(definition, open_storage(url, heartbeat=heartbeat, grace=grace, reads_only=True))
 
 
 def summarize_search(watch: Watch, command: str) -> list[str]:
-    """What was found, how sure that is, and what to type next, with what follows the verb in `command`."""
+    """Lines with the best trial, how certain it is, and the next commands; `command` holds their arguments."""
     definition, study, snapshot = watch.definition, watch.study, watch.poll()
-    if not snapshot.is_over:  # it was stopped, or extended at its very end
+    if not snapshot.is_over:  # stopped, or extended at the last moment
         return [snapshot.describe_progress(), f"next: {snapshot.suggest_next(command)}"]
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if not complete:
-        return ["found: nothing yet, no trial is complete", f"next: hpsearch trials {command}"]
+        return [f"result: no trial completed; see: hpsearch trials {command}"]
     best, n_images = find_best(study), definition.data.validation
     low, high = wilson_interval(round((best.value or 0.0) * n_images), n_images)
     n_alike, n_others = sum((trial.value or 0.0) >= low for trial in complete) - 1, len(complete) - 1
-    sure = f"{n_alike} of the {n_others} other complete trials lie in that interval too"
+    note = f"{n_alike} of the other {n_others} completed trials are within that interval"
     if not n_others:
-        sure = "no other trial is complete"
-    if "confirmation" in study.user_attrs:
-        sure += f"; {explain_choice(study, command)}"
+        note = "no other completed trial to compare with"
+    elif "confirmation" in study.user_attrs:
+        note += f"; {explain_choice(study, command)}"
+    elif n_alike:
+        note += ", so their order may be chance; `confirm` settles it"
     return [
-        f"found: trial {best.number}, {best.value:.4f} on {n_images:,} validation images "
-        f"(95% interval {low:.4f} to {high:.4f})",
-        f"sure:  {sure}",
+        f"best:  trial {best.number}, validation accuracy {best.value:.4f} on {n_images:,} images "
+        f"(95% CI {low:.4f} to {high:.4f})",
+        f"note:  {note}",
         f"next:  hpsearch confirm {command}  |  hpsearch export {command}",
     ]
 
 
-def _tell(trial: FrozenTrial) -> TrialEvent:
+def _make_event(trial: FrozenTrial) -> TrialEvent:
     worker, epoch = trial.user_attrs.get("worker", "unknown"), trial.last_step or 0
     if trial.state == TrialState.FAIL:
         return TrialEvent(worker, trial.number, "failed", epoch, message=explain_end(trial))
@@ -193,22 +195,21 @@ def _describe_worker(trial: FrozenTrial, *, is_lost: bool) -> dict[str, Any]:
 def estimate_seconds_left(
     recent: Sequence[FrozenTrial], running: Sequence[FrozenTrial], n_left: int, now: datetime
 ) -> tuple[float, float] | None:
-    """A range that probably holds the seconds until `n_left` more trials are finished, else None.
+    """The 95% range of the seconds until `n_left` more trials are finished, or None if there is too little data.
 
-    The rest of the search is drawn many times: its trials last as long as recent ones, each time as a bootstrap sample
-    of them, and each begins where a worker becomes free; those that run last longer than they did so far. The range
-    leaves out the lowest and the highest fortieth. Nothing is said without workers, and before there are at least
-    three recent trials, and two for each worker.
+    The rest of the search is simulated many times. The duration of each trial is drawn from a bootstrap sample of the
+    recent ones, a new trial starts as soon as a worker is free, and a running trial lasts longer than its current age.
+    An estimate needs at least one worker, three recent trials, and two recent trials per worker.
     """
     durations = np.array([trial.duration.total_seconds() for trial in recent if trial.duration])
     n_workers = min(len(running), n_left)
     if n_workers < 1 or len(durations) < max(3, 2 * len(running)):
         return None
-    generator = np.random.default_rng(0)  # the same each time, so that the range does not flicker
+    generator = np.random.default_rng(0)  # fixed, so that the range does not flicker
     samples = generator.choice(durations, (_N_DRAWS, len(durations)))
     ages = sorted((now - trial.datetime_start).total_seconds() for trial in running if trial.datetime_start)
     free = np.stack([_draw_rest(generator, durations, age) for age in ages[-n_workers:]], axis=1)
-    n_last = min(n_left - n_workers, 4 * n_workers)  # begun one by one; those before keep all workers busy
+    n_last = min(n_left - n_workers, 4 * n_workers)  # simulated one by one; the trials before keep all workers busy
     n_before = n_left - n_workers - n_last
     noise = generator.standard_normal(_N_DRAWS) * samples.std(axis=1) * math.sqrt(n_before)
     free += ((n_before * samples.mean(axis=1) + noise) / n_workers)[:, None]
@@ -220,6 +221,6 @@ def estimate_seconds_left(
 
 
 def _draw_rest(generator: np.random.Generator, durations: np.ndarray[Any, Any], age: float) -> np.ndarray[Any, Any]:
-    """How much longer a trial of that age lasts; one that is older than all others were, up to as long again."""
+    """The remaining seconds of a trial of that age; if it is older than all recent ones, at most its age again."""
     longer = durations[durations > age]
     return generator.choice(longer, _N_DRAWS) - age if len(longer) else generator.uniform(0, age, _N_DRAWS)

@@ -1,4 +1,4 @@
-"""How messages, numbers and durations are printed."""
+"""Formatting and printing of messages, numbers and durations."""
 
 import errno
 import sys
@@ -9,11 +9,11 @@ from rich.console import Console, RenderableType
 
 from hpsearch.search.trials import TrialEvent
 
-_WIDTH_OF_A_PIPE = 10_000  # nothing is cut off where no terminal sets a width
+_PIPE_WIDTH = 10_000  # nothing is cut off without a terminal
 
 
 def echo(message: str) -> None:
-    """Talk goes to stderr; where that is a file on a full disk, it is lost, since the search must not end by it."""
+    """Print a message to stderr. A full disk loses the message but does not end the search."""
     try:
         print(message, file=sys.stderr, flush=True)
     except OSError as error:
@@ -22,17 +22,17 @@ def echo(message: str) -> None:
 
 
 def show(renderable: RenderableType) -> None:
-    """Data goes to stdout; in a pipe lines are as long as they are, without blanks at their ends."""
+    """Print data to stdout. In a pipe, lines are neither wrapped nor padded."""
     if sys.stdout.isatty():
         return Console(highlight=False).print(renderable)
-    console = Console(width=_WIDTH_OF_A_PIPE, highlight=False)
+    console = Console(width=_PIPE_WIDTH, highlight=False)
     with console.capture() as capture:
         console.print(renderable)
     return print("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
 
 def stderr_console() -> Console:
-    """The console that talk goes to."""
+    """The console for messages."""
     return Console(stderr=True, highlight=False)
 
 
@@ -47,8 +47,13 @@ def trial_line(event: "TrialEvent") -> str:
 
 
 def printable(text: str) -> str:
-    """The text on one line, escaped where a terminal would obey it: file names may hold anything."""
+    """The text on one line with control characters escaped: file names may contain anything."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def describe_epochs(run: int, saved: int) -> str:
+    """`318 trained, 132 saved by pruning (29%)`."""
+    return f"{run:,} trained, {saved:,} saved by pruning ({saved / max(run + saved, 1):.0%})"
 
 
 def join_params(params: Mapping[str, Any]) -> str:
@@ -57,7 +62,7 @@ def join_params(params: Mapping[str, Any]) -> str:
 
 
 def shorten(value: Any) -> str:
-    """A number with three digits that count; anything else as it is."""
+    """Floats with three significant digits; other values unchanged."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 

@@ -1,12 +1,12 @@
-"""The search loop: what is tried, how it is judged, and which trial is the best.
+"""The search: the study, its objective, sampler and pruner, and the choice of the best trial.
 
-study         a study created, resumed, or refused because it is another search
+study         creates and resumes studies; refuses one with a different definition
 trials        trials as users see them: state, reason, row, progress
-checkpoints   where a study keeps its checkpoints, and which it still needs
-samplers      the sampler and the pruner of a study
-pruning       reports to the pruner, and why it ended a trial
-objective     a trial to its validation accuracy
-selection     the best trial, the confirmed winner, and how often the test set was read
-steering      a running search stopped, extended, given values to try
-copy          a study copied to another database and another artifact store
+checkpoints   where a study keeps its checkpoints, and which ones it still needs
+samplers      builds the sampler and the pruner of a study
+pruning       reports to the pruner and explains its decisions
+objective     the Optuna objective: trains a trial, returns its validation accuracy
+selection     the best trial, the confirmed winner, and uses of the test set
+steering      stops, resumes and extends a study, and enqueues trials
+copy          copies a study to another database and artifact store
 """

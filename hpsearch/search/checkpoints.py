@@ -1,4 +1,4 @@
-"""Where a study keeps its checkpoints, and which of them it still needs."""
+"""Where a study keeps its checkpoints, and which ones it still needs."""
 
 import logging
 from weakref import WeakKeyDictionary
@@ -13,24 +13,24 @@ from hpsearch.storage.checkpoints import find_checkpoints
 
 logger = logging.getLogger(__name__)
 
-_ids = WeakKeyDictionary[optuna.Study, str]()  # they never change, and are needed after each trial
+_ids = WeakKeyDictionary[optuna.Study, str]()  # a cache: ids never change and are needed after each trial
 
 
 def artifact_folder(definition: StudyDefinition) -> Folder:
-    """Where studies of the definition's name keep what their trials leave behind."""
+    """Return the folder for checkpoints and tracebacks of all studies with the definition's name."""
     return Folder(definition.study.artifacts) / definition.study.name
 
 
 def checkpoint_folder(definition: StudyDefinition, study: optuna.Study) -> Folder:
-    """Where the study's checkpoints are: apart from those of a study of the same name in another storage."""
+    """Return the folder of the study's checkpoints; a study with the same name in another database has its own."""
     if study not in _ids and (found := study.user_attrs.get("id")):
         _ids[study] = found
     return artifact_folder(definition) / _ids.get(study, "")
 
 
 def find_unneeded_checkpoints(definition: StudyDefinition, study: optuna.Study) -> list[str]:
-    """The names of the checkpoints that no trial will be resumed from, and that are not of the `recovery.keep` best."""
-    # In this order: a trial is stored before it has a file.
+    """Return the names of checkpoints that neither unfinished trials nor the `recovery.keep` best trials need."""
+    # List the files before the trials: a trial is stored before it writes its first file.
     files = find_checkpoints(checkpoint_folder(definition, study))
     if not files:
         return []
@@ -44,10 +44,10 @@ def find_unneeded_checkpoints(definition: StudyDefinition, study: optuna.Study) 
 
 
 def sweep_checkpoints(definition: StudyDefinition, study: optuna.Study) -> None:
-    """Remove the checkpoints that are not needed any more."""
+    """Remove the checkpoints that are no longer needed."""
     folder = checkpoint_folder(definition, study)
     try:
         for name in find_unneeded_checkpoints(definition, study):
             folder.remove(name)
     except OSError as error:
-        logger.warning("what is not needed any more in %s cannot be removed (%s)", folder, error.strerror)
+        logger.warning("cannot remove old checkpoints in %s (%s)", folder, error.strerror)

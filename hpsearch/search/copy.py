@@ -1,4 +1,4 @@
-"""A study copied to another database and another artifact store, whole or not at all, and compared."""
+"""Copy a study to another database and artifact store, completely or not at all, and verify the copy."""
 
 import hashlib
 import json
@@ -22,13 +22,13 @@ from hpsearch.storage.engine import creation_lock
 from hpsearch.storage.rdb import open_storage
 from hpsearch.storage.transfer import has_study, is_same_database, read_study_rows, write_study_rows
 
-Facts = list[dict[str, str]]  # of the study, then of each trial: what there is to know, as JSON by its name
+Facts = list[dict[str, str]]  # all attributes as JSON: first those of the study, then those of each trial
 _DELETE = "hpsearch dashboard STUDY --storage URL --writable"
 
 
 @dataclass(frozen=True)
 class Copy:
-    """What `copy_study` found or wrote; `digest` is the SHA-256 of all that can be read of the study on either side."""
+    """The result of `copy_study`; `digest` is the SHA-256 of the study's content, equal on both sides."""
 
     n_trials: int
     n_reports: int
@@ -39,11 +39,11 @@ class Copy:
 
 
 def copy_study(definition: StudyDefinition, target: StudyDefinition) -> Copy:
-    """Copy the definition's study to the storage and the artifacts of `target`, and compare both sides.
+    """Copy the definition's study to the database and the artifact store of `target`, and compare both sides.
 
-    The study appears there in one transaction, after its files; so a copy that was interrupted is simply repeated. One
-    that is there already must be equal. Raises `UsageError` where workers run, where both storages are the same, and
-    where another study of the name is there; and `StorageError` where both sides are not equal in the end.
+    The study is written in one transaction, after its files, so an interrupted copy can simply be repeated. Raises
+    `UsageError` if workers are running, if both databases are the same, or if the target has a different study with
+    this name. Raises `StorageError` if the copy differs from its source.
     """
     name = definition.study.name
     with ExitStack() as stack:
@@ -56,16 +56,16 @@ def copy_study(definition: StudyDefinition, target: StudyDefinition) -> Copy:
         running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         stuck = source.find_stuck(study._study_id)
         if n_alive := sum(trial._trial_id not in stuck for trial in running):
-            raise UsageError(f"{n_alive} trials of '{name}' run; stop them first: hpsearch stop STUDY")
+            raise UsageError(f"'{name}' has {n_alive} running trials; stop it first: hpsearch stop STUDY")
         storage = open_storage(target.study.storage)
         stack.callback(storage.engine.dispose)
         if is_same_database(source, storage):
-            raise UsageError(f"{show_url(target.study.storage)} is where the study is; copy it to another database")
+            raise UsageError(f"source and target are the same database: {show_url(target.study.storage)}")
         was_there = has_study(storage, name)
         if was_there and (difference := _find_difference(_read_facts(definition), _read_facts(target))):
             raise UsageError(
-                f"another study '{name}' is in {show_url(target.study.storage)} already ({difference}); "
-                f"go on with that, or copy to another database, or delete that one: {_DELETE}"
+                f"{show_url(target.study.storage)} already has a different study '{name}' ({difference}); "
+                f"continue with that one, choose another database, or delete it there: {_DELETE}"
             )
         n_copied, n_there = 0, 0
         if artifact_folder(definition) != artifact_folder(target):
@@ -77,8 +77,8 @@ def copy_study(definition: StudyDefinition, target: StudyDefinition) -> Copy:
     facts, copied = _read_facts(definition), _read_facts(target)
     if difference := _find_difference(facts, copied):
         raise StorageError(
-            f"study '{name}' is in {show_url(target.study.storage)} now, but differs from its source ({difference}); "
-            f"delete it there and copy again: {_DELETE}"
+            f"copied, but verification failed: '{name}' in {show_url(target.study.storage)} differs from its source "
+            f"({difference}); delete it there and copy again: {_DELETE}"
         )
     digest = hashlib.sha256(json.dumps(copied, sort_keys=True).encode()).hexdigest()
     n_reports = sum(name.startswith("report ") for trial in copied for name in trial)
@@ -86,35 +86,35 @@ def copy_study(definition: StudyDefinition, target: StudyDefinition) -> Copy:
 
 
 def _copy_files(definition: StudyDefinition, target: StudyDefinition, study: optuna.Study) -> tuple[int, int]:
-    """How many files of the study were copied, and how many were there already."""
+    """Copy the study's files. Returns how many were copied, and how many already existed."""
     folder, other = artifact_folder(definition), artifact_folder(target)
-    there, n_copied, n_same = set(other.find()), 0, 0
+    existing, n_copied, n_same = set(other.find()), 0, 0
     for name in _find_files(definition, study):
         content = folder.read(name)
-        if name in there and other.read(name) == content:
+        if name in existing and other.read(name) == content:
             n_same += 1
             continue
         other.write(name, content)
         if other.read(name) != content:
-            raise StorageError(f"{other / name} is another than what was written; copy the study again")
+            raise StorageError(f"{other / name} was not written correctly; run copy again")
         n_copied += 1
     return n_copied, n_same
 
 
 def _find_files(definition: StudyDefinition, study: optuna.Study) -> list[str]:
-    """The names of the study's files: checkpoints that are needed, attached files, and tracebacks of its trials."""
+    """Return the names of the study's files: checkpoints that are still needed, attachments, and tracebacks."""
     own = f"{study.user_attrs.get('id', '')}/"
-    dropped = {own + name for name in find_unneeded_checkpoints(definition, study)}
+    unneeded = {own + name for name in find_unneeded_checkpoints(definition, study)}
     tracebacks = {f"trial-{trial.number}.txt" for trial in study.get_trials(deepcopy=False)}
     return [
         name
         for name in artifact_folder(definition).find()
-        if name in tracebacks or (name.startswith(own) and name not in dropped and not name.endswith(".tmp"))
+        if name in tracebacks or (name.startswith(own) and name not in unneeded and not name.endswith(".tmp"))
     ]
 
 
 def _read_facts(definition: StudyDefinition) -> Facts:
-    """What any reader sees of the study, who does not know how it was copied."""
+    """Read the study through Optuna's own functions, independently of how it was copied."""
     storage = open_storage(definition.study.storage, reads_only=True)
     try:
         study = optuna.load_study(study_name=definition.study.name, storage=storage)
@@ -128,7 +128,7 @@ def _read_facts(definition: StudyDefinition) -> Facts:
 
 
 def _describe(trial: FrozenTrial) -> dict[str, Any]:
-    times = {"began": trial.datetime_start, "ended": trial.datetime_complete}
+    times = {"started": trial.datetime_start, "ended": trial.datetime_complete}
     distributions = {name: distribution_to_json(each) for name, each in trial.distributions.items()}
     return (
         {"number": trial.number, "state": trial.state.name, "values": trial.values}
@@ -146,13 +146,13 @@ def _by_name(kind: str, values: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _find_difference(here: Facts, there: Facts) -> str:
-    """The first difference between two studies, or nothing."""
+    """Describe the first difference between two studies; return "" if they are equal."""
     if len(here) != len(there):
-        return f"{len(here) - 1:,} trials here, {len(there) - 1:,} there"
+        return f"{len(here) - 1:,} trials in the source, {len(there) - 1:,} in the target"
     for index, (mine, other) in enumerate(zip(here, there, strict=True)):
         for name in sorted(mine.keys() | other.keys()):
             if mine.get(name) != other.get(name):
                 what = f"trial {index - 1}: {name}" if index else name
                 values = (textwrap.shorten(facts.get(name, "absent"), 60) for facts in (mine, other))
-                return f"{what}: {' here, '.join(values)} there"
+                return f"{what}: {' in the source, '.join(values)} in the target"
     return ""

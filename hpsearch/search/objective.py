@@ -1,4 +1,4 @@
-"""The Optuna objective: a trial becomes hyperparameters, a network, a training run and a value."""
+"""The Optuna objective: suggests hyperparameters, trains a network and returns its validation accuracy."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -22,12 +22,12 @@ _CHECKPOINT_FORMAT = 2
 
 
 class Objective:
-    """Validation accuracy after the last epoch, to be maximized.
+    """Trains the network of a trial and returns the validation accuracy after the last epoch, to be maximized.
 
-    Works in plain Optuna, `study.optimize(Objective(definition), n_trials=3)`, where the data are read at the first
-    trial. A trial whose loss is not finite ends as pruned. `before_batch` may raise to end the training, `callbacks`
-    are called after each epoch, before the trial may be pruned. Where `checkpoints` names a folder, training states are
-    kept there, and a retried trial goes on from its last one.
+    Works with plain Optuna: `study.optimize(Objective(definition), n_trials=3)`. The data are loaded at the first
+    trial. A trial whose loss is not finite is pruned. `before_batch` may raise to end the training. `callbacks` are
+    called after each epoch, before the pruner is asked. If `checkpoints` names a folder, training states are saved
+    there, and a retried trial resumes from its last one.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Objective:
                     SpeedCallback(trial, len(self.data.train), skips_one=bool(resumed and resumed["n_batches"])),
                     *self.callbacks,
                     pruning,
-                    lambda result: self._keep_the_best(trial, result, checkpoint),
+                    lambda result: self._save_if_best(trial, result, checkpoint),
                 ),
                 before_batch=self.before_batch,
                 checkpoint=checkpoint,
@@ -101,8 +101,8 @@ class Objective:
         earlier = trial.user_attrs.get("attempts", ())
         return Checkpoint(self.checkpoints, trial.number, identity, earlier, self.definition.recovery.checkpoint)
 
-    def _keep_the_best(self, trial: optuna.Trial, result: EpochResult, checkpoint: Checkpoint | None) -> None:
-        """See to it that the last state of a trial that is about to be one of the best is written."""
+    def _save_if_best(self, trial: optuna.Trial, result: EpochResult, checkpoint: Checkpoint | None) -> None:
+        """Save the final state of a trial that will be among the `recovery.keep` best."""
         if checkpoint and result.epoch == self.definition.budget.epochs:
             trials = trial.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
             own = (-result.value, trial.number)
@@ -112,10 +112,7 @@ class Objective:
 
 
 class SpeedCallback:
-    """Keeps how many training images a second the last epoch had, validation included, in a trial's user attribute.
-
-    The first epoch is skipped where it was begun earlier.
-    """
+    """Stores the training images per second of the last epoch, validation included; `skips_one` skips a resumed one."""
 
     def __init__(self, trial: optuna.Trial, n_images: int, *, skips_one: bool = False) -> None:
         self.trial, self.n_images, self.skips_one, self.since = trial, n_images, skips_one, time.perf_counter()

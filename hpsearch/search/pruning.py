@@ -1,4 +1,4 @@
-"""Reports to the pruner after each epoch, ends hopeless trials, and says what they were measured against."""
+"""Report each epoch to the pruner, prune unpromising trials, and explain why."""
 
 import math
 from typing import Any
@@ -12,10 +12,9 @@ from hpsearch.training.trainer import EpochResult
 
 
 class PruningCallback:
-    """Reports each epoch's validation accuracy to the trial, and raises `TrialPruned` where the pruner says so.
+    """Reports each epoch's validation accuracy to the trial, and raises `TrialPruned` if the pruner decides so.
 
-    Why is kept in the trial's user attribute `pruning`. After the last epoch nothing is left to save, so the trial is
-    complete.
+    The reason is stored in the trial's user attribute `pruning`. A trial is never pruned after its last epoch.
     """
 
     def __init__(self, trial: optuna.Trial, epochs: int) -> None:
@@ -24,23 +23,23 @@ class PruningCallback:
     def __call__(self, result: EpochResult) -> None:
         if self.report(result):
             pruning = explain_pruning(self.trial)
-            if pruning["value"] >= pruning.get("threshold", math.inf):  # other trials have ended since
+            if pruning["value"] >= pruning.get("threshold", math.inf):  # other trials have finished since
                 del pruning["threshold"], pruning["rule"]
             self.trial.set_user_attr("pruning", pruning)
             raise optuna.TrialPruned(f"pruned in epoch {result.epoch}")
 
     def report(self, result: EpochResult) -> bool:
-        """Whether the pruner would end the trial after this epoch; it sees the epochs of a resumed trial so, too."""
+        """Report an epoch, which may be one of a resumed trial, and return whether the trial should be pruned."""
         self.trial.report(result.value, result.epoch)
         return result.epoch < self.epochs and self.trial.should_prune()
 
 
 def explain_pruning(trial: optuna.Trial) -> dict[str, Any]:
-    """Why the pruner has just ended the trial, as far as pruners of Optuna's show it.
+    """Return why the pruner has just pruned the trial.
 
-    `epoch`, `value` (the validation accuracy that was compared), `threshold` (what it should have reached) and `rule`
-    (what the threshold is); the last two are missing where the pruner is another one. The formulas are those of
-    Optuna's `PercentilePruner` and `SuccessiveHalvingPruner`, to be maximized.
+    The keys are `epoch`, `value` (the validation accuracy that was compared), `threshold` (the accuracy needed to
+    continue) and `rule` (what the threshold is). The last two are missing for unknown pruners. The formulas are those
+    of Optuna's `PercentilePruner` and `SuccessiveHalvingPruner` for maximization.
     """
     study = trial.study
     trials = study.get_trials(deepcopy=False)
@@ -53,7 +52,7 @@ def explain_pruning(trial: optuna.Trial) -> dict[str, Any]:
         return explanation | {
             "value": max(frozen.intermediate_values.values()),
             "threshold": float(np.nanpercentile(values, 100 - pruner._percentile)),
-            "rule": f"the median of {len(values)} trials" if pruner._percentile == 50 else "the percentile",
+            "rule": f"median of {len(values)} trials" if pruner._percentile == 50 else "percentile",
         }
     if isinstance(pruner, HyperbandPruner):
         bracket = pruner._get_bracket_id(study, frozen)
@@ -65,8 +64,8 @@ def explain_pruning(trial: optuna.Trial) -> dict[str, Any]:
 
 
 def _explain_rung(trial: FrozenTrial, trials: list[FrozenTrial], reduction_factor: int) -> dict[str, Any]:
-    """What the trial should have reached at the last rung of successive halving that it came to."""
+    """Return the threshold at the last rung of successive halving that the trial reached."""
     rung = max(key for key in trial.system_attrs if key.startswith("completed_rung_"))
     values = sorted(other.system_attrs[rung] for other in trials if rung in other.system_attrs)
     n_promoted = max(len(values) // reduction_factor, 1)
-    return {"threshold": values[-n_promoted], "rule": f"the best {n_promoted} of {len(values)} trials"}
+    return {"threshold": values[-n_promoted], "rule": f"top {n_promoted} of {len(values)} trials"}

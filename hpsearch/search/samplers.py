@@ -1,6 +1,6 @@
-"""How a study searches: the sampler that chooses hyperparameters, and the pruner that ends hopeless trials.
+"""The sampler, which chooses hyperparameters, and the pruner, which stops unpromising trials early.
 
-The defaults, TPE and the median pruner, were chosen with `scripts/benchmark quality`; README says what it showed.
+The defaults, TPE and the median pruner, were chosen with `scripts/benchmark quality`; the README has the results.
 """
 
 from heapq import nlargest
@@ -13,11 +13,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpsearch.config.definition import StudyDefinition
 
-_N_BEST, _N_LATEST = 10, 90  # finished trials that TPE looks at; of 100 it takes 10 for good ones
+_N_BEST, _N_LATEST = 10, 90  # finished trials that TPE uses; of 100, its gamma counts 10 as good
 
 
 def build_sampler(definition: StudyDefinition, stream: int) -> optuna.samplers.BaseSampler:
-    """The study's sampler with its own stream of random numbers, one for each worker."""
+    """Build the study's sampler; each worker passes its own `stream` of random numbers."""
     seed = int(np.random.SeedSequence([definition.study.seed, stream]).generate_state(1)[0])
     startup = definition.sampler.startup
     match definition.sampler.kind:
@@ -34,11 +34,11 @@ def build_sampler(definition: StudyDefinition, stream: int) -> optuna.samplers.B
 
 
 def build_pruner(definition: StudyDefinition) -> optuna.pruners.BasePruner:
-    """The study's pruner; its resource is the epoch.
+    """Build the study's pruner; its resource is the epoch.
 
-    After `sampler.startup` complete trials the median pruner ends those whose best epoch is below the median of the
-    others at the same epoch. ASHA keeps the best quarter of the trials after epochs 1, 4, 16 and so
-    on (Li et al. 2020, https://arxiv.org/abs/1810.05934, take a quarter as well).
+    After `sampler.startup` completed trials, the median pruner stops trials whose best value is below the median of
+    the other trials at the same epoch. ASHA keeps the best quarter of the trials after epochs 1, 4, 16, ... (the
+    reduction factor of Li et al. 2020, https://arxiv.org/abs/1810.05934).
     """
     epochs = definition.budget.epochs
     match definition.pruner.kind:
@@ -53,12 +53,12 @@ def build_pruner(definition: StudyDefinition) -> optuna.pruners.BasePruner:
 
 
 class WindowedTPESampler(optuna.samplers.TPESampler):
-    """Optuna's TPE over the best complete trials and the latest of all, so that its time hardly grows with the study.
+    """TPE over the best completed and the latest trials only, so its time hardly grows with the study.
 
-    TPE by itself gives older trials ever less weight, but computes with all of them.
+    Optuna's TPE gives older trials less and less weight, but still computes with all of them.
     """
 
-    def __init__(self, *, n_startup_trials: int, **options: Any) -> None:
+    def __init__(self, *, n_startup_trials: int = 10, **options: Any) -> None:  # 10 as in Optuna
         super().__init__(n_startup_trials=n_startup_trials, **options)
         self.n_latest = max(_N_LATEST, n_startup_trials)
 
@@ -80,7 +80,7 @@ class WindowedTPESampler(optuna.samplers.TPESampler):
 
 
 class _Window:
-    """A study of which its sampler sees the best complete trials, the latest finished ones and the running ones."""
+    """A view of a study with the best completed, the latest finished and all unfinished trials."""
 
     def __init__(self, study: optuna.Study, n_latest: int) -> None:
         self._study, self._n_latest = study, n_latest

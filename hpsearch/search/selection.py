@@ -1,4 +1,4 @@
-"""The best trial, the confirmed winner, and how often the test set was read."""
+"""The best trial, the confirmed winner, and how often the test set was used."""
 
 from datetime import UTC, datetime
 
@@ -10,17 +10,17 @@ from hpsearch.search.study import change_attribute
 
 
 def find_best(study: optuna.Study, number: int | None = None) -> FrozenTrial:
-    """The best complete trial, or the complete trial of that number; raises `NoCompletedTrial`."""
+    """Return the best completed trial, or the completed trial with that number; raises `NoCompletedTrial`."""
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     chosen = [trial for trial in complete if number is None or trial.number == number]
     if not chosen:
-        which = "no trial is complete yet" if number is None else f"trial {number} is not complete"
-        raise NoCompletedTrial(f"study '{study.study_name}': {which}; see: hpsearch trials STUDY")
+        problem = "no completed trial yet" if number is None else f"trial {number} did not complete"
+        raise NoCompletedTrial(f"study '{study.study_name}': {problem}; see: hpsearch trials STUDY")
     return min(chosen, key=by_value)
 
 
 def find_best_few(study: optuna.Study, n: int) -> list[FrozenTrial]:
-    """The `n` best complete trials that differ in their parameters, the best first; raises `NoCompletedTrial`."""
+    """Return the `n` best completed trials with distinct parameters, best first; raises `NoCompletedTrial`."""
     find_best(study)
     different: list[FrozenTrial] = []
     for trial in sorted(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)), key=by_value):
@@ -30,31 +30,31 @@ def find_best_few(study: optuna.Study, n: int) -> list[FrozenTrial]:
 
 
 def find_winner(study: optuna.Study) -> FrozenTrial:
-    """The trial that `confirm` has chosen, else the best one; raises `NoCompletedTrial`."""
+    """Return the winner of `confirm`, or the best trial if there is none; raises `NoCompletedTrial`."""
     confirmation = study.user_attrs.get("confirmation")
     return find_best(study, confirmation and confirmation["winner"])
 
 
 def explain_choice(study: optuna.Study, command: str) -> str:
-    """Why `find_winner` takes the trial that it takes; `command` is what follows the verb to confirm it."""
+    """Explain the choice of `find_winner`; `command` holds the arguments of `hpsearch confirm` for this study."""
     winner, best = find_winner(study), find_best(study)
     confirmation = study.user_attrs.get("confirmation")
     if not confirmation:
-        return f"trial {winner.number} has the best value; whether that was luck is told by: hpsearch confirm {command}"
+        return f"trial {winner.number} has the best value; to see whether it was luck, run: hpsearch confirm {command}"
     if best.number not in [candidate["number"] for candidate in confirmation["candidates"]]:
         return (
-            f"trial {winner.number} is the confirmed winner, but trial {best.number}, whose value is the best now, was "
-            f"not compared; do so with: hpsearch confirm {command}"
+            f"trial {winner.number} is the confirmed winner; trial {best.number} has a better value now but was "
+            f"not compared, so consider: hpsearch confirm {command}"
         )
     return f"trial {winner.number} is the confirmed winner"
 
 
 def count_test_reading(study: optuna.Study, trial: FrozenTrial) -> int:
-    """How many exports have read the test set for this study, after this one was written down."""
+    """Record a use of the test set, and return how many exports of this study have used it."""
     reading = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "trial": trial.number}
     return len(change_attribute(study, "test_reads", lambda readings: [*(readings or ()), reading]))
 
 
 def by_value(trial: FrozenTrial) -> tuple[float, int]:
-    """Sorts the best trial first, and the earlier of equals before the later."""
+    """Sort key: the best trial first, and the earlier one of equals."""
     return -(trial.value or 0.0), trial.number

@@ -1,4 +1,4 @@
-"""A search is steered while it runs: stopped for all workers, extended, given values to try next."""
+"""Control a search while it runs: start, stop, resume and extend it, and enqueue trials."""
 
 import json
 from collections.abc import Iterable
@@ -16,10 +16,10 @@ from hpsearch.storage.rdb import open_storage, storage_of
 
 
 def start_study(definition: StudyDefinition, *, keeps_extension: bool = True, resumes: bool = True) -> None:
-    """Create or resume the definition's study, as `open_study` does, once its artifacts are seen to have a place.
+    """Create or resume the definition's study with `open_study`, after checking its artifact store.
 
-    Unless it `resumes`, a study that is there already is left as it is, with its budget, and stopped if it was. Raises
-    what `Folder.check`, `open_storage` and `open_study` raise.
+    If `resumes` is false, an existing study keeps its budget and stays stopped if it was. Raises the errors of
+    `Folder.check`, `open_storage` and `open_study`.
     """
     Folder(definition.study.artifacts).check()
     storage = open_storage(definition.study.storage)
@@ -36,20 +36,20 @@ def start_study(definition: StudyDefinition, *, keeps_extension: bool = True, re
 
 
 def stop_study(study: optuna.Study) -> None:
-    """Make every worker finish its epoch, write a checkpoint, hand its trial back and end."""
+    """Make every worker finish its epoch, save a checkpoint, re-queue its trial and exit."""
     study.set_user_attr("stopped", True)
 
 
 def resume_study(study: optuna.Study) -> None:
-    """Let workers begin trials again."""
+    """Let workers start trials again."""
     if study.user_attrs.get("stopped"):
         study.set_user_attr("stopped", False)
 
 
 def extend_study(study: optuna.Study, n_trials: int) -> int:
-    """The trials of the study's budget, after so many were added; workers that run see it at their next trial.
+    """Add trials to the study's budget and return its new number of trials. Running workers pick them up.
 
-    The extension holds as long as the study is run with the trials that it was run with last.
+    The extension is dropped when the study is run with a different number of trials.
     """
 
     def extend(budget: dict[str, Any]) -> dict[str, Any]:
@@ -61,18 +61,18 @@ def extend_study(study: optuna.Study, n_trials: int) -> int:
 
 
 def enqueue_trial(definition: StudyDefinition, study: optuna.Study, settings: Iterable[str]) -> int:
-    """The number of a waiting trial with the values of settings `name=value`; the sampler adds the others.
+    """Enqueue a trial with settings `NAME=VALUE` and return its number; the sampler chooses the rest.
 
-    Raises `UsageError` with a line for each setting that cannot be used, and queues nothing then.
+    Raises `UsageError` with one line per invalid setting; nothing is enqueued then.
     """
     values: dict[str, Any] = {}
     problems: list[str] = []
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals:
-            problems.append(f"--set {setting}: must be name=value, such as lr=1e-3")
+            problems.append(f"--set {setting}: expected NAME=VALUE, e.g. lr=1e-3")
         elif name in values:
-            problems.append(f"--set {setting}: {name} has the value {values[name]!r} already")
+            problems.append(f"--set {setting}: {name} was already set to {values[name]!r}")
         values[name] = _parse(text)
     fixed = definition.to_tables()["fixed"]
     if not problems:
@@ -83,12 +83,12 @@ def enqueue_trial(definition: StudyDefinition, study: optuna.Study, settings: It
     trial = optuna.trial.create_trial(state=TrialState.WAITING, system_attrs={"fixed_params": values})
     storage = storage_of(study)
     if storage is None:
-        raise UsageError(f"study '{study.study_name}' is not in a storage of hpsearch; open it with open_storage")
+        raise UsageError(f"study '{study.study_name}' must be opened with hpsearch's open_storage")
     return storage.get_trial_number_from_id(storage.create_new_trial(study._study_id, template_trial=trial))
 
 
 def _parse(text: str) -> Any:
-    """The number, boolean or string that a value on the command line stands for."""
+    """Convert a value on the command line to a number, boolean or string."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError:

@@ -1,4 +1,4 @@
-"""The studies in a storage: created or resumed, guarded against mixing two searches, summarized."""
+"""Create, resume and load studies; never mix trials of two different definitions."""
 
 import json
 import uuid
@@ -20,11 +20,11 @@ from hpsearch.storage.rdb import Storage, storage_of
 
 
 def open_study(definition: StudyDefinition, storage: Storage, *, keeps_extension: bool = True) -> optuna.Study:
-    """The definition's study in the storage, created or resumed, with its budget and identity written into it.
+    """Create or resume the definition's study, and store its budget and identity in it.
 
-    The trials to try first are queued once. What `extend` added to the budget is kept as long as the definition has
-    the trials that it was added to, unless it is not to be kept. Raises `StudyMismatch`, and changes nothing,
-    where the stored study was searched with another definition; budget, recovery and retrain may differ.
+    The trials of `first` are enqueued once. Trials added by `extend` are kept while the definition's number of trials
+    stays the same, unless `keeps_extension` is false. Raises `StudyMismatch`, and changes nothing, if the stored study
+    was started with a different definition; budget, recovery and retrain may differ.
     """
     name = definition.study.name
     with creation_lock(storage.engine.url):
@@ -45,27 +45,27 @@ def open_study(definition: StudyDefinition, storage: Storage, *, keeps_extension
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             study.set_metric_names(["validation accuracy"])
-        study.set_user_attr("fingerprint", definition.fingerprint)  # the last: it marks the study as whole
+        study.set_user_attr("fingerprint", definition.fingerprint)  # last: it marks the study as complete
     return study
 
 
 def load_study(definition: StudyDefinition, storage: Storage) -> optuna.Study:
-    """The definition's study, which must be in the storage; raises `StudyNotFound` or `StudyMismatch`."""
+    """Load the definition's study, which must exist; raises `StudyNotFound` or `StudyMismatch`."""
     name = definition.study.name
     try:
         study = optuna.load_study(study_name=name, storage=storage)
     except KeyError as error:
         raise StudyNotFound(
-            f"no study '{name}' in {show_url(storage.engine.url)}; start it with: hpsearch run STUDY"
+            f"study '{name}' not found in {show_url(storage.engine.url)}; start it with: hpsearch run STUDY"
         ) from error
     _check_identity(definition, study)
     if "fingerprint" not in study.user_attrs:
-        raise StudyNotFound(f"study '{name}' was not started completely; go on with: hpsearch run STUDY")
+        raise StudyNotFound(f"study '{name}' was only partly created; finish with: hpsearch run STUDY")
     return study
 
 
 def change_attribute(study: optuna.Study, key: str, change: Callable[[Any], Any]) -> Any:
-    """The new value of a study's attribute, made of its old one (or None) while no other process changes it."""
+    """Replace a study's attribute by `change(old value or None)` under a lock, and return the new value."""
     storage = storage_of(study)
     with creation_lock(storage.engine.url) if storage else nullcontext():
         value = change(study.user_attrs.get(key))
@@ -78,18 +78,18 @@ def _check_identity(definition: StudyDefinition, study: optuna.Study) -> None:
     if "fingerprint" not in attributes:
         if any(trial.state != TrialState.WAITING for trial in study.get_trials(deepcopy=False)):
             raise StudyMismatch(
-                f"study '{study.study_name}' has trials that hpsearch did not make; give study.name another value"
+                f"study '{study.study_name}' contains trials that hpsearch did not create; choose another study.name"
             )
         if study.direction != StudyDirection.MAXIMIZE:
-            raise StudyMismatch(f"study '{study.study_name}' minimizes; give study.name another value")
+            raise StudyMismatch(f"study '{study.study_name}' is a minimization study; choose another study.name")
     elif attributes["fingerprint"] != definition.fingerprint:
         stored, wanted = attributes["identity"], json.loads(json.dumps(definition.identity))
         differing = [
-            f"{key} ({stored.get(key, 'absent')} -> {wanted.get(key, 'absent')})"
+            f"\n  {key}: {stored.get(key, 'absent')} -> {wanted.get(key, 'absent')}"
             for key in sorted(stored.keys() | wanted.keys())
             if stored.get(key) != wanted.get(key)
         ]
         raise StudyMismatch(
-            f"study '{study.study_name}' was searched with other values of {', '.join(differing)}; "
-            "undo the change, or give study.name another value to start a new study"
+            f"study '{study.study_name}' was started with different settings:{''.join(differing)}\n"
+            "Undo the change, or set study.name in the file to start a new study."
         )

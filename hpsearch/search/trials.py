@@ -1,4 +1,4 @@
-"""Trials as users see them: what became of each, why it ended, and how far the search has come."""
+"""Trials as users see them: the state and outcome of each, and the progress of the search."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ from hpsearch.storage.tables import count_trials
 
 @dataclass(frozen=True)
 class TrialEvent:
-    """What became of a trial; all but "running" are told after the storage has acknowledged it.
+    """A change of a trial's state; all but "running" are emitted after the database has committed them.
 
-    `epoch` is the last one that was reported, `value` its validation accuracy. A trial that another worker has
-    taken over is "dropped".
+    `epoch` is the last reported epoch, `value` its validation accuracy. A trial that was taken over by another worker
+    is "dropped".
     """
 
     worker: str
@@ -34,12 +34,12 @@ Emit = Callable[[TrialEvent], None]
 
 
 def name_state(trial: FrozenTrial) -> str:
-    """The trial's state as users read it: Optuna's in small letters, but `failed`."""
+    """Return the trial's state as users read it: Optuna's name in lower case, or "failed"."""
     return "failed" if trial.state == TrialState.FAIL else trial.state.name.lower()
 
 
 def explain_end(trial: FrozenTrial) -> str:
-    """Why the trial failed or was pruned, in one sentence, or nothing."""
+    """Return why the trial failed or was pruned, in one sentence, or ""."""
     attributes = trial.user_attrs
     if failure := attributes.get("failure"):
         return f"{failure['kind']}: {failure['message']}"
@@ -50,12 +50,12 @@ def explain_end(trial: FrozenTrial) -> str:
         value, threshold = (f"{pruning[key]:.4f}" for key in ("value", "threshold"))
         if value == threshold:
             value, threshold = (f"{pruning[key]:.6f}" for key in ("value", "threshold"))
-        return f"{value} is below {threshold}, {pruning['rule']}, after epoch {pruning['epoch']}"
+        return f"{value} < {threshold} ({pruning['rule']}) at epoch {pruning['epoch']}"
     return ""
 
 
 def describe_trial(trial: FrozenTrial) -> dict[str, Any]:
-    """The row of a trial in the document of `trials --json`."""
+    """Return the row of a trial in `trials --json`."""
     return {
         "number": trial.number,
         "state": name_state(trial),
@@ -69,13 +69,14 @@ def describe_trial(trial: FrozenTrial) -> dict[str, Any]:
 
 
 def describe_in_full(study: optuna.Study, number: int) -> dict[str, Any]:
-    """The document of `show --json`: the row of a trial, and its times, reports, attempts and environment.
+    """Return the document of `show --json`: a trial's row, times, reports, attempts and environment.
 
-    Raises `UsageError` where the study has no trial of that number.
+    Raises `UsageError` if the study has no trial with that number.
     """
     trials = study.get_trials(deepcopy=False)
     if not 0 <= number < len(trials):
-        raise UsageError(f"study '{study.study_name}' has {len(trials)} trials, from 0 on, but no trial {number}")
+        valid = f"valid numbers are 0 to {len(trials) - 1}" if trials else "it has no trials yet"
+        raise UsageError(f"study '{study.study_name}' has no trial {number}; {valid}")
     trial = trials[number]
     attributes, times = trial.user_attrs, (trial.datetime_start, trial.datetime_complete)
     started, ended = (time and time.astimezone().isoformat(timespec="seconds") for time in times)
@@ -95,9 +96,9 @@ def describe_in_full(study: optuna.Study, number: int) -> dict[str, Any]:
 def read_status(
     definition: StudyDefinition, study: optuna.Study, trials: list[FrozenTrial] | None = None
 ) -> dict[str, Any]:
-    """The document of `status --json`: counts by state, the best trial, the workers, the epochs run and saved.
+    """Return the document of `status --json`: trial counts, the best trial, workers, epochs run and saved.
 
-    `trials` are those of the study, where they were read already.
+    Pass `trials` if the study's trials are already loaded.
     """
     storage = storage_of(study)
     if trials is None and storage:

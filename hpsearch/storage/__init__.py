@@ -1,12 +1,12 @@
-"""What survives: trials, budget, checkpoints, files. The one door to the database.
+"""Stores trials, budget, checkpoints and files. Only this package accesses the database.
 
-engine        SQLite and PostgreSQL made safe: locks, transactions, connections
-retry         database errors: which pass, how long to retry, what to tell the user
-tables        Optuna's tables: trials read, written and counted in few statements
-budget        the budget, counted in the transaction that starts a trial
+engine        makes SQLite and PostgreSQL safe: locks, transactions, connections
+retry         database errors: which are transient, how long to retry, what to show
+tables        reads, writes and counts trials in Optuna's tables, in few statements
+budget        checks the budget in the transaction that starts a trial
 rdb           Optuna's RDBStorage for parallel workers
-backup        a SQLite database copied while it is in use
-transfer      the rows of a study copied to another database
-artifacts     a folder for files, on this machine or in an object store
-checkpoints   training states, complete or absent, checked before they are read
+backup        backs up a SQLite database while it is in use
+transfer      copies the rows of a study to another database
+artifacts     a folder for files, local or in an object store
+checkpoints   training states, written atomically and verified when read
 """

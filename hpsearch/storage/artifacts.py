@@ -1,4 +1,4 @@
-"""A folder for what trials leave behind: on this machine, or by URL in a store that fsspec knows."""
+"""A folder for checkpoints and other files of trials: local, or the URL of a store that fsspec supports."""
 
 import errno
 import os
@@ -14,20 +14,20 @@ from typing import Any
 from hpsearch.config.urls import is_url
 from hpsearch.errors import StorageUnavailable, UsageError
 
-TIMEOUT = 20.0  # seconds for a store's answer; a worker that is stopped hands its trial back soon after
-# A file appears in them when it is whole; moving one would copy it.
+TIMEOUT = 20.0  # seconds for a response of the store; bounds the wait of a worker that is stopped
+# Their uploads are atomic, so no rename is needed; a rename would copy the file.
 _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "memory"}
 
 
 class Folder:
-    """Files by name in a folder of this machine, or in one by URL, such as `s3://bucket/prefix`.
+    """A folder with files: a local one, or a URL such as `s3://bucket/prefix`.
 
-    What cannot be done raises `OSError`, whatever the store's own package raises. Credentials and endpoints are those
-    of the environment, by the conventions of that package.
+    Every failure raises `OSError`, whatever the store's package raises. That package takes credentials and endpoints
+    from the environment.
     """
 
-    def __init__(self, place: Path | str) -> None:
-        self.url = str(place).rstrip("/") or "/"
+    def __init__(self, location: Path | str) -> None:
+        self.url = str(location).rstrip("/") or "/"
         local = re.sub(r"^(file|local)://", "", self.url)
         self.path = None if is_url(local) else Path(local)
 
@@ -44,17 +44,17 @@ class Folder:
         return hash(self.url)
 
     def read(self, name: str) -> bytes:
-        """The content of a file; raises `FileNotFoundError` where there is none."""
+        """Return the content of a file. Raises `FileNotFoundError` if it does not exist."""
         if self.path:
             return (self.path / name).read_bytes()
         content: bytes = self._ask(lambda: self._store.cat_file(self._at(name)))
         return content
 
     def write(self, name: str, content: bytes) -> None:
-        """Replace the file, or leave it as it was: after a kill at any moment, one of both is there, and whole.
+        """Replace the file atomically: if the process is killed, the old or the new file remains complete.
 
-        That is so on a disk, where it is synced and renamed, and in an object store; other stores rename as well as
-        they can. Only one process at a time may write the same file.
+        This holds on a disk (sync and rename) and in object stores; in other stores it depends on their rename. Only
+        one process at a time may write the same file.
         """
         if self.path:
             return _write_to_disk(self.path / name, content)
@@ -62,7 +62,7 @@ class Folder:
         return None
 
     def remove(self, name: str) -> None:
-        """Remove the file, if it is there."""
+        """Remove the file, if it exists."""
         if self.path:
             return (self.path / name).unlink(missing_ok=True)
         with suppress(FileNotFoundError):
@@ -70,7 +70,7 @@ class Folder:
         return None
 
     def find(self) -> list[str]:
-        """The files in this folder and the folders below it, sorted, by their paths from here."""
+        """Return the sorted relative paths of all files in this folder and its subfolders."""
         if self.path:
             return sorted(str(file.relative_to(self.path)) for file in self.path.rglob("*") if file.is_file())
         try:
@@ -81,9 +81,9 @@ class Folder:
         return sorted(path[start:] for path in found)
 
     def check(self) -> None:
-        """Write to a store by URL, and read from it.
+        """Test that a store can be written and read. Does nothing for a local folder.
 
-        Raises `StorageUnavailable` where it cannot be reached, and `UsageError` where it cannot be used.
+        Raises `StorageUnavailable` if the store cannot be reached, and `UsageError` if it cannot be used.
         """
         if self.path:
             return
@@ -94,15 +94,15 @@ class Folder:
             self.remove(name)
         except OSError as error:
             if error.errno in (errno.EIO, errno.ETIMEDOUT):
-                raise StorageUnavailable(f"the artifact store {self} cannot be reached: {error.strerror}") from error
-            raise UsageError(f"the artifact store {self} cannot be used: {error.strerror}") from error
+                raise StorageUnavailable(f"cannot reach the artifact store {self}: {error.strerror}") from error
+            raise UsageError(f"cannot use the artifact store {self}: {error.strerror}") from error
         if not is_same:
-            raise UsageError(f"the artifact store {self} gives back another content than was written")
+            raise UsageError(f"the artifact store {self} returned different data than was written")
 
     def _ask(self, call: Callable[[], Any]) -> Any:
-        """The answer of the store, which may take so long; else `TimeoutError`, which is an `OSError`, too.
+        """Return the store's response. Raises `TimeoutError`, an `OSError`, after `TIMEOUT` seconds.
 
-        The packages of stores try again for minutes; a worker that is stopped meanwhile would not be heard.
+        The stores' packages retry for minutes, in which a worker would not react to a signal to stop.
         """
         answers: list[Any] = []
 
@@ -117,7 +117,7 @@ class Folder:
         thread.start()
         thread.join(TIMEOUT)
         if not answers:
-            raise TimeoutError(errno.ETIMEDOUT, f"no answer in {TIMEOUT:.0f} s", self.url)
+            raise TimeoutError(errno.ETIMEDOUT, f"no response within {TIMEOUT:.0f} s", self.url)
         if isinstance(answers[0], OSError):
             raise answers[0]
         return answers[0]
@@ -138,7 +138,7 @@ class Folder:
 
     @cached_property
     def _opened(self) -> tuple[Any, str]:
-        """The store, and where in it this folder is."""
+        """Return the store and the path of this folder in it."""
         import fsspec
 
         store, root = fsspec.core.url_to_fs(self.url)
@@ -152,7 +152,7 @@ class Folder:
         return f"{self._opened[1]}/{name}".rstrip("/")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"url": self.url, "path": self.path}  # a connection is not shared with other processes
+        return {"url": self.url, "path": self.path}  # connections cannot be shared between processes
 
 
 def _write_to_disk(file: Path, content: bytes) -> None:
@@ -176,9 +176,9 @@ def _write_to_disk(file: Path, content: bytes) -> None:
 
 @contextmanager
 def _as_os_errors(url: str) -> Iterator[None]:
-    """Raise what a store's package raises as `OSError`: each has errors of its own, such as those of botocore.
+    """Convert the errors of the stores' packages, such as those of botocore, to `OSError`.
 
-    Its number is EIO where the store may answer later.
+    The errno is EIO if the store may respond later.
     """
     try:
         yield
@@ -187,7 +187,7 @@ def _as_os_errors(url: str) -> Iterator[None]:
     except PermissionError as error:
         raise PermissionError(errno.EACCES, _one_line(error) or "permission denied", url) from error
     except ImportError as error:
-        raise OSError(errno.EINVAL, f"another package is needed: {_one_line(error)}", url) from error
+        raise OSError(errno.EINVAL, f"missing package: {_one_line(error)}", url) from error
     except ValueError as error:
         raise OSError(errno.EINVAL, _one_line(error), url) from error
     except Exception as error:

@@ -1,4 +1,4 @@
-"""A SQLite database copied while it is in use."""
+"""Backs up a SQLite database while it is in use."""
 
 import os
 import sqlite3
@@ -14,16 +14,16 @@ from hpsearch.storage.engine import LOCK_TIMEOUT
 
 
 def backup(url: URL, file: Path) -> None:
-    """Copy a SQLite database that may be in use to a new file, which appears once its copy is checked.
+    """Copy a SQLite database to a new file, which appears after an integrity check; the database may be in use.
 
-    SQLite's online backup: one consistent moment of the database. Raises `UsageError` and `StorageError`.
+    SQLite's online backup makes a consistent snapshot. Raises `UsageError` and `StorageError`.
     """
     if url.get_backend_name() != "sqlite":
-        raise UsageError(f"{show_url(url)} is no SQLite file; back it up with pg_dump")
+        raise UsageError(f"`hpsearch backup` only supports SQLite; back up {show_url(url)} with pg_dump")
     if file.exists():
-        raise UsageError(f"{file} is there already; name a new file")
+        raise UsageError(f"{file} already exists; choose another file name")
     if not file.parent.is_dir():
-        raise UsageError(f"no folder {file.parent} for the backup; create it first")
+        raise UsageError(f"folder {file.parent} does not exist; create it first")
     temporary = file.with_name(f"{file.name}.tmp")
     try:
         with (
@@ -35,17 +35,17 @@ def backup(url: URL, file: Path) -> None:
             source.backup(target)
             problems = check_integrity(target)
         if problems:
-            raise StorageError(f"{url.database} is damaged, so nothing was written: {problems}")
+            raise StorageError(f"{url.database} is corrupt, no backup written: {problems}")
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
         temporary.rename(file)
     except (sqlite3.Error, OSError) as error:
-        raise StorageError(f"{url.database} cannot be copied to {file}: {error}") from error
+        raise StorageError(f"could not back up {url.database} to {file}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def check_integrity(connection: sqlite3.Connection) -> str:
-    """What SQLite finds wrong with a database, or nothing."""
+    """Return the problems that SQLite's integrity check finds, or an empty string."""
     found = [row[0] for row in connection.execute("PRAGMA integrity_check")]
     return "" if found == ["ok"] else "; ".join(found)

@@ -1,6 +1,6 @@
-"""The budget of a study, counted in the transaction that starts a trial, so that it is exact.
+"""Checks the budget of a study in the transaction that starts a trial, so that it is exact.
 
-Other transactions that start trials of the study wait for the end of this one.
+Other transactions that start trials of the study wait until this one ends.
 """
 
 import json
@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from hpsearch.errors import BudgetInFlight, BudgetSpent, Stopped, TooManyFailures
 
-SEARCHING_STATES = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)  # not those that failed, nor pauses
+SEARCHING_STATES = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)  # their run time counts as search time
 _TRIAL: Any = models.TrialModel
 _STUDIES: Any = models.StudyModel.__table__
 _ATTRIBUTES: Any = models.StudyUserAttributeModel.__table__
@@ -31,7 +31,7 @@ _SELECT_STOPPED = (
 
 
 def _attribute(key: str) -> Any:
-    """The study's attribute, as text."""
+    """Select a user attribute of the study, as JSON text."""
     query = sqlalchemy.select(_ATTRIBUTES.c.value_json).where(
         _ATTRIBUTES.c.study_id == _STUDY, _ATTRIBUTES.c.key == key
     )
@@ -42,15 +42,15 @@ def _count(state: TrialState) -> Any:
     return sqlalchemy.func.count().filter(_TRIALS.c.state == state).label(state.name.lower())
 
 
-# Trials are never deleted, so the highest number tells how many there are; those that are COMPLETE or PRUNED, which
-# become ever more, are not counted.
+# Trials are never deleted, so the highest number gives their total. COMPLETE and PRUNED trials, whose number keeps
+# growing, are not counted but derived from it.
 _UNFINISHED = (TrialState.RUNNING, TrialState.WAITING, TrialState.FAIL)
 _N_TRIALS = sqlalchemy.select(sqlalchemy.func.max(_TRIALS.c.number) + 1).where(_TRIALS.c.study_id == _STUDY)
 _SELECT_SPENT = sqlalchemy.select(
     *(_attribute("budget"), _attribute("stopped"), _N_TRIALS.scalar_subquery().label("n_trials")),
     *map(_count, _UNFINISHED),
 ).where(_TRIALS.c.study_id == _STUDY, _TRIALS.c.state.in_(_UNFINISHED))
-# What Optuna's tables lack for the queries above and below not to take longer as trials grow.
+# Indexes that Optuna's tables lack; without them these queries slow down as trials accumulate.
 INDEXES = (
     sqlalchemy.Index("ix_hpsearch_trials_state", _TRIALS.c.study_id, _TRIALS.c.state),
     sqlalchemy.Index("ix_hpsearch_trials_number", _TRIALS.c.study_id, _TRIALS.c.number),
@@ -63,36 +63,36 @@ Span = tuple[datetime, datetime]
 
 @dataclass
 class SearchTime:
-    """When trials of a study ran that have all ended, up to the one with the id `until`: this stays as it is."""
+    """The time spans of the trials up to the id `until`, which have all ended, so that the spans are final."""
 
     until: int = 0
     spans: list[Span] = field(default_factory=list)
 
 
 def admit(session: Session, study_id: int, searched: SearchTime) -> int:
-    """The number of the study's trials, if its budget has room for one more that runs; else this raises.
+    """Return the number of trials of the study if the budget allows another trial to run.
 
-    `BudgetSpent` and `TooManyFailures` are final, and so is `Stopped` until the study is run again; `BudgetInFlight`
-    means that running trials may use up the rest, or fail and leave room. `KeyError` is raised where there is no such
-    study.
+    Otherwise raises `BudgetSpent` or `TooManyFailures`, which are final; `Stopped`, final until the study is run again;
+    or `BudgetInFlight` if running trials may use up the rest of the budget. Raises `KeyError` for an unknown study.
     """
     lock_study(session, study_id)
-    spent = _select(session, _SELECT_SPENT, study_id=study_id).one()  # a statement that has not waited for the lock
+    spent = _select(session, _SELECT_SPENT, study_id=study_id).one()  # a new statement sees the latest commits
     budget: dict[str, Any] = json.loads(spent.budget or "{}")
     n_trials = spent.n_trials or 0
     n_finished = n_trials - spent.running - spent.waiting - spent.fail
     if "trials" in budget and n_finished >= budget["trials"]:
-        raise BudgetSpent(f"the study has its {budget['trials']} trials; hpsearch extend gives it more")
+        limit = budget["trials"]
+        raise BudgetSpent(f"all {limit} trials are finished; add more with: hpsearch extend STUDY --trials N")
     if "target" in budget and (best := _best_value(session, study_id, budget["target"])) is not None:
-        raise BudgetSpent(f"the best value {best:.4f} reaches the target of {budget['target']}")
+        raise BudgetSpent(f"target reached: best value {best:.4f} >= {budget['target']}")
     if "minutes" in budget and (minutes := _minutes_searched(session, study_id, searched)) >= budget["minutes"]:
-        raise BudgetSpent(f"the study was searched for {minutes:.1f} minutes; raise budget.minutes for more")
+        raise BudgetSpent(f"time limit reached ({minutes:.1f} min); raise budget.minutes to continue")
     if "failures" in budget and spent.fail >= budget["failures"]:
         failures = _final_failures(session, study_id)
         if len(failures) >= budget["failures"]:
             raise TooManyFailures(
-                f"{len(failures)} trials failed, the last one by {failures[-1]}; mend the cause, then raise "
-                "budget.failures to go on"
+                f"{len(failures)} trials failed, most recently: {failures[-1]}; fix the cause, then raise "
+                "budget.failures to continue"
             )
     if json.loads(spent.stopped or "false"):
         raise Stopped
@@ -102,16 +102,16 @@ def admit(session: Session, study_id: int, searched: SearchTime) -> int:
 
 
 def lock_study(session: Session, study_id: int) -> None:
-    """Keep other transactions from starting trials of the study; taken before the lock on a trial.
+    """Lock the study, so that no other transaction starts trials of it; call this before locking a trial.
 
-    Raises `KeyError` where there is no such study.
+    Raises `KeyError` if there is no such study.
     """
     if session.connection().execute(_LOCK_STUDY, {"study_id": study_id}).scalar() is None:
         raise KeyError(f"no study with id {study_id}")
 
 
 def is_stopped(session: Session, trial_id: int) -> bool:
-    """Whether the trial's study is to stop."""
+    """Return whether the user has stopped the trial's study."""
     return bool(json.loads(_select(session, _SELECT_STOPPED, trial_id=trial_id).scalar() or "false"))
 
 
@@ -120,7 +120,7 @@ def _select(session: Session, query: Any, **parameters: int) -> Any:
 
 
 def _best_value(session: Session, study_id: int, target: float) -> float | None:
-    """The best value of a complete trial, if it is not below the target."""
+    """Return the best value of the completed trials if it reaches the target, else None."""
     is_complete = sqlalchemy.exists().where(
         _TRIALS.c.trial_id == _VALUES.c.trial_id, _TRIALS.c.study_id == study_id, _TRIALS.c.state == TrialState.COMPLETE
     )
@@ -130,13 +130,13 @@ def _best_value(session: Session, study_id: int, target: float) -> float | None:
 
 
 def seconds_searched(spans: Iterable[tuple[datetime, datetime | None]], now: datetime) -> float:
-    """The seconds in which at least one trial ran, of trials that began and ended so or have not ended."""
+    """Return the seconds in which at least one trial ran; `spans` are their starts and ends, None if still running."""
     merged = _merge((start, complete or now) for start, complete in spans)
     return sum((end - start).total_seconds() for start, end in merged)
 
 
 def _merge(spans: Iterable[Span]) -> list[Span]:
-    """The same time as spans that do not overlap."""
+    """Merge overlapping spans, so that the result has none."""
     merged: list[Span] = []
     for start, end in sorted(spans):
         if merged and start <= merged[-1][1]:
@@ -146,9 +146,9 @@ def _merge(spans: Iterable[Span]) -> list[Span]:
 
 
 def _minutes_searched(session: Session, study_id: int, searched: SearchTime) -> float:
-    """The minutes in which at least one trial ran; one that runs has done so until its last heartbeat.
+    """Return the minutes in which at least one trial ran; a running trial counts until its last heartbeat.
 
-    Trials that ended are read once, and then known by `searched`.
+    Ended trials are read once, and then cached in `searched`.
     """
     heartbeats = models.TrialHeartbeatModel
     query = session.query(_TRIALS, heartbeats.heartbeat)
@@ -158,7 +158,7 @@ def _minutes_searched(session: Session, study_id: int, searched: SearchTime) -> 
         _TRIALS.c.study_id == study_id, _TRIALS.c.state.in_(states), _TRIALS.c.trial_id > searched.until
     ).all()
     now = datetime.now(UTC).replace(tzinfo=None)
-    # Heartbeats are in the database's time and time zone.
+    # Heartbeats use the database's clock and time zone.
     database_now = session.execute(sqlalchemy.select(sqlalchemy.func.now())).scalar_one().replace(tzinfo=None)
     spans = [
         (row.datetime_start, row.datetime_complete or now - _age(row.heartbeat, database_now))
@@ -178,7 +178,7 @@ def _age(heartbeat: datetime | None, database_now: datetime) -> timedelta:
 
 
 def _final_failures(session: Session, study_id: int) -> list[str]:
-    """`kind: message`, on one line, of each failed trial that was not queued again, in the order of the trials."""
+    """Return one line `kind: message` for each failed trial that was not retried, in the order of trials."""
     attribute: Any = models.TrialUserAttributeModel
     rows = (
         session.query(attribute.value_json)

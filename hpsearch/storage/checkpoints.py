@@ -1,7 +1,6 @@
-"""Files of training state that are whole or absent, wherever they are kept, and checked before they are read.
+"""Checkpoints of training states, written atomically and verified before they are read.
 
-A checkpoint is what `torch.save` writes, followed by the SHA-256 of that; `torch.load(file, weights_only=True)` reads
-it as well.
+A checkpoint is the output of `torch.save`, followed by its SHA-256. `torch.load(file, weights_only=True)` reads it too.
 """
 
 import hashlib
@@ -20,18 +19,18 @@ from hpsearch.storage.artifacts import Folder
 logger = logging.getLogger(__name__)
 
 State = dict[str, Any]
-_LONGEST_PAUSE = 300.0  # seconds between two tries where writing fails
+_LONGEST_PAUSE = 300.0  # seconds between attempts while writing fails
 _DIGEST_SIZE = hashlib.sha256().digest_size
 _NAME = re.compile(r"trial-(\d+)\.ckpt(\.tmp)?")
 
 
 class Checkpoint:
-    """The checkpoint of one trial, written every few seconds while it trains, and found again when it is retried.
+    """The checkpoint of a trial, written every few seconds during training, and loaded when the trial is retried.
 
-    `earlier` are the numbers of the trial's attempts before this one, whose files are resumed from, and go once there
-    is a newer one. `identity` says what is trained; a file of anything else is not resumed from. `interval` is the
-    least number of seconds between two writes. A file that cannot be written costs a warning, not the trial, and the
-    next tries are further and further apart until one succeeds.
+    `earlier` are the numbers of the trial's earlier attempts; their files are resumed from, and removed once there is a
+    newer one. `identity` describes the training; a file with another identity is ignored. `interval` is the minimum
+    number of seconds between two writes. If a write fails, a warning is logged, the trial continues, and attempts are
+    made less and less often until one succeeds.
     """
 
     def __init__(
@@ -46,14 +45,14 @@ class Checkpoint:
         self._has_warned = False
 
     def load(self) -> State | None:
-        """The newest sound state of this training, if there is one; damaged files are named and passed over."""
+        """Load the newest valid state of this training, if any; invalid files are skipped with a warning."""
         for name in reversed(self.earlier):
             try:
                 saved = read(self.folder, name)
             except FileNotFoundError:
                 continue
             except (CheckpointError, OSError) as error:
-                logger.warning("%s", error)
+                logger.warning("warning: %s, ignoring it", error)
                 continue
             if saved.get("identity") == self.identity:
                 state: State = saved["state"]
@@ -61,16 +60,16 @@ class Checkpoint:
         return None
 
     def write_if_due(self, capture: Callable[[], State]) -> None:
-        """Write the state that `capture` returns, unless the last write was less than `interval` seconds ago."""
+        """Write the state that `capture` returns if the last write was at least `interval` seconds ago."""
         if time.monotonic() - self._written >= max(self.interval, self._pause):
             self.write(capture())
 
     def write_always(self) -> None:
-        """From now on write whenever it is asked for."""
+        """From now on, write at every call of `write_if_due`."""
         self.interval = self._pause = 0.0
 
     def write(self, state: State) -> None:
-        """Write the state now; once it is safe, the files of earlier attempts go."""
+        """Write the state now, then remove the files of earlier attempts."""
         try:
             write(self.folder, self.name, {"identity": self.identity, "state": state})
             self._pause = 0.0
@@ -81,7 +80,8 @@ class Checkpoint:
             self._pause = min(2 * max(self.interval, self._pause, 0.5), _LONGEST_PAUSE)
             if not self._has_warned:
                 logger.warning(
-                    "no checkpoint can be written to %s (%s), so this trial would start again from its last one",
+                    "warning: cannot write a checkpoint to %s (%s); if this worker stops, the trial restarts from its "
+                    "last checkpoint",
                     self.folder / self.name,
                     error.strerror,
                 )
@@ -90,19 +90,19 @@ class Checkpoint:
 
 
 def checkpoint_name(number: int) -> str:
-    """The name of a trial's checkpoint, by the number of the trial."""
+    """Return the file name of a trial's checkpoint."""
     return f"trial-{number}.ckpt"
 
 
 def find_checkpoints(folder: Folder) -> dict[str, int]:
-    """The names of the checkpoints in a folder, half-written ones too, each with the number of its trial."""
+    """Return the file names of all checkpoints in a folder, partial ones included, with their trial numbers."""
     matches = {name: _NAME.fullmatch(name) for name in folder.find()}
     return {name: int(match[1]) for name, match in matches.items() if match}
 
 
 def write(folder: Folder, name: str, content: Mapping[str, Any]) -> None:
-    """Replace the file, or leave it as it was, as `Folder.write` does; raises `OSError`."""
-    import torch  # which takes seconds, and is not needed for looking at a study
+    """Replace the file atomically, as `Folder.write` does. Raises `OSError`."""
+    import torch  # takes seconds, and reading a study does not need it
 
     buffer = io.BytesIO()
     torch.save(dict(content), buffer)
@@ -111,18 +111,18 @@ def write(folder: Folder, name: str, content: Mapping[str, Any]) -> None:
 
 
 def read(folder: Folder, name: str) -> dict[str, Any]:
-    """The content of a file that `write` wrote; nothing of it is parsed before its digest is checked.
+    """Read a file written by `write`; its digest is verified before anything is parsed.
 
-    Reading runs no code. Raises `CheckpointError` for a file that is damaged or something else, and `OSError`.
+    Never executes code from the file. Raises `CheckpointError` if the file is not a valid checkpoint, and `OSError`.
     """
     import torch
 
     content = folder.read(name)
     payload, digest = content[:-_DIGEST_SIZE], content[-_DIGEST_SIZE:]
     if hashlib.sha256(payload).digest() != digest:
-        raise CheckpointError(f"the checkpoint {folder / name} is damaged, and is not used")
+        raise CheckpointError(f"checkpoint {folder / name} is corrupt")
     try:
         loaded: dict[str, Any] = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise CheckpointError(f"the checkpoint {folder / name} is not one of hpsearch, and is not used") from error
+        raise CheckpointError(f"checkpoint {folder / name} was not written by hpsearch") from error
     return loaded

@@ -1,4 +1,4 @@
-"""SQLite and PostgreSQL made safe for workers: creation, locks, transactions and connections."""
+"""Makes SQLite and PostgreSQL safe for parallel workers: creation, locks, transactions and connections."""
 
 import os
 import random
@@ -22,17 +22,17 @@ from hpsearch.config.urls import show_url
 from hpsearch.errors import StorageError, StorageUnavailable, UsageError
 from hpsearch.storage.retry import failure
 
-LOCK_TIMEOUT = 60.0  # seconds in which another process may create a database or a study
-BUSY_TIMEOUT = 15.0  # seconds in which SQLite itself waits for a lock
+LOCK_TIMEOUT = 60.0  # seconds to wait while another process creates a database or a study
+BUSY_TIMEOUT = 15.0  # seconds that SQLite itself waits for a lock
 _NETWORK_FILE_SYSTEMS = {
     *("nfs", "nfs4", "cifs", "smb2", "smb3", "smbfs", "sshfs", "afs", "afpfs", "davfs", "webdav", "glusterfs"),
     *("ceph", "lustre", "beegfs", "s3fs", "rclone", "gcsfuse"),
 }
-_WAL_IS_SAFE_FROM = (3, 51, 3)  # before, SQLite's "WAL-reset" bug can corrupt a database
-_POOL_TIMEOUT = 60  # seconds in which one thread waits for the connection that another one uses
-_N_READERS = 5  # connections of a process that only reads; those that are not used are closed
+_WAL_IS_SAFE_FROM = (3, 51, 3)  # earlier versions can corrupt a database ("WAL-reset" bug)
+_POOL_TIMEOUT = 60  # seconds that a thread waits for a connection that another thread uses
+_N_READERS = 5  # maximum connections of a process that only reads
 _LOCK_POLL = 0.1  # seconds
-# After them a server that vanished is noticed, in seconds; the last one in milliseconds.
+# Timeouts to detect a lost server, in seconds; tcp_user_timeout is in milliseconds.
 _TIMEOUTS = {"connect_timeout": 10, "keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
 _TIMEOUTS |= {"tcp_user_timeout": 60_000}
 _TRY_LOCK = sqlalchemy.text("SELECT pg_try_advisory_xact_lock(hashtext('hpsearch'))")
@@ -40,13 +40,13 @@ _TRY_LOCK = sqlalchemy.text("SELECT pg_try_advisory_xact_lock(hashtext('hpsearch
 
 @contextmanager
 def creation_lock(url: URL) -> Iterator[None]:
-    """One process at a time creates tables or a study; the others wait."""
+    """Let only one process at a time create tables or a study; others wait up to `LOCK_TIMEOUT`."""
     if url.get_backend_name() == "sqlite":
         lock = FileLock(f"{url.database}.lock")
         try:
             lock.acquire(timeout=LOCK_TIMEOUT)
         except Timeout as error:
-            raise StorageUnavailable(f"another process holds {url.database}.lock") from error
+            raise StorageUnavailable(f"another process is holding the lock {url.database}.lock") from error
         try:
             yield
         finally:
@@ -62,7 +62,7 @@ def creation_lock(url: URL) -> Iterator[None]:
 
 
 def network_file_system(path: Path) -> str | None:
-    """The kind of the network file system that a path is on; its locks cannot be trusted with a database."""
+    """Return the type of the network file system that a path is on, or None if it is on a local one."""
     path = path.resolve()
     mounts = [part for part in psutil.disk_partitions(all=True) if path.is_relative_to(part.mountpoint)]
     kind: str = max(mounts, key=lambda part: len(part.mountpoint)).fstype if mounts else ""
@@ -70,28 +70,28 @@ def network_file_system(path: Path) -> str | None:
 
 
 def check_place(url: URL) -> None:
-    """Raise `UsageError` where workers must not write a SQLite database."""
+    """Raise `UsageError` if the URL is a SQLite database on a network file system, whose locks are unreliable."""
     if url.get_backend_name() == "sqlite" and (kind := network_file_system(Path(url.database or ""))):
         raise UsageError(
-            f"{url.database} is on a network file system ({kind}), where SQLite's locks fail and studies get damaged; "
-            "use a folder on this machine's disk, or PostgreSQL for many machines"
+            f"{url.database} is on a network file system ({kind}), where SQLite can corrupt data; use a local disk, "
+            "or PostgreSQL for several machines"
         )
 
 
 def safe_journal() -> str:
-    """The journal mode that this SQLite cannot lose data in."""
+    """Return the journal mode in which this version of SQLite does not lose data."""
     return "wal" if sqlite3.sqlite_version_info >= _WAL_IS_SAFE_FROM else "truncate"
 
 
 def check_tables(url: URL) -> None:
-    """Raise `StorageError` for a database of something else, before any table is created in it."""
+    """Raise `StorageError` if the database belongs to another program, before any table is created in it."""
     engine = sqlalchemy.create_engine(url, poolclass=NullPool, connect_args=connect_arguments(url))
     with engine.connect() as connection:
         found = sqlalchemy.inspect(connection)
         names = found.get_table_names()
         if "version_info" in names:
             return
-        # Tables of Optuna's without a version are from a creation that was killed; it is gone on with.
+        # Optuna's tables without a version are from a process killed while creating them; continue with them.
         ours: dict[str, sqlalchemy.Table] = dict(BaseModel.metadata.tables)
         foreign = [name for name in names if name not in (*ours, "alembic_version") and engine.name == "sqlite"]
         for name in ours.keys() & {*names}:
@@ -99,22 +99,22 @@ def check_tables(url: URL) -> None:
                 foreign.append(name)
     if foreign:
         raise StorageError(
-            f"{show_url(url)} is a database of something else, with the tables {', '.join(sorted(foreign))}; "
-            "name a new one"
+            f"{show_url(url)} is not an Optuna/hpsearch database (it has the tables {', '.join(sorted(foreign))}); "
+            "choose another one"
         )
 
 
 def connect_arguments(url: URL) -> dict[str, Any]:
-    """What the database's driver needs beside the URL."""
+    """Return the arguments that the database driver needs besides the URL."""
     is_sqlite = url.get_backend_name() == "sqlite"
     return {"timeout": BUSY_TIMEOUT} if is_sqlite else _postgresql_arguments(url)
 
 
 def harden(engine: sqlalchemy.Engine, *, converts: bool, reads_only: bool) -> None:
-    """Make every SQLite transaction of the engine take the lock when it starts, and be on disk when it ends.
+    """Make every SQLite transaction of the engine lock the database at its start and sync it to disk at its end.
 
-    Where it `converts`, a database in another journal mode is changed to the safe one. With an engine that `reads_only`
-    nothing can be written, and no lock is taken but for the time of a read.
+    `converts` changes the journal mode of the database to the safe one. With `reads_only`, the engine cannot write, and
+    SQLite takes only read locks, for the duration of a read.
     """
     if engine.name == "sqlite":
         sqlalchemy.event.listen(engine, "connect", partial(_configure_sqlite, converts))
@@ -125,7 +125,7 @@ def harden(engine: sqlalchemy.Engine, *, converts: bool, reads_only: bool) -> No
 
 def _configure_sqlite(converts: bool, connection: sqlite3.Connection, _record: object) -> None:
     connection.isolation_level = None  # SQLAlchemy's `begin` event starts the transactions
-    # WAL is a property of the file; the other modes are of the connection.
+    # WAL is a property of the file; other modes are properties of the connection.
     is_wal = "wal" in (safe_journal(), connection.execute("PRAGMA journal_mode").fetchone()[0])
     if converts or not is_wal:
         connection.execute(f"PRAGMA journal_mode = {safe_journal()}")
@@ -138,21 +138,21 @@ def _begin(connection: sqlalchemy.Connection) -> None:
 
 
 def _begin_immediate(connection: sqlalchemy.Connection) -> None:
-    # A database that may only be read can still be looked at.
+    # A read-only database can still be read.
     is_writable = os.access(connection.engine.url.database or "", os.W_OK)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if is_writable else "BEGIN")
 
 
 def pool_options(*, reads_only: bool) -> dict[str, Any]:
-    """The pool of an engine: one connection for all threads of a process, or some that are only read from."""
+    """Return the pool options of an engine: one connection per process, or up to `_N_READERS` if it only reads."""
     n_more = _N_READERS - 1 if reads_only else 0
     return {"pool_size": 1, "max_overflow": n_more, "pool_timeout": _POOL_TIMEOUT, "pool_pre_ping": True}
 
 
 def _postgresql_arguments(url: URL) -> dict[str, Any]:
-    """What psycopg needs beside the URL, where neither that nor the environment says otherwise.
+    """Return psycopg's defaults for everything that neither the URL nor the environment sets.
 
-    Without prepared statements PgBouncer may give each transaction another connection.
+    Prepared statements are off, because PgBouncer may run each transaction on another connection.
     """
     given = {*url.query, *(["connect_timeout"] if "PGCONNECT_TIMEOUT" in os.environ else [])}
     timeouts = {name: value for name, value in _TIMEOUTS.items() if name not in given}
@@ -161,15 +161,15 @@ def _postgresql_arguments(url: URL) -> dict[str, Any]:
 
 @contextmanager
 def server_lock(engine: sqlalchemy.Engine, patience: float) -> Iterator[None]:
-    """Held by one process at a time; raises `StorageUnavailable` after `patience` seconds.
+    """Hold a lock of the server inside the `with` block. Raises `StorageUnavailable` after `patience` seconds.
 
-    Who waits is in no transaction meanwhile, so that PgBouncer can give its connection to the one who has the lock.
+    While waiting, no transaction is open, so that PgBouncer can give the connection to the lock's holder.
     """
     deadline = time.monotonic() + patience
     with engine.connect() as connection:
         while not connection.execute(_TRY_LOCK).scalar():
             connection.rollback()
             if time.monotonic() >= deadline:
-                raise StorageUnavailable("another process has been creating the database or a study for too long")
+                raise StorageUnavailable("timed out waiting for the process that is creating the database or a study")
             time.sleep(_LOCK_POLL * random.uniform(0.5, 1.5))  # noqa: S311 - no secret
         yield

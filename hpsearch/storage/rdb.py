@@ -1,8 +1,8 @@
-"""Optuna's RDBStorage made safe and quick for parallel workers.
+"""Optuna's RDBStorage, made safe and fast for parallel workers.
 
-What Optuna leaves open is closed here: every SQLite transaction starts as `BEGIN IMMEDIATE`; a trial is admitted
-against the budget, signed and given its first heartbeat in the transaction that starts it; and what is new of a running
-trial is written together.
+It differs in three ways: every SQLite transaction starts with `BEGIN IMMEDIATE`; the transaction that starts a trial
+also checks the budget, assigns the worker and writes the first heartbeat; and the reports of a running trial are
+buffered and flushed at most every 0.5 s.
 """
 
 import threading
@@ -40,9 +40,9 @@ _TRIAL: Any = models.TrialModel
 
 
 class RecoveringStorage(RDBStorage):
-    """RDBStorage whose calls are repeated for `patience` seconds, or until `giving_up` is set.
+    """RDBStorage that retries calls for `patience` seconds or until `giving_up` is set.
 
-    Then they raise `StorageUnavailable`.
+    Then it raises `StorageUnavailable`.
     """
 
     def __init__(self, url: URL, *, heartbeat: int, grace: int, creates: bool, reads_only: bool = False) -> None:
@@ -54,7 +54,7 @@ class RecoveringStorage(RDBStorage):
         template = url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
         arguments = connect_arguments(url)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)  # of the heartbeat
+            warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats
             super().__init__(
                 template,
                 {"poolclass": NullPool, "connect_args": arguments},
@@ -65,10 +65,10 @@ class RecoveringStorage(RDBStorage):
             )
         versions = self._version_manager
         if versions.get_current_version() != versions.get_head_version():
-            versions.check_table_schema_compatibility()  # on two connections at once
+            versions.check_table_schema_compatibility()  # needs two connections
         for index in INDEXES if creates else ():
-            index.create(self.engine, checkfirst=True)  # of tables that were created before there were these
-        # To create tables Optuna needs two connections at once; from now on one will do.
+            index.create(self.engine, checkfirst=True)  # also in tables that Optuna created
+        # Optuna needs two connections to create tables; from now on one is enough.
         is_sqlite = url.get_backend_name() == "sqlite"
         options = {} if is_sqlite else pool_options(reads_only=reads_only)
         self.engine = sqlalchemy.create_engine(url, connect_args=arguments, **options)
@@ -77,10 +77,10 @@ class RecoveringStorage(RDBStorage):
         harden(self.engine, converts=creates, reads_only=reads_only)
 
     def __getstate__(self) -> dict[Any, Any]:
-        raise TypeError("a storage cannot be pickled; open it again in the other process")
+        raise TypeError("a storage cannot be pickled; open a new one in the other process")
 
     def join(self, study_id: int) -> int:
-        """How many workers joined the study before this one; no two get the same number."""
+        """Register a worker of the study; return the number of workers that joined before, unique to each worker."""
         with _create_scoped_session(self.scoped_session) as session:
             study = models.StudyModel.find_or_raise_by_id(study_id, session, for_update=True)
             attribute = models.StudyUserAttributeModel.find_by_study_and_key(study, "workers", session)
@@ -92,14 +92,14 @@ class RecoveringStorage(RDBStorage):
             return n_before
 
     def fail(self, trial_id: int, kind: str, message: str, *, retries: int = 0) -> bool:
-        """Whether the trial was running and has failed now, with the reason in its user attribute `failure`.
+        """Fail a running trial, with the reason in its user attribute `failure`; return whether it was running.
 
-        In the same transaction a trial of the kind "interrupted", or of the kind "killed" that was killed at most
-        `retries` times, is queued again with the parameters it has.
+        The same transaction re-queues the parameters of a trial that was "interrupted", or "killed" at most `retries`
+        times.
         """
         with _create_scoped_session(self.scoped_session) as session:
             study_id = _TRIAL.find_or_raise_by_id(trial_id, session).study_id
-            # The lock on the study keeps trial numbers apart; it is always taken before that on a trial.
+            # Locking the study keeps trial numbers unique; it is always locked before a trial.
             models.StudyModel.find_or_raise_by_id(study_id, session, for_update=True)
             trial: Any = _TRIAL.find_or_raise_by_id(trial_id, session, for_update=True)
             session.refresh(trial)
@@ -114,21 +114,21 @@ class RecoveringStorage(RDBStorage):
             trial.state = TrialState.FAIL
             trial.datetime_complete = datetime.now()
             if is_retried:
-                # Else ASHA and Hyperband would count one training twice.
+                # Otherwise ASHA and Hyperband would count one training twice.
                 rungs = models.TrialSystemAttributeModel.key.startswith("completed_rung_")
                 session.query(models.TrialSystemAttributeModel).filter_by(trial_id=trial_id).filter(rungs).delete(False)
                 self._get_prepared_new_trial(study_id, _retry_of(frozen, kills), session)
             return True
 
     def retry_for(self, seconds: float) -> None:
-        """From now on wait so long for the storage, whoever gives up: trials are handed back."""
+        """From now on retry for `seconds`, even if `giving_up` was set, to re-queue trials before exiting."""
         self.patience, self.giving_up = seconds, threading.Event()
 
     def reap(self, study_id: int, retries: int) -> list[int]:
-        """The ids of running trials that were without a heartbeat for longer than the grace period, now failed.
+        """Fail running trials without a heartbeat for longer than the grace period; return their ids.
 
-        None after an outage: where the storage did not answer this worker, or the machine slept, the others could not
-        beat either, and get a grace period for it.
+        After an outage of the database, or a suspend of this machine, no trial is failed for another grace period,
+        because other workers could not send heartbeats either.
         """
         message = f"no heartbeat for {self.grace_period} s"
         stale = self._get_stale_trial_ids(study_id)
@@ -137,14 +137,14 @@ class RecoveringStorage(RDBStorage):
         return [trial_id for trial_id in stale if self.fail(trial_id, "killed", message, retries=retries)]
 
     def _note_answer(self) -> None:
-        """Be wary of heartbeats for a while if this answer came after a long silence (in wall-clock time)."""
+        """Distrust missing heartbeats for a grace period if this response follows a long outage (wall-clock time)."""
         now, interval, grace = time.time(), self.heartbeat_interval or 0, self.grace_period or 0
         if now - self._last_answer > max(1.5 * interval, (grace - interval) / 2):
             self.trusts_heartbeats_from = now + grace
         self._last_answer = now
 
     def _write_buffered(self, trial_id: int, session: Session) -> None:
-        """Write what this process knows of the trial and has not written yet."""
+        """Write the unwritten rows of the trial if this process has buffered it."""
 
     def _set_user_attr(self, session: Session, trial_id: int, key: str, value: Any) -> None:
         self._set_trial_attr_without_commit(session, models.TrialUserAttributeModel, trial_id, key, value)
@@ -154,13 +154,13 @@ class RecoveringStorage(RDBStorage):
         return super()._get_stale_trial_ids(study_id)
 
     def find_stuck(self, study_id: int) -> list[int]:
-        """The ids of running trials that are stale or have no heartbeat at all; nothing is changed."""
+        """Return the ids of running trials that are stale or have no heartbeat, without changing anything."""
         with _create_scoped_session(self.scoped_session) as session:
             orphans = self._find_orphans(study_id, session)
         return [*super()._get_stale_trial_ids(study_id), *orphans]
 
     def _adopt_orphans(self, study_id: int) -> None:
-        """Give running trials without a heartbeat one, so that they become stale a grace period from now."""
+        """Write a heartbeat for running trials that have none, so that they become stale after a grace period."""
         with _create_scoped_session(self.scoped_session, ignore_integrity_error=True) as session:
             orphans = self._find_orphans(study_id, session)
             session.add_all([models.TrialHeartbeatModel(trial_id=trial_id) for trial_id in orphans])
@@ -183,7 +183,7 @@ for _name in (
 
 
 def _retry_of(trial: FrozenTrial, kills: list[int]) -> FrozenTrial:
-    """A waiting trial with the parameters of one that was killed or interrupted, linked to it the way Optuna does."""
+    """Return a waiting trial with the parameters of a killed or interrupted one, linked to it as in Optuna."""
     attempts = [*trial.user_attrs.get("attempts", []), trial.number]
     system_attrs: dict[str, Any] = {"failed_trial": attempts[0], "retry_history": kills}
     if "fixed_params" in trial.system_attrs:
@@ -198,29 +198,29 @@ def _retry_of(trial: FrozenTrial, kills: list[int]) -> FrozenTrial:
 
 
 class Storage(RecoveringStorage):
-    """A RecoveringStorage that admits trials against the study's budget and holds them, once `worker` is set.
+    """A RecoveringStorage that checks the budget before it starts a trial, and buffers the trials of its `worker`.
 
-    Its reports and attributes are written when they are due and `flush` is called, and in the transaction that ends it.
+    Buffered reports and attributes are written by `flush` when due, and in the transaction that ends the trial.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self.worker: str | None = None
-        self.is_stopped = False  # the study, as seen when a trial was last written or kept alive
+        self.is_stopped = False  # whether the study was stopped, as of the last flush or heartbeat
         self._buffered: dict[int, BufferedTrial] = {}
-        self._ended: dict[int, BufferedTrial] = {}  # the last one
-        self._fresh_until = 0.0  # what was read last of the trials of others
-        self._searched = defaultdict[int, SearchTime](SearchTime)  # of each study
+        self._ended: dict[int, BufferedTrial] = {}  # only the last one
+        self._fresh_until = 0.0  # when to read the trials of other workers again
+        self._searched = defaultdict[int, SearchTime](SearchTime)  # by study
         super().__init__(*args, **options)
 
     def flush(self, trial_id: int) -> None:
-        """Write a trial's buffered reports if they are due; raises `UpdateFinishedTrialError` if it was taken away."""
+        """Write a trial's buffered reports if due. Raises `UpdateFinishedTrialError` if another worker failed it."""
         buffered = self._buffered.get(trial_id)
         if buffered and time.monotonic() >= buffered.is_due_at:
             self._flush(buffered)
 
     @retry_on_outage
     def beat(self, trial_id: int) -> bool:
-        """Whether the trial is still running, and has a new heartbeat therefore."""
+        """Write a heartbeat if the trial is still running; return whether it is."""
         with _create_scoped_session(self.scoped_session) as session:
             is_running = tables.lock_trial(session.connection(), trial_id) == TrialState.RUNNING
             self.is_stopped = is_stopped(session, trial_id)
@@ -229,7 +229,7 @@ class Storage(RecoveringStorage):
             return is_running
 
     def release(self, trial_id: int) -> None:
-        """Hold a trial no longer that was taken away; what was not written of it yet is dropped."""
+        """Discard a buffered trial and its unwritten rows."""
         self._buffered.pop(trial_id, None)
 
     def fail(self, trial_id: int, kind: str, message: str, *, retries: int = 0) -> bool:
@@ -293,7 +293,7 @@ class Storage(RecoveringStorage):
         self, study_id: int, states: Any, included_trial_ids: set[int], trial_id_greater_than: int
     ) -> list[FrozenTrial]:
         ids = {trial_id for trial_id in included_trial_ids if trial_id <= trial_id_greater_than}
-        if self._buffered and time.monotonic() < self._fresh_until:  # others write what is new no more often
+        if self._buffered and time.monotonic() < self._fresh_until:  # other workers flush no more often
             return [buffered.snapshot() for buffered in self._buffered.values()]
         known = self._buffered | self._ended
         with _create_scoped_session(self.scoped_session) as session:
@@ -305,7 +305,7 @@ class Storage(RecoveringStorage):
 
     @retry_on_outage
     def read_counts(self, study_id: int) -> Counts:
-        """What `status` says of the study."""
+        """Return the counts that `status` shows."""
         with _create_scoped_session(self.scoped_session) as session:
             return read_counts(session.connection(), study_id)
 
@@ -316,7 +316,7 @@ class Storage(RecoveringStorage):
 
     @retry_on_outage
     def _start(self, study_id: int) -> FrozenTrial:
-        """A new running trial: admitted, signed, with a heartbeat, and buffered."""
+        """Start a new buffered trial: check the budget, assign the worker, write a heartbeat."""
         with _create_scoped_session(self.scoped_session) as session:
             number, connection = admit(session, study_id, self._searched[study_id]), session.connection()
             buffered = BufferedTrial(tables.insert_trial(connection, study_id, number, datetime.now(), self.worker))
@@ -325,7 +325,7 @@ class Storage(RecoveringStorage):
 
     @retry_on_outage
     def _claim(self, trial_id: int) -> bool:
-        """Whether the waiting trial is this worker's now: admitted, signed, with a heartbeat, and buffered."""
+        """Start a waiting trial like a new one; return False if another worker has it."""
         with _create_scoped_session(self.scoped_session) as session:
             connection = session.connection()
             study_id = tables.find_study(connection, trial_id)
@@ -337,17 +337,17 @@ class Storage(RecoveringStorage):
                 admit(session, study_id, self._searched[study_id])
                 trial.state, trial.datetime_start = TrialState.RUNNING, datetime.now()
                 tables.change_state(connection, trial, before=TrialState.WAITING)
-                tables.sign(connection, trial_id, str(self.worker))
+                tables.assign_worker(connection, trial_id, str(self.worker))
                 trial.user_attrs["worker"] = self.worker
             elif trial.user_attrs.get("worker") != self.worker:
                 return False
-            # Else an earlier try to claim it went through unanswered.
+            # Otherwise an earlier attempt to claim it succeeded, but its response was lost.
         self._buffer(buffered)
         return True
 
     def _buffer(self, buffered: BufferedTrial) -> None:
         buffered.clear_rows()
-        self.is_stopped = False  # else it would not have been admitted
+        self.is_stopped = False  # a stopped study starts no trial
         self._buffered[buffered.trial._trial_id] = buffered
         self._ended = {}
 
@@ -361,7 +361,7 @@ class Storage(RecoveringStorage):
 
     @retry_on_outage
     def _end(self, buffered: BufferedTrial, state: TrialState, values: Any) -> None:
-        """Write what is new of the trial, its values and its final state."""
+        """Write the trial's buffered rows, its values and its final state."""
         ended = buffered.snapshot()
         ended.state, ended.values, ended.datetime_complete = state, values, datetime.now()
         with self._writing(buffered) as session:
@@ -376,7 +376,7 @@ class Storage(RecoveringStorage):
 
     @contextmanager
     def _writing(self, buffered: BufferedTrial) -> Iterator[Session]:
-        """A transaction of a buffered trial, which is buffered no longer if it has been taken away."""
+        """Open a transaction that writes a buffered trial; discard the trial if another worker has failed it."""
         try:
             with _create_scoped_session(self.scoped_session) as session:
                 yield session
@@ -391,18 +391,18 @@ class Storage(RecoveringStorage):
 
 
 def storage_of(study: optuna.Study) -> Storage | None:
-    """The `Storage` of a study; None where the study is in another kind of storage."""
+    """Return the `Storage` of a study, or None if its storage is of another class."""
     storage = getattr(cache_of(study), "_backend", None)
     return storage if isinstance(storage, Storage) else None
 
 
 def cache_of(study: optuna.Study) -> Any:
-    """Optuna's cache around the study's storage, which reads only new trials from the database."""
+    """Return Optuna's cache around the study's storage, which reads only new trials from the database."""
     return study._storage
 
 
 def clear_cache(study: optuna.Study) -> None:
-    """Drop what the study's cache has read: a deleted study's id may have been given to another study."""
+    """Clear the study's cache, because a new study may have the id of a deleted one."""
     cache = cache_of(study)
     with cache._lock:
         for name in ("_studies", "_trial_id_to_study_id_and_number", "_study_id_and_number_to_trial_id"):
@@ -419,44 +419,46 @@ def open_storage(
     must_exist: bool = False,
     reads_only: bool = False,
 ) -> Storage:
-    """The storage at a SQLAlchemy URL of SQLite or PostgreSQL; its tables are created where they are missing.
+    """Open the storage at a SQLAlchemy URL of SQLite or PostgreSQL, and create missing tables.
 
-    One that `reads_only` must exist; workers wait for it no longer than a read takes. `heartbeat`, `grace` and
-    `patience` are seconds. Raises `UsageError` for a URL that cannot be used, `StudyNotFound` where the database must
-    exist and does not, `StorageUnavailable` where it cannot be reached, and `StorageError` where the file is something
-    else.
+    With `reads_only`, the database must exist, and workers never wait for more than a single read. `heartbeat`, `grace`
+    and `patience` are in seconds. Raises `UsageError` for an invalid URL, `StudyNotFound` if the database must exist
+    but does not, `StorageUnavailable` if it cannot be reached, and `StorageError` if it is not one of hpsearch.
     """
     parsed, giving_up, must_exist = parse_url(url), giving_up or threading.Event(), must_exist or reads_only
     if parsed.get_backend_name() == "sqlite":
         file = Path(parsed.database or "")
         if not file.parent.is_dir():
-            raise UsageError(f"no folder {file.parent} for the database {file.name}; create it first")
+            raise UsageError(f"folder {file.parent} for the database {file.name} does not exist; create it first")
         if must_exist and not file.exists():
-            raise StudyNotFound(f"no database {file}; start the search with: hpsearch run STUDY")
+            raise StudyNotFound(f"no search found: {file} does not exist; start one with: hpsearch run STUDY")
+
+    def open_with(*, creates: bool) -> Storage:
+        options: dict[str, Any] = {"heartbeat": heartbeat, "grace": grace, "creates": creates, "reads_only": reads_only}
+        try:
+            return Storage(parsed, **options)
+        except IntegrityError:  # a reader and a creator make Optuna's version table at the same moment
+            return Storage(parsed, **options)
 
     def connect() -> Storage:
         if must_exist:
-            options: dict[str, Any] = {"heartbeat": heartbeat, "grace": grace, "creates": False}
-            try:
-                return Storage(parsed, reads_only=reads_only, **options)
-            except IntegrityError:  # another process is creating it at this moment
-                return Storage(parsed, reads_only=reads_only, **options)
+            return open_with(creates=False)
         check_place(parsed)
         with creation_lock(parsed):
             check_tables(parsed)
-            return Storage(parsed, heartbeat=heartbeat, grace=grace, creates=True)
+            return open_with(creates=True)
 
     try:
         storage = retrying(parsed, patience, heartbeat, giving_up)(connect)
     except (StorageInternalError, SQLAlchemyError) as error:
         if must_exist and "version_info" in reason(parsed, error):
-            raise StudyNotFound(f"no study in {show_url(parsed)}; start one with: hpsearch run STUDY") from error
+            raise StudyNotFound(f"{show_url(parsed)} contains no study; start one with: hpsearch run STUDY") from error
         raise failure(parsed, error) from error
-    except RuntimeError as error:  # another version of Optuna's tables
+    except RuntimeError as error:  # from another version of Optuna
         raise StorageError(f"{show_url(parsed)}: {error}") from error
     except ImportError as error:
-        raise UsageError(f"no driver for {show_url(parsed)}; pip install 'hpsearch[postgres]'") from error
+        raise UsageError("the PostgreSQL driver is not installed; run: pip install 'hpsearch[postgres]'") from error
     except OSError as error:
-        raise StorageError(f"{show_url(parsed)} cannot be opened: {error.strerror}") from error
+        raise StorageError(f"cannot open the database {show_url(parsed)}: {error.strerror}") from error
     storage.patience, storage.giving_up = patience, giving_up
     return storage

@@ -1,4 +1,4 @@
-"""Database errors: which of them pass, how long to retry, and what to tell the user."""
+"""Database errors: which of them are transient, how long to retry, and what to show the user."""
 
 import logging
 import re
@@ -22,23 +22,23 @@ from hpsearch.errors import StorageError, StorageUnavailable
 
 logger = logging.getLogger(__name__)
 
-_MESSAGE_INTERVAL = 30.0  # seconds between two messages about a storage that does not answer
+_MESSAGE_INTERVAL = 30.0  # seconds between two messages about a database that does not respond
 _next_message = 0.0
 _TRANSIENT_CODES = {
     *(sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL),
     *(sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PROTOCOL),
 }
-_PASSWORD = "set PGPASSWORD, or write the password into ~/.pgpass (PGPASSFILE names another file)"  # noqa: S105
-_REFUSALS = {  # psycopg gives no SQLSTATE of an error in connecting
+_PASSWORD = "set PGPASSWORD or add the password to ~/.pgpass (or the file named by PGPASSFILE)"  # noqa: S105
+_REFUSALS = {  # psycopg has no SQLSTATE for connection errors
     r"password authentication failed|no password supplied|empty password": _PASSWORD,
-    r"certificate|does not support SSL|no encryption": "see sslmode and sslrootcert in the URL, or PGSSLMODE",
-    r'role ".*" does not exist|authentication failed|no pg_hba\.conf entry': "see the user in the URL, or PGUSER",
-    r'database ".*" does not exist': "create it with: createdb",
+    r"certificate|does not support SSL|no encryption": "check sslmode and sslrootcert in the URL (or PGSSLMODE)",
+    r'role ".*" does not exist|authentication failed|no pg_hba\.conf': "check the user name in the URL (or PGUSER)",
+    r'database "(.*)" does not exist': r"create it with: createdb \1",
 }
 
 
 def retry_on_outage(method: Callable[..., Any]) -> Callable[..., Any]:
-    """The method, repeated with growing pauses while the database is locked, full or cannot be reached."""
+    """Decorate a method to retry with growing pauses while the database is locked, full or unreachable."""
 
     @wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -61,19 +61,19 @@ def retry_on_outage(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def retrying(url: URL, patience: float, longest_pause: int, giving_up: threading.Event) -> tenacity.Retrying:
-    """Calls a function until it raises no error that can pass, for `patience` seconds or until `giving_up` is set.
+    """Return a retrier that repeats a call on transient errors, for `patience` seconds or until `giving_up` is set.
 
-    The pauses grow up to `longest_pause` seconds, and it is said now and then why.
+    The pauses grow up to `longest_pause` seconds. A warning with the reason is logged now and then.
     """
 
     def log_retry(state: tenacity.RetryCallState) -> None:
         global _next_message
-        # The threads of a process wait for the same thing, so one of them says so, and not at each try.
+        # All threads of a process wait for the same database, so one message for all is enough.
         if time.monotonic() >= _next_message and state.outcome and (error := state.outcome.exception()):
             _next_message = time.monotonic() + _MESSAGE_INTERVAL
             minutes = (patience - (state.seconds_since_start or 0)) / 60
             why = reason(url, error)
-            logger.warning("the storage does not answer (%s); trying again for %.0f minutes", why, minutes)
+            logger.warning("database not responding (%s); retrying for up to %.0f minutes", why, minutes)
 
     return tenacity.Retrying(
         retry=tenacity.retry_if_exception(is_transient),
@@ -86,7 +86,7 @@ def retrying(url: URL, patience: float, longest_pause: int, giving_up: threading
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the database may answer later: locked, full, restarting, busy or unreachable."""
+    """Return whether the database may respond later: it is locked, full, restarting, busy or unreachable."""
     if isinstance(error, StorageUnavailable):
         return True
     cause, code = _cause(error), _sqlite_code(error)
@@ -96,34 +96,35 @@ def is_transient(error: BaseException) -> bool:
 
 
 def failure(url: URL, error: BaseException) -> StorageError:
-    """The error that says that the database cannot be reached or cannot be used, and why."""
+    """Return the error to raise for a database that cannot be reached or used, with the reason."""
     if is_transient(error):
-        return StorageUnavailable(f"the storage {show_url(url)} cannot be reached: {reason(url, error)}")
-    return StorageError(f"{show_url(url)} cannot be used: {reason(url, error)}")
+        return StorageUnavailable(f"cannot reach the database {show_url(url)}: {reason(url, error)}")
+    return StorageError(f"cannot use the database {show_url(url)}: {reason(url, error)}")
 
 
 def reason(url: URL, error: BaseException) -> str:
-    """What the database's driver said, on one line, without the password, and what to do about it."""
+    """Return the driver's message on one line, without the password, and advice on what to do."""
     cause = _cause(error)
     text = " ".join(str(getattr(cause, "orig", cause)).split())
     for secret in find_secrets(url):
         text = text.replace(secret, "***")
     if _sqlite_code(error) in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
         folder = Path(url.database or "").parent
-        text += f"; {shutil.disk_usage(folder).free / 1e6:.1f} MB are free in {folder}: make room there"
+        text += f"; {shutil.disk_usage(folder).free / 1e6:.1f} MB free in {folder}; free some disk space"
     if advice := advise(cause):
         text += f"; {advice}"
     return text
 
 
 def advise(error: BaseException) -> str | None:
-    """What to do about a server that has refused a connection and will go on to, else None."""
+    """Return advice if a server refused the connection for a lasting reason, else None."""
     original: Any = getattr(error, "orig", None)
     if not isinstance(error, OperationalError) or not hasattr(original, "pgconn"):
         return None
     if getattr(original.pgconn, "needs_password", False):
         return _PASSWORD
-    return next((advice for pattern, advice in _REFUSALS.items() if re.search(pattern, str(original))), None)
+    matches = ((re.search(pattern, str(original)), advice) for pattern, advice in _REFUSALS.items())
+    return next((match.expand(advice) for match, advice in matches if match), None)
 
 
 def _cause(error: BaseException) -> Any:
@@ -132,4 +133,4 @@ def _cause(error: BaseException) -> Any:
 
 def _sqlite_code(error: BaseException) -> int | None:
     code = getattr(getattr(_cause(error), "orig", None), "sqlite_errorcode", None)
-    return None if code is None else code & 0xFF  # the primary one of an extended code
+    return None if code is None else code & 0xFF  # the primary result code

@@ -1,7 +1,7 @@
-"""Optuna's tables: trials read, written and counted in few statements.
+"""Reads, writes and counts trials in Optuna's tables, in few statements.
 
-Optuna's RDBStorage reads and writes each row as an object, each in a transaction of its own: about 20 a trial, and each
-waits for the disk. Here a running trial is a `BufferedTrial` in memory, and its reports are written together.
+Optuna's RDBStorage writes each row in a separate transaction, about 20 per trial, and each waits for the disk. Here a
+running trial is a `BufferedTrial` in memory: its reports are buffered and flushed at most every 0.5 s.
 """
 
 import copy
@@ -22,8 +22,8 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import Connection
 from sqlalchemy.dialects import postgresql, sqlite
 
-WRITE_INTERVAL = 0.5  # seconds between two writes of reports
-_MAX_VARIABLES = 500  # of a statement; SQLite's default limit is higher
+WRITE_INTERVAL = 0.5  # minimum seconds between two flushes of reports
+_MAX_VARIABLES = 500  # per statement; SQLite's default limit is higher
 TRIALS: Any = models.TrialModel.__table__
 VALUES: Any = models.TrialValueModel.__table__
 PARAMS: Any = models.TrialParamModel.__table__
@@ -35,7 +35,7 @@ _KEYS = {VALUES: "objective", PARAMS: "param_name", REPORTS: "step", USER_ATTRS:
 
 
 class BufferedTrial:
-    """A running trial in the memory of the process that runs it, with the rows that are not written yet."""
+    """A running trial in the memory of its worker, with its unwritten rows."""
 
     def __init__(self, trial: FrozenTrial) -> None:
         self.trial = trial
@@ -62,7 +62,7 @@ class BufferedTrial:
         self._add(SYSTEM_ATTRS, WRITE_INTERVAL, key=key, value_json=json.dumps(value))
 
     def write(self, connection: Connection) -> None:
-        """Write the new rows in the connection's transaction; once it is committed, call `clear_rows`."""
+        """Write the buffered rows in the connection's transaction; call `clear_rows` after the commit."""
         for table, rows in self.rows.items():
             connection.execute(_upsert(table, connection.dialect.name), rows)
 
@@ -71,11 +71,11 @@ class BufferedTrial:
         self.is_due_at, self.written_at = float("inf"), time.monotonic()
 
     def snapshot(self) -> FrozenTrial:
-        """The trial as it is now, to be kept or changed by the caller."""
-        taken = copy.copy(self.trial)
+        """Return a copy of the trial, which the caller may change."""
+        trial = copy.copy(self.trial)
         for name in ("params", "distributions", "user_attrs", "system_attrs", "intermediate_values"):
-            setattr(taken, name, dict(getattr(self.trial, name)))
-        return taken
+            setattr(trial, name, dict(getattr(self.trial, name)))
+        return trial
 
     def _add(self, table: Any, delay: float, **columns: Any) -> None:
         self.rows[table].append({"trial_id": self.trial._trial_id, **columns})
@@ -83,7 +83,7 @@ class BufferedTrial:
 
 
 def lock_trial(connection: Connection, trial_id: int) -> TrialState:
-    """The trial's state, which no other transaction can change now; raises `KeyError` where there is no such trial."""
+    """Lock the trial against changes by other transactions, and return its state. Raises `KeyError` if unknown."""
     state: TrialState | None = connection.execute(_SELECT_STATE, {"trial_id": trial_id}).scalar()
     if state is None:
         raise KeyError(f"no trial with id {trial_id}")
@@ -91,7 +91,7 @@ def lock_trial(connection: Connection, trial_id: int) -> TrialState:
 
 
 def find_study(connection: Connection, trial_id: int) -> int:
-    """The id of the trial's study."""
+    """Return the id of the trial's study."""
     query = sqlalchemy.select(TRIALS.c.study_id).where(TRIALS.c.trial_id == trial_id)
     study_id: int = connection.execute(query).scalar_one()
     return study_id
@@ -100,29 +100,29 @@ def find_study(connection: Connection, trial_id: int) -> int:
 def insert_trial(
     connection: Connection, study_id: int, number: int, start: datetime, worker: str | None = None
 ) -> FrozenTrial:
-    """A new running trial of the study, whose row must be locked; that of a worker is signed and has a heartbeat."""
+    """Insert a running trial, with its worker and first heartbeat if given; the study's row must be locked."""
     columns = {"study_id": study_id, "number": number, "state": TrialState.RUNNING, "datetime_start": _to_utc(start)}
-    if worker and connection.dialect.name == "postgresql":  # in one statement: others wait for the lock meanwhile
-        trial_id = connection.execute(_insert_signed(), columns | {"signature": json.dumps(worker)}).scalar_one()
+    if worker and connection.dialect.name == "postgresql":  # in one statement, because other workers wait for the lock
+        trial_id = connection.execute(_insert_assigned(), columns | {"worker": json.dumps(worker)}).scalar_one()
     else:
         result: Any = connection.execute(sqlalchemy.insert(TRIALS), columns)
         trial_id = result.inserted_primary_key[0]
         if worker:
-            sign(connection, trial_id, worker)
+            assign_worker(connection, trial_id, worker)
     trial = _new_trial(trial_id, number, TrialState.RUNNING, start)
     trial.user_attrs |= {"worker": worker} if worker else {}
     return trial
 
 
-def sign(connection: Connection, trial_id: int, worker: str) -> None:
-    """Write whose trial it is, and its first heartbeat: there is no moment without one."""
+def assign_worker(connection: Connection, trial_id: int, worker: str) -> None:
+    """Write the trial's worker and its first heartbeat, so that the trial is never without one."""
     columns = {"trial_id": trial_id, "key": "worker", "value_json": json.dumps(worker)}
     connection.execute(_upsert(USER_ATTRS, connection.dialect.name), columns)
     beat(connection, trial_id)
 
 
 def change_state(connection: Connection, trial: FrozenTrial, before: TrialState) -> bool:
-    """Whether the trial was in the state `before`; if so, its new state is written, and since when it is in it."""
+    """Write the trial's state, start and end if it was in the state `before`; return whether it was."""
     values = {
         "id": trial._trial_id,
         "before": before,
@@ -142,7 +142,7 @@ def write_values(connection: Connection, trial_id: int, values: Sequence[float])
 
 
 def beat(connection: Connection, trial_id: int) -> None:
-    """Give the trial a heartbeat of now."""
+    """Set the trial's heartbeat to the current time."""
     connection.execute(_upsert(HEARTBEATS, connection.dialect.name), {"trial_id": trial_id})
 
 
@@ -154,15 +154,15 @@ def read_trials(
     ids: Collection[int] = (),
     known: Mapping[int, BufferedTrial] = MappingProxyType({}),
 ) -> list[FrozenTrial]:
-    """The trials of those ids, and those of the study whose ids are above a number, in the order of ids.
+    """Read the trials with the `ids` and the trials of the study with ids above `above`, sorted by id.
 
-    Of trials that are `known`, and in that state still, no more is read.
+    A trial in `known` is taken from there if its state is unchanged.
     """
     found: list[Any] = []
     if above is not None:
         found += connection.execute(_SELECT_ABOVE, {"study_id": study_id, "above": above}).all()
-    for some in _in_groups(sorted(ids)):
-        found += connection.execute(_select_among(TRIALS, connection.dialect.name), {"ids": some}).all()
+    for batch in _batches(sorted(ids)):
+        found += connection.execute(_select_among(TRIALS, connection.dialect.name), {"ids": batch}).all()
     found.sort(key=lambda row: row.trial_id)
     trials: dict[int, FrozenTrial] = {}
     to_read: list[int] = []
@@ -171,15 +171,15 @@ def read_trials(
         if buffered and buffered.trial.state == row.state:
             trials[row.trial_id] = buffered.snapshot()
         else:
-            moments = _to_local(row.datetime_start), _to_local(row.datetime_complete)
-            trials[row.trial_id] = _new_trial(row.trial_id, row.number, row.state, *moments)
+            times = _to_local(row.datetime_start), _to_local(row.datetime_complete)
+            trials[row.trial_id] = _new_trial(row.trial_id, row.number, row.state, *times)
             to_read.append(row.trial_id)
-    for some in _in_groups(to_read):
-        _read_children(connection, trials, some)
+    for batch in _batches(to_read):
+        _read_details(connection, trials, batch)
     return list(trials.values())
 
 
-def _read_children(connection: Connection, trials: Mapping[int, FrozenTrial], ids: list[int]) -> None:
+def _read_details(connection: Connection, trials: Mapping[int, FrozenTrial], ids: list[int]) -> None:
     def select(table: Any) -> Any:
         return connection.execute(_select_among(table, connection.dialect.name), {"ids": ids})
 
@@ -204,7 +204,7 @@ def _read_children(connection: Connection, trials: Mapping[int, FrozenTrial], id
 
 
 def read_trial(connection: Connection, trial_id: int) -> FrozenTrial:
-    """The trial with the id; raises `KeyError` where there is none."""
+    """Read the trial with the id. Raises `KeyError` if there is none."""
     for trial in read_trials(connection, ids=[trial_id]):
         return trial
     raise KeyError(f"no trial with id {trial_id}")
@@ -228,7 +228,7 @@ def _new_trial(
     )
 
 
-def _in_groups(ids: list[int]) -> Iterable[list[int]]:
+def _batches(ids: list[int]) -> Iterable[list[int]]:
     return (ids[i : i + _MAX_VARIABLES] for i in range(0, len(ids), _MAX_VARIABLES))
 
 
@@ -250,12 +250,12 @@ _SELECT_ABOVE = sqlalchemy.select(TRIALS).where(
 
 
 @lru_cache
-def _insert_signed() -> Any:
+def _insert_assigned() -> Any:
     names = ("study_id", "number", "state", "datetime_start")
     insert = sqlalchemy.insert(TRIALS).values({name: sqlalchemy.bindparam(name) for name in names})
     trial = insert.returning(TRIALS.c.trial_id).cte("trial")
-    signature = sqlalchemy.select(trial.c.trial_id, sqlalchemy.literal("worker"), sqlalchemy.bindparam("signature"))
-    attribute = sqlalchemy.insert(USER_ATTRS).from_select(["trial_id", "key", "value_json"], signature)
+    worker = sqlalchemy.select(trial.c.trial_id, sqlalchemy.literal("worker"), sqlalchemy.bindparam("worker"))
+    attribute = sqlalchemy.insert(USER_ATTRS).from_select(["trial_id", "key", "value_json"], worker)
     now = sqlalchemy.select(trial.c.trial_id, sqlalchemy.func.now())
     heartbeat = sqlalchemy.insert(HEARTBEATS).from_select(["trial_id", "heartbeat"], now)
     return sqlalchemy.select(trial.c.trial_id).add_cte(attribute.cte("attribute"), heartbeat.cte("heartbeat"))
@@ -263,8 +263,8 @@ def _insert_signed() -> Any:
 
 @lru_cache
 def _select_among(table: Any, dialect: str) -> Any:
-    """The rows of the trials with some `ids`, in the order in which they were written."""
-    if dialect == "postgresql":  # one parameter, so that neither SQLAlchemy nor psycopg has to read the query again
+    """Select the table's rows of the trials with the `ids`, in the order of writing."""
+    if dialect == "postgresql":  # one parameter, so that SQLAlchemy and psycopg can cache the query
         ids: Any = sqlalchemy.bindparam("ids", type_=postgresql.ARRAY(sqlalchemy.Integer))
         condition = table.c.trial_id == sqlalchemy.any_(ids)
     else:
@@ -295,9 +295,9 @@ def _to_local(utc: datetime | None) -> datetime | None:
 
 @dataclass(frozen=True)
 class Counts:
-    """How many trials are in each state, those that run, the best complete one, and the epochs run.
+    """The number of trials in each state, the running trials, the best completed trial, and the epochs run.
 
-    A retried trial has the epochs of its earlier attempts, so `n_epochs` does not count those again.
+    A retried trial includes the epochs of its earlier attempts, which `n_epochs` counts only once.
     """
 
     by_state: dict[TrialState, int]
@@ -308,34 +308,34 @@ class Counts:
 
 
 def read_counts(connection: Connection, study_id: int) -> Counts:
-    """The counts of a study at this moment; the best of equal trials is the earliest."""
-    mine = TRIALS.c.study_id == study_id
-    by_state = sqlalchemy.select(TRIALS.c.state, sqlalchemy.func.count()).where(mine).group_by(TRIALS.c.state)
+    """Count the trials of a study; of equally good trials, the earliest is the best."""
+    in_study = TRIALS.c.study_id == study_id
+    by_state = sqlalchemy.select(TRIALS.c.state, sqlalchemy.func.count()).where(in_study).group_by(TRIALS.c.state)
     n_trials: dict[TrialState, int] = dict(_rows(connection, by_state))
-    is_running = sqlalchemy.select(TRIALS.c.trial_id).where(mine, TRIALS.c.state == TrialState.RUNNING)
-    complete = sqlalchemy.select(TRIALS.c.trial_id).where(mine, TRIALS.c.state == TrialState.COMPLETE)
+    is_running = sqlalchemy.select(TRIALS.c.trial_id).where(in_study, TRIALS.c.state == TrialState.RUNNING)
+    complete = sqlalchemy.select(TRIALS.c.trial_id).where(in_study, TRIALS.c.state == TrialState.COMPLETE)
     by_value = complete.join(VALUES).order_by(VALUES.c.value.desc().nulls_last(), TRIALS.c.number).limit(1)
     best = connection.execute(by_value).scalar()
     attempts = (
         sqlalchemy.select(USER_ATTRS.c.value_json)
         .join(TRIALS)
-        .where(mine, TRIALS.c.state != TrialState.WAITING, USER_ATTRS.c.key == "attempts")
+        .where(in_study, TRIALS.c.state != TrialState.WAITING, USER_ATTRS.c.key == "attempts")
     )
     superseded = {number for text in connection.execute(attempts).scalars() for number in json.loads(text)}
     steps = sqlalchemy.select(REPORTS.c.trial_id, sqlalchemy.func.max(REPORTS.c.step).label("last"))
-    last = steps.join(TRIALS).where(mine).group_by(REPORTS.c.trial_id).subquery()
+    last = steps.join(TRIALS).where(in_study).group_by(REPORTS.c.trial_id).subquery()
     total: Any = sqlalchemy.select(TRIALS.c.state, sqlalchemy.func.sum(last.c.last)).join(last)
     epochs: dict[TrialState, int] = dict(_rows(connection, total.group_by(TRIALS.c.state)))
-    twice = 0
+    n_repeated = 0
     if superseded:
-        again = sqlalchemy.select(sqlalchemy.func.sum(last.c.last)).join(TRIALS).where(TRIALS.c.number.in_(superseded))
-        twice = connection.execute(again).scalar() or 0
+        earlier = sqlalchemy.select(sqlalchemy.func.sum(last.c.last)).join(TRIALS)
+        n_repeated = connection.execute(earlier.where(TRIALS.c.number.in_(superseded))).scalar() or 0
     found = read_trials(connection, ids=[*connection.execute(is_running).scalars(), *([best] if best else [])])
     return Counts(
         by_state=n_trials,
         running=[trial for trial in found if trial._trial_id != best],
         best=next((trial for trial in found if trial._trial_id == best), None),
-        n_epochs=int(sum(epochs.values()) - twice),
+        n_epochs=int(sum(epochs.values()) - n_repeated),
         n_epochs_of_pruned=int(epochs.get(TrialState.PRUNED, 0)),
     )
 
@@ -345,7 +345,7 @@ def _rows(connection: Connection, query: Any) -> Any:
 
 
 def count_trials(trials: Sequence[FrozenTrial]) -> Counts:
-    """The counts of trials that were read already."""
+    """Count trials that are already in memory."""
     n_trials: dict[TrialState, int] = {}
     for trial in trials:
         n_trials[trial.state] = n_trials.get(trial.state, 0) + 1

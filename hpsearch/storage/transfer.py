@@ -1,4 +1,4 @@
-"""The rows of a study copied to another database, in one transaction."""
+"""Copies the rows of a study to another database, in one transaction."""
 
 import secrets
 from collections.abc import Iterator, Mapping
@@ -19,7 +19,7 @@ from hpsearch.storage.tables import HEARTBEATS, TRIALS
 
 Rows = Mapping[Any, list[dict[str, Any]]]
 _STUDIES: Any = BaseModel.metadata.tables["studies"]
-_ATTACHED = [  # to a study or a trial, in the order in which they can be inserted
+_ATTACHED = [  # tables of a study's or a trial's details, in the order of insertion
     table
     for table in BaseModel.metadata.sorted_tables
     if table not in (_STUDIES, TRIALS, HEARTBEATS) and {"study_id", "trial_id"} & {*table.c.keys()}
@@ -28,14 +28,14 @@ _ATTACHED = [  # to a study or a trial, in the order in which they can be insert
 
 @retry_on_outage
 def is_same_database(storage: Storage, other: Storage) -> bool:
-    """Whether two storages are one, however their URLs are written."""
-    places = [opened.engine.url for opened in (storage, other)]
-    kinds = {place.get_backend_name() for place in places}
-    if len(kinds) == 2:
+    """Return whether two storages use the same database, even if their URLs differ."""
+    urls = [opened.engine.url for opened in (storage, other)]
+    backends = {url.get_backend_name() for url in urls}
+    if len(backends) == 2:
         return False
-    if kinds == {"sqlite"}:
-        return Path(places[0].database or "").samefile(places[1].database or "")
-    key = {"key": secrets.randbits(62)}  # locks of this kind are seen in one database only
+    if backends == {"sqlite"}:
+        return Path(urls[0].database or "").samefile(urls[1].database or "")
+    key = {"key": secrets.randbits(62)}  # an advisory lock is visible in one database only
     with storage.engine.connect() as connection, other.engine.connect() as other_connection:
         connection.execute(sqlalchemy.text("SELECT pg_advisory_xact_lock(:key)"), key)
         return not other_connection.execute(sqlalchemy.text("SELECT pg_try_advisory_xact_lock(:key)"), key).scalar()
@@ -43,14 +43,14 @@ def is_same_database(storage: Storage, other: Storage) -> bool:
 
 @retry_on_outage
 def has_study(storage: Storage, name: str) -> bool:
-    """Whether the database has a study of that name."""
+    """Return whether the database has a study of that name."""
     with storage.engine.connect() as connection:
         return connection.execute(sqlalchemy.select(_STUDIES).where(_STUDIES.c.study_name == name)).first() is not None
 
 
 @contextmanager
-def _one_moment(storage: Storage) -> Iterator[Connection]:
-    """A transaction that sees the database as it is at its first statement."""
+def _snapshot(storage: Storage) -> Iterator[Connection]:
+    """Open a transaction that sees the database as of its first statement."""
     with storage.engine.connect() as connection:
         if connection.dialect.name == "postgresql":
             connection.execution_options(isolation_level="REPEATABLE READ")
@@ -59,14 +59,14 @@ def _one_moment(storage: Storage) -> Iterator[Connection]:
 
 @retry_on_outage
 def read_study_rows(storage: Storage, name: str) -> Rows:
-    """All rows of the study at one moment, by table.
+    """Read a consistent snapshot of all rows of the study, by table.
 
-    Of heartbeats only those of running trials are read, and how old they are: each database has a clock of its own.
+    Heartbeats are read for running trials only, as ages, because each database has its own clock.
     """
     trials = sqlalchemy.select(TRIALS.c.trial_id).join(_STUDIES).where(_STUDIES.c.study_name == name)
     study = sqlalchemy.select(_STUDIES.c.study_id).where(_STUDIES.c.study_name == name)
     running = trials.where(TRIALS.c.state == TrialState.RUNNING)
-    with _one_moment(storage) as connection:
+    with _snapshot(storage) as connection:
         rows: dict[Any, list[dict[str, Any]]] = {}
         for table in (_STUDIES, TRIALS, *_ATTACHED):
             owner = table.c.study_id.in_(study) if "study_id" in table.c else table.c.trial_id.in_(trials)
@@ -80,7 +80,7 @@ def read_study_rows(storage: Storage, name: str) -> Rows:
 
 @retry_on_outage
 def write_study_rows(storage: Storage, rows: Rows, source: Storage) -> None:
-    """Insert the rows of a study in one transaction, unless it has changed in its `source` since they were read."""
+    """Insert the rows of a study in one transaction. Raises `StorageError` if `source` has changed since the read."""
     with storage.engine.begin() as connection:
         [study] = rows[_STUDIES]
         [study_id] = _insert(connection, _STUDIES, [{"study_name": study["study_name"]}])
@@ -97,16 +97,16 @@ def write_study_rows(storage: Storage, rows: Rows, source: Storage) -> None:
         for beat in rows[HEARTBEATS]:
             values = {"trial_id": trial_ids[beat["trial_id"]], "heartbeat": now - beat["age"]}
             connection.execute(sqlalchemy.insert(HEARTBEATS), values)
-        again = read_study_rows(source, study["study_name"])
-        if any(again[table] != rows[table] for table in (_STUDIES, TRIALS, *_ATTACHED)):
+        latest = read_study_rows(source, study["study_name"])
+        if any(latest[table] != rows[table] for table in (_STUDIES, TRIALS, *_ATTACHED)):
             raise StorageError(
-                f"study '{study['study_name']}' has changed while it was copied, so nothing was written; "
-                "stop its workers first: hpsearch stop STUDY"
+                f"study '{study['study_name']}' changed during the copy, so nothing was written; "
+                "stop it first: hpsearch stop STUDY"
             )
 
 
 def _insert(connection: Connection, table: Any, rows: list[dict[str, Any]]) -> list[int]:
-    """The primary keys of the rows, once they are inserted, in their order."""
+    """Insert the rows, and return their primary keys in the same order."""
     [key] = table.primary_key
     if not rows:
         return []
@@ -120,6 +120,6 @@ def _without_key(table: Any, row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_clock(connection: Connection) -> datetime:
-    """The time of the database, in the time zone in which it writes heartbeats."""
+    """Return the database's time, in the time zone of its heartbeats."""
     now: datetime = connection.execute(sqlalchemy.select(sqlalchemy.func.now())).scalar_one()
     return now.replace(tzinfo=None)

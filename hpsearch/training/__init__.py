@@ -1,9 +1,9 @@
-"""Hyperparameters and data to a trained network.
+"""Trains a network from hyperparameters and data.
 
-networks     the MLP and the CNN, as sequences of torch's layers
+networks     the MLP and the CNN, as sequences of torch layers
 optimizers   optimizers and learning rate schedules
-gradients    the gradients of a training step, by autograd or written out
+gradients    the gradients of a training step, by autograd or in closed form
 trainer      the training loop
-run          what a study trains: its data, and a network from a seed
-devices      cores, GPUs and memory of this machine
+run          loads a study's data, and trains a network from a seed
+devices      CPU cores, GPUs and memory of this machine
 """

@@ -1,7 +1,7 @@
-"""The gradients of a training step: by autograd for any network, or written out for a perceptron.
+"""The gradients of a training step: by autograd for any network, or in closed form for a perceptron.
 
-In a small perceptron the recording and replaying of autograd takes more time than the arithmetic. Here the same
-kernels are called in the same order, without a record of them.
+In a small perceptron, autograd's bookkeeping takes more time than the arithmetic. `PerceptronGradients` calls the same
+kernels in the same order without it.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from hpsearch.training.networks import Dropout, Network
 
 Gradients = Callable[[Tensor, Tensor], Tensor]
-"""From normalised images (N, C, H, W) and labels (N,) to the mean loss; leaves the gradients in `.grad`."""
+"""Maps normalized images (N, C, H, W) and labels (N,) to the mean loss, and stores the gradients in `.grad`."""
 
 _aten: Any = torch.ops.aten
-_GAINS_FROM = 2**16  # parameters; in smaller perceptrons oneDNN's longer way to a product outweighs it
+_FAST_MATMUL_FROM = 2**16  # parameters; in smaller perceptrons oneDNN's overhead per product outweighs the gain
 
 
 def join_parameters(network: nn.Module) -> nn.Parameter:
-    """All parameters of the network as one, of which they become views; and their gradients, which are zero.
+    """Join all parameters of the network into one, with zero gradients; the parameters become views of it.
 
-    An optimizer that works element by element then has one tensor to work on.
+    An elementwise optimizer then updates a single tensor.
     """
     parameters = list(network.parameters())
     joined = nn.Parameter(torch.empty(sum(map(torch.numel, parameters)), device=parameters[0].device))
@@ -40,13 +40,13 @@ def join_parameters(network: nn.Module) -> nn.Parameter:
 
 @contextmanager
 def fast_matmul(n_parameters: int) -> Iterator[None]:
-    """While entered, a network of that size multiplies matrices of float32 in torch's quickest way.
+    """Use torch's fastest float32 matrix multiplication inside the `with` block, if the network is large enough.
 
-    With AVX-512 that is oneDNN, still in float32, and about twice as quick as MKL on AMD's processors; with AMX or on a
-    GPU the products are rounded (`torch.set_float32_matmul_precision`). The setting is the whole process's.
+    With AVX-512 this is oneDNN, still in float32 and about twice as fast as MKL on AMD processors. With AMX or on a GPU
+    the products are rounded (`torch.set_float32_matmul_precision`). The setting applies to the whole process.
     """
     previous = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if n_parameters >= _GAINS_FROM else previous)
+    torch.set_float32_matmul_precision("medium" if n_parameters >= _FAST_MATMUL_FROM else previous)
     try:
         yield
     finally:
@@ -54,9 +54,9 @@ def fast_matmul(n_parameters: int) -> Iterator[None]:
 
 
 def choose_gradients(network: Network, label_smoothing: float) -> Gradients:
-    """The quickest gradients of the mean cross entropy that the network's layers allow.
+    """Return the fastest way to compute the gradients of the mean cross entropy for the network's layers.
 
-    The parameters must have their `.grad`, as `join_parameters` leaves them.
+    Every parameter must have a `.grad`, as after `join_parameters`.
     """
     is_perceptron = [type(layer) for layer in network][:2] == [nn.Flatten, nn.Linear]
     if is_perceptron and all(type(layer) in _RULES for layer in network):
@@ -65,7 +65,7 @@ def choose_gradients(network: Network, label_smoothing: float) -> Gradients:
 
 
 class Autograd:
-    """torch's own loss and gradients; convolutions compute in bfloat16 where the hardware is made for it."""
+    """torch's own loss and gradients; convolutions use bfloat16 where the hardware supports it."""
 
     def __init__(self, network: Network, label_smoothing: float) -> None:
         self.network, self.loss_function = network, nn.CrossEntropyLoss(label_smoothing=label_smoothing)
@@ -81,7 +81,7 @@ class Autograd:
 
 
 def _computes_bfloat16(device: str) -> bool:
-    """Whether there are instructions for it: 1.2 to 1.5 times as quick with AVX512-BF16, 7 times slower without."""
+    """Return whether the device has bfloat16 instructions: 1.2x to 1.5x faster with AVX512-BF16, 7x slower without."""
     if device == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities()
@@ -89,12 +89,12 @@ def _computes_bfloat16(device: str) -> bool:
 
 
 class PerceptronGradients:
-    """The same loss and gradients for a sequence of the layers that have a rule below."""
+    """The same loss and gradients in closed form, for a sequence of layers that have a rule in `_RULES`."""
 
     def __init__(self, network: Network, label_smoothing: float) -> None:
         self.layers = [_RULES[type(layer)](layer) for layer in network if type(layer) is not nn.Flatten]
         self.label_smoothing = label_smoothing
-        self.targets: Tensor | None = None  # (classes, classes): the wanted probabilities, a row for each label
+        self.targets: Tensor | None = None  # (classes, classes): the smoothed target probabilities, one row per label
 
     @torch.no_grad()
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class PerceptronGradients:
         log_probabilities = values.log_softmax(1)
         targets = self._targets_like(values).index_select(0, labels)
         loss = (log_probabilities * targets).sum().div_(-len(labels))
-        # The gradient of cross entropy by the logits: Goodfellow, Bengio and Courville, Deep Learning, 6.2.2.3.
+        # Gradient of the cross entropy w.r.t. the logits: Goodfellow, Bengio and Courville, Deep Learning, 6.2.2.3.
         gradient = log_probabilities.exp_().sub_(targets).div_(len(labels))
         for layer in reversed(self.layers[1:]):
             gradient = layer.backward(gradient)

@@ -1,7 +1,7 @@
-"""The networks: a multilayer perceptron and a small convolutional network, both plain sequences of torch's layers.
+"""The networks: a multilayer perceptron and a small convolutional network, both plain sequences of torch layers.
 
-Because a network is nothing but a list of `torch.nn` layers, `describe_layers` can be stored as JSON, and whoever has
-torch alone can build it again.
+A network is just a list of `torch.nn` layers: the result of `describe_layers` can be stored as JSON, and plain PyTorch
+can rebuild the network from it.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -17,13 +17,13 @@ _ACTIVATIONS = {"relu": "ReLU", "gelu": "GELU", "silu": "SiLU"}
 
 
 class Network(nn.Sequential):
-    """A sequence of layers; takes normalised images (N, C, H, W), `forward` gives logits (N, classes)."""
+    """A sequence of layers; `forward` maps normalized images (N, C, H, W) to logits (N, classes)."""
 
     @torch.inference_mode()
     def predict_proba(self, images: Tensor, batch_size: int = 512) -> Tensor:
-        """Softmax probabilities (N, classes) of normalised images, computed in evaluation mode.
+        """Return softmax probabilities (N, classes) of normalized images, computed in evaluation mode.
 
-        The batches are small enough for a processor's caches.
+        The default batches are small enough for the CPU caches.
         """
         was_training = self.training
         self.eval()
@@ -33,7 +33,7 @@ class Network(nn.Sequential):
 
 
 class Dropout(nn.Dropout):
-    """torch's dropout with other random numbers: 16 bits an element, drawn twice as quickly on a CPU."""
+    """torch's dropout with cheaper random numbers: 16 bits per element, twice as fast on a CPU."""
 
     def __init__(self, p: float = 0.5) -> None:
         super().__init__(p)
@@ -44,7 +44,7 @@ class Dropout(nn.Dropout):
         return values * self.draw_mask(values) if self.training else values
 
     def draw_mask(self, values: Tensor) -> Tensor:
-        """A factor for each value: 0 with probability `p`, else the one that keeps the mean."""
+        """Return a factor for each value: 0 with probability `p`, otherwise 1 / (1 - p) to keep the mean."""
         n_words = -(-values.numel() // 4)
         if len(self._bits) != n_words or self._bits.device != values.device:
             self._bits = torch.empty(n_words, dtype=torch.int64, device=values.device)
@@ -56,25 +56,25 @@ class Dropout(nn.Dropout):
 def build_network(
     kind: str, hyperparameters: "Hyperparameters", image_shape: tuple[int, int, int], n_classes: int
 ) -> Network:
-    """A network of the kind with freshly drawn weights, for images of shape (C, H, W)."""
+    """Build a network with new random weights, for images of shape (C, H, W)."""
     return from_layers(describe_layers(kind, hyperparameters, image_shape, n_classes))
 
 
 def from_layers(layers: list[Layer]) -> Network:
-    """The network that a list of (name in torch.nn, keyword arguments) describes."""
+    """Build the network that a list of (name in torch.nn, keyword arguments) describes."""
     return Network(*((Dropout if name == "Dropout" else getattr(nn, name))(**arguments) for name, arguments in layers))
 
 
 def describe_layers(
     kind: str, hyperparameters: "Hyperparameters", image_shape: tuple[int, int, int], n_classes: int
 ) -> list[Layer]:
-    """The layers of a network as (name in torch.nn, keyword arguments)."""
+    """Return the layers of a network as (name in torch.nn, keyword arguments)."""
     describe = {"mlp": _describe_mlp, "cnn": _describe_cnn}[kind]
     return describe(hyperparameters, image_shape, n_classes)
 
 
 def _describe_mlp(hp: "Hyperparameters", image_shape: tuple[int, int, int], n_classes: int) -> list[Layer]:
-    """`depth` hidden layers of `width` units."""
+    """Return `depth` hidden layers of `width` units."""
     layers: list[Layer] = [("Flatten", {})]
     n_inputs = image_shape[0] * image_shape[1] * image_shape[2]
     for _ in range(hp.depth):
@@ -86,9 +86,9 @@ def _describe_mlp(hp: "Hyperparameters", image_shape: tuple[int, int, int], n_cl
 
 
 def _describe_cnn(hp: "Hyperparameters", image_shape: tuple[int, int, int], n_classes: int) -> list[Layer]:
-    """`depth` blocks; channels double at every second one, from `width` on, and the stride of 2 goes with them.
+    """Return `depth` blocks; starting from `width`, every second block doubles the channels and has stride 2.
 
-    The first kernel is 5x5 with stride 2, so that all that follows works on a quarter of the pixels.
+    The first kernel is 5x5 with stride 2, so that all later layers work on a quarter of the pixels.
     """
     layers: list[Layer] = []
     n_inputs = image_shape[0]

@@ -10,7 +10,7 @@ from hpsearch.config.space import Hyperparameters
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], hyperparameters: Hyperparameters) -> torch.optim.Optimizer:
-    """The optimizer of `torch.optim` that the hyperparameters name, fused where torch has a fused one."""
+    """Build the optimizer that the hyperparameters name, fused where torch has a fused implementation."""
     lr, weight_decay = hyperparameters.lr, hyperparameters.weight_decay
     match hyperparameters.optimizer:
         case "adam":
@@ -28,10 +28,10 @@ def build_optimizer(parameters: Iterable[nn.Parameter], hyperparameters: Hyperpa
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, hyperparameters: Hyperparameters, n_steps: int) -> LRScheduler:
-    """The learning rate over `n_steps` batches: constant, half a cosine down to 0, or one cycle up to `lr` and down.
+    """Build the learning rate schedule for `n_steps` batches: constant, cosine decay to 0, or one cycle up to `lr`.
 
-    One cycle leaves the momentum alone, since `momentum` is a hyperparameter of its own (Smith and Topin 2018,
-    https://arxiv.org/abs/1708.07120).
+    One cycle (Smith and Topin 2018, https://arxiv.org/abs/1708.07120) does not change the momentum, which is a
+    separate hyperparameter.
     """
     match hyperparameters.schedule:
         case "constant":

@@ -1,4 +1,4 @@
-"""What a study trains: its data, and a network whose weights and batches follow from a seed."""
+"""Loads the data of a study, and trains a network whose weights and batches depend only on a seed."""
 
 import platform
 from pathlib import Path
@@ -15,7 +15,7 @@ from hpsearch.training.trainer import EpochResult, seed_everything, train
 
 
 def load_study_data(definition: StudyDefinition, folder: Path | str | None = None) -> ImageData:
-    """The training and validation split that a study is searched on; raises `DataError`."""
+    """Load the training and validation split of a study. Raises `DataError`."""
     data = definition.data
     return load_data(data.name, folder, validation=data.validation, train=data.train, split_seed=data.split_seed)
 
@@ -30,10 +30,10 @@ def train_from_seed(
     epochs: int | None = None,
     **options: Any,
 ) -> tuple[Network, EpochResult]:
-    """A network whose weights and batches follow from the seed, and the result of its last epoch.
+    """Train a network whose weights and batches depend only on the seed; return it with its last epoch's result.
 
-    It is trained where the data are, on the training split, or on `split`, for the study's epochs, or for `epochs`;
-    `options` are those of `train`, which says what is raised.
+    Trains on the device of the data, on the training split or `split`, for the study's epochs or `epochs`. `options`
+    are passed to `train`, whose docstring lists the errors.
     """
     split = split or data.train
     generator = seed_everything(seed)
@@ -45,16 +45,16 @@ def train_from_seed(
 
 
 def trial_seed(study_seed: int, trial: Suggests, repetition: int = 0) -> int:
-    """The seed of a trial's training; a retried trial has that of the trial it repeats.
+    """Return the seed for training a trial; a retry has the seed of the first attempt.
 
-    `repetition` gives further seeds of the same trial.
+    Each `repetition` has a different seed.
     """
     number = (*trial.user_attrs.get("attempts", ()), trial.number)[0]
     return int(np.random.SeedSequence([study_seed, number, repetition]).generate_state(1, np.uint64)[0])
 
 
 def describe_environment(device: torch.device | str) -> dict[str, Any]:
-    """What the last bits of a training depend on beside its seed."""
+    """Return the software and hardware that a bit-exact training depends on, besides the seed."""
     name = torch.device(device)
     return {
         "torch": torch.__version__,

@@ -1,4 +1,4 @@
-"""The training loop, its optimizers and schedules, and what it tells its callbacks."""
+"""The training loop, its resumable state, and the results that it passes to callbacks."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +22,7 @@ from hpsearch.training.optimizers import build_optimizer, build_schedule
 
 @dataclass(frozen=True)
 class EpochResult:
-    """What an epoch came to: its number from 1 on, mean training loss, validation accuracy (None without a split)."""
+    """The result of an epoch: number from 1, mean training loss, validation accuracy (None without a split)."""
 
     epoch: int
     loss: float
@@ -30,7 +30,7 @@ class EpochResult:
 
     @property
     def value(self) -> float:
-        """The validation accuracy; raises `ValueError` without a validation split."""
+        """Return the validation accuracy. Raises `ValueError` without a validation split."""
         if self.accuracy is None:
             raise ValueError("a search needs a validation split")
         return self.accuracy
@@ -41,7 +41,7 @@ State = dict[str, Any]
 
 
 class Checkpoint(Protocol):
-    """Where a training writes its states; the one of `storage/checkpoints.py` keeps them in files."""
+    """Saves training states; `storage/checkpoints.py` implements it with files."""
 
     def write_if_due(self, capture: Callable[[], State]) -> None: ...
 
@@ -50,10 +50,10 @@ class Checkpoint(Protocol):
 
 @dataclass
 class Progress:
-    """How far a training has come, and all that the rest of it depends on; whole between any two batches.
+    """The progress of a training, and everything that the rest depends on; consistent between any two batches.
 
-    `order` is the state of `generator` at the start of the running epoch, `n_batches` how many of that epoch's batches
-    are trained, and `total_loss` the sum of their losses.
+    `order` is the state of `generator` at the start of the current epoch, `n_batches` is the number of batches trained
+    in it, and `total_loss` is the sum of their losses.
     """
 
     network: Network
@@ -72,7 +72,7 @@ class Progress:
         self.total_loss.zero_()
 
     def capture(self) -> State:
-        """The state as `torch.save` takes it; `restore` continues from it bit for bit (on the CPU)."""
+        """Return the state for `torch.save`; after `restore`, training continues bit for bit (on the CPU)."""
         algorithm, key, *rest = np.random.get_state()
         return {
             "network": self.network.state_dict(),
@@ -108,7 +108,7 @@ class Progress:
 
 
 def read_results(state: Mapping[str, Any]) -> list[EpochResult]:
-    """The results of the epochs that a captured state has behind it."""
+    """Return the results of the epochs that a captured state has finished."""
     return [EpochResult(*values) for values in state["results"]]
 
 
@@ -125,16 +125,15 @@ def train(
     checkpoint: Checkpoint | None = None,
     resumed: State | None = None,
 ) -> EpochResult:
-    """The result of the last epoch; the network is trained in place, on the device where it and the data are.
+    """Train the network in place, on the device where it and the data are; return the result of the last epoch.
 
     `generator` draws the order of the images. `before_batch` is called before each batch and may raise to end the
-    training. `checkpoint` is written at the ends of epochs, and where the training ends by `Drained` or
-    `StorageUnavailable`; `resumed` is the state to continue from. Raises `Diverged` after an epoch whose loss is not
-    finite.
+    training. `checkpoint` is written after epochs, and when `Drained` or `StorageUnavailable` ends the training;
+    `resumed` is the state to continue from. Raises `Diverged` after an epoch whose loss is not finite.
     """
     generator = generator or torch.Generator().manual_seed(int(torch.randint(2**62, ())))
     loader = train_split.loader(hyperparameters.batch_size, shuffle=True, generator=generator)
-    network.to(memory_format=torch.channels_last)  # in which convolutions are quicker
+    network.to(memory_format=torch.channels_last)  # faster for convolutions
     joined = join_parameters(network)
     optimizer = build_optimizer([joined], hyperparameters)
     schedule = build_schedule(optimizer, hyperparameters, n_steps=epochs * len(loader))
@@ -159,14 +158,14 @@ def train(
 
             mean_loss = total_loss.item() / len(loader)
             if not math.isfinite(mean_loss):
-                raise Diverged(f"the training loss is {mean_loss} in epoch {epoch}")
+                raise Diverged(f"training diverged: loss is {mean_loss} in epoch {epoch}")
             accuracy = None if validation is None else measure_accuracy(network, validation)
             progress.finish_epoch(EpochResult(epoch, mean_loss, accuracy))
             for callback in callbacks:
                 callback(progress.results[-1])
             if checkpoint:
                 checkpoint.write_if_due(progress.capture)
-    except (Drained, StorageUnavailable):  # raised between two batches, by `before_batch` or by a callback
+    except (Drained, StorageUnavailable):  # raised by `before_batch` or a callback, between batches
         if checkpoint:
             checkpoint.write(progress.capture())
         raise
@@ -174,12 +173,12 @@ def train(
 
 
 def measure_accuracy(network: Network, split: Split) -> float:
-    """The share of images whose likeliest class is their label, in [0, 1]."""
+    """Return the share of images whose most likely class is their label, in [0, 1]."""
     predicted = network.predict_proba(split.images).argmax(dim=1)
     return int((predicted == split.labels).sum()) / len(split)
 
 
 def seed_everything(seed: int) -> torch.Generator:
-    """A generator for the order of the images; torch's global random state is seeded as well."""
+    """Seed torch's global random state, and return a seeded generator for the order of the images."""
     torch.manual_seed(seed)
     return torch.Generator().manual_seed(seed)

@@ -1,8 +1,8 @@
-"""Who runs trials, and where.
+"""Workers: the processes that run trials, on this machine or in a Ray cluster.
 
-shutdown     signals become a request to stop, checked between two batches
+shutdown     turns signals into a request to stop, checked between batches
 worker       one worker: asks for trials, sends heartbeats, trains, tells results
 forkserver   the process that workers are forked from
-processes    workers on this machine, supervised
+processes    workers on this machine and their supervisor
 ray          workers in a Ray cluster
 """

@@ -1,4 +1,4 @@
-"""The process from which workers are forked, with everything imported that they need."""
+"""The fork server: a process that has imported what workers need, and from which they are forked."""
 
 import atexit
 import multiprocessing
@@ -9,15 +9,15 @@ from multiprocessing import forkserver
 
 _PRELOADED = [
     "hpsearch.workers.worker",
-    "torch._dynamo",  # which the first optimizer imports, and which takes as long as torch itself
-    *("alembic.command", "alembic.script"),  # and these the first RDBStorage
+    "torch._dynamo",  # imported by the first optimizer; takes as long as torch itself
+    *("alembic.command", "alembic.script"),  # imported by the first RDBStorage
 ]
 
 
 def start_fork_server() -> None:
-    """Start that process, if it is not there yet; its imports go on beside those of this process."""
+    """Start the fork server unless it is running; it imports in parallel with this process."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOADED)
-    # Ctrl-C reaches the whole group; it is ignored from birth on, since the supervisor passes it on.
+    # Ctrl-C reaches the whole process group; the fork server ignores it, since the supervisor stops the workers.
     if threading.current_thread() is not threading.main_thread():
         return forkserver.ensure_running()
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -29,7 +29,7 @@ def start_fork_server() -> None:
 
 @atexit.register
 def _stop_fork_server() -> None:
-    """WorkerExit that process with this one; by itself it would notice that only after its imports."""
+    """Stop the fork server when this process exits; on its own it would notice only after its imports."""
     pid = getattr(forkserver, "_forkserver")._forkserver_pid  # noqa: B009 - not in the types of the standard library
     if pid is not None:
         try:

@@ -1,4 +1,4 @@
-"""N workers on this machine under one supervisor, which shares the data among them and notices when one dies."""
+"""Workers on this machine and their supervisor, which shares the data with them and replaces those that die."""
 
 import logging
 import multiprocessing
@@ -30,13 +30,13 @@ from hpsearch.workers.worker import REQUEUE_SECONDS, Worker, WorkerExit, capture
 
 logger = logging.getLogger(__name__)
 
-_POLL = 0.2  # seconds after which a signal to the supervisor is noticed at the latest
-_MAX_FAILED_STARTS = 3  # for each worker, in a row
+_POLL = 0.2  # seconds within which the supervisor reacts to a signal
+_MAX_FAILED_STARTS = 3  # in a row, per worker
 
 
 @dataclass
 class WorkerProcess:
-    """A worker's process, its end of the pipe, and whether it has begun a trial."""
+    """A worker's process, the pipe for its messages, and whether it has started a trial."""
 
     name: str
     process: Any
@@ -55,11 +55,11 @@ def run_pool(
     emit: Emit = lambda event: None,
     on_start: Callable[[int, int], None] = lambda n_finished, n_workers: None,
 ) -> str:
-    """Why the search ended, after `n_workers` processes have run the study to the end of its budget.
+    """Run the study, which must exist, with `n_workers` processes until its budget is used up.
 
-    The study must be in its storage. One worker per GPU, else per core, is the default; the cores are shared out among
-    them. A worker that dies is replaced, and its trial queued again. When drained, all workers hand their trials
-    back, and `Drained` or `Interrupted` is raised. No process outlives the call.
+    Returns the reason it ended. The default is one worker per GPU, else one per core; the cores are divided among the
+    workers. A worker that dies is replaced and its trial re-queued. When drained, all workers re-queue their trials,
+    and `Drained` or `Interrupted` is raised. No process outlives the call.
     """
     start_fork_server()
     storage = open_worker_storage(definition, drain, must_exist=True)
@@ -86,7 +86,7 @@ class _Pool:
         self.definition, self.storage, self.study, self.data, self.folder = definition, storage, study, data, folder
         self.drain, self.emit = drain, emit
         self.workers: list[WorkerProcess] = []
-        self.not_requeued: list[WorkerProcess] = []  # ended without having handed their trials back
+        self.not_requeued: list[WorkerProcess] = []  # exited without re-queuing their trials
         self.ends: list[WorkerExit] = []
         self.n_failed_starts = 0
 
@@ -107,19 +107,19 @@ class _Pool:
                 worker.process.join()
             self._requeue_own()
         for end in self.ends:
-            if end.error is None:  # it saw the budget spent, and speaks for all
+            if end.error is None:  # this worker saw the budget used up, so the search is over
                 return end.reason
         self.drain.check()
         raise self.ends[0].error or WorkerError
 
     def _step(self, n_workers: int) -> None:
-        """Pass on what the workers say, replace those that died, and tell them when to stop."""
+        """Forward the workers' messages, replace workers that died, and stop them when drained."""
         connection.wait(
             [*(worker.messages for worker in self.workers), *(worker.process.sentinel for worker in self.workers)],
             _POLL,
         )
         for i, worker in enumerate(list(self.workers)):
-            is_dead = worker.process.exitcode is not None  # looked at before the pipe, so that nothing is missed
+            is_dead = worker.process.exitcode is not None  # checked before reading the pipe, so no message is missed
             self._read(worker)
             if not is_dead:
                 continue
@@ -131,16 +131,16 @@ class _Pool:
                 if isinstance(error, StorageUnavailable):
                     self.not_requeued.append(worker)
                 if isinstance(error, RepeatedFailures | StorageUnavailable) and self.workers:
-                    logger.warning("%s; the other workers go on", error)
+                    logger.warning("%s; the other workers continue", error)
                 continue
             self._handle_exit(worker, n_workers)
             if isinstance(error, WorkerError):
                 raise error
-            if not self.drain.event.is_set():  # it was killed, or somebody drained this worker alone
+            if not self.drain.event.is_set():  # it was killed, or only this worker was drained
                 self._start(i, n_workers)
         if self.drain.event.is_set():
             for worker in self.workers:
-                if not worker.is_asked_to_stop:  # a second signal would mean: at once
+                if not worker.is_asked_to_stop:  # a second signal would stop it immediately
                     worker.process.terminate()
                     worker.is_asked_to_stop = True
 
@@ -150,7 +150,7 @@ class _Pool:
         devices = list_devices()
         receiver, sender = context.Pipe(duplex=False)
         url, url_sender = context.Pipe(duplex=False)
-        url_sender.send_bytes(self.definition.study.storage.encode())  # not in the pickle of the definition
+        url_sender.send_bytes(self.definition.study.storage.encode())  # pickling a definition removes the password
         process = context.Process(
             target=_work,
             args=(
@@ -171,7 +171,7 @@ class _Pool:
         self.workers.insert(place, WorkerProcess(worker_name(stream), process, receiver))
 
     def _read(self, worker: WorkerProcess) -> None:
-        """Pass on what the worker says; the last word of one that ends by itself is kept."""
+        """Forward the worker's messages; keep the `WorkerExit` that it sends last."""
         while worker.end is None:
             try:
                 message = worker.messages.recv() if worker.messages.poll() else None
@@ -189,39 +189,39 @@ class _Pool:
                 self.emit(message)
 
     def _handle_exit(self, worker: WorkerProcess, n_workers: int) -> None:
-        """Queue its trial again, if it has one still; raise if workers keep dying before they have any."""
+        """Re-queue the trial of a worker that died; raise if workers keep dying before their first trial."""
         code = worker.process.exitcode
-        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit status {code}"
+        how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"exited with status {code}"
         is_drained = self.drain.event.is_set()
-        self._requeue([worker], "interrupted" if is_drained else "killed", f"worker {worker.name} ended {how}")
+        self._requeue([worker], "interrupted" if is_drained else "killed", f"worker {worker.name} {how}")
         self.n_failed_starts += not worker.has_begun
         if self.n_failed_starts >= _MAX_FAILED_STARTS * n_workers and not is_drained:
-            raise WorkerError(f"{self.n_failed_starts} workers in a row ended {how} before their first trial")
+            raise WorkerError(f"{self.n_failed_starts} workers in a row died before their first trial; the last {how}")
 
     def _requeue_own(self) -> None:
         self.storage.retry_for(REQUEUE_SECONDS)
         try:
-            self._requeue([*self.workers, *self.not_requeued], "interrupted", "its worker was stopped; queued again")
+            self._requeue([*self.workers, *self.not_requeued], "interrupted", "worker stopped; trial re-queued")
         except StorageUnavailable as error:
-            logger.warning("trials could not be handed back, and will be after the grace period: %s", error)
+            logger.warning("could not re-queue trials now (%s); it will happen after the grace period", error)
 
     def _requeue(self, workers: list[WorkerProcess], kind: str, message: str) -> None:
-        """Fail the running trials of workers that are no more, and queue them again."""
+        """Fail and re-queue the running trials of workers that have exited."""
         names, retries = {worker.name for worker in workers}, self.definition.recovery.retries
         running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)) if names else []
         theirs = [trial for trial in running if trial.user_attrs.get("worker") in names]
         failed = [trial for trial in theirs if self.storage.fail(trial._trial_id, kind, message, retries=retries)]
-        for trial in failed:  # after all of them are safe: nobody may be listening any more
+        for trial in failed:  # only after all are re-queued, since emitting may raise
             worker = trial.user_attrs["worker"]
             self.emit(TrialEvent(worker, trial.number, "failed", message=f"{kind}: {message}"))
 
 
 def _share(data: ImageData) -> ImageData | None:
-    """The data in shared memory, or None where that is too small, as it is in a container with Docker's defaults."""
+    """Move the data to shared memory. Returns None if that is too small, as with Docker's defaults."""
     try:
         return data.share_memory()
     except RuntimeError as error:
-        logger.warning("shared memory is too small for the data, so each worker reads its own copy (%s)", error)
+        logger.warning("not enough shared memory; each worker loads its own copy of the data (%s)", error)
         return None
 
 
@@ -235,13 +235,13 @@ def _work(
     messages: connection.Connection,
     url: connection.Connection,
 ) -> None:
-    """The main function of a worker's process; `data` are shared, or where to read them, `url` the storage's."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # multiprocessing gives its children Python's own handler
+    """Run a worker process; `data` is the shared data or the folder to load it from, `url` yields the storage URL."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # multiprocessing installs Python's own handler in its children
     drain = Drain().listen(signal.SIGTERM)
     threading.Thread(target=_watch_supervisor, args=(drain,), daemon=True).start()
     torch.set_num_threads(n_threads)
 
-    lock = threading.Lock()  # the lease's thread sends too
+    lock = threading.Lock()  # the heartbeat thread sends, too
 
     def send(message: TrialEvent | WorkerExit | logging.LogRecord) -> None:
         try:
@@ -250,7 +250,7 @@ def _work(
         except BrokenPipeError:
             drain.set(Drained("the supervisor is gone"))
 
-    # The supervisor knows where on the terminal there is room for it.
+    # The supervisor prints log messages, so that they do not break the live table.
     queue: Any = SimpleNamespace(put_nowait=send)
     logging.basicConfig(level=log_level, handlers=[QueueHandler(queue)])
     logging.captureWarnings(True)
@@ -259,10 +259,10 @@ def _work(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
     def run() -> str:
-        whole = evolve(definition, "study", storage=url.recv_bytes().decode())
-        storage = open_worker_storage(whole, drain, must_exist=True, waits=True)
+        complete = evolve(definition, "study", storage=url.recv_bytes().decode())
+        storage = open_worker_storage(complete, drain, must_exist=True, waits=True)
         images = data if isinstance(data, ImageData) else load_study_data(definition, data)
-        return Worker(whole, storage, stream, drain, data=images, device=device, emit=send).run()
+        return Worker(complete, storage, stream, drain, data=images, device=device, emit=send).run()
 
     send(capture_exit(run))
 

@@ -1,4 +1,4 @@
-"""The workers of a study in a Ray cluster: a task for each, and one on each node that reads the data."""
+"""Workers in a Ray cluster: one task per worker, and one per node that loads the data."""
 
 import logging
 import math
@@ -34,42 +34,42 @@ from hpsearch.workers.worker import Worker, WorkerExit, capture_exit, open_worke
 logger = logging.getLogger(__name__)
 
 STUDY_FILE = "study.toml"  # in the working directory of all tasks
-_MAX_RETRIES = 20  # of a worker's task, by Ray, each for a node that died
-_KNOWN_WITHIN = 20.0  # seconds in which the command that made a supervisor hears of it
-_POLL = 1.0  # seconds between two looks at the tasks
+_MAX_RETRIES = 20  # how often Ray restarts a worker's task after its node died
+_KNOWN_WITHIN = 20.0  # seconds a new supervisor waits until `detach` has seen it start
+_POLL = 1.0  # seconds between two checks of the tasks
 _CONNECT_TIMEOUT = 5.0  # seconds
 _NAMESPACE = "hpsearch"
 _ADVICE = (
-    "start one with ray start --head, or name another with --address; "
-    "one that asks for a token needs RAY_AUTH_MODE=token here, too"
+    "start one with `ray start --head`, or give --address "
+    "(for clusters with token authentication also set RAY_AUTH_MODE=token)"
 )
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What each worker has of its node: processor cores and GPUs, which may be fractions."""
+    """CPU cores and GPUs per worker; values below 1 may be fractions."""
 
     cpus: float = 1.0
     gpus: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, resources in (("--cpus-per-worker", self.cpus), ("--gpus-per-worker", self.gpus)):
-            if resources > 1 and resources != int(resources):
-                raise UsageError(f"{name} {resources}: Ray gives a part of one, or whole ones, so use {int(resources)}")
+        for option, amount in (("--cpus-per-worker", self.cpus), ("--gpus-per-worker", self.gpus)):
+            if amount > 1 and amount != int(amount):
+                raise UsageError(f"{option} {amount}: must be a fraction below 1 or a whole number; use {int(amount)}")
 
 
 class Cluster:
-    """A Ray cluster that this process is connected to, to launch the workers of a study in."""
+    """A connected Ray cluster, in which the workers of a study are launched."""
 
     def __init__(self, definition: StudyDefinition, resources: Resources) -> None:
         self.definition, self.resources = definition, resources
         self.nodes = [node for node in import_ray().nodes() if node["Alive"]]
-        if problems := list(self._find_places_of_one_machine()):
+        if problems := list(self._find_local_paths()):
             raise UsageError("\n".join(problems))
 
     @property
     def n_fitting(self) -> int:
-        """How many workers the nodes have room for, were nothing else on them."""
+        """How many workers fit on the nodes if nothing else runs there."""
         n_fitting = 0
         for node in self.nodes:
             has = node["Resources"]
@@ -79,36 +79,36 @@ class Cluster:
         return n_fitting
 
     def remark_on(self, n_workers: int) -> Iterator[str]:
-        """What the user should know of so many workers in this cluster."""
+        """Yield what the user should know about running `n_workers` workers in this cluster."""
         if n_workers > self.n_fitting:
-            yield f"the cluster has room for {self.n_fitting} of {n_workers} workers now; the others wait for room"
+            yield f"the cluster has room for {self.n_fitting} of {n_workers} workers; the rest wait for free resources"
         n_gpus = sum(node["Resources"].get("GPU", 0) for node in self.nodes)
         if n_gpus and not self.resources.gpus:
-            yield f"the cluster has {n_gpus:.0f} GPUs that no worker uses; give them some with --gpus-per-worker"
+            yield f"the cluster has {n_gpus:.0f} unused GPUs; use them with --gpus-per-worker"
 
     def run(self, n_workers: int, drain: Drain, on_poll: Callable[[], None] = lambda: None) -> str:
-        """Why the search ended, after `n_workers` tasks have run the study to the end of its budget.
+        """Run the study with `n_workers` tasks until its budget is used up. Returns the reason it ended.
 
-        When drained, all workers hand their trials back, and `Drained` or `Interrupted` is raised. `on_poll` is
-        called about each second.
+        When drained, all workers re-queue their trials, and `Drained` or `Interrupted` is raised. `on_poll` is called
+        about once a second.
         """
         with _as_cluster_errors("the cluster failed"):
-            return Tasks(self.definition, self.resources, self._node_for_all).run(n_workers, drain, on_poll)
+            return Tasks(self.definition, self.resources, self._required_node).run(n_workers, drain, on_poll)
 
     def detach(self, n_workers: int) -> str:
-        """The name of an actor in the cluster that does what `run` does, after this process has gone."""
+        """Start a detached actor that does the work of `run` after this process has exited; return its name."""
         ray = import_ray()
         name = f"{self.definition.study.name}-{uuid.uuid4().hex[:8]}"
-        study, node = self.definition.study, self._node_for_all
+        study, node = self.definition.study, self._required_node
         options = {"name": name, "lifetime": "detached", "max_restarts": -1, "num_cpus": 0, **stay_on(node)}
         places = study.storage, study.artifacts
         actor = ray.remote(Supervisor).options(**options).remote(name, places, self.resources, node, n_workers)
-        with _as_cluster_errors("the cluster cannot hold the search's supervisor"):
-            ray.get(actor.is_there.remote())
+        with _as_cluster_errors("could not start the supervisor in the cluster"):
+            ray.get(actor.confirm_start.remote())
         return name
 
-    def _find_places_of_one_machine(self) -> Iterator[str]:
-        """What keeps the study on this machine, where the cluster is more than that."""
+    def _find_local_paths(self) -> Iterator[str]:
+        """Yield a problem for each path of the study that other nodes of the cluster cannot reach."""
         hosts = {node["NodeManagerHostname"] for node in self.nodes}
         if len(self.nodes) == 1 and hosts == {socket.gethostname()}:
             return
@@ -116,18 +116,18 @@ class Cluster:
         url, artifacts = parse_url(self.definition.study.storage), Folder(self.definition.study.artifacts)
         if url.get_backend_name() == "sqlite":
             yield (
-                f"{show_url(url)} is a file of this machine, but {where}: give a PostgreSQL URL with --storage or "
-                "HPSEARCH_STORAGE; hpsearch copy moves a study there"
+                f"{show_url(url)} is a local file, but {where}; use PostgreSQL (--storage or HPSEARCH_STORAGE). "
+                "`hpsearch copy` can move the study"
             )
         if artifacts.path and not network_file_system(artifacts.path):
             yield (
-                f"the artifacts folder {artifacts} is on this machine, but {where}: give a URL such as "
-                "s3://bucket/prefix, or a folder of a network file system, with --artifacts or HPSEARCH_ARTIFACTS"
+                f"artifacts folder {artifacts} is local, but {where}; use a URL such as s3://bucket/prefix or a "
+                "network folder (--artifacts or HPSEARCH_ARTIFACTS)"
             )
 
     @property
-    def _node_for_all(self) -> str | None:
-        """The node that workers must stay on since the study's places are on this machine, if they are."""
+    def _required_node(self) -> str | None:
+        """The node on which workers must run if the database or the artifacts are local files, else None."""
         is_sqlite = parse_url(self.definition.study.storage).get_backend_name() == "sqlite"
         path = Folder(self.definition.study.artifacts).path
         is_local = is_sqlite or (path is not None and not network_file_system(path))
@@ -138,17 +138,17 @@ class Cluster:
 def connect(
     definition: StudyDefinition, resources: Resources, *, address: str | None = None, folder: Path | str | None = None
 ) -> Iterator[Cluster]:
-    """The Ray cluster at an address, else the one of RAY_ADDRESS or of this machine; "local" starts one here.
+    """Connect to the Ray cluster at `address`, else at RAY_ADDRESS, else of this machine; "local" starts one.
 
-    This package, the study file and the place of the data reach its nodes by Ray's runtime environment. Secrets do
-    not: a password in the storage's URL is refused with `UsageError`, as are places that other nodes cannot reach.
-    `ClusterError` is raised where no cluster answers.
+    Ray's runtime environment takes this package, the study file and the data folder's path to the nodes, but no
+    secrets. Raises `UsageError` if the storage URL contains a password or other nodes cannot reach a path, and
+    `ClusterError` if no cluster responds.
     """
     ray = import_ray()
     if find_secrets(definition.study.storage):
         raise UsageError(
-            "the storage's URL has a password, which would be readable in Ray; leave it out, and give each node "
-            "PGPASSWORD or a password file (~/.pgpass) before ray start"
+            "the storage URL contains a password, which would be visible in Ray; remove it, and set PGPASSWORD or "
+            "~/.pgpass on each node before ray start"
         )
     address = address or os.environ.get("RAY_ADDRESS") or "auto"
     _check_port(address)
@@ -158,38 +158,40 @@ def connect(
         environment = {
             "py_modules": [str(Path(__file__).parents[1])],
             "working_dir": files,
-            "env_vars": {"HPSEARCH_DATA": _place_of(str(data))} if data else {},
+            "env_vars": {"HPSEARCH_DATA": _path_on_nodes(str(data))} if data else {},
         }
         options = {"namespace": _NAMESPACE, "log_to_driver": False, "logging_level": logging.ERROR}
         try:
             ray.init(address, runtime_env=environment, **options)
         except ConnectionError as error:
-            raise ClusterError(f"no Ray cluster at {address}: {last_line(error)}; {_ADVICE}") from error
+            where = "" if address == "auto" else f" at {address} ({last_line(error)})"
+            raise ClusterError(f"no running Ray cluster found{where}; {_ADVICE}") from error
         except (ValueError, RuntimeError) as error:  # other versions of Ray or Python, among others
-            text = " ".join(str(error).split())
-            raise ClusterError(f"the Ray cluster at {address} cannot be used: {text}") from error
+            where = "" if address == "auto" else f" at {address}"
+            raise ClusterError(f"cannot use the Ray cluster{where}: {' '.join(str(error).split())}") from error
         try:
             yield Cluster(definition, resources)
         finally:
             ray.shutdown()
 
 
-def _place_of(folder: str) -> str:
-    """The folder as nodes are to look for it; the home of each is its own."""
+def _path_on_nodes(folder: str) -> str:
+    """Return the absolute path of the folder; `~` stays, since each node has its own home."""
     return folder if folder.startswith("~") else str(Path(folder).absolute())
 
 
 def _check_port(address: str) -> None:
-    """Raise `ClusterError` where nothing listens at the address; Ray itself would wait for minutes."""
+    """Raise `ClusterError` if nothing listens at the address; Ray itself would wait for minutes."""
     if address.startswith("http"):
-        raise ClusterError(f"{address} is Ray's dashboard; name the cluster as host:6379 or ray://host:10001")
+        raise ClusterError(f"{address} is the Ray dashboard; use host:6379 or ray://host:10001")
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not port.isdigit():
         return
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT).close()
     except OSError as error:
-        raise ClusterError(f"no Ray cluster answers at {address} ({error.strerror or error}); {_ADVICE}") from error
+        reason = error.strerror or error
+        raise ClusterError(f"no response from a Ray cluster at {address} ({reason}); {_ADVICE}") from error
 
 
 @contextmanager
@@ -203,7 +205,7 @@ def _as_cluster_errors(what: str) -> Iterator[None]:
 
 
 class Tasks:
-    """The tasks of a study's workers, owned by this process: the command's, or a detached actor's."""
+    """The worker tasks of a study, owned by this process (the command or a detached actor)."""
 
     def __init__(self, definition: StudyDefinition, resources: Resources, node: str | None) -> None:
         self.ray, self.definition, self.resources, self.node = import_ray(), definition, resources, node
@@ -220,42 +222,42 @@ class Tasks:
                 error = self._read_exit(task).error
                 is_drained = isinstance(error, Drained) and not isinstance(error, Stopped)
                 if is_drained and not is_cancelled and not drain.event.is_set():
-                    running.append(self._start())  # its node was drained, not the search
+                    running.append(self._start())  # only its node was drained, not the search
             if not is_cancelled and (drain.event.is_set() or self._is_over()):
-                is_cancelled = True  # also those that still wait for room
+                is_cancelled = True  # including tasks that still wait for resources
                 for task in running:
                     self.ray.cancel(task, force=False)
             on_poll()
         for end in self.ends:
-            if end.error is None:  # it saw the budget spent, and speaks for all
+            if end.error is None:  # this worker saw the budget used up, so the search is over
                 return end.reason
         drain.check()
         raise self.ends[0].error or ClusterError
 
     def _is_over(self) -> bool:
-        """Whether a worker has seen the budget spent, and none has a trial in hand."""
+        """Whether a worker has seen the budget used up and no trial is running."""
         if all(end.error for end in self.ends):
             return False
         try:
             storage = open_storage(self.definition.study.storage, reads_only=True)
             counts = storage.read_counts(load_study(self.definition, storage)._study_id)
             storage.engine.dispose()
-        except StorageError:  # the workers wait for it as well
+        except StorageError:  # the workers retry as well
             return False
         return not counts.running
 
     def _read_exit(self, task: Any) -> WorkerExit:
-        """How the task ended; whatever is no end of a search is remembered, and told where others go on."""
+        """Record and return how the task ended; log each distinct error once."""
         exceptions = self.ray.exceptions
         try:
             end: WorkerExit = self.ray.get(task)
         except (exceptions.TaskCancelledError, KeyboardInterrupt):
             end = WorkerExit("stopped", Interrupted())
         except exceptions.RayError as error:
-            reason = f"a worker's task failed: {last_line(error)}"
+            reason = f"a worker task failed: {last_line(error)}"
             end = WorkerExit(reason, ClusterError(reason))
         if end.error and not isinstance(end.error, Drained) and end.reason not in {other.reason for other in self.ends}:
-            logger.warning("a worker has ended: %s", end.error)  # the others may go on
+            logger.warning("a worker stopped: %s", end.error)  # the others may continue
         self.ends.append(end)
         return end
 
@@ -266,7 +268,7 @@ class Tasks:
         return task.remote(study.storage, study.artifacts, self.data, self.resources)
 
     def _read_data(self) -> None:
-        """Have the data read, or downloaded, once on each node, to be mapped by its workers."""
+        """Load (or download) the data once on each node, where its workers map it into memory."""
         for node in self.ray.nodes():
             name = node["NodeID"]
             if node["Alive"] and self.node in (None, name):
@@ -275,7 +277,7 @@ class Tasks:
 
 
 class Supervisor:
-    """A detached actor that owns the tasks of a search; begun anew by Ray where its node dies."""
+    """A detached actor that owns the tasks of a search; Ray restarts it if its node dies."""
 
     def __init__(
         self, name: str, places: tuple[str, str], resources: Resources, node: str | None, n_workers: int
@@ -286,7 +288,7 @@ class Supervisor:
         self.is_known = threading.Event()
         threading.Thread(target=self._run, args=(tasks, n_workers), daemon=True).start()
 
-    def is_there(self) -> None:
+    def confirm_start(self) -> None:
         self.is_known.set()
 
     def _run(self, tasks: Tasks, n_workers: int) -> None:
@@ -297,7 +299,7 @@ class Supervisor:
 
 
 def _read() -> tuple[Any, ...]:
-    """The study's data as arrays, which Ray keeps once on each node, and maps into its processes."""
+    """Load the study's data as arrays, which Ray stores once per node and maps into its processes."""
     with _signals_restored():
         data = load_study_data(load_definition(STUDY_FILE))
     splits = (data.train, data.validation)
@@ -306,7 +308,7 @@ def _read() -> tuple[Any, ...]:
 
 
 def _work(url: str, artifacts: str, data: Mapping[str, Any], resources: Resources) -> WorkerExit:
-    """The task of a worker, on whatever node it is placed; `data` are references, by node."""
+    """Run a worker as a Ray task; `data` maps node ids to references of their data."""
     ray = import_ray()
     with _signals_restored():
         drain = Drain().listen(signal.SIGINT, signal.SIGTERM)
@@ -320,7 +322,7 @@ def _work(url: str, artifacts: str, data: Mapping[str, Any], resources: Resource
             study = load_study(definition, storage)
             try:
                 images = _map(ray.get(data[node]))
-            except (KeyError, ray.exceptions.RayError):  # of a node that joined later, or they could not be read
+            except (KeyError, ray.exceptions.RayError):  # the node joined later, or its data could not be loaded
                 images = load_study_data(definition)
             stream = storage.join(study._study_id)
             device = list_devices()[0] if resources.gpus else "cpu"
@@ -331,7 +333,7 @@ def _work(url: str, artifacts: str, data: Mapping[str, Any], resources: Resource
 
 
 def _map(parts: tuple[Any, ...]) -> ImageData:
-    """The data in memory that all workers of the node resources; nothing writes to it."""
+    """Wrap the arrays that all workers of the node share, without copying; nothing writes to them."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         tensors = [torch.from_numpy(part) for part in parts if isinstance(part, np.ndarray)]
@@ -340,7 +342,7 @@ def _map(parts: tuple[Any, ...]) -> ImageData:
 
 @contextmanager
 def _signals_restored() -> Iterator[None]:
-    """Ray uses the process for other tasks afterwards."""
+    """Restore the signal handlers on exit, since Ray reuses the process for other tasks."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -350,7 +352,7 @@ def _signals_restored() -> Iterator[None]:
 
 
 def stay_on(node: str | None, *, is_soft: bool = False) -> dict[str, Any]:
-    """The options of a task that is to run on the node, if one is named."""
+    """Return the Ray options that pin a task to the node; empty if `node` is None."""
     if node is None:
         return {}
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -359,14 +361,14 @@ def stay_on(node: str | None, *, is_soft: bool = False) -> dict[str, Any]:
 
 
 def import_ray() -> Any:
-    """Ray; raises `UsageError` where it is not installed."""
+    """Import Ray; raises `UsageError` if it is not installed."""
     try:
         import ray
     except ImportError as error:
-        raise UsageError("Ray is not installed here; pip install 'hpsearch[ray]'") from error
+        raise UsageError("Ray is not installed; run: pip install 'hpsearch[ray]'") from error
     return ray
 
 
 def last_line(error: BaseException) -> str:
-    """What matters in an error of Ray's, which holds tracebacks of other processes."""
+    """Return the last line of a Ray error, without the tracebacks of other processes."""
     return ([line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__])[-1]

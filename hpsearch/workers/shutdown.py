@@ -1,4 +1,4 @@
-"""Signals become a wish to stop, which is looked at between two batches."""
+"""Turn signals into a request to stop, which is checked between batches."""
 
 import signal
 import threading
@@ -8,21 +8,21 @@ from typing import Self
 
 from hpsearch.errors import Drained, Interrupted
 
-_SAME_WISH = 0.5  # seconds within which a repeated signal is the same one
+_REPEAT_WINDOW = 0.5  # seconds within which a repeated signal counts as the same request
 
 
 class Drain:
-    """A wish to stop: the batch in hand is finished, the trial queued again. A second signal stops at once."""
+    """A request to stop: the current batch is finished and the trial re-queued. A second signal stops immediately."""
 
     def __init__(self) -> None:
         self.event = threading.Event()
         self.error: Drained = Drained()
-        self.is_deaf = False
-        self._listens_to: tuple[signal.Signals, ...] = ()
+        self.ignores_signals = False
+        self._signals: tuple[signal.Signals, ...] = ()
         self._since = 0.0
 
     def listen(self, *signals: signal.Signals) -> Self:
-        self._listens_to = signals
+        self._signals = signals
         for number in signals:
             signal.signal(number, self._receive)
         return self
@@ -32,26 +32,23 @@ class Drain:
         self.event.set()
 
     def ignore_signals(self) -> None:
-        """From now on no signal may interrupt what is done: trials are handed back, then the process exits.
-
-        What Python's own shutdown would make of a signal is ignored as well, where this thread may say so.
-        """
-        self.is_deaf = True
+        """Ignore signals from now on, even in Python's own shutdown, so that none interrupts the re-queuing."""
+        self.ignores_signals = True
         if threading.current_thread() is threading.main_thread():
-            for number in self._listens_to:
+            for number in self._signals:
                 signal.signal(number, signal.SIG_IGN)
 
     def check(self) -> None:
-        """Raise `Drained` or `Interrupted` if somebody wishes to stop."""
+        """Raise `Drained` or `Interrupted` if a stop was requested."""
         if self.event.is_set():
             raise self.error
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
-        if self.is_deaf:
+        if self.ignores_signals:
             return
         if self.event.is_set():
-            # `timeout` and its like send a signal to the group and to its members: that is one wish, not two.
-            if time.monotonic() > self._since + _SAME_WISH:
+            # `timeout` and similar tools signal both the group and its members: that is one request, not two.
+            if time.monotonic() > self._since + _REPEAT_WINDOW:
                 raise KeyboardInterrupt
             return
         self.set(Interrupted() if number == signal.SIGINT else Drained())

@@ -1,4 +1,4 @@
-"""One worker: admitted by the storage, it asks for trials, keeps them alive, trains them and tells their results."""
+"""One worker: asks for trials, sends heartbeats, trains, and tells the results."""
 
 import logging
 import socket
@@ -42,24 +42,24 @@ from hpsearch.workers.shutdown import Drain
 
 logger = logging.getLogger(__name__)
 
-RETRY_SECONDS = 600.0  # seconds for which a worker waits for a storage that does not answer
-REQUEUE_SECONDS = 15.0  # and for which one that is stopped tries to hand its trial back
-_POLL = 0.25  # seconds between two looks for room in the budget
-_MAX_FAILURES = 3  # of a worker in a row, after which something is wrong with the worker
+RETRY_SECONDS = 600.0  # how long a worker retries when the database does not respond
+REQUEUE_SECONDS = 15.0  # how long a worker that is stopping tries to re-queue its trial
+_POLL = 0.25  # seconds between two checks for room in the budget
+_MAX_FAILURES = 3  # failed trials in a row after which a worker gives up
 
 
 @dataclass(frozen=True)
 class WorkerExit:
-    """How a worker ended: the reason, and the error of hpsearch that it would have raised."""
+    """How a worker exited: the reason, and the `HpsearchError` that it would have raised."""
 
     reason: str
     error: HpsearchError | None = None
 
 
 class Worker:
-    """Runs trials of a study until its budget is spent, it is drained, or it had `max_trials` of them.
+    """Runs trials of a study until its budget is used up, it is drained, or it has run `max_trials` trials.
 
-    `stream` numbers the workers of a study; sampler and name derive from it.
+    `stream` numbers the workers of a study; it determines the worker's sampler and name.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Worker:
         self._failures: list[str] = []  # in a row
 
     def run(self) -> str:
-        """Why it ended; raises `Drained`, `StorageUnavailable`, `TooManyFailures` or `RepeatedFailures`."""
+        """Run trials; return why it ended. Raises `Drained`, `StorageError`, `TooManyFailures`, `RepeatedFailures`."""
         try:
             return self._run()
         except (Drained, KeyboardInterrupt, StorageError) as error:
@@ -110,17 +110,17 @@ class Worker:
                 n_trials += 1
                 if len(self._failures) >= _MAX_FAILURES:
                     raise RepeatedFailures(
-                        f"{self.name} ended after {_MAX_FAILURES} failed trials in a row, the last one by "
-                        f"{self._failures[-1]}; mend the cause, then start it again"
+                        f"{self.name} gave up after {_MAX_FAILURES} failed trials in a row, most recently: "
+                        f"{self._failures[-1]}; fix the cause, then start it again"
                     )
             except BudgetInFlight:
                 self.drain.event.wait(_POLL)
             except BudgetSpent as spent:
                 return str(spent)
-        return f"this worker had its {self.max_trials} trials"
+        return f"--max-trials reached ({self.max_trials})"
 
     def run_trial(self) -> None:
-        """Admit, ask, beat, objective, tell."""
+        """Ask for a trial, run the objective with a heartbeat, and tell the result."""
         trial = self._ask()
         value, state = None, TrialState.COMPLETE
         with Heartbeat(self, trial) as heartbeat:
@@ -134,24 +134,24 @@ class Worker:
                 return self._drop(trial)
             except (Drained, StorageError):
                 raise
-            except Exception as error:  # noqa: BLE001 - whatever a training raises is the failure of its trial alone
+            except Exception as error:  # noqa: BLE001 - any error in a training fails only its trial
                 kind = "out-of-memory" if _is_out_of_memory(error) else "exception"
                 return self._fail(trial, kind, f"{type(error).__name__}: {error}; {self._keep_traceback(trial)}")
         return self._tell(trial, value, state)
 
     def _requeue_own(self) -> None:
-        """Queue the trial again that this worker still has, if it has one."""
+        """Re-queue this worker's running trial, if any."""
         self.drain.ignore_signals()
         self.storage.retry_for(REQUEUE_SECONDS)
         try:
             for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
                 if trial.user_attrs.get("worker") == self.name:
-                    self._fail(trial, "interrupted", "its worker was stopped; queued again")
+                    self._fail(trial, "interrupted", "worker stopped; trial re-queued")
         except StorageError as error:
-            logger.warning("a trial could not be handed back, and will be after the grace period: %s", error)
+            logger.warning("could not re-queue the trial now (%s); it will happen after the grace period", error)
 
     def reap(self) -> None:
-        """Fail the trials whose workers give no sign of life, and queue them again."""
+        """Fail and re-queue the trials whose workers are not responding."""
         recovery = self.definition.recovery
         self._next_reap = time.monotonic() + recovery.heartbeat
         for trial_id in self.storage.reap(self.study._study_id, recovery.retries):
@@ -161,7 +161,7 @@ class Worker:
 
     def _ask(self) -> optuna.Trial:
         with warnings.catch_warnings():
-            # The storage writes the first heartbeat itself, and `Heartbeat` the others.
+            # The storage writes the first heartbeat, and `Heartbeat` the following ones.
             warnings.filterwarnings("ignore", "Heartbeat of storage is supposed to be used with Study.optimize")
             trial = self.study.ask()
         self.emit(TrialEvent(self.name, trial.number, "running"))
@@ -171,7 +171,7 @@ class Worker:
         try:
             told = self.study.tell(trial, value, state, skip_if_finished=True)
         except UpdateFinishedTrialError:
-            # The storage repeats a call that was not answered: this may be the worker's own result.
+            # The storage repeats a call without a response, so the trial may already have this worker's result.
             told = self.storage.get_trial(trial._trial_id)
         if told.state != state or (value is not None and told.value != value):
             return self._drop(trial)
@@ -188,25 +188,25 @@ class Worker:
             self.emit(TrialEvent(self.name, trial.number, "failed", message=f"{kind}: {message}"))
 
     def _keep_traceback(self, trial: optuna.Trial) -> str:
-        """Where the traceback of the exception in hand was written, in the folder of the study's artifacts."""
+        """Write the traceback of the current exception to the artifact store; return where it is."""
         folder, name = artifact_folder(self.definition), f"trial-{trial.number}.txt"
         try:
             folder.write(name, traceback.format_exc().encode())
         except OSError as error:
-            return f"its traceback cannot be written to {folder / name} ({error.strerror})"
+            return f"traceback could not be saved to {folder / name} ({error.strerror})"
         return f"traceback in {folder / name}"
 
     def _drop(self, trial: optuna.Trial) -> None:
         self.storage.release(trial._trial_id)
-        self.emit(TrialEvent(self.name, trial.number, "dropped", message="another worker has taken it over"))
+        self.emit(TrialEvent(self.name, trial.number, "dropped", message="taken over by another worker"))
 
 
 class TrialLost(Exception):
-    """The trial was given to another worker."""
+    """The trial was taken over by another worker."""
 
 
 class Heartbeat(threading.Thread):
-    """While entered, beats for a running trial, notices when it was taken away, and reaps the trials of the dead."""
+    """Context manager that sends heartbeats for a running trial, detects its loss, and reaps stuck trials."""
 
     def __init__(self, worker: "Worker", trial: optuna.Trial) -> None:
         super().__init__(name=f"heartbeat of trial {trial.number}", daemon=True)
@@ -215,9 +215,9 @@ class Heartbeat(threading.Thread):
         self.is_between_epochs = False
 
     def check(self) -> None:
-        """Store what is new; raise if the trial is not this worker's any more, or somebody wishes to stop.
+        """Flush buffered reports. Raises if a stop was requested or the trial belongs to another worker now.
 
-        A wish to stop the whole study is heard when the epoch is finished.
+        A request to stop the study takes effect between epochs.
         """
         self.worker.drain.check()
         if self.lost.is_set():
@@ -238,7 +238,7 @@ class Heartbeat(threading.Thread):
                     self.lost.set()
                     return
                 self.worker.reap()
-            except StorageError as error:  # the worker's own calls meet it as well, and end the worker
+            except StorageError as error:  # the worker's own calls raise it as well, and end the worker
                 logger.warning("%s", error)
 
     def __enter__(self) -> Self:
@@ -258,23 +258,23 @@ def run_worker(
     emit: Emit = lambda event: None,
     max_trials: int | None = None,
 ) -> str:
-    """Why the worker ended that this process was on the definition's study, which must exist already."""
+    """Run a worker in this process on the definition's study, which must exist. Returns the reason it ended."""
     Folder(definition.study.artifacts).check()
     storage = open_worker_storage(definition, drain, must_exist=True)
     study = load_study(definition, storage)
     data = load_study_data(definition, folder)
     stream = storage.join(study._study_id)
     device = list_devices()[0]
-    torch.set_num_threads(count_cores())  # torch itself does not know of a container's quota
+    torch.set_num_threads(count_cores())  # torch itself ignores a container's CPU quota
     return Worker(definition, storage, stream, drain, data=data, device=device, emit=emit, max_trials=max_trials).run()
 
 
 def open_worker_storage(
     definition: StudyDefinition, drain: Drain, *, must_exist: bool = False, waits: bool = False
 ) -> Storage:
-    """The definition's storage as workers need it: with its recovery times, and patient until they are drained.
+    """Open the definition's storage for a worker: with its recovery times, retrying until the worker is drained.
 
-    Opening it is patient only where asked for: who has just typed a command should see at once that it cannot work.
+    Opening itself retries only if `waits` is true, so that a command with a wrong URL fails immediately.
     """
     storage = open_storage(
         definition.study.storage,
@@ -285,24 +285,24 @@ def open_worker_storage(
         must_exist=must_exist,
     )
     storage.patience = RETRY_SECONDS
-    # There may just have been an outage for all: whoever is alive beats within the grace period.
+    # After an outage for all, every running worker sends a heartbeat within the grace period.
     storage.trusts_heartbeats_from = time.time() + definition.recovery.grace
     return storage
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # PyTorch's allocator for the CPU raises a plain RuntimeError.
-    is_of_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    return is_of_cpu or isinstance(error, MemoryError | torch.OutOfMemoryError)
+    # PyTorch's CPU allocator raises a plain RuntimeError.
+    is_on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return is_on_cpu or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
 def worker_name(stream: int, node: str = "") -> str:
-    """The name of a worker: its machine, the node of a cluster that it is on, and how many workers joined before it."""
+    """Return a worker's name: host, cluster node (if any), and its number in the study, joined by dashes."""
     return "-".join(filter(None, (socket.gethostname(), node, str(stream))))
 
 
 def capture_exit(run: Callable[[], str]) -> WorkerExit:
-    """How the worker ended that `run` runs, which returns why."""
+    """Call `run`, which runs a worker and returns the reason for its end; return the `WorkerExit`, never raise."""
     try:
         return WorkerExit(run())
     except KeyboardInterrupt:

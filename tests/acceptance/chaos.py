@@ -35,7 +35,7 @@ FAULTS = (
     Fault("sigstop", faults.stop_and_continue, 20, 1),
     Fault("claim", faults.claim, 500, 40),
     Fault("reap", faults.reap, 100, 20),
-    Fault("lock", faults.lock, 60, 12),
+    Fault("lock", faults.lock, 60, 6),
     Fault("disk", faults.fill_disk, 20, 1),
     Fault("postgresql", faults.restart_postgresql, 20, 2),
     Fault("checkpoint", faults.damage_checkpoints, 1000, 100),

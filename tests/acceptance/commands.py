@@ -1,9 +1,14 @@
 """The real command line, run in processes of its own."""
 
+import atexit
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -14,28 +19,115 @@ from hpsearch.training.networks import build_network
 from hpsearch.training.trainer import train
 
 HPSEARCH = (sys.executable, "-m", "hpsearch")
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(
+    [
+        *("hpsearch.workers.processes", "hpsearch.bundle.retrain", "hpsearch.cli.app", "torch._dynamo"),
+        *("alembic.command", "alembic.script", "sklearn.metrics", "tests.acceptance.faults"),
+    ]
+)
+
+
+class Command:
+    """A command in a process and a session of its own, used like a `subprocess.Popen`.
+
+    It is forked from a server that has imported torch: on two cores the imports take longer than most commands.
+    """
+
+    def __init__(self, *arguments: object, cwd: Path, out: Path, err: Path, **env: str) -> None:
+        words = [str(argument) for argument in arguments]
+        self._process = _context.Process(target=_run, args=(words, cwd, environment(**env), out, err))
+        self._process.start()
+        self.pid = self._process.pid or 0
+        _started.append(self)
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    @property
+    def returncode(self) -> int | None:
+        return self.poll()
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        status = self.poll()
+        if status is None:
+            raise subprocess.TimeoutExpired("hpsearch", timeout or 0)
+        return status
+
+    def send_signal(self, number: signal.Signals) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+_started: list[Command] = []
+
+
+@atexit.register
+def _kill_what_failing_tests_left() -> None:
+    for command in _started:
+        command.kill()
+
+
+def _run(words: list[str], cwd: Path, env: dict[str, str], out: Path, err: Path) -> None:
+    """The command, as `python -m hpsearch` runs it: with these streams, and with the functions that run at exit."""
+    os.setsid()
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    for file, number in ((out, 1), (err, 2)):
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.argv = ["hpsearch", *words]
+    from hpsearch.__main__ import main
+
+    try:
+        main()
+    finally:
+        atexit._run_exitfuncs()
 
 
 def hpsearch(*arguments: object, cwd: Path, expect: int = 0, **env: str) -> subprocess.CompletedProcess[str]:
     """Run a command to its end and check its exit status."""
-    process = subprocess.run(
-        [*HPSEARCH, *map(str, arguments)], cwd=cwd, env=environment(**env), capture_output=True, text=True, check=False
-    )
-    assert process.returncode == expect, f"exit status {process.returncode}\n{process.stdout}\n{process.stderr}"
-    return process
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        command = Command(*arguments, cwd=cwd, out=out, err=err, **env)
+        status = command.wait()
+        stdout, stderr = (file.read_text() if file.exists() else "" for file in (out, err))
+    assert status == expect, f"exit status {status}\n{stdout}\n{stderr}"
+    return subprocess.CompletedProcess([*map(str, arguments)], status, stdout, stderr)
 
 
-def start(*arguments: object, cwd: Path, log: Path) -> "subprocess.Popen[bytes]":
-    """Start a command in a session of its own, as a terminal would; its stderr goes to `log`."""
-    with log.open("wb") as stream:
-        return subprocess.Popen(
-            [*HPSEARCH, *map(str, arguments)],
-            cwd=cwd,
-            env=environment(),
-            stdout=stream,
-            stderr=stream,
-            start_new_session=True,
-        )
+def start(*arguments: object, cwd: Path, log: Path) -> Command:
+    """Start a command in a session of its own, as a terminal would; what it prints goes to `log`."""
+    log.write_bytes(b"")
+    return Command(*arguments, cwd=cwd, out=log, err=log)
+
+
+def run_program(command: list[str], *, cwd: Path, timeout: float, **_: object) -> "subprocess.CompletedProcess[str]":
+    """What `subprocess.run` does with `[python, "-W", "ignore", "-c", program, *arguments]`, without the imports."""
+    with tempfile.NamedTemporaryFile("r", suffix=".err") as err:
+        process = _context.Process(target=_execute, args=(command[4], command[5:], cwd, err.name))
+        process.start()
+        process.join(timeout)
+        assert process.exitcode is not None
+        return subprocess.CompletedProcess(command, process.exitcode, "", err.read())
+
+
+def _execute(program: str, arguments: list[str], cwd: Path, err: str) -> None:
+    os.chdir(cwd)
+    os.dup2(os.open(err, os.O_WRONLY), 2)
+    warnings.simplefilter("ignore")
+    sys.argv = ["-c", *arguments]
+    exec(compile(program, "-c", "exec"), {"__name__": "__main__"})
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -79,7 +171,7 @@ def processes_of(session: int) -> list[int]:
     return found
 
 
-def workers_of(process: "subprocess.Popen[bytes]") -> list[int]:
+def workers_of(process: "Command | subprocess.Popen[bytes]") -> list[int]:
     """The worker processes of a run: the children of the fork server, which is a child of the run."""
     return [pid for server in children(process.pid) for pid in children(server)]
 

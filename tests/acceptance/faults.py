@@ -35,7 +35,7 @@ from hpsearch.storage import checkpoints
 from hpsearch.storage.artifacts import Folder
 from hpsearch.storage.rdb import open_storage
 
-from .commands import HPSEARCH, environment, epochs_of, hpsearch, processes_of, wait_for, workers_of
+from .commands import HPSEARCH, Command, environment, epochs_of, hpsearch, processes_of, wait_for, workers_of
 
 INJURED = (HPSEARCH[0], str(Path(__file__).with_name("injured.py")))
 STUDY = """
@@ -66,6 +66,7 @@ checkpoint = {checkpoint}
 """
 
 
+Started = Command | subprocess.Popen[bytes]
 _barrier: Any = None  # of the processes of a pool
 
 
@@ -96,14 +97,18 @@ class Search:
         self.logs: list[Path] = []
         self.is_sqlite = url is None
 
-    def start(self, verb: str, *arguments: object, injuries: str = "", seed: int = 0) -> "subprocess.Popen[bytes]":
+    def start(self, verb: str, *arguments: object, injuries: str = "", seed: int = 0) -> "Started":
         """Start a verb in a session of its own, as a terminal would."""
         log = self.folder / f"log-{len(self.logs)}"
         self.logs.append(log)
+        log.touch()
+        words = [verb, str(self.file), *map(str, arguments)]
+        if not injuries:
+            return Command(*words, cwd=self.folder, out=Path(os.devnull), err=log)
         changes = {"INJURIES": injuries, "INJURIES_LOG": str(self.folder / "injuries"), "INJURIES_SEED": str(seed)}
         with log.open("wb") as stream:
             return subprocess.Popen(
-                [*(INJURED if injuries else HPSEARCH), verb, str(self.file), *map(str, arguments)],
+                [*INJURED, *words],
                 cwd=self.folder,
                 env=environment(**changes),
                 stdout=subprocess.DEVNULL,
@@ -111,7 +116,7 @@ class Search:
                 start_new_session=True,
             )
 
-    def run(self, n_workers: int = 4, trials: int | None = None, **injuries: Any) -> "subprocess.Popen[bytes]":
+    def run(self, n_workers: int = 4, trials: int | None = None, **injuries: Any) -> "Started":
         return self.start("run", "--workers", n_workers, "--trials", trials or self.trials, **injuries)
 
     def rows(self) -> list[dict[str, Any]]:
@@ -154,7 +159,7 @@ class Search:
     def text(self) -> str:
         return "".join(log.read_text(errors="replace") for log in self.logs)
 
-    def end(self, run: "subprocess.Popen[bytes]", seconds: float = 300) -> None:
+    def end(self, run: "Started", seconds: float = 300) -> None:
         """Wait for a run that spends the budget."""
         assert run.wait(timeout=seconds) == 0, f"exit status {run.returncode}\n{self.text()[-3000:]}"
 
@@ -177,7 +182,7 @@ class Search:
                 announced += 1
         assert announced <= finished, "a result was announced twice"
         assert "Traceback" not in self.text(), self.text()[-5000:]
-        assert "the other workers go on" not in self.text(), "a worker ended early"
+        assert "the other workers continue" not in self.text(), "a worker ended early"
         if self.is_sqlite:
             with sqlite3.connect(self.database) as connection:
                 assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
@@ -228,7 +233,7 @@ def kill_supervisor(folder: Path, n: int, rng: random.Random) -> str:
 
 
 def drain(folder: Path, n: int, rng: random.Random) -> str:
-    """SIGTERM in mid-epoch: trials are handed back, and each goes on from the very batch."""
+    """SIGTERM in mid-epoch: trials are re-queued, and each resumes from the very batch."""
     search, handed_back = Search(folder, trials=1, seconds=1.5, checkpoint=1000), 0
     while handed_back < n:
         run = search.run(trials=8)
@@ -251,7 +256,7 @@ def drain(folder: Path, n: int, rng: random.Random) -> str:
         handed_back += len(interrupted)
     search.end(search.run(1))
     search.check_promises()
-    return f"{handed_back} trials handed back, 0 finished epochs lost, none RUNNING"
+    return f"{handed_back} trials re-queued, 0 finished epochs lost, none RUNNING"
 
 
 def stop_and_continue(folder: Path, n: int, rng: random.Random) -> str:
@@ -317,8 +322,8 @@ def reap(folder: Path, n: int, rng: random.Random) -> str:
 
 
 def lock(folder: Path, n: int, rng: random.Random) -> str:
-    """Another process holds an exclusive lock on the database for `n` seconds."""
-    search = Search(folder, trials=4, seconds=2, grace=10)
+    """Another process holds an exclusive lock on the database for `n` seconds, longer than the grace period."""
+    search = Search(folder, trials=4, seconds=2, grace=min(10, n - 1))
     run = search.run()
     wait_for(search.trains(4), "four trials that run")
     workers = {*workers_of(run)}
@@ -347,9 +352,9 @@ def fill_disk(folder: Path, n: int, rng: random.Random) -> str:
         with ballast.open("wb", buffering=0) as stream:
             while _writes(stream, bytes(4096)):
                 pass
-        wait_for(lambda: "the storage does not answer" in search.text(), "a message")
+        wait_for(lambda: "database not responding" in search.text(), "a message")
         time.sleep(n)
-        assert "database or disk is full; 0.0 MB are free in " in search.text(), search.text()[-3000:]
+        assert "database or disk is full; 0.0 MB free in " in search.text(), search.text()[-3000:]
         assert {*workers_of(run)} == workers, "a worker died"
         ballast.unlink()
         search.end(run)
@@ -445,7 +450,7 @@ def fail_trainings(folder: Path, n: int, rng: random.Random) -> str:
     )
     diverged = [row for row in rows if row["state"] == "pruned"]
     assert diverged
-    assert all(row["note"].startswith("the training loss is ") for row in diverged)
+    assert all(row["note"].startswith("training diverged: loss is ") for row in diverged)
     best = json.loads(hpsearch("status", search.file, "--json", cwd=folder).stdout)["best"]
     assert math.isfinite(best["value"])
     assert rows[best["number"]]["state"] == "complete"
@@ -546,7 +551,7 @@ def refuse(folder: Path, n: int, rng: random.Random) -> str:
     connection.close()
     refused(
         original,
-        "a database of something else, with the tables studies",
+        "is not an Optuna/hpsearch database (it has the tables studies)",
         "--storage",
         f"sqlite:///{folder}/other.db",
         expect=1,
@@ -652,8 +657,7 @@ def _define(url: str, trials: int) -> Any:
 
 def _in_processes(n: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """What a function returned in each of `n` processes, all of which started together."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["optuna", "hpsearch.storage.rdb"])
+    context = multiprocessing.get_context("forkserver")  # its server is that of the commands
     with context.Pool(n, _remember, (context.Barrier(n),)) as pool:
         answers = [pool.apply_async(function, (f"worker-{i}", *args)) for i in range(n)]
         return [answer.get(timeout=300) for answer in answers]

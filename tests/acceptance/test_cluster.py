@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,26 +16,33 @@ from hpsearch.search.checkpoints import checkpoint_folder
 from hpsearch.search.study import load_study
 from hpsearch.storage.rdb import open_storage
 
-from .commands import epochs_of, hpsearch, processes_of, start, wait_for
+from ..conftest import aws_environment
+from .commands import Command, epochs_of, hpsearch, processes_of, start, wait_for
+
+pytestmark = pytest.mark.xdist_group("ray")  # its fixtures are expensive
 
 WriteStudy = Callable[..., Path]
 RECOVERY = "[recovery]\nheartbeat = 1\ngrace = 4\ncheckpoint = 0.3\n[pruner]\nkind = 'none'"
 
 
-@pytest.fixture
-def cluster(ray_alone: None, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+SIZE: dict[str, Any] = {"num_cpus": 2, "object_store_memory": 100_000_000}
+
+
+@pytest.fixture(scope="module")
+def cluster(s3_server: str) -> Iterator[Any]:
     """Three nodes with two cores each, which have the environment of this process."""
     from ray.cluster_utils import Cluster
 
-    monkeypatch.setenv("HPSEARCH_ARTIFACTS", bucket)
-    for name in ("COLUMNS", "LINES"):
-        monkeypatch.delenv(name, raising=False)
-    size: dict[str, Any] = {"num_cpus": 2, "object_store_memory": 100_000_000}
-    opened = Cluster(initialize_head=True, head_node_args={"include_dashboard": False, **size})
-    for _ in range(2):
-        opened.add_node(**size)
-    yield opened
-    opened.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (aws_environment(s3_server) | {"HPSEARCH_ARTIFACTS": "s3://artifacts"}).items():
+            patch.setenv(name, value)
+        for name in ("COLUMNS", "LINES"):
+            patch.delenv(name, raising=False)
+        opened = Cluster(initialize_head=True, head_node_args={"include_dashboard": False, **SIZE})
+        for _ in range(2):
+            opened.add_node(**SIZE)
+        yield opened
+        opened.shutdown()
 
 
 class Search:
@@ -46,7 +52,7 @@ class Search:
         self.file, self.url, self.folder, self.log = file, url, file.parent, file.parent / "log"
         self.options = ("--address", address, "--storage", url)
 
-    def launch(self, n_workers: int) -> "subprocess.Popen[bytes]":
+    def launch(self, n_workers: int) -> Command:
         arguments = ("launch", self.file.name, "--workers", n_workers, *self.options)
         return start(*arguments, cwd=self.folder, log=self.log)
 
@@ -88,7 +94,7 @@ def node_of(trial: FrozenTrial) -> str:
 def test_a_node_that_dies_costs_no_trial_and_its_trials_go_on_elsewhere(
     cluster: Any, search: Callable[..., Search]
 ) -> None:
-    s = search(trials=60, seconds=0.7)
+    s = search(trials=30, seconds=0.7)
     run = s.launch(n_workers=4)
     nodes = {node.node_id[:6]: node for node in cluster.worker_nodes}
     chosen: list[FrozenTrial] = []
@@ -106,7 +112,7 @@ def test_a_node_that_dies_costs_no_trial_and_its_trials_go_on_elsewhere(
     cluster.remove_node(nodes[dead], allow_graceful=False)
     assert run.wait(timeout=150) == 0, s.log.read_text()
     trials = s.trials()
-    assert sum(trial.state == TrialState.COMPLETE for trial in trials) == 60
+    assert sum(trial.state == TrialState.COMPLETE for trial in trials) == 30
     failed = [trial for trial in trials if trial.state != TrialState.COMPLETE]
     assert {trial.state for trial in failed} == {TrialState.FAIL}
     assert {node_of(trial) for trial in failed} == {dead}
@@ -116,15 +122,16 @@ def test_a_node_that_dies_costs_no_trial_and_its_trials_go_on_elsewhere(
     assert {trial.user_attrs["attempts"][0] for trial in resumed} <= {trial.number for trial in failed}
     assert all(node_of(trial) != dead for trial in resumed)
     told = s.log.read_text().splitlines()
-    assert sum(" complete 0." in line for line in told) == 60, "a result was not told, or twice"
+    assert sum(" complete 0." in line for line in told) == 30, "a result was not told, or twice"
+    cluster.add_node(**SIZE)  # for the next tests
 
 
 @pytest.mark.parametrize("new_url", ["postgresql"], indirect=True)
 def test_an_interrupted_launch_hands_its_trials_back_and_a_detached_one_goes_on(
     search: Callable[..., Search],
 ) -> None:
-    s = search(trials=2, seconds=5)
-    run = s.launch(n_workers=2)
+    s = search(trials=1, seconds=5)
+    run = s.launch(n_workers=1)
     wait_for(lambda: bool(s.running()), "a trial that runs")
     os.killpg(run.pid, signal.SIGINT)
     assert run.wait(timeout=60) == 130, s.log.read_text()
@@ -133,18 +140,18 @@ def test_an_interrupted_launch_hands_its_trials_back_and_a_detached_one_goes_on(
     assert {trial.user_attrs["failure"]["kind"] for trial in failed} == {"interrupted"}
     assert [trial.state for trial in s.trials()] == [TrialState.FAIL] * len(failed) + [TrialState.WAITING] * len(failed)
 
-    detached = hpsearch("launch", s.file.name, "--workers", 2, *s.options, "--detach", cwd=s.folder)
+    detached = hpsearch("launch", s.file.name, "--workers", 1, *s.options, "--detach", cwd=s.folder)
     assert "next: hpsearch status" in detached.stderr
     wait_for(lambda: any(trial.user_attrs.get("resumed_after") for trial in s.running()), "a trial that goes on")
     watched = hpsearch("status", s.file.name, "--storage", s.url, "--watch", cwd=s.folder)
-    assert watched.stdout.count(" complete 0.") == 2
-    assert sum(trial.state == TrialState.COMPLETE for trial in s.trials()) == 2
+    assert watched.stdout.count(" complete 0.") == 1
+    assert sum(trial.state == TrialState.COMPLETE for trial in s.trials()) == 1
 
 
 def test_places_of_one_machine_are_refused_with_what_to_use_instead(cluster: Any, study_file: WriteStudy) -> None:
     file = study_file()
     arguments = ("launch", file.name, "--address", cluster.address, "--artifacts", "here")
     refused = hpsearch(*arguments, cwd=file.parent, expect=2).stderr
-    assert "small.db is a file of this machine, but the cluster has 3 nodes: give a PostgreSQL URL" in refused
-    assert "/here is on this machine, but the cluster has 3 nodes: give a URL such as s3://bucket/prefix" in refused
+    assert "small.db is a local file, but the cluster has 3 nodes; use PostgreSQL" in refused
+    assert "/here is local, but the cluster has 3 nodes; use a URL such as s3://bucket/prefix" in refused
     assert not (file.parent / "small.db").exists()

@@ -95,10 +95,10 @@ def test_a_run_on_a_terminal_shows_its_workers_fits_after_resizing_and_leaves_it
     study_file(budget=f"trials = 99\nepochs = {epochs_of(10)}", body='[pruner]\nkind = "none"')
     run = terminal("run", "small.toml", "--workers", 2)
     lines = run.wait_for(r"(?m)^\S+-1 +\d+ +[1-9]\d*/\d+ +0\.\d{4} +[▁▂▃▄▅▆▇█]{3,} +[\d,]+")
-    assert re.match(r"small +\S+ +\d+ of 99 .* searched", lines[0])
+    assert re.match(r"small +\S+ +\d+ of 99 .*elapsed ", lines[0])
     assert any(re.match(r"\S+-0 +\d+ +\d+/\d+", line) for line in lines)
     run.resize(200, 50)
-    lines = run.wait_for("hyperparameters")
+    lines = run.wait_for("params")
     assert re.match(r"small +\S{100,} +\d+ of 99", lines[0])
     run.resize(60, 16)
     wait_for(lambda: len(run.read()[0].rstrip()) <= 60 and run.read()[0].startswith("small"), "a narrow table")
@@ -106,8 +106,8 @@ def test_a_run_on_a_terminal_shows_its_workers_fits_after_resizing_and_leaves_it
     assert run.end() == 130
     lines = [line.rstrip() for line in run.screen.display if line.strip()]
     assert len(lines) == 2
-    assert re.match(r"\d+ of 99 trials are there", lines[0])
-    assert lines[1] == "error: Interrupted; run again to go on."
+    assert re.match(r"\d+ of 99 trials done", lines[0])
+    assert lines[1] == "Interrupted; run the same command to continue."
     counts = status(tmp_path)["trials"]
     assert (counts["failed"], counts["running"], counts["waiting"]) == (2, 0, 2)
 
@@ -119,7 +119,7 @@ def test_a_finished_run_on_a_terminal_ends_with_what_was_found_and_the_next_comm
     run = terminal("run", "small.toml", "--workers", 1, width=200, height=50)
     assert run.end() == 0
     text = "\n".join(line.rstrip() for line in run.screen.display)
-    assert "found: trial" in text
+    assert "best:  trial" in text
     assert "next:  hpsearch confirm small.toml  |  hpsearch export small.toml" in text
     assert "worker  trial" not in text
 
@@ -132,8 +132,8 @@ def test_a_watched_study_shows_its_failures_and_thresholds_until_ctrl_c(
     storage = open_storage(definition.study.storage)
     fill(storage, open_study(definition, storage), 40)
     watch = terminal("status", "small.toml", "--watch")
-    lines = watch.wait_for("trial 33 failed exception: ValueError: =trial 33")
-    assert any(re.match(r" +35 +pruned +0\.\d{4} +9 +0\.\d{4} < 0\.\d{4}, the median", line) for line in lines)
+    lines = watch.wait_for("trial 33 failed: exception: ValueError: =trial 33")
+    assert any(re.match(r" +35 +pruned +0\.\d{4} +9 +0\.\d{4} < 0\.\d{4} \(the m", line) for line in lines)
     watch.process.sendintr()
     assert watch.end() == 130
     assert watch.screen.display[0].startswith("small"), "the last table stays"
@@ -153,14 +153,14 @@ def test_a_watched_study_gives_a_pipe_the_lines_of_a_run_elsewhere(study_file: S
     told = [line for line in run.stderr.splitlines() if line.startswith("trial ")]
     assert len(told) == 6
     assert set(out.splitlines()) <= set(told)  # it may have come late to the first
-    assert "found: trial" in err
+    assert "best:  trial" in err
 
 
 def test_stop_extend_and_enqueue_steer_four_workers_and_the_budget_stays_exact(
     study_file: StudyFile, tmp_path: Path
 ) -> None:
     study_file(
-        budget=f"trials = 8\nepochs = {epochs_of(3)}",
+        budget=f"trials = 6\nepochs = {epochs_of(2)}",
         body=f'[pruner]\nkind = "none"\n[study]\nstorage = "sqlite:///{tmp_path / "small.db"}"',
     )
     definition = load_definition(tmp_path / "small.toml")
@@ -173,34 +173,34 @@ def test_stop_extend_and_enqueue_steer_four_workers_and_the_budget_stays_exact(
     try:
         wait_for(lambda: watch.poll().n_alive == 4, "four running trials")
         told = hpsearch("enqueue", "small.toml", "--set", "lr=0.0123", "--set", "width=17", cwd=tmp_path).stderr
-        assert re.match(r"trial \d+ waits with lr=0.0123, width=17; the workers that run go on with it\n", told)
-        assert "the budget has 12 trials now" in hpsearch("extend", "small.toml", "--trials", 4, cwd=tmp_path).stderr
+        assert re.match(r"trial \d+ queued with lr=0.0123, width=17; running workers will pick it up\n", told)
+        assert "budget is now 8 trials" in hpsearch("extend", "small.toml", "--trials", 2, cwd=tmp_path).stderr
         stopped = hpsearch("stop", "small.toml", cwd=tmp_path).stderr
-        assert re.search(r"stopped: \d of 12 trials are there.*; go on with: hpsearch run small.toml\n", stopped)
+        assert re.search(r"stopped: \d of 8 trials done.*; resume with: hpsearch run small.toml\n", stopped)
         assert (run.wait(60), worker.wait(60)) == (75, 75)
     finally:
         for process in (run, worker):
             process.kill()
     for log in ("run.log", "worker.log"):
-        assert "The study was stopped for all workers; go on with: hpsearch run" in (tmp_path / log).read_text()
+        assert "The study was stopped; resume it with: hpsearch run" in (tmp_path / log).read_text()
     counts = status(tmp_path)["trials"]
     assert counts["running"] == 0
     assert counts["waiting"] >= 1
     interrupted = json.loads(hpsearch("trials", "small.toml", "--state", "failed", "--json", cwd=tmp_path).stdout)
-    assert {row["note"] for row in interrupted} <= {"interrupted: its worker was stopped; queued again"}
+    assert {row["note"] for row in interrupted} <= {"interrupted: worker stopped; trial re-queued"}
     late = hpsearch("worker", "small.toml", cwd=tmp_path, expect=75).stderr
     assert "The study was stopped" in late
 
     run = start("run", "small.toml", "--workers", 4, cwd=tmp_path, log=tmp_path / "again.log")
     try:
         wait_for(lambda: watch.poll().n_alive > 0, "the search to go on")
-        assert "the budget has 14 trials now" in hpsearch("extend", "small.toml", "--trials", 2, cwd=tmp_path).stderr
+        assert "budget is now 10 trials" in hpsearch("extend", "small.toml", "--trials", 2, cwd=tmp_path).stderr
         assert run.wait(120) == 0
     finally:
         run.kill()
     document = status(tmp_path)
-    assert document["budget"]["trials"] == 14
-    assert document["trials"] | {"failed": 0} == {"complete": 14, "pruned": 0, "failed": 0, "running": 0, "waiting": 0}
+    assert document["budget"]["trials"] == 10
+    assert document["trials"] | {"failed": 0} == {"complete": 10, "pruned": 0, "failed": 0, "running": 0, "waiting": 0}
     trials = load_study(definition, open_storage(definition.study.storage)).trials
     finished = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     assert {"lr": 0.0123, "width": 17} in [trial.params for trial in finished]

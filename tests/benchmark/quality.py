@@ -114,18 +114,15 @@ def quality(folder: Path, options: Options) -> list[Row]:
         rows.append(summarize("quality", f"{name}: best accuracy", "", [run.best[-1] for run in runs]))
         fewer = [n_epochs / run.epochs_to(target) for run in runs]  # 0 where it is not reached
         rows.append(summarize("quality", f"{name}: fewer epochs than {n_epochs} to {target:.4f}", "x", fewer, goal))
-    draw(courses, target, options.output / "quality.svg")
+    draw(courses, target, options.output / "quality.png")
     return rows
 
 
 def draw(courses: dict[str, list[Course]], target: float, file: Path) -> None:
     """The median error of the best trial so far over epochs and over seconds, with the range of the seeds."""
-    import matplotlib as mpl
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasSVG(figure)
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, column, label in ((left, 0, "epochs trained, all trials"), (right, 1, "seconds, two workers")):
         end = max(run[column][-1] for runs in courses.values() for run in runs)
@@ -143,8 +140,7 @@ def draw(courses: dict[str, list[Course]], target: float, file: Path) -> None:
     lowest = 100 * (1 - max(run.best[-1] for runs in courses.values() for run in runs))
     left.set(ylabel="validation error of the best trial, %", ylim=(lowest - 0.02, 200 * (1 - target)))
     left.legend(frameon=False)
-    with mpl.rc_context({"svg.hashsalt": "hpsearch"}):
-        figure.savefig(file, metadata={"Date": None})
+    figure.savefig(file, dpi=120)
 
 
 def _errors_at(grid: np.ndarray[Any, Any], times: list[Any], best: list[float]) -> np.ndarray[Any, Any]:

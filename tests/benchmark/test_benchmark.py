@@ -93,5 +93,5 @@ def test_without_mnist_the_benchmark_says_so_in_one_line_and_measures_nothing(tm
     answer = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert answer.returncode == 1
     [line] = answer.stderr.splitlines()
-    assert line.startswith("error: MNIST can neither be read from")
+    assert line.startswith("error: could not load MNIST from")
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Bundles: written whole or not at all, verified, loaded only when every file is what it was."""
+"""Model folders: written completely or not at all, verified, and loaded only if no file has changed."""
 
 import json
 import re
@@ -131,8 +131,8 @@ def test_images_may_come_as_arrays_or_tensors_with_or_without_a_channel(saved: P
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (np.zeros((2, 28, 28), dtype=np.float32), "must be raw pixels of type uint8, but got float32"),
-        (None, "must be raw pixels of type uint8, but got object"),
+        (np.zeros((2, 28, 28), dtype=np.float32), "must be uint8 pixels, got float32"),
+        (None, "must be uint8 pixels, got object"),
         (np.zeros((2, 27, 28), dtype=np.uint8), "must have shape"),
         (np.zeros((28, 28), dtype=np.uint8), "must have shape"),
         (np.zeros((2, 3, 28, 28), dtype=np.uint8), "must have shape"),
@@ -148,7 +148,7 @@ def test_a_damaged_or_missing_file_is_refused_by_name(copy: Path, name: str) -> 
     content = bytearray((copy / name).read_bytes())
     content[len(content) // 2] ^= 1
     (copy / name).write_bytes(content)
-    with pytest.raises(BundleError, match=f"{name} is damaged"):
+    with pytest.raises(BundleError, match=f"{name} was changed"):
         bundle.load(copy)
     (copy / name).unlink()
     with pytest.raises(BundleError, match=f"{name} is missing"):
@@ -187,7 +187,7 @@ def test_a_config_that_is_not_understood_is_refused(copy: Path) -> None:
 def test_weights_that_do_not_fit_the_config_are_refused(copy: Path) -> None:
     (copy / "model.safetensors").write_bytes(safetensors.torch.save({"0.weight": torch.zeros(2)}))
     sign(copy)
-    with pytest.raises(BundleError, match=r"model\.safetensors does not fit"):
+    with pytest.raises(BundleError, match=r"model\.safetensors does not match"):
         bundle.load(copy)
 
 
@@ -199,7 +199,7 @@ def test_a_mismatch_in_a_fresh_process_leaves_the_older_bundle(
     other = make_contents(digits).network
     original = formats.verify_models
     monkeypatch.setattr(formats, "verify_models", lambda _, *arguments: original(other, *arguments))
-    with pytest.raises(BundleError, match=r"model\.safetensors gives other probabilities when loaded again"):
+    with pytest.raises(BundleError, match=r"the probabilities of model\.safetensors differ"):
         save(contents, copy)
     assert (copy / "manifest.json").read_bytes() == before
     assert [file.name for file in copy.parent.iterdir()] == ["copy"]
@@ -208,7 +208,7 @@ def test_a_mismatch_in_a_fresh_process_leaves_the_older_bundle(
 def test_a_bundle_that_cannot_be_loaded_leaves_nothing(tmp_path: Path, digits: ImageData) -> None:
     contents = make_contents(digits)
     wrong = replace(contents, config=contents.config | {"layers": [["Flatten", {}]]})
-    with pytest.raises(BundleError, match="cannot be loaded in a fresh process"):
+    with pytest.raises(BundleError, match="cannot be loaded in a new process"):
         save(wrong, tmp_path / "b")
     assert list(tmp_path.iterdir()) == []
 
@@ -221,13 +221,13 @@ def test_an_older_bundle_is_replaced_and_anything_else_is_not(copy: Path, digits
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("all my work")
-    with pytest.raises(BundleError, match="is in the way, so choose another --output"):
+    with pytest.raises(BundleError, match=r"cannot replace .*; choose another --output"):
         save(make_contents(digits), precious)
     shutil.copy(copy / "manifest.json", precious)
     (copy / "notes.txt").write_text("all my work")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for target in (precious, copy, tmp_path / "link"):
-        with pytest.raises(BundleError, match="is in the way, so choose another --output"):
+        with pytest.raises(BundleError, match=r"cannot replace .*; choose another --output"):
             save(make_contents(digits), target)
     assert (precious / "thesis.txt").read_text() == (copy / "notes.txt").read_text() == "all my work"
 
@@ -252,7 +252,8 @@ def test_an_older_bundle_is_put_back_if_the_new_one_cannot_take_its_place(
 
 def test_the_model_card_tells_how_good_and_how_to_load(saved: Path) -> None:
     card = (saved / "README.md").read_text()
-    for part in ("80.00%", "90.00%", "75.00%, deviation 7.00%", "1,234 parameters", "trial 3 among 9", formats.LOADING):
+    figures = ("80.00%", "90.00%", "75.00%, standard deviation 7.00%", "1,234 parameters", "trial 3, out of 9")
+    for part in (*figures, formats.LOADING):
         assert part in card
 
 
@@ -299,7 +300,7 @@ def test_a_program_that_torch_cannot_load_again_is_left_out(
     monkeypatch.setattr(torch.export, "save", lambda program, file: file.write_bytes(b"nothing"))
     verified = save(make_contents(digits), tmp_path / "b", torch_export=True)
     assert "model.pt2" not in verified
-    assert "model.pt2 cannot be loaded in a fresh process" in caplog.text
+    assert "model.pt2 cannot be loaded in a new process" in caplog.text
     bundle.load(tmp_path / "b")
     assert not (tmp_path / "b" / "model.pt2").exists()
 

@@ -70,8 +70,8 @@ def test_a_difference_is_measured_and_explained(searched: tuple[StudyDefinition,
     assert document["epoch"] == 3
     assert document["largest_difference"] > 0.3
     assert document["reasons"] == [
-        f"torch: 1.0 then, {torch.__version__} now",
-        "device: NVIDIA H200 then, cpu now",
+        f"torch: was 1.0, is now {torch.__version__}",
+        "device: was NVIDIA H200, is now cpu",
     ]
 
 
@@ -80,14 +80,14 @@ def test_a_trial_of_another_program_has_no_environment_to_compare(
 ) -> None:
     definition, study = searched
     monkeypatch.setattr(module, "trial_seed", lambda *_: 1)
-    assert replay(definition, study, 0)["reasons"][0].startswith("nothing that was noted is different")
+    assert replay(definition, study, 0)["reasons"][0].startswith("no recorded difference")
     trial = study.trials[0]
     study.add_trial(
         optuna.trial.create_trial(
             value=0.5, params=trial.params, distributions=trial.distributions, intermediate_values={1: 0.1}
         )
     )
-    assert "did not note its environment" in replay(definition, study, 4)["reasons"][0]
+    assert "has no environment recorded" in replay(definition, study, 4)["reasons"][0]
 
 
 def test_a_trial_runs_with_the_threads_that_it_had(
@@ -108,7 +108,7 @@ def test_a_trial_runs_with_the_threads_that_it_had(
 
 
 @pytest.mark.parametrize(
-    ("number", "message"), [(9, "has no trial 9"), (2, "has not finished an epoch"), (3, "has not finished an epoch")]
+    ("number", "message"), [(9, "has no trial 9"), (2, "has no finished epoch"), (3, "has no finished epoch")]
 )
 def test_what_cannot_be_replayed_is_said(
     searched: tuple[StudyDefinition, optuna.Study], number: int, message: str

@@ -20,6 +20,8 @@ from hpsearch.training.trainer import EpochResult, train
 
 from ..conftest import make_definition
 
+pytestmark = pytest.mark.usefixtures("forked_verification")
+
 
 @pytest.fixture
 def searched(tmp_path: Path) -> tuple[StudyDefinition, optuna.Study]:
@@ -63,7 +65,7 @@ def test_another_trial_may_be_chosen_and_an_unfinished_one_may_not(
 ) -> None:
     definition, study = searched
     assert retrain.export(definition, study, tmp_path / "b", number=2)["trial"] == 2
-    with pytest.raises(NoCompletedTrial, match="trial 7 is not complete"):
+    with pytest.raises(NoCompletedTrial, match="trial 7 did not complete"):
         retrain.export(definition, study, tmp_path / "c", number=7)
     assert not (tmp_path / "c").exists()
 
@@ -79,8 +81,8 @@ def test_the_confirmed_winner_is_exported_and_its_confirmation_told(
         2,
         candidate | {"is_winner": True, "is_tie": True, "n_compared": 1},
     )
-    assert "Other trials were as good within chance" in (tmp_path / "b" / "README.md").read_text()
-    assert "mean 75.00%, interval 60.00 to 90.00%" in (tmp_path / "b" / "README.md").read_text()
+    assert "Other trials were statistically tied with it" in (tmp_path / "b" / "README.md").read_text()
+    assert "mean 75.00%, 95% CI 60.00 to 90.00%" in (tmp_path / "b" / "README.md").read_text()
     assert retrain.export(definition, study, tmp_path / "c", number=1)["confirmed"] is None
     study.set_user_attr("confirmation", {"winner": 2, "is_tie": False, "candidates": [candidate]})
     retrain.export(definition, study, tmp_path / "b")
@@ -102,7 +104,7 @@ def test_without_the_packages_for_onnx_nothing_is_trained(
     definition, study = searched
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(run, "train", None)
-    with pytest.raises(UsageError, match=r"are missing; install them with: pip install onnx onnxscript onnxruntime"):
+    with pytest.raises(UsageError, match=r"install them with: pip install 'hpsearch\[onnx\]'"):
         retrain.export(definition, study, tmp_path / "b", onnx=True)
 
 
@@ -144,5 +146,5 @@ def test_a_target_that_is_in_the_way_is_refused_before_any_training(
     definition, study = searched
     (tmp_path / "precious").write_text("all my work")
     monkeypatch.setattr(run, "train", None)
-    with pytest.raises(BundleError, match="is in the way, so choose another --output"):
+    with pytest.raises(BundleError, match=r"cannot replace .*; choose another --output"):
         retrain.export(definition, study, tmp_path / "precious")

@@ -1,4 +1,4 @@
-"""The study file: all mistakes at once, defaults resolved, identity fingerprinted."""
+"""The study file: reports all errors at once, resolves defaults, fingerprints the identity."""
 
 import copy
 import pickle
@@ -16,80 +16,80 @@ from ..conftest import make_definition
 
 STUDIES = Path(__file__).parents[2] / "studies"
 
-MISTAKES = [
+ERRORS = [
     ("[stuudy]\nname = 'x'", "stuudy: unknown key; did you mean 'study'?"),
-    ("[study]\nsede = 3", "study.sede: unknown key; did you mean 'seed'? valid: name, storage, artifacts, seed"),
+    ("[study]\nsede = 3", "study.sede: unknown key; did you mean 'seed'? Valid names: name, storage, artifacts, seed"),
     ("[study]\nseed = -1", "study.seed: must be greater than or equal to 0, but got -1"),
-    ("[study]\nname = 'a/b'", "study.name: must match"),
+    ("[study]\nname = 'a/b'", "study.name: may contain only letters, digits, _ . - and must start with"),
     ("[budget]\ntrials = '60'", "budget.trials: must be a valid integer, but got '60'"),
     ("[budget]\nepochs = 0", "budget.epochs: must be greater than or equal to 1, but got 0"),
     ("[budget]\ntarget = 2.0", "budget.target: must be less than or equal to 1, but got 2.0"),
     ("[data]\nname = 'minst'", "data.name: 'minst' is not valid; did you mean 'mnist'?"),
-    ("[data]\nname = 'digits'\nvalidation = 1437", "data: train + validation <= 1437 must hold for digits"),
+    ("[data]\nname = 'digits'\nvalidation = 1437", "data: digits has only 1437 training images, but"),
     ("[network]\nkind = 'rnn'", "network.kind: 'rnn' is not valid"),
     ("[search]\nwidht = { int = [8, 9] }", "search.widht: unknown hyperparameter; did you mean 'width'?"),
-    ("[search]\nlr = { float = [0.1, 0.0001] }", "search.lr: low 0.1 > high 0.0001"),
-    ("[search]\nlr = { float = [0.0, 0.1], log = true }", "search.lr: a log range needs low > 0, but got low 0.0"),
-    ("[search]\ndropout = { float = [0.0, 0.5], log = true }", "search.dropout: a log range needs low > 0"),
+    ("[search]\nlr = { float = [0.1, 0.0001] }", "search.lr: lower bound 0.1 is greater than upper bound 0.0001"),
+    ("[search]\nlr = { float = [0.0, 0.1], log = true }", "search.lr: log = true needs a lower bound > 0, got 0.0"),
+    ("[search]\ndropout = { float = [0.0, 0.5], log = true }", "search.dropout: log = true needs a lower bound > 0"),
     ("[search]\ndropout = { float = [0.0, 1.5] }", "search.dropout: must be less than 1, but got 1.5"),
     ("[search]\nwidth = { int = [1.5, 2] }", "search.width.int.0: must be a valid integer, but got 1.5"),
-    ("[search]\nwidth = { int = [8] }", "search.width.int: "),
+    ("[search]\nwidth = { int = [8] }", "search.width.int: expected exactly two values [low, high], got [8]"),
     ("[search]\nwidth = { int = [8, 33], step = 8 }", "search.width: step 8 does not divide the range from 8 to 33"),
     ("[search]\nbatch_size = { int = [1, 64] }", "search.batch_size: must be greater than or equal to 2, but got 1"),
-    ("search = 'x'", "search: must be a table, but got 'x'"),
-    ("[search]", "search: must have at least 1 entries, but got {}"),
+    ("search = 'x'", "search: expected a table ([section]), got 'x'"),
+    ("[search]", "search: expected at least one entry, got {}"),
     (
         "[search]\nmomentum = { float = [0.0, 0.9], when = { optimizer = ['sgd'] } }\n"
         "optimizer = { choice = ['sgd', 'adam'] }\n[[try]]\noptimizer = 'adam'\nmomentum = 0.5",
-        "try.0.momentum: is not used where optimizer is 'adam'",
+        "try.0.momentum: has no effect when optimizer = 'adam'",
     ),
     (
         "[search]\nbatch_size = { choice = [32, 64] }\n[[try]]\nbatch_size = 32.0",
         "try.0.batch_size: must be a valid integer, but got 32.0",
     ),
-    ("study = 'postgresql://me:secret@host/db'", "study: must be a table, but got 'str'"),
+    ("study = 'postgresql://me:secret@host/db'", "study: expected a table ([section]), got 'str'"),
     ("[search]\nwidth = { choice = [8, inf] }", "search.width.choice.1: must be a finite number, string or boolean"),
-    ("[search]\nwidth = 3", "search.width: must be one of { int = [low, high] }"),
+    ("[search]\nwidth = 3", "search.width: expected a range or a choice: { int = [low, high] }"),
     ("[search]\nwidth = { int = [8, 9], logg = true }", "search.width.logg: unknown key; did you mean 'log'?"),
     ("[search]\noptimizer = { choice = ['adma'] }", "search.optimizer: 'adma' is not valid; did you mean 'adam'?"),
-    ("[search]\noptimizer = { choice = ['muon'] }", "search.optimizer: 'muon' is planned, but not built yet"),
+    ("[search]\noptimizer = { choice = ['muon'] }", "search.optimizer: 'muon' is not supported yet"),
     ("[search]\noptimizer = { choice = [] }", "search.optimizer.choice: "),
-    ("[search]\noptimizer = { choice = ['sgd', 'sgd'] }", "search.optimizer: choices must differ"),
+    ("[search]\noptimizer = { choice = ['sgd', 'sgd'] }", "search.optimizer: duplicate values in ['sgd', 'sgd']"),
     (
         "[search]\nmomentum = { float = [0.0, 0.9], when = { optimizer = ['sgd'] } }",
-        "search.momentum.when.optimizer: is neither searched nor fixed",
+        "search.momentum.when.optimizer: 'optimizer' is neither in [search] nor in [fixed]",
     ),
     (
         "[search]\nlr = { float = [0.1, 0.2], when = { depth = [9] } }\ndepth = { int = [2, 4] }",
-        "search.lr.when.depth: depth is never 9",
+        "search.lr.when.depth: depth can never be 9 in this search",
     ),
     (
         "[search]\nlr = { float = [1, 2], when = { depth = [2] } }\ndepth = { int = [2, 4], when = { lr = [1] } }",
-        "search.depth.when: depends on itself",
+        "search.depth.when: circular `when` conditions",
     ),
-    ("[search]\nlr = { float = [0.1, 0.2] }\n[fixed]\nlr = 0.1", "fixed.lr: is searched as well"),
-    ("[fixed]\nschedule = 'step'", "fixed.schedule: 'step' is not valid; valid: constant, cosine, onecycle"),
+    ("[search]\nlr = { float = [0.1, 0.2] }\n[fixed]\nlr = 0.1", "fixed.lr: is in both [search] and [fixed]"),
+    ("[fixed]\nschedule = 'step'", "fixed.schedule: 'step' is not valid; valid names: constant, cosine, onecycle"),
     ("[fixed]\nbatch_norm = 1", "fixed.batch_norm: must be a valid boolean, but got 1"),
-    ("[[try]]\nwidth = 9000", "try.0.width: 9000 is outside of what [search] gives: [8, 32]"),
-    ("[[try]]\nnope = 1", "try.0.nope: is not searched; "),
+    ("[[try]]\nwidth = 9000", "try.0.width: 9000 is outside the search range [8, 32]"),
+    ("[[try]]\nnope = 1", "try.0.nope: is not in [search]; "),
     ("[sampler]\nkind = 'tpee'", "sampler.kind: 'tpee' is not valid; did you mean 'tpe'?"),
     ("[pruner]\nkind = 'nome'", "pruner.kind: 'nome' is not valid; did you mean 'none'?"),
-    ("[recovery]\nheartbeat = 60", "recovery: heartbeat < grace must hold"),
+    ("[recovery]\nheartbeat = 60", "recovery: grace (60 s) must be greater than heartbeat (60 s)"),
     ("[retrain]\nepochs = 0", "retrain.epochs: must be greater than or equal to 1, but got 0"),
 ]
 
 
-@pytest.mark.parametrize(("text", "message"), MISTAKES)
-def test_each_mistake_is_named_with_its_path_and_value(text: str, message: str) -> None:
+@pytest.mark.parametrize(("text", "message"), ERRORS)
+def test_each_error_is_reported_with_its_path_and_value(text: str, message: str) -> None:
     raw: dict[str, Any] = {"search": {"width": {"int": [8, 32]}}} | tomllib.loads(text)
     with pytest.raises(DefinitionError) as caught:
         parse_definition(raw)
     assert any(problem.startswith(message) for problem in caught.value.problems), caught.value.problems
 
 
-def test_all_mistakes_are_reported_at_once() -> None:
+def test_all_errors_are_reported_at_once() -> None:
     tables: dict[str, Any] = {}
-    for text, _ in MISTAKES[:8]:
+    for text, _ in ERRORS[:8]:
         for name, table in tomllib.loads(text).items():
             tables.setdefault(name, {}).update(table)
     tables["search"] = {"widht": {"int": [8, 9]}, "lr": {"float": [0.1, 0.0001]}, "dropout": {"float": [0.0, 1.5]}}
@@ -99,7 +99,7 @@ def test_all_mistakes_are_reported_at_once() -> None:
     assert len(caught.value.problems) == 12
 
 
-def test_the_study_file_of_the_design_is_accepted_whole() -> None:
+def test_the_study_file_of_the_design_is_valid() -> None:
     text = (Path(__file__).parent / "design.toml").read_text()
     definition = parse_definition(tomllib.loads(text))
     assert definition.space.is_conditional
@@ -156,7 +156,7 @@ def test_relative_paths_in_the_file_are_relative_to_it(tmp_path: Path, monkeypat
 def test_a_password_in_the_url_of_artifacts_is_refused_and_not_repeated(tmp_path: Path, url: str) -> None:
     file = tmp_path / "mine.toml"
     file.write_text("[search]\nwidth = { int = [8, 32] }")
-    with pytest.raises(DefinitionError, match=r"study\.artifacts: .*must not have a password") as caught:
+    with pytest.raises(DefinitionError, match=r"study\.artifacts: .*must not contain a password") as caught:
         load_definition(file, artifacts=url)
     assert "secret" not in str(caught.value)
     assert load_definition(file, artifacts="sftp://me@host/folder").study.artifacts == "sftp://me@host/folder"
@@ -167,11 +167,11 @@ def test_a_bare_name_finds_a_file_in_studies(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "studies" / "tiny.toml").write_text("[search]\nwidth = { int = [8, 32] }")
     monkeypatch.chdir(tmp_path)
     assert load_definition("tiny").study.name == "tiny"
-    with pytest.raises(DefinitionError, match=r"no such study file; did you mean 'tiny'\?"):
+    with pytest.raises(DefinitionError, match=r"study file not found; did you mean 'tiny'\?"):
         load_definition("tinny")
 
 
-def test_a_file_that_is_no_toml_is_named_with_the_line(tmp_path: Path) -> None:
+def test_invalid_toml_is_reported_with_the_line(tmp_path: Path) -> None:
     file = tmp_path / "broken.toml"
     file.write_text("[search]\nwidth = = 3")
     with pytest.raises(DefinitionError, match=r"broken\.toml: not valid TOML: .*line 2"):
@@ -181,17 +181,15 @@ def test_a_file_that_is_no_toml_is_named_with_the_line(tmp_path: Path) -> None:
 def test_a_storage_that_is_no_url_is_refused_without_repeating_it(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text("[search]\nwidth = { int = [8, 32] }\n[study]\nstorage = 'me:secret@host'")
-    with pytest.raises(UsageError, match="must be a URL") as caught:
+    with pytest.raises(UsageError, match="invalid database URL") as caught:
         load_definition(file)
     assert "secret" not in str(caught.value)
 
 
-def test_a_file_name_that_makes_no_study_name_is_said_to_be_the_cause(tmp_path: Path) -> None:
+def test_a_file_name_that_is_no_valid_study_name_is_reported(tmp_path: Path) -> None:
     file = tmp_path / "my study.toml"
     file.write_text("\ufeff[search]\nwidth = { int = [8, 32] }", encoding="utf-8")  # as Windows' Notepad writes it
-    with pytest.raises(
-        DefinitionError, match=r"study\.name: must match .* but got 'my study' \(from the file's name\)"
-    ):
+    with pytest.raises(DefinitionError, match=r"file name cannot serve as study name: may contain .* got 'my study'"):
         load_definition(file)
 
 

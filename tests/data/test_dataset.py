@@ -1,4 +1,4 @@
-"""Data as resident tensors: read whole or refused, split without leaks, loaded batch by batch, augmented."""
+"""Data in memory: loaded completely or refused, split without leaks, batched, augmented."""
 
 import gzip
 import hashlib
@@ -86,7 +86,7 @@ def test_a_loader_is_a_dataloader_that_yields_each_image_once(digits: ImageData)
     assert order == sorted(image.numpy().tobytes() for image in digits.train.images)
 
 
-def test_a_loader_shuffles_anew_each_epoch_and_alike_for_the_same_seed(digits: ImageData) -> None:
+def test_a_loader_shuffles_each_epoch_differently_and_equally_for_the_same_seed(digits: ImageData) -> None:
     def epochs(seed: int) -> list[torch.Tensor]:
         loader = digits.train.loader(300, shuffle=True, generator=torch.Generator().manual_seed(seed))
         return [labels for _ in range(2) for _, labels in loader]
@@ -170,16 +170,16 @@ def test_an_unpacked_file_that_differs_from_its_archive_is_refused(
     content = bytearray(file.read_bytes())
     content[5000] ^= 1
     file.write_bytes(content)
-    with pytest.raises(DataError, match="t10k-images-idx3-ubyte is damaged: it differs from its archive"):
+    with pytest.raises(DataError, match="t10k-images-idx3-ubyte is corrupt"):
         load_test("mnist", tmp_path)
     (raw / f"{file.name}.gz").unlink()
     file.write_bytes(content[:7000])
-    with pytest.raises(DataError, match="can neither be read"):
+    with pytest.raises(DataError, match="could not load"):
         load_test("mnist", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "kmnist"])
-def test_data_that_cannot_be_had_say_where_they_were_sought_and_what_to_do(
+def test_data_that_cannot_be_loaded_are_reported_with_their_folder_and_what_to_do(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nothing listens there
@@ -193,16 +193,16 @@ def test_data_that_cannot_be_had_say_where_they_were_sought_and_what_to_do(
 
 
 @pytest.mark.parametrize("content", [b"", b"\0\0\x08", b"<html>not found</html>", b"\0\0\x08\x03" + b"\0" * 9])
-def test_an_unpacked_file_of_something_else_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_an_unpacked_file_of_another_format_is_refused(tmp_path: Path, content: bytes) -> None:
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for name in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"):
         (raw / name).write_bytes(content)
-    with pytest.raises(DataError, match="can neither be read from"):
+    with pytest.raises(DataError, match="could not load MNIST from"):
         load_data("mnist", tmp_path, validation=10)
 
 
-def test_a_damaged_archive_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_corrupt_archive_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     raw = tmp_path / "MNIST" / "raw"

@@ -128,7 +128,7 @@ def search(url: str, tmp_path: Path) -> StudyDefinition:
     study = open_study(definition, storage)
     add_trial(study, value=0.9)
     pruned = add_trial(study, value=None)
-    pruning = {"epoch": 1, "value": 0.8885, "threshold": 0.9412, "rule": "the median of 12 trials"}
+    pruning = {"epoch": 1, "value": 0.8885, "threshold": 0.9412, "rule": "median of 12 trials"}
     pruned.set_user_attr("pruning", pruning)
     study.tell(pruned, state=TrialState.PRUNED)
     storage.fail(add_trial(study, value=None)._trial_id, "exception", HOSTILE)
@@ -437,7 +437,7 @@ def test_the_study_has_a_note_and_its_metric_a_name(site: Site) -> None:
         "| width | 8 to 32 |",
         "| lr | 0.001 to 0.1, log |",
         "| fixed | depth 2, batch",
-        "digits: 300 images to train on, 200 to validate",
+        "digits: 300 training and 200 validation images",
         "4 trials of 2 epochs",
         "| seed | 0",
         "hpsearch run small.toml",
@@ -474,12 +474,12 @@ def test_trials_that_did_not_complete_say_why(searched_anywhere: StudyDefinition
     site = make_site(searched_anywhere)
     complete, pruned, failed, killed, retry = site("/api/studies/1?after=0").json["trials"]
     assert complete["note"] == {"version": 0, "body": ""}
-    assert "0.8885 is below 0.9412, the median of 12 trials, after epoch 1" in pruned["note"]["body"]
+    assert "0.8885 < 0.9412 (median of 12 trials) at epoch 1" in pruned["note"]["body"]
     assert "**Pruned**, on worker w1" in pruned["note"]["body"]
     assert f"`````text\nexception: {HOSTILE}\n`````" in failed["note"]["body"]
     assert "killed: no heartbeat for 60 s" in killed["note"]["body"]
-    assert "queued again" in killed["note"]["body"]
-    assert "Takes up trial 3" in retry["note"]["body"]
+    assert "Re-queued with the same" in killed["note"]["body"]
+    assert "Resumes trial 3" in retry["note"]["body"]
 
 
 @pytest.mark.parametrize(
@@ -577,7 +577,7 @@ def test_an_outage_is_an_error_in_one_line_and_passes(site: Site, caplog: pytest
         answer = site("/csv/1")
         assert (answer.status, answer.body) == (
             500,
-            b"This failed: the storage postgresql://me:***@host/db cannot be reached\n",
+            b"Server error: the storage postgresql://me:***@host/db cannot be reached\n",
         )
     assert [record.getMessage().count("\n") for record in caplog.records] == [0, 0]
     assert all("cannot be reached" in record.getMessage() for record in caplog.records)
@@ -618,7 +618,7 @@ def test_the_server_answers_on_a_free_port_and_ends(searched: StudyDefinition) -
         assert answer.headers["Server"] is None
         assert "waitress" not in str(answer.headers)
         port = place.port or 0
-        with pytest.raises(UsageError, match=f"port {port} is in use; name another with --port"):
+        with pytest.raises(UsageError, match=f"port {port} is already in use; choose another with --port"):
             app.serve(searched, "small.toml", port=port).__enter__()
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port), timeout=5)
@@ -632,12 +632,12 @@ def test_other_machines_need_a_token_of_the_user(searched: StudyDefinition) -> N
     for token in ("short", "with a blank in its middle", "a-token-with-umläuts"):
         with pytest.raises(UsageError, match="at least 8"):
             app.serve(searched, "small.toml", token=token).__enter__()
-    with pytest.raises(UsageError, match="is no address of this machine"):
+    with pytest.raises(UsageError, match="is not an address of this machine"):
         app.serve(searched, "small.toml", host="no.such.host.invalid", token=TOKEN).__enter__()
-    with pytest.raises(UsageError, match=r"192\.0\.2\.1, port 0, cannot be used"):
+    with pytest.raises(UsageError, match=r"cannot listen on 192\.0\.2\.1:0: "):
         app.serve(searched, "small.toml", host="192.0.2.1", token=TOKEN).__enter__()
     for host in ("a" * 70, ".."):
-        with pytest.raises(UsageError, match="is no address of this machine"):
+        with pytest.raises(UsageError, match="is not an address of this machine"):
             app.serve(searched, "small.toml", host=host, token=TOKEN).__enter__()
     with app.serve(searched, "small.toml", host="0.0.0.0", token=TOKEN) as address:
         place = urlsplit(address)
@@ -757,9 +757,9 @@ def enter(ask: Callable[..., Any], place: str) -> str:
 
 def test_a_study_that_is_not_there_is_named(tmp_path: Path) -> None:
     definition = make_definition(f"sqlite:///{tmp_path / 'study.db'}")
-    with pytest.raises(StudyNotFound, match="no database"):
+    with pytest.raises(StudyNotFound, match="no search found"):
         app.serve(definition, "small.toml").__enter__()
     open_study(definition, open_storage(definition.study.storage))
     other = make_definition(definition.study.storage, study={"name": "other"})
-    with pytest.raises(StudyNotFound, match="no study 'other'"):
+    with pytest.raises(StudyNotFound, match="study 'other' not found"):
         app.serve(other, "small.toml").__enter__()

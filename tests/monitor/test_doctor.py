@@ -1,4 +1,4 @@
-"""The doctor finds what is wrong, says how to mend it, writes nothing unless asked, and mends what is safe."""
+"""The doctor finds problems, says how to fix them, writes nothing unless asked, and fixes what is safe."""
 
 import gzip
 import sqlite3
@@ -47,7 +47,7 @@ def test_a_healthy_study_is_in_order(url: str, tmp_path: Path, monkeypatch: pyte
 def test_a_missing_study_is_said_and_the_rest_is_checked(tmp_path: Path) -> None:
     definition = define(tmp_path)
     findings = run_checks(definition)
-    assert "no database" in wrong(definition)["study"]
+    assert "no search found" in wrong(definition)["study"]
     assert {"data", "devices", "database"} <= {finding.check for finding in findings}
     assert list(tmp_path.iterdir()) == []
 
@@ -60,7 +60,7 @@ def test_a_stuck_trial_is_found_and_queued_again_when_asked(url: str, tmp_path: 
     stuck = study.ask()
     with storage.engine.begin() as connection:
         connection.execute(sqlalchemy.text("UPDATE trial_heartbeats SET heartbeat = '2026-01-01'"))
-    assert wrong(definition)["trials"].startswith(f"RUNNING without a worker: {stuck.number}; any worker mends that")
+    assert wrong(definition)["trials"].startswith(f"marked running but without a worker: trial {stuck.number}; any")
     assert study.trials[0].state == TrialState.RUNNING, "it only looked"
     assert "trials" not in wrong(definition, fix=True)
     assert [trial.state for trial in study.trials] == [TrialState.FAIL, TrialState.WAITING]
@@ -73,8 +73,8 @@ def test_a_running_trial_without_a_heartbeat_is_given_a_grace_period(url: str, t
     storage = open_storage(definition.study.storage)
     study = open_study(definition, storage)
     study.ask()
-    assert "RUNNING without a worker: 0" in wrong(definition)["trials"]
-    assert "0 of 1 stuck trials mended; the others follow" in wrong(definition, fix=True)["trials"]
+    assert "without a worker: trial 0" in wrong(definition)["trials"]
+    assert "0 of 1 stuck trials fixed; run doctor --fix again" in wrong(definition, fix=True)["trials"]
     assert study.trials[0].state == TrialState.RUNNING
 
 
@@ -86,12 +86,12 @@ def test_checkpoints_that_no_trial_needs_are_found_and_removed_when_asked(url: s
     for number in (trial.number, 7):
         Checkpoint(folder, number, {}).write({})
     Checkpoint(artifact_folder(definition) / "another", 0, {}).write({})
-    assert wrong(definition)["checkpoints"].startswith("1 that no trial needs")
+    assert wrong(definition)["checkpoints"].startswith("1 leftover checkpoints")
     assert "checkpoints" not in wrong(definition, fix=True)
     assert folder.find() == ["trial-0.ckpt"]
     assert (artifact_folder(definition) / "another").find() == ["trial-0.ckpt"]
     messages = [finding.message for finding in run_checks(definition) if finding.check == "checkpoints"]
-    assert "none is left over; 1 in " in messages[0]
+    assert "no leftover checkpoints; 1 more in " in messages[0]
 
 
 def test_a_damaged_database_is_found(tmp_path: Path) -> None:
@@ -119,12 +119,12 @@ def test_a_database_that_is_locked_is_told_from_a_damaged_one(tmp_path: Path, mo
     connection.execute("BEGIN EXCLUSIVE")
     found = wrong(definition)
     connection.close()
-    assert "database is locked; a program holds it" in found["integrity"]
+    assert "database is locked; another program has locked it" in found["integrity"]
     assert "database is locked" in found["study"]
 
 
 @pytest.mark.skipif(sqlite3.sqlite_version_info >= (3, 51, 3), reason="WAL is safe with this SQLite")
-def test_a_journal_mode_that_can_lose_data_is_mended(tmp_path: Path) -> None:
+def test_a_journal_mode_that_can_lose_data_is_fixed(tmp_path: Path) -> None:
     definition = define(tmp_path)
     storage = open_storage(definition.study.storage)
     open_study(definition, storage)
@@ -132,7 +132,7 @@ def test_a_journal_mode_that_can_lose_data_is_mended(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "study.db") as connection:
         connection.execute("PRAGMA journal_mode = WAL")
     connection.close()
-    assert "WAL can damage" in wrong(definition)["journal"], "looking changes nothing"
+    assert "WAL mode can corrupt" in wrong(definition)["journal"], "looking changes nothing"
     assert "journal" not in wrong(definition, fix=True)
     assert "journal" not in wrong(definition)
 
@@ -146,10 +146,10 @@ def test_a_slow_lock_a_wrong_clock_a_full_disk_and_a_busy_machine_are_named(
         monkeypatch.setattr(doctor, name, value)
     monkeypatch.setattr(psutil, "getloadavg", lambda: (1000.0, 0.0, 0.0))
     found = wrong(definition)
-    assert "use fewer workers, or PostgreSQL" in found["latency"]
-    assert "set both by NTP" in found["clock"]
-    assert "make room there" in found["database"]
-    assert "the cores are overloaded" in found["threads"]
+    assert "use fewer workers or PostgreSQL" in found["latency"]
+    assert "synchronize both clocks with NTP" in found["clock"]
+    assert "free some space" in found["database"]
+    assert "CPU overloaded" in found["threads"]
     monkeypatch.setenv("OMP_NUM_THREADS", "4096")
     assert "OMP_NUM_THREADS=4096" in wrong(definition)["threads"]
 
@@ -170,7 +170,7 @@ def test_missing_and_damaged_data_are_named_and_nothing_is_downloaded(tmp_path: 
     raw.mkdir(parents=True)
     for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
         (raw / f"{name}-ubyte.gz").write_bytes(gzip.compress(b"something else"))
-    assert "no sound train-images-idx3-ubyte.gz" in wrong(definition, folder=tmp_path)["data"]
+    assert ": train-images-idx3-ubyte.gz" in wrong(definition, folder=tmp_path)["data"]
     for archive in list(raw.iterdir()):
         archive.with_suffix("").write_bytes(b"damaged")
-    assert "is damaged" in wrong(definition, folder=tmp_path)["data"]
+    assert "is corrupt" in wrong(definition, folder=tmp_path)["data"]

@@ -1,4 +1,4 @@
-"""The report: whole and harmless for any study, true in what it says, and readable without a network."""
+"""The report: complete and harmless for any study, correct, and readable offline."""
 
 import json
 import random
@@ -129,7 +129,7 @@ def report(tmp_path: Path, definition: StudyDefinition) -> Callable[..., Page]:
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory, digits: ImageData) -> Path:
+def exported(tmp_path_factory: pytest.TempPathFactory, digits: ImageData, forked_verification: None) -> Path:
     """A bundle made from a trial with `PARAMS`."""
     hyperparameters = Hyperparameters(**PARAMS)
     network = build_network("mlp", hyperparameters, digits.image_shape, 10)
@@ -166,15 +166,15 @@ def exported(tmp_path_factory: pytest.TempPathFactory, digits: ImageData) -> Pat
 
 def test_a_study_without_trials_has_a_report_that_says_so(report: Callable[..., Page]) -> None:
     page = report([])
-    assert "No trial is complete yet" in page.text
-    assert "No trial has begun." in page.text
+    assert "No trial has completed yet" in page.text
+    assert "No trial has started." in page.text
     assert page.values_of("img", "src") == []
 
 
 def test_a_study_without_complete_trials_shows_its_curves_and_failures(report: Callable[..., Page]) -> None:
     failed = make_trial(TrialState.FAIL, failure={"kind": "exception", "message": "out of paper"})
     page = report([failed, failed, make_trial(TrialState.PRUNED, 0.3, 1), make_trial(TrialState.RUNNING)])
-    assert "No trial is complete yet" in page.text
+    assert "No trial has completed yet" in page.text
     assert "0 complete, 1 pruned" in page.text
     assert "2failedexception: out of paper" in page.text
     assert len(page.values_of("img", "src")) == 1, "there should be learning curves alone"
@@ -184,33 +184,33 @@ def test_a_study_without_complete_trials_shows_its_curves_and_failures(report: C
 def test_few_trials_give_a_verdict_and_no_importances(report: Callable[..., Page], n: int) -> None:
     page = report([make_trial(value=0.9 + i / 100) for i in range(n)])
     assert f"The best of {n} trial{'s' if n > 1 else ''} classifies {0.9 + (n - 1) / 100:.2%}" in page.text
-    assert "has not been measured on the test set" in page.text
-    assert "Importances are left out" in page.text
-    assert "Validation accuracy of the complete trials over width." in page.values_of("img", "alt")
+    assert "has not been evaluated on the test set" in page.text
+    assert "Not enough data for importances" in page.text
+    assert "Validation accuracy of the completed trials against width." in page.values_of("img", "alt")
 
 
 def test_the_interval_of_the_best_value_is_that_of_its_number_of_images(report: Callable[..., Page]) -> None:
     # Wilson score interval of 180 in 200, from the formula by hand
-    assert "moves a measured 90.00% between 85.1% and 93.4%" in report([make_trial(value=0.9)]).text
+    assert "an accuracy of 90.00% has a margin of error from 85.1% to 93.4%" in report([make_trial(value=0.9)]).text
 
 
 def test_enough_trials_give_importances_and_a_map(report: Callable[..., Page]) -> None:
     trials = [make_trial(value=0.8 + i / 100, params=PARAMS | {"width": 8 + i, "lr": 0.01 + i / 500}) for i in range(8)]
     page = report(trials)
-    assert "(PED-ANOVA), from 8 complete trials; with so few, a rough guide" in page.text
-    assert "Importance of each hyperparameter, as bars." in page.values_of("img", "alt")
+    assert "(PED-ANOVA over 8 completed trials; with so few, only a rough guide)" in page.text
+    assert "Importance of each hyperparameter as a bar chart." in page.values_of("img", "alt")
     [title] = re.findall(r"<h3>(\w+ and \w+)</h3>", page.source)
     assert set(title.split(" and ")) == {"width", "lr"}, "the map should be of those that vary"
 
 
 def test_equal_trials_have_no_importances(report: Callable[..., Page]) -> None:
-    assert "Importances are left out" in report([make_trial(value=0.9) for _ in range(9)]).text
+    assert "Not enough data for importances" in report([make_trial(value=0.9) for _ in range(9)]).text
 
 
 def test_what_pruning_saved_is_counted(report: Callable[..., Page]) -> None:
     page = report([make_trial(), make_trial(TrialState.PRUNED, 0.5, 1), make_trial(TrialState.PRUNED, 0.5, 1)])
     assert "4 epochs in 4.0 s of training" in page.text
-    assert "stopped 2 hopeless trials early and saved 2 epochs, about 2.0 s: 33%" in page.text
+    assert "stopped 2 unpromising trials early and saved 2 epochs, about 2.0 s (33%" in page.text
 
 
 def test_a_retried_trial_counts_its_epochs_once(report: Callable[..., Page]) -> None:
@@ -260,26 +260,26 @@ def test_every_picture_has_words_and_a_dark_twin(report: Callable[..., Page]) ->
 def test_a_bundle_adds_test_accuracy_loading_and_pictures(report: Callable[..., Page], exported: Path) -> None:
     page = report([make_trial()], exported)
     assert "classifies 80.00% of 360 test images correctly" in page.text
-    assert "between 75.5% and 83.8% with 95% confidence" in page.text
-    assert "has been read by 2 exports of this study" in page.text
+    assert "95% confidence interval 75.5% to 83.8%" in page.text
+    assert "was evaluated by 2 exports of this study" in page.text
     assert f'hpsearch.load("{exported}")' in page.text
     assert " ".join(formats.LOADING.split()) in page.text
     assert "differ by 1.23% on average" in page.text
-    assert "9 taken for 1 (1)" in page.text
-    titles = ("Confusion matrix", "Worst mistakes", "Calibration")
+    assert "9 → 1 (1)" in page.text
+    titles = ("Confusion matrix", "Most confident errors", "Calibration")
     assert {f"{title} of the exported model on the test set" for title in titles} <= set(page.values_of("img", "alt"))
 
 
 def test_the_study_knows_best_how_often_the_test_set_was_read(report: Callable[..., Page], exported: Path) -> None:
     reads = [{"at": "2026-01-01T00:00:00", "trial": 0}]
-    assert "has been read by one export of this study" in report([make_trial()], exported, test_reads=reads).text
+    assert "was evaluated by one export of this study" in report([make_trial()], exported, test_reads=reads).text
 
 
 def test_a_damaged_bundle_is_named_and_left_out(report: Callable[..., Page], exported: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(exported, tmp_path / "small"))
     (folder / "model.safetensors").write_bytes(b"torn")
     page = report([make_trial()], folder)
-    assert "model.safetensors is damaged" in page.text
+    assert "model.safetensors was changed after the export" in page.text
     assert "test images correctly" not in page.text
 
 
@@ -288,7 +288,7 @@ def test_a_bundle_of_an_earlier_search_of_that_name_is_left_out(
     report: Callable[..., Page], exported: Path, params: dict[str, Any]
 ) -> None:
     page = report([make_trial(params=params)], exported)
-    assert "was made by another search of that name; export it again" in page.text
+    assert "was exported from a different search with the same name; export again" in page.text
     assert "test images correctly" not in page.text
 
 
@@ -300,10 +300,10 @@ def test_a_confirmed_winner_is_the_verdict_rather_than_the_best_value(report: Ca
     confirmation = {"seeds": 2, "epochs": 5, "winner": 1, "is_tie": True, "optimism": 0.03, "at": "2026-01-01T00:00:00"}
     confirmation["candidates"] = [candidate | {"n_parameters": 12_345} for candidate in candidates]
     page = report([make_trial(value=0.95), make_trial(value=0.93)], confirmation=confirmation)
-    assert "from 2 seeds, trial 1 reaches 91.50%" in page.text
-    assert "95% interval 90.00% to 93.00%" in page.text
-    assert "Others are as good within chance" in page.text
-    assert "3.0 percentage points too much" in page.text
+    assert "with 2 new seeds, trial 1 reaches 91.50%" in page.text
+    assert "95% CI 90.00% to 93.00%" in page.text
+    assert "Others are equally good within the margin of error" in page.text
+    assert "3.0 percentage points too optimistic" in page.text
     assert "Hyperparameters of trial 1" in page.text
     assert "hpsearch confirm studies/small.toml --top 2 --seeds 2" in page.text
 
@@ -374,13 +374,13 @@ def test_the_report_of_three_thousand_trials_is_small(report: Callable[..., Page
         trials.append(copy)
     page = report(trials)
     assert len(page.source) < 2_000_000
-    assert "120 of 3,000 curves are drawn" in page.text
-    assert "from 1,500 complete trials." in page.text
+    assert "Showing 120 of 3,000 curves" in page.text
+    assert "over 1,500 completed trials)." in page.text
 
 
 def test_a_report_that_cannot_be_written_leaves_the_older_one(tmp_path: Path, definition: StudyDefinition) -> None:
     (tmp_path / "report.html").mkdir()
-    with pytest.raises(UsageError, match=r"report\.html cannot be written"):
+    with pytest.raises(UsageError, match=r"cannot write .*report\.html"):
         write_report(definition, make_study([make_trial()]), tmp_path / "report.html", command="small")
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
 
@@ -415,13 +415,13 @@ def test_the_verb_prints_the_file_that_it_wrote_and_nothing_else(
     (tmp_path / "dist" / "small" / "metrics.json").write_text(json.dumps({"study": "other"}))
     status, out, err = command()
     assert (status, out) == (0, "small-report.html\n")
-    assert err.splitlines() == ["next: hpsearch export small.toml, then report again, to have the test accuracy in it"]
+    assert err.endswith("to add it: hpsearch export small.toml, then run report again\n")
     page = Page((tmp_path / "small-report.html").read_text())
     assert "hpsearch run small.toml" in page.text
-    assert "is left out" not in page.text, "the bundle of another study in dist/small should not be looked at"
+    assert "was ignored" not in page.text, "the bundle of another study in dist/small should not be looked at"
     (tmp_path / "dist" / "small" / "metrics.json").write_text(json.dumps({"study": "small"}))
     assert command("--output", "other.html")[:2] == (0, "other.html\n")
-    assert "The exported model is left out" in Page((tmp_path / "other.html").read_text()).text
+    assert "The exported model was ignored" in Page((tmp_path / "other.html").read_text()).text
     storage.engine.dispose()
 
 

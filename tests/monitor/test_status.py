@@ -1,4 +1,4 @@
-"""What there is to see of a search is right, cheap to read, and in nobody's way."""
+"""Snapshots of a search are right, cheap to read, and take no lock."""
 
 import heapq
 from collections.abc import Iterator
@@ -57,12 +57,12 @@ def test_a_scene_has_the_workers_and_what_became_of_the_last_trials(watch: Watch
     assert first["images_per_second"] == 40_036
     assert not first["is_lost"]
     assert [row["number"] for row in snapshot.finished[:3]] == [35, 34, 32]
-    assert snapshot.finished[0]["note"].endswith(", the median of 12 trials, after epoch 9")
+    assert snapshot.finished[0]["note"].endswith(" (the median of 12 trials) at epoch 9")
     assert [row["number"] for row in snapshot.failed] == [33, 26, 19, 12, 5]
     assert snapshot.failed[0]["note"] == "exception: ValueError: =trial 33"
-    assert snapshot.describe_progress().startswith("31 of 60 trials are there, the best 0.9")
+    assert snapshot.describe_progress().startswith("31 of 60 trials done, best 0.9")
     assert snapshot.n_alive == 4
-    assert snapshot.suggest_next("small") == "the workers that run go on with it"
+    assert snapshot.suggest_next("small") == "running workers will pick it up"
 
 
 def test_what_ended_since_the_last_look_is_news_once_and_in_order(watch: Watch, study: optuna.Study) -> None:
@@ -80,13 +80,13 @@ def test_what_ended_since_the_last_look_is_news_once_and_in_order(watch: Watch, 
 def test_only_what_is_new_is_read_again(watch: Watch, study: optuna.Study, monkeypatch: pytest.MonkeyPatch) -> None:
     watch.poll()
     read: list[int] = []
-    original = tables._read_children
+    original = tables._read_details
 
     def spy(connection: Any, trials: Any, ids: list[int]) -> None:
         read.extend(trials[i].number for i in ids)
         original(connection, trials, ids)
 
-    monkeypatch.setattr(tables, "_read_children", spy)
+    monkeypatch.setattr(tables, "_read_details", spy)
     watch.poll()
     assert set(read) == {36, 37, 38, 39}
 
@@ -101,7 +101,7 @@ def test_a_worker_without_a_heartbeat_is_shown_as_lost_and_not_counted_on(
     snapshot = watch.poll()
     assert all(worker["is_lost"] for worker in snapshot.workers)
     assert snapshot.seconds_left is None
-    assert snapshot.suggest_next("small") == "no worker runs; go on with: hpsearch run small"
+    assert snapshot.suggest_next("small") == "no workers running; start some with: hpsearch run small"
 
 
 def test_a_trial_that_was_queued_again_is_no_failure_to_look_at(watch: Watch, definition: StudyDefinition) -> None:
@@ -204,10 +204,11 @@ def test_the_end_says_what_was_found_how_sure_and_what_to_type(watch: Watch, stu
     study.set_user_attr("budget", {"trials": 31, "epochs": 10})
     found, sure, following = summarize_search(watch, "small")
     best = study.best_trial
-    assert found.startswith(f"found: trial {best.number}, {best.value:.4f} on 200 validation images (95% interval 0.")
-    low = float(found.split("interval ")[1].split(" to ")[0])
+    assert found.startswith(f"best:  trial {best.number}, validation accuracy {best.value:.4f} on 200 images (95% CI ")
+    low = float(found.split("CI ")[1].split(" to ")[0])
     alike = sum(t.value >= low for t in study.trials if t.state == TrialState.COMPLETE and t.value) - 1
-    assert sure == f"sure:  {alike} of the 20 other complete trials lie in that interval too"
+    assert sure.startswith(f"note:  {alike} of the other 20 completed trials are within that interval")
+    assert ("may be chance" in sure) == (alike > 0)
     assert following == "next:  hpsearch confirm small  |  hpsearch export small"
 
 
@@ -215,16 +216,16 @@ def test_an_end_with_budget_left_says_how_to_go_on(watch: Watch, definition: Stu
     with open_storage(definition.study.storage).engine.begin() as connection:
         connection.execute(sqlalchemy.update(tables.HEARTBEATS).values(heartbeat=datetime(2020, 1, 1)))
     reached, following = summarize_search(watch, "small")
-    assert reached.startswith("31 of 60 trials are there, the best 0.9")
-    assert following == "next: no worker runs; go on with: hpsearch run small"
+    assert reached.startswith("31 of 60 trials done, best 0.9")
+    assert following == "next: no workers running; start some with: hpsearch run small"
 
 
-def test_what_ends_a_search_but_its_trials_is_not_mended_by_more_trials(watch: Watch, study: optuna.Study) -> None:
+def test_a_limit_other_than_trials_is_not_lifted_by_more_trials(watch: Watch, study: optuna.Study) -> None:
     study.set_user_attr("budget", {"trials": 60, "epochs": 10, "target": 0.5})
     snapshot = replace(watch.poll(), workers=[])
     assert (
         snapshot.suggest_next("small")
-        == "its minutes, target or failures are reached; raise them in the study file to go on"
+        == "a limit (minutes, target or failures) has been reached; raise it in the study file to continue"
     )
     study.set_user_attr("budget", {"trials": 31, "epochs": 10})
     assert "hpsearch extend small" in replace(watch.poll(), workers=[]).suggest_next("small")
@@ -235,4 +236,5 @@ def test_an_end_without_a_complete_trial_says_so(watch: Watch) -> None:
     storage = open_storage(definition.study.storage)
     empty = open_study(definition, storage)
     empty.tell(empty.ask(), state=TrialState.PRUNED)
-    assert summarize_search(open_watch(definition), "empty")[0] == "found: nothing yet, no trial is complete"
+    result = "result: no trial completed; see: hpsearch trials empty"
+    assert summarize_search(open_watch(definition), "empty") == [result]

@@ -40,9 +40,9 @@ def test_by_value_the_best_complete_trial_comes_first(study: optuna.Study) -> No
 
 
 def test_an_unknown_column_is_named_with_those_that_there_are() -> None:
-    with pytest.raises(UsageError, match="no column 'widht'; did you mean 'width'"):
+    with pytest.raises(UsageError, match="unknown column 'widht'; did you mean 'width'"):
         check_columns(list_columns(["width", "lr"]), ["widht"])
-    with pytest.raises(UsageError, match=r"no column 'loss'; .*number, state, value, epoch, width, lr, worker"):
+    with pytest.raises(UsageError, match=r"unknown column 'loss'; .*number, state, value, epoch, width, lr, worker"):
         check_columns(list_columns(["width", "lr"]), ["lr", "loss"])
 
 
@@ -95,5 +95,5 @@ def test_one_trial_is_shown_with_its_reports_times_worker_and_failure(study: opt
 
 @pytest.mark.parametrize("number", [-1, 40])
 def test_a_trial_that_is_not_there_is_named(study: optuna.Study, number: int) -> None:
-    with pytest.raises(UsageError, match=f"has 40 trials, from 0 on, but no trial {number}"):
+    with pytest.raises(UsageError, match=f"has no trial {number}; valid numbers are 0 to 39"):
         describe_in_full(study, number)

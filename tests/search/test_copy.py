@@ -1,4 +1,4 @@
-"""A study that was copied to another database is the same there, whole, and gone on with."""
+"""A copied study is complete and equal to its source, and the search can continue with it."""
 
 import math
 import re
@@ -174,15 +174,18 @@ def test_a_repeated_copy_writes_nothing(
 @pytest.mark.parametrize(
     ("change", "difference"),
     [
-        (lambda study: study.enqueue_trial({"width": 9}), "12 trials here, 13 there"),
-        (lambda study: study.set_user_attr("note", "mine"), 'attribute note: absent here, "mine" there'),
+        (lambda study: study.enqueue_trial({"width": 9}), "12 trials in the source, 13 in the target"),
+        (
+            lambda study: study.set_user_attr("note", "mine"),
+            'attribute note: absent in the source, "mine" in the target',
+        ),
         (
             lambda study: study._storage.set_trial_user_attr(study.trials[11]._trial_id, "worker", "me"),
-            'trial 11: attribute worker: "you" here, "me" there',
+            'trial 11: attribute worker: "you" in the source, "me" in the target',
         ),
         (
             lambda study: study._storage.set_trial_intermediate_value(study.trials[11]._trial_id, 2, math.nan),
-            "trial 11: report 2: 0.5 here, NaN there",
+            "trial 11: report 2: 0.5 in the source, NaN in the target",
         ),
     ],
     ids=["trials", "study", "attribute", "report"],
@@ -201,10 +204,10 @@ def test_a_study_of_the_name_that_differs_is_left_alone(
     copy_study(definition, target)
     change(load_study(target, open_storage(target.study.storage)))
     changed = read(target)
-    with pytest.raises(UsageError, match="another study 'small' is in ") as caught:
+    with pytest.raises(UsageError, match="already has a different study 'small'") as caught:
         copy_study(definition, with_artifacts(target, "memory://nothing"))
     assert f"({difference})" in str(caught.value)
-    assert "delete that one: hpsearch dashboard" in str(caught.value)
+    assert "delete it there: hpsearch dashboard" in str(caught.value)
     assert read(target) == changed
 
 
@@ -212,7 +215,7 @@ def test_a_study_whose_workers_are_alive_is_not_copied(
     definition: StudyDefinition, study: optuna.Study, target: StudyDefinition
 ) -> None:
     fill(open_storage(definition.study.storage), study, 9, n_running=4)
-    with pytest.raises(UsageError, match="4 trials of 'small' run; stop them first: hpsearch stop STUDY"):
+    with pytest.raises(UsageError, match="'small' has 4 running trials; stop it first: hpsearch stop STUDY"):
         copy_study(definition, target)
     with pytest.raises(StudyNotFound):
         open_storage(target.study.storage, must_exist=True)
@@ -228,7 +231,7 @@ def test_a_study_that_changes_while_it_is_copied_is_not_written(
         return insert(*arguments)
 
     monkeypatch.setattr(transfer, "_insert", add_a_trial)
-    with pytest.raises(StorageError, match="has changed while it was copied, so nothing was written"):
+    with pytest.raises(StorageError, match="changed during the copy, so nothing was written"):
         copy_study(definition, target)
     assert count_rows(target)["studies"] == count_rows(target)["trials"] == 0
     monkeypatch.undo()
@@ -240,7 +243,7 @@ def test_the_rows_of_a_source_are_those_of_one_moment(postgres_url: str, tmp_pat
     url = create_database(postgres_url, f"moment{abs(hash(tmp_path))}")  # in SQLite a reader keeps others from writing
     study = open_study(make_definition(url), open_storage(url))
     count = sqlalchemy.text("SELECT count(*) FROM trials")
-    with transfer._one_moment(open_storage(url, reads_only=True)) as connection:
+    with transfer._snapshot(open_storage(url, reads_only=True)) as connection:
         assert connection.execute(count).scalar() == 0
         study.enqueue_trial({"width": 9})
         assert connection.execute(count).scalar() == 0
@@ -260,9 +263,7 @@ def test_a_copy_that_is_not_equal_is_told(
 
     for module in (copy, transfer):
         monkeypatch.setattr(module, "read_study_rows", lose_a_report)
-    with pytest.raises(
-        StorageError, match=r"differs from its source \(trial 8: report \d+: 0\.\d+ here, absent there\)"
-    ):
+    with pytest.raises(StorageError, match=r"\(trial 8: report \d+: 0\.\d+ in the source, absent in the target\)"):
         copy_study(definition, target)
 
 
@@ -282,16 +283,16 @@ def test_the_database_of_the_study_is_no_place_for_its_copy(
         spellings = [url, url.set(password="any"), url.update_query_dict({"host": f"{url.query['host']}/."})]
     for spelling in spellings:
         target = evolve(definition, "study", storage=spelling.render_as_string(hide_password=False))
-        with pytest.raises(UsageError, match="is where the study is"):
+        with pytest.raises(UsageError, match="source and target are the same database"):
             copy_study(definition, target)
 
 
 def test_only_a_whole_study_of_the_definition_is_copied(definition: StudyDefinition, target: StudyDefinition) -> None:
     storage = open_storage(definition.study.storage)
-    with pytest.raises(StudyNotFound, match="no study 'small'"):
+    with pytest.raises(StudyNotFound, match="study 'small' not found"):
         copy_study(definition, target)
     optuna.create_study(study_name="small", storage=storage, direction="maximize")
-    with pytest.raises(StudyNotFound, match="not started completely"):
+    with pytest.raises(StudyNotFound, match="only partly created"):
         copy_study(definition, target)
     with pytest.raises(StudyNotFound):
         open_storage(target.study.storage, must_exist=True)
@@ -299,7 +300,7 @@ def test_only_a_whole_study_of_the_definition_is_copied(definition: StudyDefinit
 
 def test_a_database_out_of_reach_is_told_without_its_password(definition: StudyDefinition, study: optuna.Study) -> None:
     target = evolve(definition, "study", storage="postgresql://me:secret@127.0.0.1:9/db")
-    with pytest.raises(StorageUnavailable, match="cannot be reached") as caught:
+    with pytest.raises(StorageUnavailable, match="cannot reach the database") as caught:
         copy_study(definition, target)
     assert "secret" not in str(caught.value)
 
@@ -378,10 +379,10 @@ def test_a_study_appears_after_its_files(
     put(definition, study)
     write = Folder.write
     monkeypatch.setattr(Folder, "write", lambda folder, name, content: write(folder, name, content[:-1]))
-    with pytest.raises(StorageError, match=r"there/small/\w+/files/0b1c is another than what was written"):
+    with pytest.raises(StorageError, match=r"there/small/\w+/files/0b1c was not written correctly"):
         copy_study(definition, target)
     assert count_rows(target)["studies"] == 0
-    with pytest.raises(UsageError, match="gives back another content"):
+    with pytest.raises(UsageError, match="returned different data"):
         copy_study(definition, with_artifacts(target, f"memory://{tmp_path.name}"))
 
 
@@ -457,19 +458,20 @@ def test_the_command_says_what_to_set_and_no_password(
         out, err = capfd.readouterr()
         assert (caught.value.code or 0, out) == (0, "")
         assert "secret" not in err
-        frown, *lines = err.splitlines()
-        assert frown.startswith("others can read the password of --to")
+        warning, *lines = err.splitlines()
+        assert "can read the password in --to" in warning
         return lines
 
     first = call()
-    assert first[0].startswith("small is there now: 1,200 trials with 2,057 reports in postgresql://postgres:***@")
-    assert re.fullmatch(r"equal: .* SHA-256 [0-9a-f]{12}\.\.\.", first[1])
-    assert first[2].startswith(f"files: they stay in {tmp_path}/artifacts; ")
+    assert first[0].startswith("small copied to postgresql://postgres:***@")
+    assert first[0].endswith(": 1,200 trials, 2,057 epoch results")
+    assert re.fullmatch(r"verified: .*\(SHA-256 [0-9a-f]{12}\.\.\.\)", first[1])
+    assert first[2].startswith(f"files: not copied, still in {tmp_path}/artifacts; ")
     assert first[3].startswith("next:  HPSEARCH_STORAGE='postgresql://postgres:***@")
     assert first[3].endswith("hpsearch run small.toml")
-    assert first[4].endswith(f"sqlite:///{tmp_path}/small.db is as it was")
+    assert first[4].startswith(f"note:  the original in sqlite:///{tmp_path}/small.db is unchanged")
     second = call("--artifacts-to", "there")
-    assert second[0].startswith("small was there already: 1,200 trials")
+    assert second[0].startswith("small was already in postgresql://")
     assert second[1] == first[1]
-    assert second[2] == f"files: 0 copied to {tmp_path}/there, 0 were there already"
+    assert second[2] == f"files: 0 copied to {tmp_path}/there, 0 already there"
     assert f" HPSEARCH_ARTIFACTS={tmp_path}/there hpsearch run small.toml" in second[3]

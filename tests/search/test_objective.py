@@ -49,7 +49,7 @@ def test_a_diverging_trial_is_pruned_with_its_last_finite_report(digits: ImageDa
     study.optimize(Objective(definition, digits), n_trials=2)
     for trial in study.trials:
         assert trial.state == TrialState.PRUNED
-        assert trial.user_attrs["diverged"].startswith("the training loss is")
+        assert trial.user_attrs["diverged"].startswith("training diverged: loss is")
         assert trial.value is None
     with pytest.raises(ValueError, match="No trials are completed"):
         _ = study.best_trial

@@ -39,7 +39,7 @@ def test_a_pruned_trial_is_below_its_threshold_and_the_others_were_not(pruner: B
             pruning = told.user_attrs["pruning"]
             assert pruning["value"] < pruning["threshold"]
             assert pruning["epoch"] == told.last_step
-            assert f"{pruning['value']:.4f} is below {pruning['threshold']:.4f}, the " in explain_end(told)
+            assert f"{pruning['value']:.4f} < {pruning['threshold']:.4f} (" in explain_end(told)
             n_pruned += 1
         else:
             study.tell(trial, float(values[-1]))

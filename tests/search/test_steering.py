@@ -72,11 +72,11 @@ def test_given_values_wait_with_their_types(definition: StudyDefinition) -> None
 def test_every_setting_that_cannot_be_used_is_named_and_nothing_is_queued(definition: StudyDefinition) -> None:
     study = open_study(definition, open_storage(definition.study.storage))
     for settings, lines in [
-        (["width"], ["--set width: must be name=value, such as lr=1e-3"]),
-        (["lr=0.01", "lr=0.02"], ["--set lr=0.02: lr has the value 0.01 already"]),
-        (["widht=9", "lr=5"], ["--set widht: is not searched; did you mean 'width'?", "--set lr: 5 is outside of"]),
-        (["optimizer=adam", "momentum=0.5"], ["--set momentum: is not used where optimizer is 'adam'"]),
-        (["depth=3"], ["--set depth: is not searched"]),
+        (["width"], ["--set width: expected NAME=VALUE, e.g. lr=1e-3"]),
+        (["lr=0.01", "lr=0.02"], ["--set lr=0.02: lr was already set to 0.01"]),
+        (["widht=9", "lr=5"], ["--set widht: is not in [search]; did you mean 'width'?", "--set lr: 5 is outside the"]),
+        (["optimizer=adam", "momentum=0.5"], ["--set momentum: has no effect when optimizer = 'adam'"]),
+        (["depth=3"], ["--set depth: is not in [search]"]),
         (["width=9.5"], ["--set width: must be a valid integer, but got 9.5"]),
         (["lr=NaN"], ["--set lr: "]),
         (["lr="], ["--set lr: "]),

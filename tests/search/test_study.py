@@ -63,9 +63,9 @@ def test_a_changed_search_is_refused_with_the_differing_keys_and_changes_nothing
     with pytest.raises(StudyMismatch) as caught:
         open_study(changed, storage)
     message = str(caught.value)
-    assert "budget.epochs (2 -> 3)" in message
-    assert "fixed.depth (2 -> 3)" in message
-    assert "sampler.kind (tpe -> random)" in message
+    assert "budget.epochs: 2 -> 3" in message
+    assert "fixed.depth: 2 -> 3" in message
+    assert "sampler.kind: tpe -> random" in message
     assert "budget.trials" not in message
     assert study.user_attrs == before
 
@@ -83,19 +83,19 @@ def test_budget_recovery_and_retrain_may_change(storage: Storage, section: str, 
 def test_a_study_that_hpsearch_did_not_make_is_left_alone(storage: Storage) -> None:
     foreign = optuna.create_study(study_name="small", storage=storage, direction="maximize")
     foreign.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
-    with pytest.raises(StudyMismatch, match="trials that hpsearch did not make"):
+    with pytest.raises(StudyMismatch, match="trials that hpsearch did not create"):
         open_study(make_definition(), storage)
     assert foreign.user_attrs == {}
 
 
 def test_a_half_created_study_is_not_worked_on(storage: Storage) -> None:
     optuna.create_study(study_name="small", storage=storage, direction="maximize")
-    with pytest.raises(StudyNotFound, match="was not started completely"):
+    with pytest.raises(StudyNotFound, match="was only partly created"):
         load_study(make_definition(), storage)
 
 
 def test_a_missing_study_is_named(storage: Storage) -> None:
-    with pytest.raises(StudyNotFound, match="no study 'small' in"):
+    with pytest.raises(StudyNotFound, match="study 'small' not found in"):
         load_study(make_definition(), storage)
 
 
@@ -103,12 +103,12 @@ def test_the_best_trial_is_complete_and_the_earliest_of_equals(storage: Storage)
     study = fill(storage)
     assert find_best(study).number == 2
     assert find_best(study, 0).number == 0
-    with pytest.raises(NoCompletedTrial, match="trial 1 is not complete"):
+    with pytest.raises(NoCompletedTrial, match="trial 1 did not complete"):
         find_best(study, 1)
 
 
 def test_a_study_without_a_complete_trial_says_so(storage: Storage) -> None:
-    with pytest.raises(NoCompletedTrial, match="no trial is complete yet"):
+    with pytest.raises(NoCompletedTrial, match="no completed trial yet"):
         find_best(open_study(make_definition(), storage))
 
 

@@ -1,4 +1,4 @@
-"""A folder on a disk, in memory and on a real S3 server: files are whole or absent, and errors are OSErrors."""
+"""A folder on a disk, in memory and on a real S3 server: files are complete or absent, and errors are OSErrors."""
 
 import pickle
 import socket
@@ -27,7 +27,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
     return Folder(f"{request.getfixturevalue('bucket')}/{tmp_path.name}")
 
 
-def test_what_is_written_is_read_found_replaced_and_removed(folder: Folder) -> None:
+def test_files_are_written_read_found_replaced_and_removed(folder: Folder) -> None:
     assert folder.find() == []
     folder.check()
     assert folder.find() == []
@@ -53,7 +53,7 @@ def test_files_of_another_process_are_seen_at_once(bucket: str, tmp_path: Path) 
     assert mine.read("a.txt") == b"theirs"
 
 
-def test_a_trial_goes_on_elsewhere_from_its_checkpoint(folder: Folder) -> None:
+def test_a_trial_resumes_elsewhere_from_its_checkpoint(folder: Folder) -> None:
     Checkpoint(folder, 0, {"lr": 0.1}).write({"epoch": 3})
     elsewhere = pickle.loads(pickle.dumps(folder))
     retry = Checkpoint(elsewhere, 4, {"lr": 0.1}, earlier=[0])
@@ -65,18 +65,18 @@ def test_a_trial_goes_on_elsewhere_from_its_checkpoint(folder: Folder) -> None:
 @pytest.mark.parametrize(
     "damage", [lambda content: content[:-100], lambda content: b"", lambda content: content + b"x"]
 )
-def test_a_partial_upload_is_not_taken_for_whole(
+def test_a_partial_upload_is_detected(
     folder: Folder, damage: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
     Checkpoint(folder, 0, {}).write({"epoch": 3})
     folder.write("trial-0.ckpt", damage(folder.read("trial-0.ckpt")))
-    with pytest.raises(CheckpointError, match="is damaged"):
+    with pytest.raises(CheckpointError, match="is corrupt"):
         checkpoints.read(folder, "trial-0.ckpt")
     assert Checkpoint(folder, 4, {}, earlier=[0]).load() is None
-    assert f"{folder}/trial-0.ckpt is damaged" in caplog.text
+    assert f"{folder}/trial-0.ckpt is corrupt" in caplog.text
 
 
-def test_a_store_without_whole_uploads_has_the_file_renamed_into_place(
+def test_a_store_without_atomic_uploads_renames_the_complete_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """fsspec's own local file system stands for stores like SFTP, which write in place."""
@@ -91,18 +91,18 @@ def test_a_store_without_whole_uploads_has_the_file_renamed_into_place(
     assert folder.read("a.txt") == b"first"
 
 
-def test_a_store_that_cannot_be_used_is_named_with_the_reason(
+def test_an_unusable_store_is_reported_with_the_reason(
     bucket: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for url, reason in {
-        "s3://no-such-bucket/x": "s3://no-such-bucket/x cannot be used: The specified bucket does not exist",
-        "nonsense://x": "nonsense://x cannot be used: Protocol not known: nonsense",
-        "gs://bucket/x": "cannot be used: another package is needed: Please install gcsfs",
+        "s3://no-such-bucket/x": "s3://no-such-bucket/x: The specified bucket does not exist",
+        "nonsense://x": "cannot use the artifact store nonsense://x: Protocol not known: nonsense",
+        "gs://bucket/x": "cannot use the artifact store gs://bucket/x: missing package: Please install gcsfs",
     }.items():
         with pytest.raises(UsageError, match=reason):
             Folder(url).check()
     Checkpoint(Folder("s3://no-such-bucket/x"), 0, {}).write({})
-    assert "no checkpoint can be written to s3://no-such-bucket/x/trial-0.ckpt (The specified bucket" in caplog.text
+    assert "cannot write a checkpoint to s3://no-such-bucket/x/trial-0.ckpt (The specified bucket" in caplog.text
 
 
 def test_a_file_url_is_a_folder_of_this_machine(tmp_path: Path) -> None:
@@ -110,20 +110,20 @@ def test_a_file_url_is_a_folder_of_this_machine(tmp_path: Path) -> None:
     assert (tmp_path / "x" / "a.txt").exists()
 
 
-def test_a_store_that_does_not_answer_is_not_waited_for(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server that accepts connections, and says nothing."""
+def test_a_store_that_does_not_respond_times_out(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that accepts connections but never responds."""
     program = (
-        "from hpsearch import artifacts, errors; artifacts.TIMEOUT = 1.0\n"
+        "from hpsearch import errors; from hpsearch.storage import artifacts; artifacts.TIMEOUT = 1.0\n"
         "try: artifacts.Folder('s3://silent/x').check()\n"
         "except errors.StorageUnavailable as error: print(error)"
     )
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
         asked = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=60)
-    assert asked.stdout == "the artifact store s3://silent/x cannot be reached: no answer in 1 s\n"
+    assert asked.stdout == "cannot reach the artifact store s3://silent/x: no response within 1 s\n"
 
 
-def test_a_store_that_fails_is_asked_less_and_less_often_until_it_works_again(bucket: str, tmp_path: Path) -> None:
+def test_a_failing_store_is_retried_less_and_less_often_until_it_works_again(bucket: str, tmp_path: Path) -> None:
     kept = Checkpoint(Folder("s3://no-such-bucket/x"), 0, {}, interval=5)
 
     def tries_after(seconds: float) -> bool:

@@ -1,4 +1,4 @@
-"""Checkpoints are whole or absent, damage is noticed, and a training goes on from them bit for bit."""
+"""Checkpoints are atomic, corruption is detected, and training resumes from them bit for bit."""
 
 import errno
 import hashlib
@@ -70,7 +70,7 @@ def train_blobs(
     ],
 )
 @pytest.mark.parametrize(("kind", "width"), [("cnn", 2), ("mlp", 256)])  # the larger with the quick matrix products
-def test_a_training_goes_on_bit_for_bit_from_any_batch(
+def test_training_resumes_bit_for_bit_from_any_batch(
     blobs: Split, tmp_path: Path, optimizer: str, schedule: str, n_batches: int, kind: str, width: int
 ) -> None:
     options: dict[str, Any] = {
@@ -136,14 +136,14 @@ def test_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
     payload = buffer.getvalue()
     file = tmp_path / "trial-0.ckpt"
     file.write_bytes(payload + hashlib.sha256(payload).digest())
-    with pytest.raises(CheckpointError, match="is not one of hpsearch"):
+    with pytest.raises(CheckpointError, match="was not written by hpsearch"):
         checkpoints.read(Folder(tmp_path), file.name)
 
 
 @pytest.mark.parametrize("content", [b"", b"short", bytes(1000)])
 def test_a_file_of_something_else_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"x is damaged"):
+    with pytest.raises(CheckpointError, match=r"x is corrupt"):
         checkpoints.read(Folder(tmp_path), "x")
 
 
@@ -152,7 +152,7 @@ def test_torch_reads_a_checkpoint_as_well(tmp_path: Path) -> None:
     assert torch.load(tmp_path / "trial-3.ckpt", weights_only=True)["state"] == {"epoch": 2}
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+def test_a_corrupt_checkpoint_is_reported_and_the_previous_one_is_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for number in (0, 4):
@@ -163,7 +163,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
         stream.seek(100)
         stream.write(b"\xff\x00")
     assert retry.load() == {"number": 0}
-    assert "trial-4.ckpt is damaged" in caplog.text
+    assert "trial-4.ckpt is corrupt" in caplog.text
 
 
 def test_earlier_attempts_go_once_there_is_a_newer_checkpoint(tmp_path: Path) -> None:
@@ -290,4 +290,4 @@ def test_a_checkpoint_that_cannot_be_removed_costs_a_warning(
 
     monkeypatch.setattr(Path, "unlink", refuse)
     sweep_checkpoints(definition, study)
-    assert f"what is not needed any more in {tmp_path}/small cannot be removed (Permission denied)" in caplog.text
+    assert f"cannot remove old checkpoints in {tmp_path}/small (Permission denied)" in caplog.text

@@ -1,4 +1,4 @@
-"""What is particular about the databases: backups, network file systems, full disks."""
+"""Database specifics: backups, network file systems, full disks."""
 
 import sqlite3
 import threading
@@ -20,7 +20,7 @@ from hpsearch.storage.retry import is_transient, reason
 from ..conftest import make_definition
 
 
-def test_a_backup_of_a_study_in_use_is_whole_and_can_be_gone_on_with(tmp_path: Path) -> None:
+def test_a_backup_of_a_study_in_use_is_complete_and_can_be_resumed(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'study.db'}"
     study = open_study(make_definition(url), open_storage(url))
     is_enough = threading.Event()
@@ -51,16 +51,16 @@ def test_a_backup_of_a_study_in_use_is_whole_and_can_be_gone_on_with(tmp_path: P
 def test_a_backup_overwrites_nothing_and_needs_a_folder(tmp_path: Path) -> None:
     url = make_url(f"sqlite:///{tmp_path / 'study.db'}")
     (tmp_path / "there").write_text("precious")
-    with pytest.raises(UsageError, match="there is there already"):
+    with pytest.raises(UsageError, match="there already exists"):
         backup(url, tmp_path / "there")
     assert (tmp_path / "there").read_text() == "precious"
-    with pytest.raises(UsageError, match="no folder"):
+    with pytest.raises(UsageError, match="does not exist; create it first"):
         backup(url, tmp_path / "missing" / "copy.db")
     with pytest.raises(UsageError, match="pg_dump"):
         backup(make_url("postgresql://me:secret@host/db"), tmp_path / "copy.db")
 
 
-def test_a_damaged_database_is_not_passed_off_as_a_backup(tmp_path: Path) -> None:
+def test_a_corrupt_database_is_not_backed_up(tmp_path: Path) -> None:
     file = tmp_path / "study.db"
     url = f"sqlite:///{file}"
     study = open_study(make_definition(url), open_storage(url))
@@ -86,14 +86,14 @@ def test_a_network_file_system_is_refused_for_workers(tmp_path: Path, monkeypatc
     ]
     parts = [SimpleNamespace(mountpoint=place, fstype=kind) for place, kind in mounts]
     monkeypatch.setattr(psutil, "disk_partitions", lambda all: parts)  # noqa: A006 - psutil's name
-    with pytest.raises(UsageError, match=r"a network file system \(nfs4\), where SQLite's locks fail"):
+    with pytest.raises(UsageError, match=r"a network file system \(nfs4\), where SQLite can corrupt data"):
         check_place(make_url(f"sqlite:///{tmp_path}/study.db"))
     assert network_file_system(tmp_path / "s" / "x") == "fuse.sshfs"
     check_place(make_url(f"sqlite:///{tmp_path}/disk/study.db"))
     check_place(make_url("postgresql://host/db"))
 
 
-def test_a_full_disk_is_waited_for_and_named_with_its_free_space(tmp_path: Path) -> None:
+def test_a_full_disk_is_retried_and_reported_with_its_free_space(tmp_path: Path) -> None:
     connection = sqlite3.connect(tmp_path / "full.db")
     connection.execute("CREATE TABLE t (x)")
     connection.execute("PRAGMA max_page_count = 2")
@@ -103,4 +103,4 @@ def test_a_full_disk_is_waited_for_and_named_with_its_free_space(tmp_path: Path)
     assert is_transient(error)
     text = reason(make_url(f"sqlite:///{tmp_path / 'full.db'}"), error)
     assert text.startswith("database or disk is full; ")
-    assert text.endswith(f" MB are free in {tmp_path}: make room there")
+    assert text.endswith(f" MB free in {tmp_path}; free some disk space")

@@ -98,7 +98,7 @@ def test_all_threads_of_a_worker_share_one_connection(url: str) -> None:
 
 
 @pytest.mark.parametrize("new_url", ["postgresql"], indirect=True)
-def test_whoever_only_reads_may_read_in_several_threads_at_once(url: str) -> None:
+def test_a_read_only_storage_reads_in_several_threads_at_once(url: str) -> None:
     open_storage(url).engine.dispose()
     storage = open_storage(url, reads_only=True)
     with storage.engine.connect(), storage.engine.connect(), storage.engine.connect():
@@ -108,18 +108,16 @@ def test_whoever_only_reads_may_read_in_several_threads_at_once(url: str) -> Non
 
 
 @pytest.mark.parametrize("new_url", ["postgresql"], indirect=True)
-def test_a_thread_that_waits_in_vain_for_the_connection_tells_an_outage(
-    url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_thread_that_gets_no_connection_reports_an_outage(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "_POOL_TIMEOUT", 0)
     storage = open_storage(url)
-    with storage.engine.connect(), pytest.raises(StorageUnavailable, match="cannot be reached: QueuePool limit"):
+    with storage.engine.connect(), pytest.raises(StorageUnavailable, match="QueuePool limit"):
         storage.get_all_studies()
     storage.engine.dispose()
 
 
 @pytest.mark.parametrize("new_url", ["postgresql"], indirect=True)
-def test_what_the_user_has_set_of_a_connection_is_kept(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connection_settings_of_the_user_are_kept(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PGCONNECT_TIMEOUT", "7")
     mine = make_url(url).update_query_dict({"application_name": "mine", "keepalives_idle": "5"})
     storage = open_storage(echo(mine))
@@ -146,7 +144,7 @@ def test_a_server_that_has_no_connection_left_is_waited_for(guarded: sqlalchemy.
 
 
 @pytest.mark.parametrize("new_url", ["postgresql"], indirect=True)
-def test_one_process_at_a_time_creates_and_who_waits_is_in_no_transaction(
+def test_one_process_at_a_time_creates_and_others_wait_without_a_transaction(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hpsearch.storage.engine.LOCK_TIMEOUT", 0.3)
@@ -154,7 +152,7 @@ def test_one_process_at_a_time_creates_and_who_waits_is_in_no_transaction(
     engine = sqlalchemy.create_engine(parsed, poolclass=NullPool)
 
     def wait() -> None:
-        with pytest.raises(StorageUnavailable, match="another process"), creation_lock(parsed):
+        with pytest.raises(StorageUnavailable, match="timed out"), creation_lock(parsed):
             pass
 
     in_transaction = "SELECT count(*) FROM pg_stat_activity WHERE state = 'idle in transaction'"
@@ -194,19 +192,19 @@ def test_a_password_comes_from_the_environment_or_a_password_file(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"password": None}, "no password supplied; set PGPASSWORD, or write the password into ~/.pgpass"),
+        ({"password": None}, "no password supplied; set PGPASSWORD or add the password to ~/.pgpass"),
         ({"password": "wrong-secret"}, "password authentication failed .*; set PGPASSWORD"),
-        ({"username": "nobody"}, 'role "nobody" does not exist; see the user in the URL, or PGUSER'),
+        ({"username": "nobody"}, 'role "nobody" does not exist; check the user name in the URL'),
         (
             {"username": "postgres", "database": "nothing"},
-            'database "nothing" does not exist; create it with: createdb',
+            'database "nothing" does not exist; create it with: createdb nothing',
         ),
     ],
 )
-def test_a_refusal_is_told_at_once_and_with_what_to_do(
+def test_a_refusal_is_reported_at_once_with_advice(
     guarded: sqlalchemy.URL, change: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(StorageError, match=f"cannot be used: .*{message}") as caught:
+    with pytest.raises(StorageError, match=f"cannot use the database .*{message}") as caught:
         open_storage(echo(guarded.set(**change)), patience=600)
     assert not is_transient(caught.value)
     assert "secret" not in str(caught.value)
@@ -235,7 +233,7 @@ def test_a_server_is_known_by_its_certificate(
         with storage.engine.connect() as connection:
             assert connection.connection.driver_connection.pgconn.ssl_in_use  # type: ignore[union-attr]
         storage.engine.dispose()
-        with pytest.raises(StorageError, match=r"certificate verify failed.*; see sslmode and sslrootcert") as caught:
+        with pytest.raises(StorageError, match=r"certificate verify failed.*; check sslmode and sslrootcert") as caught:
             open_storage(echo(url.update_query_dict({"sslrootcert": str(wrong)})), patience=600)
         assert not isinstance(caught.value, StorageUnavailable)
         monkeypatch.setenv("PGSSLMODE", "verify-ca")
@@ -255,6 +253,6 @@ def test_the_password_reaches_the_workers_of_a_pool_by_no_command_line(guarded: 
     def look(_: TrialEvent) -> None:
         seen.append(any(SECRET in " ".join(process.info["cmdline"] or ()) for process in process_iter(["cmdline"])))
 
-    assert "has its 2 trials" in run_pool(definition, Drain(), n_workers=2, emit=look)
+    assert "all 2 trials are finished" in run_pool(definition, Drain(), n_workers=2, emit=look)
     assert seen
     assert not any(seen)

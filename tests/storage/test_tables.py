@@ -1,4 +1,4 @@
-"""Trials are read as Optuna reads them, and what is new of a worker's trial is written together, in time, and once."""
+"""Trials are read as Optuna reads them; a worker's reports are buffered, and flushed in time and once."""
 
 import math
 from collections.abc import Callable
@@ -129,7 +129,7 @@ def test_a_report_is_seen_by_others_at_the_first_call_after_the_interval(
 
 
 @pytest.mark.parametrize("late", ["store", "tell"])
-def test_nothing_is_written_to_a_trial_that_was_taken_away(url: str, late: str) -> None:
+def test_nothing_is_written_to_a_trial_that_another_worker_failed(url: str, late: str) -> None:
     study, storage = open_worker(url)
     trial = study.ask()
     trial.suggest_int("width", 8, 32)
@@ -146,7 +146,7 @@ def test_nothing_is_written_to_a_trial_that_was_taken_away(url: str, late: str) 
     assert text_of(study.trials[0]) == text_of(taken), "its worker knows"
 
 
-def test_a_trial_that_is_handed_back_keeps_what_was_not_written_yet(url: str) -> None:
+def test_a_re_queued_trial_keeps_its_buffered_reports(url: str) -> None:
     study, storage = open_worker(url)
     trial = study.ask()
     width = trial.suggest_int("width", 8, 32)
@@ -176,7 +176,7 @@ def test_a_trial_that_is_pruned_before_its_first_report_has_no_value(url: str) -
     assert text_of(told) == text_of(seen_by_others(url, trial))
 
 
-def test_a_result_that_could_not_be_told_leaves_no_value_with_the_failed_trial(
+def test_a_result_that_could_not_be_written_leaves_no_value_with_the_failed_trial(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study, storage = open_worker(url)

@@ -1,4 +1,4 @@
-"""The quick gradients are those of autograd, and so are the trainings that follow them."""
+"""The closed-form gradients equal autograd's, and so do the trainings that use them."""
 
 import platform
 from contextlib import nullcontext
@@ -33,7 +33,7 @@ def make_network(kind: str = "mlp", **options: Any) -> tuple[Network, Hyperparam
 
 
 @pytest.mark.parametrize("options", PERCEPTRONS)
-def test_written_out_gradients_and_loss_are_those_of_autograd(blobs: Split, options: dict[str, Any]) -> None:
+def test_closed_form_gradients_and_loss_equal_autograd(blobs: Split, options: dict[str, Any]) -> None:
     network, hyperparameters = make_network(**options)
     join_parameters(network)
     found = []
@@ -48,7 +48,7 @@ def test_written_out_gradients_and_loss_are_those_of_autograd(blobs: Split, opti
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", "rmsprop", "nadam"])
 @pytest.mark.parametrize("options", PERCEPTRONS)
-def test_a_written_out_training_has_the_learning_curve_and_the_weights_of_autograd(
+def test_closed_form_training_has_the_learning_curve_and_the_weights_of_autograd(
     blobs: Split, options: dict[str, Any], optimizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def learn() -> tuple[list[EpochResult], dict[str, torch.Tensor]]:
@@ -68,7 +68,7 @@ def test_a_written_out_training_has_the_learning_curve_and_the_weights_of_autogr
         torch.testing.assert_close(weights[name], reference, rtol=1e-2, atol=2e-3)
 
 
-def test_perceptrons_are_written_out_and_others_left_to_autograd() -> None:
+def test_perceptrons_use_closed_form_gradients_and_other_networks_autograd() -> None:
     assert isinstance(choose_gradients(make_network(dropout=0.1)[0], 0.0), PerceptronGradients)
     assert isinstance(choose_gradients(make_network("cnn")[0], 0.0), Autograd)
     assert isinstance(choose_gradients(Network(nn.Flatten(), nn.Linear(784, 2), nn.Tanh()), 0.0), Autograd)
@@ -95,7 +95,7 @@ def test_joined_parameters_share_memory_with_the_network_and_keep_its_values(kin
 
 
 @pytest.mark.parametrize("p", [0.0, 0.2, 0.5, 0.97])
-def test_dropout_drops_the_share_that_was_asked_for_and_keeps_the_mean(p: float) -> None:
+def test_dropout_drops_the_requested_share_and_keeps_the_mean(p: float) -> None:
     torch.manual_seed(0)
     dropped = Dropout(p)(torch.ones(1001, 999))
     assert (dropped == 0).float().mean().item() == pytest.approx(p, abs=2e-3)
@@ -106,7 +106,7 @@ def test_dropout_drops_the_share_that_was_asked_for_and_keeps_the_mean(p: float)
 
 
 @pytest.mark.parametrize(("width", "expected"), [(12, "highest"), (256, "medium")])
-def test_large_networks_alone_multiply_in_torchs_quickest_way(blobs: Split, width: int, expected: str) -> None:
+def test_only_large_networks_use_fast_matmul(blobs: Split, width: int, expected: str) -> None:
     network, hyperparameters = make_network(width=width)
     seen = set()
 
@@ -128,14 +128,14 @@ def learn_losses(blobs: Split, kind: str, width: int) -> list[float]:
     return losses
 
 
-def test_quick_products_lead_to_the_learning_curve_of_plain_ones(blobs: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fast_matmul_has_the_learning_curve_of_plain_matmul(blobs: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     quick = learn_losses(blobs, "mlp", 256)
     monkeypatch.setattr(hpsearch.training.trainer, "fast_matmul", lambda n_parameters: nullcontext())
     is_rounded = torch.cpu.get_capabilities().get("amx_bf16") or platform.machine() != "x86_64"
     assert quick == pytest.approx(learn_losses(blobs, "mlp", 256), rel=0.05 if is_rounded else 1e-3)
 
 
-def test_convolutions_in_bfloat16_lead_to_the_learning_curve_of_float32(
+def test_convolutions_in_bfloat16_have_the_learning_curve_of_float32(
     blobs: Split, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     curves = []

@@ -1,4 +1,4 @@
-"""Networks: the hidden layers that were asked for, logits in training, softmax probabilities in prediction."""
+"""Networks: the requested hidden layers, logits in training, softmax probabilities in prediction."""
 
 import json
 from typing import Any

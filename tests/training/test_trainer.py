@@ -1,4 +1,4 @@
-"""The training loop learns, is seeded, tells its callbacks, and stops where the loss is not finite."""
+"""The training loop learns, is seeded, calls its callbacks, and stops if the loss is not finite."""
 
 import math
 import platform
@@ -134,10 +134,10 @@ def test_optimizers_get_their_hyperparameters(name: str) -> None:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
-def test_memory_of_freed_tensors_is_kept_for_the_next_ones() -> None:
+def test_the_memory_of_freed_tensors_is_reused() -> None:
     program = """
 import resource, sys, torch
-from hpsearch.training.trainer import tune_malloc
+from hpsearch.training.devices import tune_malloc
 if sys.argv[1] == "kept":
     tune_malloc()
 def work():
@@ -152,4 +152,4 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     def count_page_faults(how: str) -> int:
         return int(subprocess.run([sys.executable, "-c", program, how], check=True, capture_output=True).stdout)
 
-    assert count_page_faults("kept") < count_page_faults("given back") / 5  # a tenth at the most was seen
+    assert count_page_faults("kept") < count_page_faults("default") / 5  # measured: at most a tenth

@@ -38,7 +38,7 @@ def test_two_workers_share_a_study_and_tell_what_they_do(tmp_path: Path, url: st
     reason = processes.run_pool(
         definition, Drain(), n_workers=2, emit=events.append, on_start=lambda *counts: started.append(counts)
     )
-    assert "has its 4 trials" in reason
+    assert "all 4 trials are finished" in reason
     assert started == [(0, 2)]
     finished = sorted(event.number for event in events if event.state in ("complete", "pruned"))
     assert finished == [0, 1, 2, 3]
@@ -63,7 +63,7 @@ def test_trials_that_all_fail_end_the_search_with_the_reason(
     broken = replace(digits, train=replace(digits.train, labels=digits.train.labels + 90))
     monkeypatch.setattr(processes, "load_study_data", lambda definition, folder: broken)
     with pytest.raises(
-        TooManyFailures, match="2 trials failed, the last one by exception: IndexError: index out of range"
+        TooManyFailures, match="2 trials failed, most recently: exception: IndexError: index out of range"
     ):
         processes.run_pool(define(tmp_path, url, budget={"failures": 2}), Drain(), n_workers=1)
     assert "IndexError" in (tmp_path / "artifacts" / "small" / "trial-0.txt").read_text()
@@ -76,8 +76,8 @@ def test_workers_read_the_data_themselves_where_shared_memory_is_too_small(
         raise RuntimeError("unable to allocate shared memory(shm): No space left on device")
 
     monkeypatch.setattr(ImageData, "share_memory", refuse)
-    assert "has its 4 trials" in processes.run_pool(define(tmp_path, url), Drain(), n_workers=1)
-    assert "each worker reads its own copy" in caplog.text
+    assert "all 4 trials are finished" in processes.run_pool(define(tmp_path, url), Drain(), n_workers=1)
+    assert "each worker loads its own copy" in caplog.text
 
 
 def test_an_error_outside_of_a_trial_ends_the_run_with_one_line(
@@ -112,7 +112,7 @@ def test_workers_that_crash_before_a_trial_are_not_restarted_for_ever(
     tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(processes, "list_devices", lambda: [Crash()])
-    with pytest.raises(WorkerError, match="3 workers in a row ended with exit status 3 before their first trial"):
+    with pytest.raises(WorkerError, match=r"3 workers in a row died .*; the last exited with status 3"):
         processes.run_pool(define(tmp_path, url), Drain(), n_workers=1)
 
 
@@ -122,7 +122,7 @@ def test_missing_data_are_named_before_any_worker_starts(
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     definition = define(tmp_path, url, data={"name": "kmnist", "validation": 10_000, "train": 1000})
-    with pytest.raises(DataError, match="KMNIST can neither be read"):
+    with pytest.raises(DataError, match="could not load KMNIST"):
         processes.run_pool(definition, Drain(), folder=tmp_path / "data")
 
 

@@ -17,7 +17,7 @@ from ..conftest import make_definition
 
 @pytest.mark.parametrize("address", ["127.0.0.1:9", "ray://127.0.0.1:9"])
 def test_a_cluster_that_does_not_answer_is_named_with_what_to_do(address: str) -> None:
-    message = f"no Ray cluster .*{address}.*start one with ray start --head, or name another with --address"
+    message = f".*Ray cluster .*{address}.*start one with `ray start --head`, or give --address"
     with (
         pytest.raises(ClusterError, match=message),
         connect(make_definition("sqlite:///x.db"), Resources(), address=address),
@@ -28,8 +28,8 @@ def test_a_cluster_that_does_not_answer_is_named_with_what_to_do(address: str) -
 @pytest.mark.parametrize(
     ("address", "message"),
     [
-        ("nonsense", "cluster at nonsense cannot be used: Invalid"),
-        ("http://host:8265", "name the cluster as host:6379"),
+        ("nonsense", "cannot use the Ray cluster at nonsense: Invalid"),
+        ("http://host:8265", "use host:6379"),
     ],
 )
 def test_what_is_no_address_of_a_cluster_is_told_apart(address: str, message: str) -> None:
@@ -47,7 +47,7 @@ def test_without_ray_it_is_said_how_to_install_it(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("url", ["postgresql://me:secret@host/db", "postgresql://host/db?password=secret"])
 def test_a_password_is_not_given_to_ray(url: str) -> None:
     with (
-        pytest.raises(UsageError, match="PGPASSWORD or a password file") as caught,
+        pytest.raises(UsageError, match=r"PGPASSWORD or ~/\.pgpass") as caught,
         connect(make_definition(url), Resources(), address="local"),
     ):
         pass
@@ -75,23 +75,21 @@ def test_as_many_workers_fit_as_cores_and_gpus_of_each_node_allow(
     cluster = Cluster(make_definition("postgresql://host/db", study={"artifacts": "s3://bucket"}), resources)
     assert cluster.n_fitting == n_fitting
     remarks = " ".join(cluster.remark_on(12))
-    assert ("others wait for room" in remarks) == (n_fitting < 12)
-    assert ("2 GPUs that no worker uses" in remarks) == (resources.gpus == 0)
+    assert ("the rest wait for free resources" in remarks) == (n_fitting < 12)
+    assert ("2 unused GPUs" in remarks) == (resources.gpus == 0)
 
 
 def test_one_node_that_is_another_machine_needs_shared_places_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.nodes", lambda: [node("far-away", 4)])
-    with pytest.raises(
-        UsageError, match="is a file of this machine, but the cluster is far-away: give a PostgreSQL URL"
-    ):
+    with pytest.raises(UsageError, match="is a local file, but the cluster is far-away; use PostgreSQL"):
         Cluster(make_definition("sqlite:///x.db"), Resources())
 
 
-@pytest.mark.usefixtures("ray_alone")
+@pytest.mark.xdist_group("ray")
 def test_a_machine_by_itself_is_a_cluster_where_sqlite_and_a_folder_will_do(study_file: Callable[..., Path]) -> None:
     file = study_file()
     arguments = ("launch", file.name, "--address", "local", "--workers", 2, "--trials", 3, "--json")
     launched = hpsearch(*arguments, cwd=file.parent)
     assert json.loads(launched.stdout)["trials"]["complete"] == 3
     assert launched.stderr.count(" complete 0.") == 3
-    assert "0 of 3 trials are there; 2 workers start" in launched.stderr
+    assert "0 of 3 trials done; starting 2 workers" in launched.stderr

@@ -67,7 +67,7 @@ def bench(tmp_path: Path, url: str, digits: ImageData) -> Callable[..., Bench]:
 def test_a_worker_runs_the_budget_and_names_itself_in_each_trial(bench: Callable[..., Bench]) -> None:
     b = bench(pruner={"kind": "none"})
     reason = b.worker().run()
-    assert "has its 4 trials" in reason
+    assert "all 4 trials are finished" in reason
     assert [trial.state for trial in b.study.trials] == [TrialState.COMPLETE] * 4
     assert {trial.user_attrs["worker"] for trial in b.study.trials} == {worker_name(0)}
 
@@ -135,7 +135,7 @@ def test_three_failures_in_a_row_end_a_worker_and_say_what_to_do(bench: Callable
     worker = b.worker()
     worker.objective._data = "no data"  # type: ignore[assignment]
     with pytest.raises(
-        RepeatedFailures, match=r"^[^\n]*after 3 failed trials in a row, .* AttributeError.*; mend the cause"
+        RepeatedFailures, match=r"^[^\n]*after 3 failed trials in a row, .* AttributeError.*; fix the cause"
     ):
         worker.run()
     assert len(b.study.trials) == 3
@@ -145,7 +145,7 @@ def test_too_many_failures_end_the_worker(bench: Callable[..., Bench]) -> None:
     b = bench(budget={"trials": 9, "failures": 2})
     worker = b.worker()
     worker.objective._data = "no data"  # type: ignore[assignment]
-    with pytest.raises(TooManyFailures, match="2 trials failed, the last one by exception: AttributeError"):
+    with pytest.raises(TooManyFailures, match="2 trials failed, most recently: exception: AttributeError"):
         worker.run()
     assert len(b.study.trials) == 2
 
@@ -228,7 +228,7 @@ def test_a_second_signal_stops_at_once_and_still_hands_the_trial_back(
 def test_a_stopped_study_ends_its_workers_after_a_whole_epoch_until_it_is_resumed(bench: Callable[..., Bench]) -> None:
     b = bench(budget={"trials": 1, "epochs": 100_000})
     threading.Timer(0.5, lambda: stop_study(b.study)).start()
-    with pytest.raises(Stopped, match="go on with: hpsearch run"):
+    with pytest.raises(Stopped, match="resume it with: hpsearch run"):
         b.worker().run()
     failed, waiting = b.study.trials
     assert (failed.state, waiting.state) == (TrialState.FAIL, TrialState.WAITING)
@@ -332,7 +332,7 @@ def test_a_result_whose_acknowledgement_was_lost_counts_once(
 
 def test_a_worker_ends_after_max_trials(bench: Callable[..., Bench]) -> None:
     b = bench()
-    assert b.worker(max_trials=2).run() == "this worker had its 2 trials"
+    assert b.worker(max_trials=2).run() == "--max-trials reached (2)"
     assert len(b.study.trials) == 2
 
 

@@ -1,4 +1,4 @@
-"""Optuna's dashboard on one study, behind a access, served by threads of this process."""
+"""Optuna's dashboard for one study, behind a token, served by threads of this process."""
 
 import html
 import logging
@@ -30,15 +30,15 @@ from hpsearch.storage.rdb import cache_of, clear_cache, open_storage
 
 logger = logging.getLogger(__name__)
 
-_TOKEN = re.compile(r"[A-Za-z0-9._~-]{8,}")  # nothing that an address or a cookie would have to escape
-_LARGEST_UPLOAD = 2**25  # bytes; it is held in memory, several times
-_LARGEST_QUESTION = 2**16
-# What the page writes that is no result of a trial: notes, files, and that a study is gone.
+_TOKEN = re.compile(r"[A-Za-z0-9._~-]{8,}")  # needs no escaping in URLs and cookies
+_LARGEST_UPLOAD = 2**25  # bytes; uploads are held in memory, in several copies
+_LARGEST_REQUEST = 2**16
+# Writes that do not touch the results of trials: notes, files, and deleting a study.
 _WRITES = re.compile(
     r"PUT /api/studies/[0-9]+(/[0-9]+)?/note|POST /api/artifacts/[0-9]+(/[0-9]+)?"
     r"|DELETE /api/artifacts/[0-9]+(/[0-9]+)?/[0-9a-fA-F-]+|DELETE /api/studies/[0-9]+"
 )
-# The page lets one long line push the rest out of sight, and leaves a phone two columns.
+# Without these rules, one long line pushes the rest off the page, and a phone shows two columns.
 _END, _STYLE = (
     b"</head>",
     b"""<style>
@@ -61,13 +61,13 @@ main .MuiCardContent-root > table :is(th, td) { text-align: left; vertical-align
 def _has_any(folder: Folder) -> bool:
     try:
         return bool(folder.find())
-    except OSError as error:  # the trials can be looked at all the same
-        logger.warning("attached files are not shown: %s cannot be read (%s)", folder, error.strerror)
+    except OSError as error:  # the dashboard works without attachments
+        logger.warning("warning: attachments are not shown; cannot read %s (%s)", folder, error.strerror)
         return False
 
 
 class Files:
-    """Uploaded files, an artifact store in the sense of Optuna; one that is gone is answered with 404."""
+    """An Optuna artifact store for uploaded files. A missing file is answered with 404."""
 
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
@@ -76,7 +76,7 @@ class Files:
         try:
             return BytesIO(self.folder.read(artifact_id))
         except FileNotFoundError as error:
-            raise bottle.HTTPError(404, "This file is gone.") from error
+            raise bottle.HTTPError(404, "File not found.") from error
 
     def write(self, artifact_id: str, content_body: BinaryIO) -> None:
         self.folder.write(artifact_id, content_body.read())
@@ -95,18 +95,18 @@ def serve(
     token: str | None = None,
     is_writable: bool = False,
 ) -> Iterator[str]:
-    """The address of the study's dashboard, which is served meanwhile; port 0 is a free one.
+    """A context manager that serves the study's dashboard and yields its URL; port 0 picks a free one.
 
-    `arguments` are those of the study as they are typed, for its note. Raises `UsageError` where `host`, `port` or
-    `token` cannot be used; what anybody may reach needs a `token` of the user's.
+    `arguments` are shown in the commands of the study's note. Raises `UsageError` if `host`, `port` or `token` is
+    invalid, or if the host is reachable from other machines and `token` is None.
     """
     if token is not None and not _TOKEN.fullmatch(token):
-        raise UsageError("a token has at least 8 letters, digits or any of . _ ~ -")
+        raise UsageError("token must have at least 8 characters (letters, digits, . _ ~ -)")
     family, address = resolve(host)
     if token is None and not ip_address(address).is_loopback:
         raise UsageError(
-            f"{host} can be reached from other machines, so give a token that visitors must know, at least 8 letters "
-            "and digits, as HPSEARCH_TOKEN or with --token"
+            f"{host} is reachable from other machines, so a token is required: set HPSEARCH_TOKEN (or --token), "
+            "at least 8 characters"
         )
     with ExitStack() as stack:
         storage = open_storage(definition.study.storage, must_exist=True, reads_only=not is_writable)
@@ -122,15 +122,15 @@ def serve(
             cookie=f"hpsearch_{port}",
             writes=_WRITES if is_writable else None,
         )
-        stack.enter_context(serve_in_threads(access, listener, _LARGEST_UPLOAD if is_writable else _LARGEST_QUESTION))
+        stack.enter_context(serve_in_threads(access, listener, _LARGEST_UPLOAD if is_writable else _LARGEST_REQUEST))
         yield f"http://{show_host(host, address)}:{port}/dashboard/studies/{study._study_id}?token={token}"
 
 
 @contextmanager
 def redirect_file(address: str) -> Iterator[str]:
-    """The address of a file, there meanwhile, that leads a browser of this user to `address`.
+    """A context manager that yields the URL of a temporary file that redirects a browser to `address`.
 
-    Everybody on the machine sees what a browser is started with, and so would have the token.
+    The file keeps the token out of the browser's command line, which all users of the machine can read.
     """
     with NamedTemporaryFile("w", prefix="hpsearch-", suffix=".html", encoding="utf-8") as file:
         file.write(f'<!DOCTYPE html><meta http-equiv="refresh" content="0; url={html.escape(address)}">\n')
@@ -141,20 +141,20 @@ def redirect_file(address: str) -> Iterator[str]:
 def build_application(
     definition: StudyDefinition, study: optuna.Study, arguments: str, *, is_writable: bool = False
 ) -> bottle.Bottle:
-    """Optuna's dashboard on the storage of the study, which has notes about it and its trials."""
+    """Optuna's dashboard for the storage of the study, with notes about the study and its trials."""
     _quiet_loggers()
     files = checkpoint_folder(definition, study) / "files"
-    store = Files(files) if is_writable or _has_any(files) else None  # the page offers uploads where there is one
+    store = Files(files) if is_writable or _has_any(files) else None  # with a store, the page offers uploads
     application = wsgi(cache_of(study), artifact_store=store)
-    application.catchall = False  # the guard says what failed
+    application.catchall = False  # AccessControl reports errors
     application.install(_Additions(application, definition, study, arguments))
     return application
 
 
 class _Additions:
-    """A plugin of Bottle: a style for the page, and notes made for its answers where nobody has written one.
+    """A Bottle plugin that adds a style sheet to the page and generated notes where there is none.
 
-    Nothing is stored by it.
+    It stores nothing.
     """
 
     name, api = "hpsearch", 2
@@ -164,23 +164,23 @@ class _Additions:
     ) -> None:
         self.application, self.definition, self.study, self.arguments = application, definition, study, arguments
         self.identity = study.user_attrs.get("id")
-        self.identities = {study._study_id: self.identity}  # of all studies that were asked for
+        self.identities = {study._study_id: self.identity}  # of all requested studies
 
     def apply(self, callback: Callable[..., Any], route: bottle.Route) -> Callable[..., Any]:
         style, notes = "/dashboard<:re:(/.*)?>", "/api/studies/<study_id:int>"
         additions: dict[str, Callable[..., Any]] = {style: self._add_style, notes: self._add_notes}
         add = additions.get(route.rule) if route.method == "GET" else None
 
-        def answer(**values: Any) -> Any:
+        def respond(**values: Any) -> Any:
             if "study_id" in values:
                 self._forget_if_replaced(values["study_id"])
-            given = callback(**values)
-            return given if add is None else add(given, **values)
+            response = callback(**values)
+            return response if add is None else add(response, **values)
 
-        return answer
+        return respond
 
     def _forget_if_replaced(self, study_id: int) -> None:
-        """Drop what was read of a study before it was deleted, as SQLite gives its number to the next one."""
+        """Clear the caches if the study was deleted: SQLite reuses its number for the next study."""
         try:
             identity = cache_of(self.study).get_study_user_attrs(study_id).get("id")
         except KeyError:
@@ -192,7 +192,7 @@ class _Additions:
 
     def _add_style(self, page: bottle.HTTPResponse) -> bottle.HTTPResponse:
         if page.status_code == 200:
-            if page.body:  # none for HEAD
+            if page.body:  # HEAD has no body
                 with page.body as file:
                     page.body = file.read().replace(_END, _STYLE + _END, 1)
             page.set_header("Content-Length", str(page.content_length + len(_STYLE)))
@@ -203,7 +203,7 @@ class _Additions:
         if not is_ours or not isinstance(detail, dict) or "note" not in detail:
             return detail
         _fill(detail, lambda: describe_study(self.definition, self.study.user_attrs["budget"], self.arguments))
-        # Read after the answer was made: a trial that has ended in that has ended here.
+        # Read after the response was built, so that every trial that has ended there has ended here.
         trials = {trial._trial_id: trial for trial in self.study.get_trials(deepcopy=False)}
         for shown in (*detail["trials"], *detail["best_trials"]):
             if trial := trials.get(shown["trial_id"]):
@@ -215,19 +215,19 @@ def _fill(shown: dict[str, Any], describe: Callable[[], str]) -> None:
     if shown["note"]["version"] == 0:
         try:
             shown["note"]["body"] = describe()
-        except Exception:  # attributes are anybody's to set; without a note the page is still of use
-            logger.debug("no note could be made", exc_info=True)
+        except Exception:  # attributes may hold anything; the page works without notes
+            logger.debug("cannot create a note", exc_info=True)
 
 
 def _quiet_loggers() -> None:
-    """Silence what would be printed whenever few trials are drawn, and make one line of a failure."""
+    """Silence the warnings about plots of few trials, and cut a failure to one line."""
     if logging.getLogger().getEffectiveLevel() > logging.DEBUG:
         for name in ("optuna.visualization", "optuna.importance", "waitress"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-        logging.getLogger("optuna_dashboard").getChild("_bottle_util").addFilter(_cut)  # it appends a traceback
+        logging.getLogger("optuna_dashboard").getChild("_bottle_util").addFilter(_cut)  # it logs a traceback
         warnings.filterwarnings("ignore", module="optuna.(importance|visualization)")
 
 
 def _cut(record: logging.LogRecord) -> bool:
-    record.msg, record.args = f"the dashboard failed: {record.getMessage().splitlines()[0]}", ()
+    record.msg, record.args = f"dashboard error: {record.getMessage().splitlines()[0]}", ()
     return True

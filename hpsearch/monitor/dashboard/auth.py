@@ -1,7 +1,7 @@
-"""A guard in front of a web application that has none of its own: who may ask, from where, and for what.
+"""Access control for a web application that has none.
 
-What it keeps out: pages of other sites and of other ports (they cannot name a token, and browsers say where a request
-comes from), names that were made to point here (DNS rebinding), and writing where only reading is allowed.
+It rejects pages of other sites and ports (they lack the token, and browsers report the origin of a request), unknown
+host names (DNS rebinding), and writes to a read-only application.
 """
 
 import logging
@@ -32,17 +32,17 @@ _HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 _LOOPBACK = re.compile(r"localhost|127(\.[0-9]+){3}|\[::1\]", re.IGNORECASE)
-_DOWNLOADS = ("document", "empty", "image", "video", "audio")  # what an uploaded file may be asked for as
+_DOWNLOADS = ("document", "empty", "image", "video", "audio")  # the destinations for which uploaded files are served
 
 
 @dataclass(frozen=True)
 class AccessControl:
-    """A WSGI application that passes on to another one what may pass, and answers everything else with 403.
+    """A WSGI middleware that forwards permitted requests and answers all others with 403.
 
-    `names` are those it may be called by in the Host header, in small letters, without ports. Whoever shows the `token`
-    in an address gets the `secret` as the cookie named `cookie`, and nobody passes without; it is not the token, as
-    browsers show a cookie to all ports of a host. Only what `writes` matches, as "METHOD /path", may be written, and
-    nothing below `closed` is there at all.
+    `names` are the accepted host names, in lower case and without ports. A request with the `token` in its URL receives
+    the `secret` in the cookie named `cookie`, which all other requests need. The cookie does not hold the token itself,
+    because browsers send a cookie to all ports of a host. Writes must match `writes` as "METHOD /path". Paths below
+    `closed` are never served.
     """
 
     application: Application
@@ -54,7 +54,7 @@ class AccessControl:
     secret: str = field(default_factory=secrets.token_urlsafe, repr=False)
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        environ.setdefault("HTTP_ACCEPT_ENCODING", "identity")  # the dashboard looks it up unasked
+        environ.setdefault("HTTP_ACCEPT_ENCODING", "identity")  # the dashboard requires this header
         request = BaseRequest(environ)
         begin = partial(_begin, request, start_response)
         try:
@@ -65,29 +65,30 @@ class AccessControl:
             logger.debug("%s %s failed", request.method, request.path, exc_info=True)
             reason = str(error) if isinstance(error, HpsearchError) else type(error).__name__
             logger.warning("%s %s failed: %s", request.method, request.path, reason)
-            answer = _text(500, f"This failed: {reason}")
+            answer = _text(500, f"Server error: {reason}")
         begin(answer.status_line, answer.headerlist)
         return [] if request.method == "HEAD" else [str(answer.body).encode()]
 
     def _answer(self, request: BaseRequest) -> HTTPResponse | None:
-        """What this guard itself answers, or nothing where the application may."""
+        """The response that rejects or redirects the request, or None to forward it."""
         if not self._is_called_by_name(request):
-            return _text(403, "This server is not known by that name; open the address that was printed.")
+            return _text(403, "Unknown host name. Open the URL that hpsearch printed.")
         if request.path == "/healthz" and request.method in READING:
             return _text(200, "ok")
         if not request.path.isascii() or request.path.startswith(self.closed):
-            return _text(403, "There is nothing here.")
-        if not _is_from_here(request):
-            return _text(403, "Pages of another origin get nothing here.")
+            return _text(403, "Not available.")
+        if not _is_same_origin(request):
+            return _text(403, "Cross-origin requests are not allowed.")
         if request.path.startswith("/artifacts/") and request.get_header("Sec-Fetch-Dest", "empty") not in _DOWNLOADS:
-            return _text(403, "Uploaded files are saved, and never run.")
+            return _text(403, "Uploaded files can only be downloaded, not opened in the browser.")
         if request.method in READING and "token" in request.query:
             return self._greet(request)
         if not self._has_cookie(request):
-            return _text(403, "Open the address that hpsearch printed when it started: it ends in a token.")
+            return _text(403, "Access token missing. Open the full URL that hpsearch printed, including ?token=...")
         if request.method not in READING and not self._may_write(request):
-            takes = "" if self.writes else "; notes and files take: hpsearch dashboard --writable"
-            return _text(403, f"This may not be changed here{takes}")
+            if self.writes:
+                return _text(403, "This cannot be changed in the dashboard.")
+            return _text(403, "This dashboard is read-only. To edit notes and files, start it with --writable.")
         return None
 
     def _is_called_by_name(self, request: BaseRequest) -> bool:
@@ -95,19 +96,19 @@ class AccessControl:
         return found is not None and found[1].lower() in self.names
 
     def _greet(self, request: BaseRequest) -> HTTPResponse:
-        """Give the secret as a cookie, and send on to the same address without the token, lest that be left about."""
+        """Set the cookie and redirect to the same URL without the token, so that it does not stay in the history."""
         if not compare_digest(request.query["token"].encode(), self.token.encode()):
-            return _text(403, "That is the token of another server; open the address that was printed last.")
+            return _text(403, "Wrong or expired token. Open the URL that hpsearch printed most recently.")
         rest = urlencode([(key, value) for key, value in request.query.allitems() if key != "token"], encoding="latin1")
-        # A browser that follows a link of another site sends no strict cookie along, not even after a redirect of ours,
-        # and over plain HTTP it does not say that it follows one; but it does when our own page sends it on.
+        # After a link from another site, browsers send no strict cookie, not even after a redirect by this server. They
+        # do send it when a page of this server refreshes to the URL.
         answer = _text(200, "")
         answer.set_header("Refresh", f"0; url={quote(request.path)}" + (f"?{rest}" if rest else ""))
         answer.set_cookie(self.cookie, self.secret, path="/", httponly=True, samesite="strict")
         return answer
 
     def _has_cookie(self, request: BaseRequest) -> bool:
-        # Not by Python's own parser: one cookie that it cannot read, of another server of this host, and it drops all.
+        # Python's cookie parser drops all cookies if one of them (of another server on this host) is malformed.
         ours = f"{self.cookie}={self.secret}".encode()
         cookies = re.split("[;,]", request.environ.get("HTTP_COOKIE", ""))
         return any(compare_digest(cookie.strip().encode(), ours) for cookie in cookies)
@@ -117,44 +118,44 @@ class AccessControl:
         return bool(is_allowed) and "HTTP_ORIGIN" in request.environ
 
 
-def _is_from_here(request: BaseRequest) -> bool:
-    """Whether no page of another origin made the request, as far as browsers say; following a link is allowed."""
+def _is_same_origin(request: BaseRequest) -> bool:
+    """Whether the browser reports no foreign origin for the request. Following a link is allowed."""
     origin = request.get_header("Origin")
     own = f"{request.environ['wsgi.url_scheme']}://{request.environ['HTTP_HOST']}"
     if origin is not None and origin.lower() != own.lower():
         return False
     if request.get_header("Sec-Fetch-Site", "none") in ("none", "same-origin"):
         return True
-    mode, place = request.get_header("Sec-Fetch-Mode"), request.get_header("Sec-Fetch-Dest")
-    return request.method == "GET" and (mode, place) == ("navigate", "document")
+    mode, destination = request.get_header("Sec-Fetch-Mode"), request.get_header("Sec-Fetch-Dest")
+    return request.method == "GET" and (mode, destination) == ("navigate", "document")
 
 
 def _begin(
     request: BaseRequest, start_response: Callable[..., Any], status: str, headers: list[tuple[str, str]], *error: Any
 ) -> Any:
-    """Start the response with headers that keep it to itself."""
+    """Start the response with additional security headers."""
     found = Headers([(name, value) for name, value in headers if not name.lower().startswith("access-control-")])
     for name, value in _HEADERS.items():
         found[name] = value
     if _is_trustworthy(request):
-        found["Cross-Origin-Opener-Policy"] = "same-origin"  # elsewhere browsers complain about it
+        found["Cross-Origin-Opener-Policy"] = "same-origin"  # on untrusted origins browsers warn about it
     if not request.path.startswith("/static/"):
         found["Cache-Control"] = "no-store"
     policy = found["Content-Security-Policy"] or "default-src 'self'"
     found["Content-Security-Policy"] = f"{policy};base-uri 'none';form-action 'self';frame-ancestors 'none'"
-    if request.path.startswith("/artifacts/"):  # what somebody uploaded is saved, and never run
+    if request.path.startswith("/artifacts/"):  # uploaded files are downloaded, never executed
         found["Content-Security-Policy"] = "sandbox; default-src 'none'"
         found["Content-Disposition"] = "attachment"
-    if place := found["Location"]:  # a proxy may know this server by another name
-        found["Location"] = urlsplit(place)._replace(scheme="", netloc="").geturl()
+    if location := found["Location"]:  # behind a proxy, this server has another name
+        found["Location"] = urlsplit(location)._replace(scheme="", netloc="").geturl()
     return start_response(status, found.items(), *error)
 
 
 def _is_trustworthy(request: BaseRequest) -> bool:
-    """Whether browsers count on nobody between them and this server."""
+    """Whether browsers treat the origin as trustworthy: HTTPS or the loopback address."""
     found = _HOST.fullmatch(request.environ.get("HTTP_HOST", ""))
-    is_here = found is not None and _LOOPBACK.fullmatch(found[1]) is not None
-    return is_here or request.environ["wsgi.url_scheme"] == "https"
+    is_loopback = found is not None and _LOOPBACK.fullmatch(found[1]) is not None
+    return is_loopback or request.environ["wsgi.url_scheme"] == "https"
 
 
 def _text(status: int, text: str) -> HTTPResponse:

@@ -1,4 +1,4 @@
-"""What a dashboard says of a study and of its trials, in Markdown."""
+"""The dashboard's notes about a study and its trials, in Markdown."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,51 +11,48 @@ from hpsearch.config.urls import show_url
 from hpsearch.search.trials import explain_end, name_state
 
 _COMMANDS = {
-    "run": "search until the budget is spent, or go on",
+    "run": "start or resume the search",
     "status --watch": "watch the search in a terminal",
-    "stop": "let the workers hand their trials back and end",
-    "confirm": "find out whether the best trial was luck",
-    "export": "retrain, measure and save the best network",
+    "stop": "stop all workers",
+    "confirm": "retrain the best trials with new seeds: was it luck?",
+    "export": "retrain, test and save the best model",
 }
 
 
 def describe_study(definition: StudyDefinition, budget: Mapping[str, Any], arguments: str) -> str:
-    """What is searched, on which data, within which budget, how values are to be read, and what can be typed.
-
-    `arguments` are those of the study, as they are typed after a verb.
-    """
+    """The note of a study: settings, search space and commands; `arguments` follow the name of each command."""
     data, tables = definition.data, definition.to_tables()
     n_train = data.train or N_TRAINING_IMAGES[data.name] - data.validation
-    limits = {"minutes": "{} minutes", "target": "a value of {}", "failures": "{} failures"}
+    limits = {"minutes": "{} minutes", "target": "an accuracy of {}", "failures": "{} failures"}
     ends = [text.format(budget[key]) for key, text in limits.items() if key in budget]
     epochs = f"{definition.budget.epochs} epochs"
     about = {
         "network": definition.network.kind,
-        "data": f"{data.name}: {n_train:,} images to train on, {data.validation:,} to validate",
-        "budget": f"{budget['trials']} trials of {epochs}; ends also after {', or after '.join(ends)}",
-        "sampler, pruner": f"{definition.sampler.kind}, {definition.pruner.kind}",
-        "seed": f"{definition.study.seed}, and {data.split_seed} for the split",
-        "storage": show_url(definition.study.storage),
+        "data": f"{data.name}: {n_train:,} training and {data.validation:,} validation images",
+        "budget": f"{budget['trials']} trials of {epochs}; also ends after {' or '.join(ends)}",
+        "sampler / pruner": f"{definition.sampler.kind}, {definition.pruner.kind}",
+        "seed": f"{definition.study.seed} (data split: {data.split_seed})",
+        "database": show_url(definition.study.storage),
         "fixed": ", ".join(f"{name} {value}" for name, value in tables["fixed"].items()) or "nothing",
     }
     searched = [[name, *_describe_range(table)] for name, table in tables["search"].items()]
-    typed = [(f"hpsearch {command} {arguments}", what) for command, what in _COMMANDS.items()]
-    width = max(len(line) for line, _ in typed)
+    commands = [(f"hpsearch {command} {arguments}", what) for command, what in _COMMANDS.items()]
+    width = max(len(line) for line, _ in commands)
     parts = [
         f"## {_escape(definition.study.name)}",
-        f"A value is the **validation accuracy** after {epochs}, or, of a pruned trial, after its last one. "
-        "No test image is read in a search: `hpsearch export` reads them, once it is over.",
+        f"The value of a trial is its **validation accuracy** after {epochs} (for a pruned trial: when it was pruned). "
+        "The search never uses the test set; `hpsearch export` evaluates on it once.",
         *_table(["", ""], list(about.items())),
-        "### SearchTime",
-        *_table(["hyperparameter", "values", "only where"], searched),
-        "### To type",
-        _fence("\n".join(f"{line:{width}}  # {what}" for line, what in typed)),
+        "### Search space",
+        *_table(["hyperparameter", "range", "condition"], searched),
+        "### Commands",
+        _fence("\n".join(f"{line:{width}}  # {what}" for line, what in commands)),
     ]
     return "\n\n".join(parts)
 
 
 def describe_trial(trial: FrozenTrial) -> str:
-    """Why the trial failed or was pruned, on which worker, and which trials it goes on from; often nothing."""
+    """The note of a trial: why it failed or was pruned, and which trials it resumes. Often empty."""
     return "\n\n".join(_describe_trial(trial))
 
 
@@ -66,18 +63,14 @@ def _describe_trial(trial: FrozenTrial) -> Iterator[str]:
         yield f"**{name_state(trial).capitalize()}**{worker}:"
         yield _fence(reason)
     if trial.user_attrs.get("failure", {}).get("retried"):
-        yield "It was queued again, with the same parameters."
+        yield "Re-queued with the same hyperparameters."
     if attempts:
-        numbers = ", ".join(map(str, attempts))
-        yield (
-            f"Takes up trial {numbers}, which ended before its time."
-            if len(attempts) == 1
-            else (f"Takes up the trials {numbers}, which ended before their time.")
-        )
+        numbers, several = ", ".join(map(str, attempts)), len(attempts) > 1
+        yield f"Resumes trial{'s' * several} {numbers}, which {'were' if several else 'was'} interrupted."
 
 
 def _describe_range(table: Mapping[str, Any]) -> tuple[str, str]:
-    """The values of a table of the search, and under which condition they are part of it."""
+    """The range of a hyperparameter and its condition, as text."""
     condition = ", and ".join(
         f"{name} is {' or '.join(map(str, values))}" for name, values in table.get("when", {}).items()
     )
@@ -94,12 +87,12 @@ def _table(heading: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
 
 
 def _escape(text: str) -> str:
-    """The text so that Markdown shows it as it is: every mark of Markdown and of HTML with a backslash before it."""
+    """The text with all special characters of Markdown and HTML escaped by a backslash."""
     return re.sub(r"([\\`*_{}\[\]<>()#+!|~$&-])", r"\\\1", text)
 
 
 def _fence(text: str) -> str:
-    """The text as a block of code, within a fence longer than any in it."""
+    """The text as a code block; its fence is longer than any run of backticks in the text."""
     longest = max((len(ticks) for ticks in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}text\n{text}\n{fence}"
