@@ -18,6 +18,7 @@ import pytest
 import torch
 from optuna.distributions import FloatDistribution, IntDistribution
 from optuna.trial import TrialState
+from xdist.scheduler import LoadScopeScheduling
 
 from hpsearch.bundle import formats
 from hpsearch.config.definition import StudyDefinition, parse_definition
@@ -91,6 +92,21 @@ def fill(storage: Storage, study: optuna.Study, n_trials: int, *, epochs: int = 
                 tables.change_state(connection, trial, before=TrialState.RUNNING)
                 if trial.state != TrialState.FAIL:
                     tables.write_values(connection, trial._trial_id, [float(curve[n_reports - 1])])
+
+
+# The tests of these files run on one worker: they share an expensive fixture, or Ray, which starts once at a time.
+_TOGETHER = {"test_journey.py": "journey", "test_browser.py": "browser", "test_cluster.py": "ray", "test_ray.py": "ray"}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    """Distribute tests one by one, and those of `_TOGETHER` as one."""
+
+    class Scheduling(LoadScopeScheduling):  # type: ignore[misc]  # it ships no types
+        def _split_scope(self, nodeid: str) -> str:
+            return _TOGETHER.get(nodeid.partition("::")[0].rpartition("/")[2], nodeid)
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(autouse=True)

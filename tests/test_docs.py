@@ -32,19 +32,8 @@ DOCS = PACKAGE / "docs"
 GUIDES = [README, *(DOCS / f"{name}.md" for name in ("export", "study-file", "monitoring", "cluster", "reliability"))]
 PAGES = [*GUIDES, INSIDE, ROOT / "tests" / "benchmark" / "README.md", ROOT / "tests" / "acceptance" / "README.md"]
 ROOMS = sorted({file.parent for file in PACKAGE.rglob("__init__.py")} - {PACKAGE})
-_READERS = (
-    "check",
-    "status",
-    "trials",
-    "show",
-    "dashboard",
-    "evaluate",
-    "predict",
-    "report",
-    "replay",
-    "doctor",
-    "backup",
-)
+_READERS = {"check", "status", "trials", "show", "dashboard", "doctor", "backup"}
+_READERS |= {"evaluate", "predict", "report", "replay"}
 
 
 def blocks(language: str, pages: list[Path] = PAGES) -> list[str]:

@@ -10,21 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hpsearch.cli import options
 from hpsearch.cli.care import app as care_app
-from hpsearch.cli.options import (
-    STUDY_HELP,
-    ArtifactsOption,
-    DataOption,
-    JsonOption,
-    StorageOption,
-    StudyArgument,
-    TrialsOption,
-    WorkersOption,
-    complete_study,
-    load_definition_of,
-    print_status,
-    shell_arguments,
-)
 from hpsearch.cli.result import app as result_app
 from hpsearch.cli.watch import app as watch_app
 from hpsearch.errors import Drained, StorageError, UsageError
@@ -67,10 +54,10 @@ def _global_options(
 @app.command(epilog="Example:  hpsearch check studies/mnist-mlp.toml")
 def check(
     study: Annotated[
-        str | None, typer.Argument(metavar="STUDY", help=STUDY_HELP, autocompletion=complete_study)
+        str | None, typer.Argument(metavar="STUDY", help=options.STUDY_HELP, autocompletion=options.complete_study)
     ] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema for study files and exit.")] = False,
-    as_json: JsonOption = False,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Check a study file and print it with all defaults filled in."""
     from hpsearch.config.definition import StudyDefinition, load_definition
@@ -86,17 +73,17 @@ def check(
 
 @app.command(epilog="Example:  hpsearch run studies/mnist-mlp.toml --workers 2 --trials 20")
 def run(
-    study: StudyArgument,
-    workers: WorkersOption = None,
-    trials: TrialsOption = None,
-    storage: StorageOption = None,
-    artifacts: ArtifactsOption = None,
-    data: DataOption = None,
+    study: options.StudyArgument,
+    workers: options.WorkersOption = None,
+    trials: options.TrialsOption = None,
+    storage: options.StorageOption = None,
+    artifacts: options.ArtifactsOption = None,
+    data: options.DataOption = None,
     shows_dashboard: Annotated[
         bool, typer.Option("--dashboard", help="Also serve the Optuna dashboard while the search runs.")
     ] = False,
     opens: Annotated[bool, typer.Option("--open", help="Like --dashboard, and open it in your browser.")] = False,
-    as_json: JsonOption = False,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Start or resume a search until its budget is used up."""
     from hpsearch.monitor.live import LiveView
@@ -105,7 +92,7 @@ def run(
     from hpsearch.workers.forkserver import start_fork_server
     from hpsearch.workers.shutdown import Drain
 
-    definition = load_definition_of(study, storage, trials, artifacts)
+    definition = options.load_definition_of(study, storage, trials, artifacts)
     start_fork_server()
     from hpsearch.search.steering import start_study
 
@@ -121,7 +108,7 @@ def run(
 
                 from hpsearch.monitor.dashboard.app import redirect_file, serve
 
-                address = stack.enter_context(serve(definition, shell_arguments(study, storage)))
+                address = stack.enter_context(serve(definition, options.shell_arguments(study, storage)))
                 echo(f"Optuna dashboard (read-only): {address}")
                 if opens:
                     webbrowser.open(stack.enter_context(redirect_file(address)))
@@ -137,17 +124,17 @@ def run(
     except Drained:
         _echo_progress(watch)
         raise
-    _echo_result(watch, reason, shell_arguments(study, storage), as_json=as_json)
+    _echo_result(watch, reason, options.shell_arguments(study, storage), as_json=as_json)
 
 
 @app.command(epilog="Example:  hpsearch worker studies/mnist-mlp.toml --max-trials 5")
 def worker(
-    study: StudyArgument,
+    study: options.StudyArgument,
     max_trials: Annotated[int | None, typer.Option(min=1, help="Stop after N trials.", metavar="N")] = None,
     creates: Annotated[bool, typer.Option("--create", help="Create the study if it does not exist yet.")] = False,
-    storage: StorageOption = None,
-    artifacts: ArtifactsOption = None,
-    data: DataOption = None,
+    storage: options.StorageOption = None,
+    artifacts: options.ArtifactsOption = None,
+    data: options.DataOption = None,
 ) -> None:
     """Add a worker to a study, from any terminal or machine."""
     from hpsearch.monitor.live import LiveView
@@ -155,7 +142,7 @@ def worker(
     from hpsearch.monitor.text import echo, stderr_console
     from hpsearch.workers.shutdown import Drain
 
-    definition = load_definition_of(study, storage, artifacts=artifacts)
+    definition = options.load_definition_of(study, storage, artifacts=artifacts)
     if creates:
         from hpsearch.search.steering import start_study
 
@@ -173,7 +160,7 @@ def worker(
     epilog="Example:  hpsearch launch mnist-mlp --workers 16 --gpus-per-worker 0.25 --address ray://head:10001"
 )
 def launch(
-    study: StudyArgument,
+    study: options.StudyArgument,
     workers: Annotated[
         int | None, typer.Option(min=1, max=10_000, help="Number of workers. [default: as many as fit]")
     ] = None,
@@ -183,11 +170,11 @@ def launch(
     cpus: Annotated[float, typer.Option("--cpus-per-worker", min=0.01, help="CPU cores per worker.")] = 1.0,
     gpus: Annotated[float, typer.Option("--gpus-per-worker", min=0, help="GPUs per worker, e.g. 0.25.")] = 0.0,
     detaches: Annotated[bool, typer.Option("--detach", help="Start the workers and return immediately.")] = False,
-    trials: TrialsOption = None,
-    storage: StorageOption = None,
-    artifacts: ArtifactsOption = None,
-    data: DataOption = None,
-    as_json: JsonOption = False,
+    trials: options.TrialsOption = None,
+    storage: options.StorageOption = None,
+    artifacts: options.ArtifactsOption = None,
+    data: options.DataOption = None,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Start or resume a search with workers in a Ray cluster."""
     from hpsearch.monitor.live import LiveView
@@ -199,7 +186,10 @@ def launch(
 
     if detaches and address == "local":
         raise UsageError("--detach needs a cluster that outlives this command; start one with: ray start --head")
-    definition, command = load_definition_of(study, storage, trials, artifacts), shell_arguments(study, storage)
+    definition, command = (
+        options.load_definition_of(study, storage, trials, artifacts),
+        options.shell_arguments(study, storage),
+    )
     with connect(definition, Resources(cpus, gpus), address=address, folder=data) as cluster:
         drain = Drain().listen(signal.SIGINT, signal.SIGTERM)  # replaces the handlers that Ray installed
         n_workers = workers or cluster.n_fitting
@@ -235,7 +225,7 @@ def _echo_result(watch: "Watch", reason: str, command: str, *, as_json: bool) ->
     from hpsearch.monitor.text import echo
 
     echo(f"done: {reason}")
-    print_status(watch.definition, as_json=as_json)
+    options.print_status(watch.definition, as_json=as_json)
     for line in summarize_search(watch, command):
         echo(line)
 

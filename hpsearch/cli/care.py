@@ -6,29 +6,19 @@ from typing import Annotated
 
 import typer
 
-from hpsearch.cli.options import (
-    ArtifactsOption,
-    DataOption,
-    JsonOption,
-    StorageOption,
-    StudyArgument,
-    load_definition_of,
-    load_study_of,
-    print_document,
-    warn_about_password,
-)
+from hpsearch.cli import options
 
 app = typer.Typer()
 
 
 @app.command(epilog="Example:  hpsearch doctor studies/mnist-mlp.toml --fix")
 def doctor(
-    study: StudyArgument,
+    study: options.StudyArgument,
     fix: Annotated[bool, typer.Option("--fix", help="Fix what can be fixed safely.")] = False,
-    storage: StorageOption = None,
-    artifacts: ArtifactsOption = None,
-    data: DataOption = None,
-    as_json: JsonOption = False,
+    storage: options.StorageOption = None,
+    artifacts: options.ArtifactsOption = None,
+    data: options.DataOption = None,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Find problems and show how to fix them. Checks database, trials, checkpoints, disk, data, devices, threads."""
     from dataclasses import asdict
@@ -38,26 +28,26 @@ def doctor(
 
     findings = [
         asdict(finding)
-        for finding in run_checks(load_definition_of(study, storage, artifacts=artifacts), folder=data, fix=fix)
+        for finding in run_checks(options.load_definition_of(study, storage, artifacts=artifacts), folder=data, fix=fix)
     ]
-    print_document(findings, render_findings, as_json=as_json)
+    options.print_document(findings, render_findings, as_json=as_json)
     if not all(finding["is_ok"] for finding in findings):
         raise typer.Exit(1)
 
 
 @app.command(epilog="Example:  hpsearch backup studies/mnist-mlp.toml mnist-mlp-backup.db")
 def backup(
-    study: StudyArgument,
+    study: options.StudyArgument,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write the copy (must not exist yet).")],
-    storage: StorageOption = None,
+    storage: options.StorageOption = None,
 ) -> None:
     """Back up a study's SQLite database (safe while workers run)."""
     from hpsearch.config.urls import parse_url
     from hpsearch.monitor.text import echo
     from hpsearch.storage.backup import backup as backup_database
 
-    definition = load_definition_of(study, storage)
-    load_study_of(definition)
+    definition = options.load_definition_of(study, storage)
+    options.load_study_of(definition)
     backup_database(parse_url(definition.study.storage), file)
     place = shlex.quote(f"sqlite:///{file}")
     command = f"hpsearch status {shlex.quote(study)} --storage {place}"
@@ -66,14 +56,14 @@ def backup(
 
 @app.command(epilog="Example:  hpsearch copy studies/mnist-mlp.toml --to postgresql://ada@host/studies")
 def copy(
-    study: StudyArgument,
+    study: options.StudyArgument,
     to: Annotated[str, typer.Option(help="Target database URL (SQLite or PostgreSQL).")],
     artifacts_to: Annotated[
         str | None,
         typer.Option(help="Also copy checkpoints and other files to this folder or URL, e.g. s3://bucket/prefix."),
     ] = None,
-    storage: StorageOption = None,
-    artifacts: ArtifactsOption = None,
+    storage: options.StorageOption = None,
+    artifacts: options.ArtifactsOption = None,
 ) -> None:
     """Copy a stopped study to another database. Verifies the copy; safe to repeat."""
     from hpsearch.config.definition import load_definition
@@ -82,9 +72,9 @@ def copy(
     from hpsearch.search.copy import copy_study
 
     parse_url(to)  # an empty URL must not fall back to the study file's
-    definition = load_definition_of(study, storage, artifacts=artifacts)
+    definition = options.load_definition_of(study, storage, artifacts=artifacts)
     target = load_definition(study, storage=to, artifacts=artifacts_to or artifacts)
-    warn_about_password("--to", to)
+    options.warn_about_password("--to", to)
     made = copy_study(definition, target)
     place, files = show_url(target.study.storage), target.study.artifacts
     what = f"was already in {place}" if made.was_there else f"copied to {place}"

@@ -7,35 +7,24 @@ from typing import Annotated
 
 import typer
 
-from hpsearch.cli.options import (
-    BundleArgument,
-    DataOption,
-    JsonOption,
-    StorageOption,
-    StudyArgument,
-    WorkersOption,
-    load_definition_of,
-    load_study_of,
-    print_document,
-    shell_arguments,
-)
+from hpsearch.cli import options
 
 app = typer.Typer()
 
 
 @app.command(epilog="Example:  hpsearch confirm studies/mnist-mlp.toml --top 3 --seeds 3")
 def confirm(
-    study: StudyArgument,
+    study: options.StudyArgument,
     top: Annotated[int, typer.Option(min=1, help="Number of best trials to retrain.")] = 3,
     seeds: Annotated[int, typer.Option(min=2, max=100, help="Training runs per trial, each with a new seed.")] = 3,
-    workers: WorkersOption = None,
-    storage: StorageOption = None,
-    data: DataOption = None,
-    as_json: JsonOption = False,
+    workers: options.WorkersOption = None,
+    storage: options.StorageOption = None,
+    data: options.DataOption = None,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Retrain the best trials with new seeds and pick the winner. Compares validation accuracies; `export` uses it."""
-    definition = load_definition_of(study, storage)
-    stored = load_study_of(definition)
+    definition = options.load_definition_of(study, storage)
+    stored = options.load_study_of(definition)
     from hpsearch.bundle.confirm import confirm as confirm_trials
     from hpsearch.cli.render import render_confirmation
     from hpsearch.monitor.text import echo
@@ -51,24 +40,24 @@ def confirm(
         devices=list_devices(),
         on_run=lambda trial, run, accuracy: echo(f"trial {trial}, run {run + 1}/{seeds}: {accuracy:.4f}"),
     )
-    print_document(confirmation, render_confirmation, as_json=as_json)
-    echo(f"next: hpsearch export {shell_arguments(study, storage)}")
+    options.print_document(confirmation, render_confirmation, as_json=as_json)
+    echo(f"next: hpsearch export {options.shell_arguments(study, storage)}")
 
 
 @app.command(epilog="Example:  hpsearch export studies/mnist-mlp.toml --onnx --output dist/mnist-mlp")
 def export(
-    study: StudyArgument,
+    study: options.StudyArgument,
     trial: Annotated[int | None, typer.Option(min=0, help="Export this trial instead of the winner.")] = None,
     output: Annotated[Path | None, typer.Option(help="Output folder. [default: dist/<study>]")] = None,
     onnx: Annotated[bool, typer.Option("--onnx", help="Also write model.onnx (needs hpsearch[onnx]).")] = False,
     torch_export: Annotated[bool, typer.Option("--torch-export", help="Also write model.pt2 (torch.export).")] = False,
-    storage: StorageOption = None,
-    data: DataOption = None,
-    as_json: JsonOption = False,
+    storage: options.StorageOption = None,
+    data: options.DataOption = None,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Retrain the winner, test it once and save it. Trains on the training and validation images together."""
-    definition = load_definition_of(study, storage)
-    stored = load_study_of(definition)
+    definition = options.load_definition_of(study, storage)
+    stored = options.load_study_of(definition)
     from hpsearch.bundle.retrain import export as export_bundle
     from hpsearch.cli.render import render_export
     from hpsearch.monitor.text import echo
@@ -78,7 +67,7 @@ def export(
     target = output or Path("dist") / definition.study.name
     n_models, n_epochs = definition.retrain.seeds, definition.retrain.epochs or definition.budget.epochs
     if trial is None:
-        echo(explain_choice(stored, shell_arguments(study, storage)))
+        echo(explain_choice(stored, options.shell_arguments(study, storage)))
     metrics = export_bundle(
         definition,
         stored,
@@ -92,23 +81,23 @@ def export(
             f"model {i + 1}/{n_models}  epoch {result.epoch}/{n_epochs}  loss {result.loss:.4f}"
         ),
     )
-    print_document(metrics, lambda document: render_export(str(target), document), as_json=as_json)
+    options.print_document(metrics, lambda document: render_export(str(target), document), as_json=as_json)
     bundle = shlex.quote(str(target))
-    report_command = f"hpsearch report {shell_arguments(study, storage)}"
+    report_command = f"hpsearch report {options.shell_arguments(study, storage)}"
     echo(f"next: hpsearch evaluate {bundle}  |  hpsearch predict {bundle} IMAGE  |  {report_command}")
 
 
 @app.command(epilog="Example:  hpsearch replay studies/mnist-mlp.toml --trial 17")
 def replay(
-    study: StudyArgument,
+    study: options.StudyArgument,
     trial: Annotated[int, typer.Option(min=0, help="Number of the trial (must have finished at least one epoch).")],
-    storage: StorageOption = None,
-    data: DataOption = None,
-    as_json: JsonOption = False,
+    storage: options.StorageOption = None,
+    data: options.DataOption = None,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Re-run a trial and check that its learning curve is reproduced."""
-    definition = load_definition_of(study, storage)
-    stored = load_study_of(definition)
+    definition = options.load_definition_of(study, storage)
+    stored = options.load_study_of(definition)
     from hpsearch.bundle.replay import replay as replay_trial
     from hpsearch.cli.render import render_replay
     from hpsearch.monitor.text import echo
@@ -122,47 +111,47 @@ def replay(
         device=list_devices()[0],
         on_epoch=lambda result: echo(f"epoch {result.epoch} loss {result.loss:.4f} accuracy {result.accuracy:.4f}"),
     )
-    print_document(document, render_replay, as_json=as_json)
+    options.print_document(document, render_replay, as_json=as_json)
     if not document["identical"]:
         raise typer.Exit(1)
 
 
 @app.command(epilog="Example:  hpsearch report studies/mnist-mlp.toml --output report.html")
 def report(
-    study: StudyArgument,
+    study: options.StudyArgument,
     output: Annotated[Path | None, typer.Option(help="Output file. [default: <study>-report.html]")] = None,
     bundle: Annotated[
         Path | None, typer.Option(help="Model folder to include. [default: dist/<study>, if it exists]")
     ] = None,
-    storage: StorageOption = None,
+    storage: options.StorageOption = None,
 ) -> None:
     """Write an HTML report. Shows the winner, how certain its accuracy is, and how the search went; opens offline."""
-    definition = load_definition_of(study, storage)
+    definition = options.load_definition_of(study, storage)
     from hpsearch.bundle.bundle import load
     from hpsearch.monitor.report import find_bundle, write_report
     from hpsearch.monitor.text import echo
 
-    loaded = load_study_of(definition)
+    loaded = options.load_study_of(definition)
     name = definition.study.name
     file = output or Path(f"{name}-report.html")
     if bundle:
         load(bundle)
     chosen = bundle or find_bundle(Path("dist") / name, name)
-    write_report(definition, loaded, file, bundle=chosen, command=shell_arguments(study, storage))
+    write_report(definition, loaded, file, bundle=chosen, command=options.shell_arguments(study, storage))
     print(file)
     if chosen is None:
-        again = f"hpsearch export {shell_arguments(study, storage)}, then run report again"
+        again = f"hpsearch export {options.shell_arguments(study, storage)}, then run report again"
         echo(f"no exported model found, so the report has no test accuracy; to add it: {again}")
 
 
 @app.command(epilog="Example:  hpsearch evaluate dist/mnist-mlp --pictures pictures")
 def evaluate(
-    bundle: BundleArgument,
+    bundle: options.BundleArgument,
     pictures: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Save plots (confusion matrix, calibration, worst errors) here.")
     ] = None,
-    data: DataOption = None,
-    as_json: JsonOption = False,
+    data: options.DataOption = None,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Evaluate a saved model on the test set. Prints accuracy, per-class metrics, confusion matrix and calibration."""
     from dataclasses import asdict
@@ -177,7 +166,7 @@ def evaluate(
         check_folder(pictures, bundle)
     classifier = load(bundle)
     evaluation = classifier.evaluate(data)
-    print_document(asdict(evaluation), render_evaluation, as_json=as_json)
+    options.print_document(asdict(evaluation), render_evaluation, as_json=as_json)
     if pictures:
         files = draw_evaluation(evaluation, load_test(classifier.config.data, data)[0], pictures)
         echo(f"plots saved: {', '.join(map(str, files))}")
@@ -187,11 +176,11 @@ def evaluate(
 
 @app.command(epilog="Example:  hpsearch predict dist/mnist-mlp digit.png scans/ 'more/**/*.jpg'")
 def predict(
-    bundle: BundleArgument,
+    bundle: options.BundleArgument,
     images: Annotated[
         list[str], typer.Argument(metavar="IMAGE...", help="Image files, folders, or quoted glob patterns.")
     ],
-    as_json: JsonOption = False,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Classify images. Prints the top three classes with probabilities."""
     from hpsearch.bundle.bundle import load

@@ -7,17 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hpsearch.cli.options import (
-    JsonOption,
-    State,
-    StorageOption,
-    StudyArgument,
-    load_definition_of,
-    load_study_of,
-    print_document,
-    print_status,
-    shell_arguments,
-)
+from hpsearch.cli import options
 from hpsearch.errors import UsageError
 
 app = typer.Typer()
@@ -27,17 +17,17 @@ _POLL = 0.25  # seconds between two checks whether all workers have stopped
 
 @app.command(epilog="Example:  hpsearch status studies/mnist-mlp.toml --watch")
 def status(
-    study: StudyArgument,
+    study: options.StudyArgument,
     watch: Annotated[
         bool, typer.Option("--watch", help="Update until the search ends; in a pipe, one line per finished trial.")
     ] = False,
-    storage: StorageOption = None,
-    as_json: JsonOption = False,
+    storage: options.StorageOption = None,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Show the progress of a search. Prints trial counts, the best trial, workers and epochs."""
-    definition = load_definition_of(study, storage)
+    definition = options.load_definition_of(study, storage)
     if not watch:
-        return print_status(definition, as_json=as_json)
+        return options.print_status(definition, as_json=as_json)
     if as_json:
         raise UsageError("--watch cannot be combined with --json; poll `status --json` instead")
     from rich.console import Console
@@ -50,22 +40,22 @@ def status(
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # restores the terminal
     with LiveView(watched, Console(highlight=False), follows=True) as view:
         view.wait()
-    for line in summarize_search(watched, shell_arguments(study, storage)):
+    for line in summarize_search(watched, options.shell_arguments(study, storage)):
         echo(line)
     return None
 
 
 @app.command(epilog="Example:  hpsearch trials studies/mnist-mlp.toml --sort value --limit 5 --columns number,value,lr")
 def trials(
-    study: StudyArgument,
-    state: Annotated[State | None, typer.Option(help="Show only trials in this state.")] = None,
+    study: options.StudyArgument,
+    state: Annotated[options.State | None, typer.Option(help="Show only trials in this state.")] = None,
     sort: Annotated[str, typer.Option(metavar="COLUMN", help="Sort by this column; value: best first.")] = "number",
     limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Show at most N trials.")] = None,
     columns: Annotated[
         str | None, typer.Option(metavar="A,B,...", help="Columns to show: number, state, value, lr, ...")
     ] = None,
-    storage: StorageOption = None,
-    as_json: JsonOption = False,
+    storage: options.StorageOption = None,
+    as_json: options.JsonOption = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV (formulas are escaped).")] = False,
 ) -> None:
     """List trials; filter, sort, or print them as CSV or JSON."""
@@ -74,43 +64,43 @@ def trials(
 
     if as_json and as_csv:
         raise UsageError("--json and --csv cannot be combined")
-    definition = load_definition_of(study, storage)
+    definition = options.load_definition_of(study, storage)
     known = list_columns(definition.search)
     chosen = [name.strip() for name in columns.split(",")] if columns else []
     check_columns(known, [sort, *chosen])
-    rows = list_trials(load_study_of(definition), state, sort, limit)
+    rows = list_trials(options.load_study_of(definition), state, sort, limit)
     if as_csv:
         sys.stdout.write(to_csv(rows, chosen or known))
     elif as_json and chosen:
-        print_document([{name: flatten(row).get(name) for name in chosen} for row in rows], str, as_json=True)
+        options.print_document([{name: flatten(row).get(name) for name in chosen} for row in rows], str, as_json=True)
     else:
-        print_document(rows, lambda rows: render_trials(rows, chosen), as_json=as_json)
+        options.print_document(rows, lambda rows: render_trials(rows, chosen), as_json=as_json)
 
 
 @app.command(epilog="Example:  hpsearch show studies/mnist-mlp.toml 17")
 def show(
-    study: StudyArgument,
+    study: options.StudyArgument,
     number: Annotated[int, typer.Argument(metavar="TRIAL", help="Trial number.")],
-    storage: StorageOption = None,
-    as_json: JsonOption = False,
+    storage: options.StorageOption = None,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Show one trial: hyperparameters, accuracy per epoch, timing. Also why it failed or was pruned."""
     from hpsearch.cli.render import render_trial
     from hpsearch.search.trials import describe_in_full
 
-    document = describe_in_full(load_study_of(load_definition_of(study, storage)), number)
-    print_document(document, render_trial, as_json=as_json)
+    document = describe_in_full(options.load_study_of(options.load_definition_of(study, storage)), number)
+    options.print_document(document, render_trial, as_json=as_json)
 
 
 @app.command(epilog="Example:  hpsearch stop studies/mnist-mlp.toml")
-def stop(study: StudyArgument, storage: StorageOption = None) -> None:
+def stop(study: options.StudyArgument, storage: options.StorageOption = None) -> None:
     """Stop all workers on all machines after their current epoch. `run` resumes."""
     from hpsearch.monitor.status import open_watch
     from hpsearch.monitor.text import echo
     from hpsearch.search.steering import stop_study
 
-    definition = load_definition_of(study, storage)
-    stop_study(load_study_of(definition))
+    definition = options.load_definition_of(study, storage)
+    stop_study(options.load_study_of(definition))
     watch, n_waiting = open_watch(definition), 0
     while (snapshot := watch.poll()).is_stopped and snapshot.n_alive:
         if snapshot.n_alive != n_waiting:
@@ -121,49 +111,50 @@ def stop(study: StudyArgument, storage: StorageOption = None) -> None:
         return echo("someone resumed the study in the meantime; it is running again")
     for lost in snapshot.workers:
         echo(f"worker {lost['worker']} is not responding; its trial {lost['trial']} will be resumed by the next run")
-    command = shell_arguments(study, storage)
+    command = options.shell_arguments(study, storage)
     return echo(f"stopped: {snapshot.describe_progress()}; resume with: hpsearch run {command}")
 
 
 @app.command(epilog="Example:  hpsearch extend studies/mnist-mlp.toml --trials 40")
 def extend(
-    study: StudyArgument,
+    study: options.StudyArgument,
     trials: Annotated[int, typer.Option(min=1, help="Number of trials to add.")],
-    storage: StorageOption = None,
+    storage: options.StorageOption = None,
 ) -> None:
     """Add trials to a study's budget. Running workers pick them up."""
     from hpsearch.monitor.status import open_watch
     from hpsearch.monitor.text import echo
     from hpsearch.search.steering import extend_study
 
-    definition = load_definition_of(study, storage)
-    n_trials = extend_study(load_study_of(definition), trials)
-    suggestion = open_watch(definition).poll().suggest_next(shell_arguments(study, storage))
+    definition = options.load_definition_of(study, storage)
+    n_trials = extend_study(options.load_study_of(definition), trials)
+    suggestion = open_watch(definition).poll().suggest_next(options.shell_arguments(study, storage))
     echo(f"budget is now {n_trials} trials; {suggestion}")
 
 
 @app.command(epilog="Example:  hpsearch enqueue studies/mnist-mlp.toml --set lr=1e-3 --set depth=2")
 def enqueue(
-    study: StudyArgument,
+    study: options.StudyArgument,
     settings: Annotated[
         list[str], typer.Option("--set", metavar="NAME=VALUE", help="Repeatable; the sampler chooses the rest.")
     ],
-    storage: StorageOption = None,
+    storage: options.StorageOption = None,
 ) -> None:
     """Queue a trial with hyperparameters of your choice."""
     from hpsearch.monitor.status import open_watch
     from hpsearch.monitor.text import echo
     from hpsearch.search.steering import enqueue_trial
 
-    definition = load_definition_of(study, storage)
-    number = enqueue_trial(definition, load_study_of(definition), settings)
+    definition = options.load_definition_of(study, storage)
+    number = enqueue_trial(definition, options.load_study_of(definition), settings)
     snapshot = open_watch(definition).poll()
-    echo(f"trial {number} queued with {', '.join(settings)}; {snapshot.suggest_next(shell_arguments(study, storage))}")
+    suggestion = snapshot.suggest_next(options.shell_arguments(study, storage))
+    echo(f"trial {number} queued with {', '.join(settings)}; {suggestion}")
 
 
 @app.command(epilog="Example:  hpsearch dashboard studies/mnist-mlp.toml --open")
 def dashboard(
-    study: StudyArgument,
+    study: options.StudyArgument,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")] = 0,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     token: Annotated[
@@ -177,7 +168,7 @@ def dashboard(
         ),
     ] = False,
     opens: Annotated[bool, typer.Option("--open", help="Open the dashboard in your browser.")] = False,
-    storage: StorageOption = None,
+    storage: options.StorageOption = None,
 ) -> None:
     """Serve the Optuna dashboard for a study (stop with Ctrl-C)."""
     import threading
@@ -188,7 +179,7 @@ def dashboard(
     from hpsearch.monitor.dashboard.server import is_loopback
     from hpsearch.monitor.text import echo
 
-    definition, arguments = load_definition_of(study, storage), shell_arguments(study, storage)
+    definition, arguments = options.load_definition_of(study, storage), options.shell_arguments(study, storage)
     with ExitStack() as stack:
         address = stack.enter_context(
             serve(definition, arguments, host=host, port=port, token=token, is_writable=writable)

@@ -3,7 +3,6 @@
 dataset        splits, batches, and the registry of data sets
 mnist          downloads, unpacks and parses MNIST and similar data sets
 digits         scikit-learn's digits, upscaled to 28x28
-stratify       splits rows into two parts with the same class proportions
 augment        randomly shifts, rotates and scales a batch
 image_files    converts image files of any size and color to a network's input
 mnist_images   converts handwriting to MNIST's format: removes paper, thickens strokes, centers digits

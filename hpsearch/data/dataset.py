@@ -16,25 +16,18 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from hpsearch.data.digits import read_digits
 from hpsearch.data.mnist import TORCHVISION_NAMES, data_folder, read_idx
-from hpsearch.data.stratify import stratify
+from hpsearch.errors import DataError
 
 CLASS_NAMES = {
     "mnist": tuple("0123456789"),
     "fashion-mnist": (
-        "T-shirt/top",
-        "Trouser",
-        "Pullover",
-        "Dress",
-        "Coat",
-        "Sandal",
-        "Shirt",
-        "Sneaker",
-        "Bag",
-        "Ankle boot",
+        *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+        *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
     ),
     "kmnist": ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
     "digits": tuple("0123456789"),
 }
+_N_DIGITS_TEST = 360
 
 
 @dataclass(frozen=True)
@@ -106,7 +99,7 @@ def load_data(
     `DataError` if the data cannot be loaded or downloaded.
     """
     images, labels = _read(name, folder, is_train=True)
-    training, held_out = stratify(labels, validation, train, split_seed)
+    training, held_out = _stratify(labels, validation, train, split_seed)
     pixels = images[training].float().div_(255)
     mean, std = pixels.mean().item(), pixels.std().item()
     return ImageData(
@@ -162,6 +155,25 @@ class _Loader(DataLoader[tuple[Tensor, Tensor]]):
 
 def _read(name: str, folder: Path | str | None, *, is_train: bool) -> tuple[Tensor, Tensor]:
     if name == "digits":
-        return read_digits(is_train=is_train)
+        images, labels = read_digits()
+        training, test = _stratify(labels, _N_DIGITS_TEST, None, seed=0)
+        chosen = training if is_train else test
+        return images[chosen], labels[chosen]
     images, labels = read_idx(TORCHVISION_NAMES[name], data_folder(folder), is_train=is_train)
     return images.unsqueeze(1), labels
+
+
+def _stratify(labels: Tensor, n_held_out: int, n_training: int | None, seed: int) -> tuple[Tensor, Tensor]:
+    """Return the row numbers of two disjoint parts, training and held out, sorted and stratified by label."""
+    from sklearn.model_selection import train_test_split
+
+    try:
+        training, held_out = train_test_split(
+            range(len(labels)), train_size=n_training, test_size=n_held_out, stratify=labels, random_state=seed
+        )
+    except ValueError as error:
+        raise DataError(
+            f"cannot split {len(labels)} images into data.train = {n_training or 'the rest'} and "
+            f"data.validation = {n_held_out} with every class in both: {error}"
+        ) from error
+    return torch.tensor(sorted(training)), torch.tensor(sorted(held_out))

@@ -16,15 +16,8 @@ from hpsearch.errors import ImageError
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")
 # Pillow raises all of these for corrupt files.
 _CORRUPT = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    LookupError,
-    ArithmeticError,
-    EOFError,
-    struct.error,
-    zlib.error,
+    *(OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError),
+    *(struct.error, zlib.error),
 )
 _SIDE = 600  # pixels of the shorter side; larger images are shrunk
 

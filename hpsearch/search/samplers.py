@@ -1,6 +1,6 @@
 """The sampler, which chooses hyperparameters, and the pruner, which stops unpromising trials early.
 
-The defaults, TPE and the median pruner, were chosen with `scripts/benchmark quality`; the README has the results.
+The defaults, TPE and the median pruner, were chosen with `scripts/benchmark quality`: see tests/benchmark/README.md.
 """
 
 from heapq import nlargest

@@ -39,15 +39,36 @@ from hpsearch.storage.tables import BufferedTrial, Counts, read_counts
 _TRIAL: Any = models.TrialModel
 
 
-class RecoveringStorage(RDBStorage):
-    """RDBStorage that retries calls for `patience` seconds or until `giving_up` is set.
+class _RetryingStorage(RDBStorage):
+    """RDBStorage that retries its calls during an outage."""
 
-    Then it raises `StorageUnavailable`.
+
+for _name in (
+    *("create_new_study", "delete_study", "get_all_studies", "get_study_id_from_name", "get_study_name_from_id"),
+    *("get_study_directions", "get_study_user_attrs", "get_study_system_attrs", "set_study_user_attr"),
+    *("set_study_system_attr", "_create_new_trial", "_set_trial_param", "set_trial_state_values"),
+    *("set_trial_intermediate_value", "set_trial_user_attr", "set_trial_system_attr"),
+    *("_get_best_trial_id", "_get_stale_trial_ids", "record_heartbeat"),
+):
+    setattr(_RetryingStorage, _name, retry_on_outage(getattr(RDBStorage, _name)))
+
+
+class Storage(_RetryingStorage):
+    """Optuna's RDBStorage that checks the budget before it starts a trial, and buffers the trials of its `worker`.
+
+    Buffered reports and attributes are written by `flush` when due, and in the transaction that ends the trial. In an
+    outage, calls are retried for `patience` seconds or until `giving_up` is set; then they raise `StorageUnavailable`.
     """
 
     def __init__(self, url: URL, *, heartbeat: int, grace: int, creates: bool, reads_only: bool = False) -> None:
+        self.worker: str | None = None
+        self.is_stopped = False  # whether the study was stopped, as of the last flush or heartbeat
         self.patience = 0.0
         self.giving_up = threading.Event()
+        self._buffered: dict[int, BufferedTrial] = {}
+        self._ended: dict[int, BufferedTrial] = {}  # only the last one
+        self._fresh_until = 0.0  # when to read the trials of other workers again
+        self._searched = defaultdict[int, SearchTime](SearchTime)  # by study
         self._last_answer = time.time()
         self.trusts_heartbeats_from = 0.0  # seconds since 1970
         # Optuna formats the URL as a template, so braces in a password would break it.
@@ -79,6 +100,7 @@ class RecoveringStorage(RDBStorage):
     def __getstate__(self) -> dict[Any, Any]:
         raise TypeError("a storage cannot be pickled; open a new one in the other process")
 
+    @retry_on_outage
     def join(self, study_id: int) -> int:
         """Register a worker of the study; return the number of workers that joined before, unique to each worker."""
         with _create_scoped_session(self.scoped_session) as session:
@@ -97,6 +119,13 @@ class RecoveringStorage(RDBStorage):
         The same transaction re-queues the parameters of a trial that was "interrupted", or "killed" at most `retries`
         times.
         """
+        has_failed: bool = self._fail(trial_id, kind, message, retries)
+        self._fresh_until = 0.0
+        self.release(trial_id)
+        return has_failed
+
+    @retry_on_outage
+    def _fail(self, trial_id: int, kind: str, message: str, retries: int) -> bool:
         with _create_scoped_session(self.scoped_session) as session:
             study_id = _TRIAL.find_or_raise_by_id(trial_id, session).study_id
             # Locking the study keeps trial numbers unique; it is always locked before a trial.
@@ -105,7 +134,8 @@ class RecoveringStorage(RDBStorage):
             session.refresh(trial)
             if trial.state != TrialState.RUNNING:
                 return False
-            self._write_buffered(trial_id, session)
+            if buffered := self._buffered.get(trial_id):
+                buffered.write(session.connection())
             frozen = self._build_frozen_trial_from_trial_model(trial)
             kills = [*frozen.system_attrs.get("retry_history", []), *([frozen.number] if kind == "killed" else [])]
             is_retried = kind == "interrupted" or (kind == "killed" and len(kills) <= retries)
@@ -143,16 +173,15 @@ class RecoveringStorage(RDBStorage):
             self.trusts_heartbeats_from = now + grace
         self._last_answer = now
 
-    def _write_buffered(self, trial_id: int, session: Session) -> None:
-        """Write the unwritten rows of the trial if this process has buffered it."""
-
     def _set_user_attr(self, session: Session, trial_id: int, key: str, value: Any) -> None:
         self._set_trial_attr_without_commit(session, models.TrialUserAttributeModel, trial_id, key, value)
 
+    @retry_on_outage
     def _get_stale_trial_ids(self, study_id: int) -> list[int]:
         self._adopt_orphans(study_id)
         return super()._get_stale_trial_ids(study_id)
 
+    @retry_on_outage
     def find_stuck(self, study_id: int) -> list[int]:
         """Return the ids of running trials that are stale or have no heartbeat, without changing anything."""
         with _create_scoped_session(self.scoped_session) as session:
@@ -170,47 +199,6 @@ class RecoveringStorage(RDBStorage):
             _TRIAL.study_id == study_id, _TRIAL.state == TrialState.RUNNING, ~_TRIAL.heartbeats.any()
         )
         return [trial_id for (trial_id,) in query]
-
-
-for _name in (
-    *("create_new_study", "delete_study", "get_all_studies", "get_study_id_from_name", "get_study_name_from_id"),
-    *("get_study_directions", "get_study_user_attrs", "get_study_system_attrs", "set_study_user_attr"),
-    *("set_study_system_attr", "_create_new_trial", "_set_trial_param", "set_trial_state_values"),
-    *("set_trial_intermediate_value", "set_trial_user_attr", "set_trial_system_attr"),
-    *("_get_best_trial_id", "_get_stale_trial_ids", "find_stuck", "record_heartbeat", "join", "fail"),
-):
-    setattr(RecoveringStorage, _name, retry_on_outage(getattr(RecoveringStorage, _name)))
-
-
-def _retry_of(trial: FrozenTrial, kills: list[int]) -> FrozenTrial:
-    """Return a waiting trial with the parameters of a killed or interrupted one, linked to it as in Optuna."""
-    attempts = [*trial.user_attrs.get("attempts", []), trial.number]
-    system_attrs: dict[str, Any] = {"failed_trial": attempts[0], "retry_history": kills}
-    if "fixed_params" in trial.system_attrs:
-        system_attrs["fixed_params"] = trial.system_attrs["fixed_params"]
-    return optuna.trial.create_trial(
-        state=TrialState.WAITING,
-        params=trial.params,
-        distributions=trial.distributions,
-        user_attrs={"attempts": attempts},
-        system_attrs=system_attrs,
-    )
-
-
-class Storage(RecoveringStorage):
-    """A RecoveringStorage that checks the budget before it starts a trial, and buffers the trials of its `worker`.
-
-    Buffered reports and attributes are written by `flush` when due, and in the transaction that ends the trial.
-    """
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        self.worker: str | None = None
-        self.is_stopped = False  # whether the study was stopped, as of the last flush or heartbeat
-        self._buffered: dict[int, BufferedTrial] = {}
-        self._ended: dict[int, BufferedTrial] = {}  # only the last one
-        self._fresh_until = 0.0  # when to read the trials of other workers again
-        self._searched = defaultdict[int, SearchTime](SearchTime)  # by study
-        super().__init__(*args, **options)
 
     def flush(self, trial_id: int) -> None:
         """Write a trial's buffered reports if due. Raises `UpdateFinishedTrialError` if another worker failed it."""
@@ -231,12 +219,6 @@ class Storage(RecoveringStorage):
     def release(self, trial_id: int) -> None:
         """Discard a buffered trial and its unwritten rows."""
         self._buffered.pop(trial_id, None)
-
-    def fail(self, trial_id: int, kind: str, message: str, *, retries: int = 0) -> bool:
-        has_failed = super().fail(trial_id, kind, message, retries=retries)
-        self._fresh_until = 0.0
-        self.release(trial_id)
-        return has_failed
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
         if buffered := self._buffered.get(trial_id) or self._ended.get(trial_id):
@@ -385,9 +367,20 @@ class Storage(RecoveringStorage):
             raise
         buffered.clear_rows()
 
-    def _write_buffered(self, trial_id: int, session: Session) -> None:
-        if buffered := self._buffered.get(trial_id):
-            buffered.write(session.connection())
+
+def _retry_of(trial: FrozenTrial, kills: list[int]) -> FrozenTrial:
+    """Return a waiting trial with the parameters of a killed or interrupted one, linked to it as in Optuna."""
+    attempts = [*trial.user_attrs.get("attempts", []), trial.number]
+    system_attrs: dict[str, Any] = {"failed_trial": attempts[0], "retry_history": kills}
+    if "fixed_params" in trial.system_attrs:
+        system_attrs["fixed_params"] = trial.system_attrs["fixed_params"]
+    return optuna.trial.create_trial(
+        state=TrialState.WAITING,
+        params=trial.params,
+        distributions=trial.distributions,
+        user_attrs={"attempts": attempts},
+        system_attrs=system_attrs,
+    )
 
 
 def storage_of(study: optuna.Study) -> Storage | None:

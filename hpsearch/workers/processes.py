@@ -5,7 +5,7 @@ import multiprocessing
 import signal
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from logging.handlers import QueueHandler
 from multiprocessing import connection
 from pathlib import Path
@@ -43,7 +43,7 @@ class WorkerProcess:
     messages: connection.Connection
     has_begun: bool = False
     is_asked_to_stop: bool = False
-    end: WorkerExit | None = None
+    exit: WorkerExit | None = None
 
 
 def run_pool(
@@ -72,23 +72,19 @@ def run_pool(
     return _Pool(definition, storage, study, data, folder, drain, emit).run(n_workers)
 
 
+@dataclass
 class _Pool:
-    def __init__(
-        self,
-        definition: StudyDefinition,
-        storage: Storage,
-        study: optuna.Study,
-        data: ImageData | None,
-        folder: Path | str | None,
-        drain: Drain,
-        emit: Emit,
-    ) -> None:
-        self.definition, self.storage, self.study, self.data, self.folder = definition, storage, study, data, folder
-        self.drain, self.emit = drain, emit
-        self.workers: list[WorkerProcess] = []
-        self.not_requeued: list[WorkerProcess] = []  # exited without re-queuing their trials
-        self.ends: list[WorkerExit] = []
-        self.n_failed_starts = 0
+    definition: StudyDefinition
+    storage: Storage
+    study: optuna.Study
+    data: ImageData | None
+    folder: Path | str | None
+    drain: Drain
+    emit: Emit
+    workers: list[WorkerProcess] = field(default_factory=list)
+    not_requeued: list[WorkerProcess] = field(default_factory=list)  # exited without re-queuing their trials
+    exits: list[WorkerExit] = field(default_factory=list)
+    n_failed_starts: int = 0
 
     def run(self, n_workers: int) -> str:
         try:
@@ -106,11 +102,11 @@ class _Pool:
             for worker in self.workers:
                 worker.process.join()
             self._requeue_own()
-        for end in self.ends:
-            if end.error is None:  # this worker saw the budget used up, so the search is over
-                return end.reason
+        for each in self.exits:
+            if each.error is None:  # this worker saw the budget used up, so the search is over
+                return each.reason
         self.drain.check()
-        raise self.ends[0].error or WorkerError
+        raise self.exits[0].error or WorkerError
 
     def _step(self, n_workers: int) -> None:
         """Forward the workers' messages, replace workers that died, and stop them when drained."""
@@ -125,9 +121,9 @@ class _Pool:
                 continue
             worker.process.join()
             self.workers.remove(worker)
-            error = worker.end and worker.end.error
-            if worker.end and (isinstance(error, Stopped) or not isinstance(error, Drained | WorkerError)):
-                self.ends.append(worker.end)
+            error = worker.exit and worker.exit.error
+            if worker.exit and (isinstance(error, Stopped) or not isinstance(error, Drained | WorkerError)):
+                self.exits.append(worker.exit)
                 if isinstance(error, StorageUnavailable):
                     self.not_requeued.append(worker)
                 if isinstance(error, RepeatedFailures | StorageUnavailable) and self.workers:
@@ -172,7 +168,7 @@ class _Pool:
 
     def _read(self, worker: WorkerProcess) -> None:
         """Forward the worker's messages; keep the `WorkerExit` that it sends last."""
-        while worker.end is None:
+        while worker.exit is None:
             try:
                 message = worker.messages.recv() if worker.messages.poll() else None
             except (EOFError, OSError):  # killed, possibly in the middle of a message
@@ -180,7 +176,7 @@ class _Pool:
             if message is None:
                 return
             if isinstance(message, WorkerExit):
-                worker.end = message
+                worker.exit = message
             elif isinstance(message, logging.LogRecord):
                 logging.getLogger(message.name).handle(message)
             else:

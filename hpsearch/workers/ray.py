@@ -210,7 +210,7 @@ class Tasks:
     def __init__(self, definition: StudyDefinition, resources: Resources, node: str | None) -> None:
         self.ray, self.definition, self.resources, self.node = import_ray(), definition, resources, node
         self.data: dict[str, Any] = {}
-        self.ends: list[WorkerExit] = []
+        self.exits: list[WorkerExit] = []
 
     def run(self, n_workers: int, drain: Drain, on_poll: Callable[[], None]) -> str:
         self._read_data()
@@ -228,15 +228,15 @@ class Tasks:
                 for task in running:
                     self.ray.cancel(task, force=False)
             on_poll()
-        for end in self.ends:
+        for end in self.exits:
             if end.error is None:  # this worker saw the budget used up, so the search is over
                 return end.reason
         drain.check()
-        raise self.ends[0].error or ClusterError
+        raise self.exits[0].error or ClusterError
 
     def _is_over(self) -> bool:
         """Whether a worker has seen the budget used up and no trial is running."""
-        if all(end.error for end in self.ends):
+        if all(end.error for end in self.exits):
             return False
         try:
             storage = open_storage(self.definition.study.storage, reads_only=True)
@@ -256,9 +256,13 @@ class Tasks:
         except exceptions.RayError as error:
             reason = f"a worker task failed: {last_line(error)}"
             end = WorkerExit(reason, ClusterError(reason))
-        if end.error and not isinstance(end.error, Drained) and end.reason not in {other.reason for other in self.ends}:
+        if (
+            end.error
+            and not isinstance(end.error, Drained)
+            and end.reason not in {other.reason for other in self.exits}
+        ):
             logger.warning("a worker stopped: %s", end.error)  # the others may continue
-        self.ends.append(end)
+        self.exits.append(end)
         return end
 
     def _start(self) -> Any:

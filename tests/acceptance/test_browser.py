@@ -17,8 +17,6 @@ from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
 
 from .commands import Command, hpsearch, start, wait_for
 
-pytestmark = pytest.mark.xdist_group("browser")  # its fixtures are expensive
-
 WIDTHS = (1280, 390)
 STUDY = """
 [budget]

@@ -19,8 +19,6 @@ from hpsearch.storage.rdb import open_storage
 from ..conftest import aws_environment
 from .commands import Command, epochs_of, hpsearch, processes_of, start, wait_for
 
-pytestmark = pytest.mark.xdist_group("ray")  # its fixtures are expensive
-
 WriteStudy = Callable[..., Path]
 RECOVERY = "[recovery]\nheartbeat = 1\ngrace = 4\ncheckpoint = 0.3\n[pruner]\nkind = 'none'"
 

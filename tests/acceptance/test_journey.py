@@ -18,8 +18,6 @@ from hpsearch.data.dataset import load_test
 
 from .commands import hpsearch
 
-pytestmark = pytest.mark.xdist_group("journey")  # its fixtures are expensive
-
 STUDIES = Path(__file__).parents[2] / "studies"
 REAL_MNIST = Path(os.environ.get("HPSEARCH_DATA", "/nowhere")) / "MNIST" / "raw"
 

@@ -160,7 +160,7 @@ def test_stop_extend_and_enqueue_steer_four_workers_and_the_budget_stays_exact(
     study_file: StudyFile, tmp_path: Path
 ) -> None:
     study_file(
-        budget=f"trials = 6\nepochs = {epochs_of(2)}",
+        budget=f"trials = 4\nepochs = {epochs_of(4)}",
         body=f'[pruner]\nkind = "none"\n[study]\nstorage = "sqlite:///{tmp_path / "small.db"}"',
     )
     definition = load_definition(tmp_path / "small.toml")
@@ -174,9 +174,9 @@ def test_stop_extend_and_enqueue_steer_four_workers_and_the_budget_stays_exact(
         wait_for(lambda: watch.poll().n_alive == 4, "four running trials")
         told = hpsearch("enqueue", "small.toml", "--set", "lr=0.0123", "--set", "width=17", cwd=tmp_path).stderr
         assert re.match(r"trial \d+ queued with lr=0.0123, width=17; running workers will pick it up\n", told)
-        assert "budget is now 8 trials" in hpsearch("extend", "small.toml", "--trials", 2, cwd=tmp_path).stderr
+        assert "budget is now 6 trials" in hpsearch("extend", "small.toml", "--trials", 2, cwd=tmp_path).stderr
         stopped = hpsearch("stop", "small.toml", cwd=tmp_path).stderr
-        assert re.search(r"stopped: \d of 8 trials done.*; resume with: hpsearch run small.toml\n", stopped)
+        assert re.search(r"stopped: \d of 6 trials done.*; resume with: hpsearch run small.toml\n", stopped)
         assert (run.wait(60), worker.wait(60)) == (75, 75)
     finally:
         for process in (run, worker):
@@ -194,13 +194,13 @@ def test_stop_extend_and_enqueue_steer_four_workers_and_the_budget_stays_exact(
     run = start("run", "small.toml", "--workers", 4, cwd=tmp_path, log=tmp_path / "again.log")
     try:
         wait_for(lambda: watch.poll().n_alive > 0, "the search to go on")
-        assert "budget is now 10 trials" in hpsearch("extend", "small.toml", "--trials", 2, cwd=tmp_path).stderr
+        assert "budget is now 7 trials" in hpsearch("extend", "small.toml", "--trials", 1, cwd=tmp_path).stderr
         assert run.wait(120) == 0
     finally:
         run.kill()
     document = status(tmp_path)
-    assert document["budget"]["trials"] == 10
-    assert document["trials"] | {"failed": 0} == {"complete": 10, "pruned": 0, "failed": 0, "running": 0, "waiting": 0}
+    assert document["budget"]["trials"] == 7
+    assert document["trials"] | {"failed": 0} == {"complete": 7, "pruned": 0, "failed": 0, "running": 0, "waiting": 0}
     trials = load_study(definition, open_storage(definition.study.storage)).trials
     finished = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     assert {"lr": 0.0123, "width": 17} in [trial.params for trial in finished]

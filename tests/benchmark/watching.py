@@ -74,7 +74,7 @@ def _watching(folder: Path, shares: list[float]) -> Iterator[None]:
     """`status --watch` on a terminal of 200 x 50; its share of a core, after it has read the study, is appended."""
     command = [*HPSEARCH, "status", "watched.toml", "--watch"]
     watch = pexpect.spawn(command[0], command[1:], cwd=folder, env=environment(), dimensions=(50, 200))
-    watch.expect("finished", timeout=60)
+    watch.expect("elapsed", timeout=60)
     threading.Thread(target=_read, args=(watch,), daemon=True).start()
     process = psutil.Process(watch.pid)
     start, before = time.perf_counter(), process.cpu_times()

@@ -240,7 +240,7 @@ def test_no_output_shows_the_password_of_the_storage(
     study_file()
     url = "postgresql://me:secret@127.0.0.1:9/db?sslpassword=secret"
     monkeypatch.setattr("hpsearch.workers.processes.run_pool", lambda *_, **__: "the study has its trials")
-    monkeypatch.setattr("hpsearch.cli.app.print_status", lambda *_, **__: None)
+    monkeypatch.setattr("hpsearch.cli.options.print_status", lambda *_, **__: None)
     for arguments in (["run", "small.toml", "--storage", url], ["status", "small.toml", "--storage", url]):
         assert "secret" not in "".join(map(str, run(*arguments)))
     monkeypatch.setenv("HPSEARCH_STORAGE", url)

@@ -26,7 +26,7 @@ import typer.main
 from optuna.trial import TrialState
 
 from hpsearch.cli import app as cli_app
-from hpsearch.cli import watch
+from hpsearch.cli import options, watch
 from hpsearch.config.definition import StudyDefinition
 from hpsearch.errors import StorageUnavailable, StudyNotFound, UsageError
 from hpsearch.monitor.dashboard import app, notes, server
@@ -733,7 +733,7 @@ def test_a_browser_is_given_a_file_that_only_this_user_can_read(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("webbrowser.open", look)
-    monkeypatch.setattr(watch, "load_definition_of", lambda *_: searched)
+    monkeypatch.setattr(options, "load_definition_of", lambda *_: searched)
     with pytest.raises(KeyboardInterrupt):
         watch.dashboard("small.toml", token=None, host="127.0.0.1", port=0, opens=True)
     [file] = seen

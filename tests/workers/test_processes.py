@@ -96,7 +96,7 @@ def test_a_signal_decides_the_exit_status_even_if_a_worker_had_failed_before(tmp
     members = processes._Pool(
         definition, storage, open_study(definition, storage), None, None, drain, lambda event: None
     )
-    members.ends = [WorkerExit("three failures", RepeatedFailures())]
+    members.exits = [WorkerExit("three failures", RepeatedFailures())]
     with pytest.raises(Interrupted):
         members.run(0)
 

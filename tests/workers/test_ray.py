@@ -85,7 +85,6 @@ def test_one_node_that_is_another_machine_needs_shared_places_too(monkeypatch: p
         Cluster(make_definition("sqlite:///x.db"), Resources())
 
 
-@pytest.mark.xdist_group("ray")
 def test_a_machine_by_itself_is_a_cluster_where_sqlite_and_a_folder_will_do(study_file: Callable[..., Path]) -> None:
     file = study_file()
     arguments = ("launch", file.name, "--address", "local", "--workers", 2, "--trials", 3, "--json")

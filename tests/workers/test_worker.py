@@ -30,6 +30,7 @@ from hpsearch.training.trainer import EpochResult
 from hpsearch.workers.shutdown import Drain
 from hpsearch.workers.worker import Heartbeat, Worker, open_worker_storage, worker_name
 
+from ..acceptance.commands import wait_for
 from ..conftest import make_definition
 
 
@@ -227,7 +228,16 @@ def test_a_second_signal_stops_at_once_and_still_hands_the_trial_back(
 
 def test_a_stopped_study_ends_its_workers_after_a_whole_epoch_until_it_is_resumed(bench: Callable[..., Bench]) -> None:
     b = bench(budget={"trials": 1, "epochs": 100_000})
-    threading.Timer(0.5, lambda: stop_study(b.study)).start()
+
+    def stop_after_epoch(n: int) -> None:
+        def reached() -> bool:
+            running = b.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+            return any((trial.last_step or 0) > n for trial in running)
+
+        wait_for(reached, f"the epoch after {n}")
+        stop_study(b.study)
+
+    threading.Thread(target=stop_after_epoch, args=[0]).start()
     with pytest.raises(Stopped, match="resume it with: hpsearch run"):
         b.worker().run()
     failed, waiting = b.study.trials
@@ -242,7 +252,7 @@ def test_a_stopped_study_ends_its_workers_after_a_whole_epoch_until_it_is_resume
         b.worker().run()
     assert len(b.study.trials) == 2
     resume_study(b.study)
-    threading.Timer(0.5, lambda: stop_study(b.study)).start()
+    threading.Thread(target=stop_after_epoch, args=[failed.last_step]).start()
     with pytest.raises(Stopped):
         b.worker().run()
     resumed = b.study.trials[1]
