@@ -1,16 +1,17 @@
 """Hyperparameter search for PyTorch image classifiers.
 
-Nine rooms; each imports only from the rooms below it. `README.md` in this folder leads through them:
+Nine rooms; each imports only from the rooms below it, and two on one line do not import each other. `README.md` in this
+folder leads through them:
 
-    cli        the commands: parse, call one function, print
-    monitor    what a search looks like: status, live table, report, doctor, dashboard
-    bundle     from the best trial to a verified model folder
-    workers    who runs trials, and where: processes here, tasks in Ray
-    search     the search loop: study, objective, samplers, pruners, steering
-    storage    what survives: trials, budget, checkpoints, files
-    training   hyperparameters and data to a trained network
-    data       data sets as tensors in memory, image files as pixels
-    config     the study file and the search space
+    cli                  the commands: each parses its arguments, calls one function and prints the result
+    monitor              what users see of a search: status, live table, report, doctor, dashboard
+    bundle               from the best trial to a verified model folder
+    workers              the processes that run trials, on this machine or in a Ray cluster
+    search               the study, its objective, sampler and pruner, and the choice of the best trial
+    storage | training   what survives: trials, budget, checkpoints, files
+                         from hyperparameters and data to a trained network
+    data | config        data sets as tensors in memory, image files as pixels
+                         the study file and the search space
 
     >>> definition = hpsearch.load_definition("studies/digits.toml")
     >>> study = optuna.create_study(direction="maximize")

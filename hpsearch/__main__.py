@@ -15,7 +15,7 @@ _INTERRUPTED = 130  # typer returns it on Ctrl-C without printing anything
 
 
 def main() -> None:
-    """Run the command line. Every error is printed as one or two lines on stderr and sets the exit status."""
+    """Run the command line. Errors become short messages on stderr and set the exit status."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     is_debug = len(arguments) < len(sys.argv) - 1
     logging.basicConfig(level=logging.DEBUG if is_debug else logging.WARNING, format="%(message)s")

@@ -80,7 +80,7 @@ def fill(storage: Storage, study: optuna.Study, n_trials: int, *, epochs: int = 
             elif number % 3 == 2:
                 trial.state, n_reports = TrialState.PRUNED, 1 + number % (epochs - 1)
                 value = float(curve[n_reports - 1])
-                pruning = {"value": value, "threshold": value + 0.01, "rule": "the median of 12 trials"}
+                pruning = {"value": value, "threshold": value + 0.01, "rule": "median of 12 trials"}
                 buffered.set_user_attr("pruning", pruning | {"epoch": n_reports})
             else:
                 trial.state, n_reports = TrialState.COMPLETE, epochs

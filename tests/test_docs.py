@@ -196,8 +196,19 @@ def test_a_room_names_each_of_its_files_and_the_page_inside_agrees(room: Path) -
 
 
 def test_the_map_of_the_package_names_every_room() -> None:
-    drawn = re.findall(r"^ {4}([a-z]+)  ", hpsearch.__doc__ or "", re.MULTILINE)
+    levels = re.findall(r"^ {4}([a-z]+(?: \| [a-z]+)?) {2,}\S", hpsearch.__doc__ or "", re.MULTILINE)
+    drawn = [name for level in levels for name in level.split(" | ")]
     assert sorted(drawn) == sorted(room.name for room in ROOMS if room.parent == PACKAGE)
+    assert re.findall(r"^([a-z]+(?: \| [a-z]+)?) {2,}\S", INSIDE.read_text(), re.MULTILINE) == levels
+
+
+@pytest.mark.parametrize("room", [room for room in ROOMS if room.parent == PACKAGE], ids=lambda room: room.name)
+def test_a_room_is_described_in_the_same_words_everywhere(room: Path) -> None:
+    sentence = (ast.get_docstring(ast.parse((room / "__init__.py").read_text())) or "").partition("\n")[0]
+    assert f"### {room.name}\n\n{sentence}" in INSIDE.read_text()
+    drawn = f"  {sentence[0].lower()}{sentence[1:].removesuffix('.')}\n"
+    assert drawn in INSIDE.read_text()
+    assert drawn in (hpsearch.__doc__ or "")
 
 
 def test_every_function_that_the_way_of_a_trial_passes_is_where_it_says() -> None:

@@ -195,7 +195,7 @@ def save(
         draw_confusion_matrix(contents.evaluation, new / "confusion_matrix.png")
         draw_calibration(contents.evaluation, new / "calibration.png")
         draw_mistakes(contents.evaluation, images, new / "mistakes.png")
-        _write_texts(contents, new, {})
+        _write_texts(contents, new, {})  # `hpsearch.load`, which verifies model.safetensors, needs a manifest
         verified = formats.verify_models(contents.network, contents.config, new, images, labels)
         _write_texts(contents, new, verified)
         load(new)
@@ -203,7 +203,7 @@ def save(
 
 
 def check_target(target: Path) -> None:
-    """Raise `BundleError` if the target is not writable, or exists and is not a model folder."""
+    """Raise `BundleError` if the target is not writable, or exists and is neither empty nor a model folder."""
     target.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(target.parent, os.W_OK):
         raise BundleError(f"{target.parent} is not writable; choose another --output")

@@ -32,7 +32,7 @@ from hpsearch.training.run import load_study_data, train_from_seed, trial_seed
 from hpsearch.training.trainer import measure_accuracy
 from hpsearch.workers.forkserver import start_fork_server
 
-_FIRST_REPETITION = 1_000  # index of a trial's seed: 0 is for the search, those from 1 on for the export
+_FIRST_REPETITION = 1_000  # seeds 0: search, from 1: export, from 1,000: confirm
 _LEVEL = 0.95
 
 Run = tuple[FrozenTrial, int]

@@ -95,7 +95,7 @@ def write_models(
     network: Network, config: dict[str, Any], folder: Path, *, onnx: bool = False, torch_export: bool = False
 ) -> None:
     """Write the network to the folder as safetensors and `torch.save` file, and optionally as ONNX and `model.pt2`."""
-    # After training, parameters share one storage, which `torch.save` would write completely for each.
+    # Training joins all parameters in one tensor, which torch.save would write once per parameter.
     layout = torch.contiguous_format
     state = {name: tensor.clone(memory_format=layout) for name, tensor in network.state_dict().items()}
     (folder / "model.safetensors").write_bytes(to_safetensors(state))
@@ -116,7 +116,8 @@ def write_models(
             torch.export.save(exported, folder / "model.pt2")
         if onnx:
             program = torch.onnx.export(
-                *(model, example),
+                model,
+                example,
                 dynamo=True,
                 dynamic_shapes=shapes,
                 verbose=False,

@@ -1,4 +1,4 @@
-"""A folder with a manifest of checksums: replaced in one step, and read only if no file has changed."""
+"""A folder with a manifest of checksums: replaced in one step, and refused if any file has changed."""
 
 import ctypes
 import glob

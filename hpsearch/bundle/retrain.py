@@ -17,7 +17,7 @@ from hpsearch.config.definition import StudyDefinition
 from hpsearch.config.space import Hyperparameters, suggest
 from hpsearch.data.dataset import ImageData, load_test
 from hpsearch.errors import Diverged
-from hpsearch.search.selection import count_test_reading, find_best, find_winner
+from hpsearch.search.selection import find_best, find_winner, record_test_use
 from hpsearch.training.devices import tune_malloc
 from hpsearch.training.networks import describe_layers
 from hpsearch.training.run import load_study_data, train_from_seed, trial_seed
@@ -58,13 +58,13 @@ def export(
         callbacks = [lambda result, i=i: on_epoch(i, result)]
         try:
             network, _ = train_from_seed(
-                *(definition, data, hyperparameters, seed), split=images, epochs=epochs, callbacks=callbacks
+                definition, data, hyperparameters, seed, split=images, epochs=epochs, callbacks=callbacks
             )
         except Diverged as error:
             raise Diverged(f"trial {trial.number}, model {i + 1}: {error}; choose another one with --trial") from error
         networks.append(network.cpu())
 
-    n_test_uses = count_test_reading(study, trial)
+    n_test_uses = record_test_use(study, trial)
     test_images, test_labels = load_test(definition.data.name, folder)
     inputs = data.split_of(test_images, test_labels).images
     labels = test_labels.numpy()

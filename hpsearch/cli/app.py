@@ -113,14 +113,7 @@ def run(
                 if opens:
                     webbrowser.open(stack.enter_context(redirect_file(address)))
             view = stack.enter_context(LiveView(watch, stderr_console()))
-            reason = run_pool(
-                definition,
-                drain,
-                n_workers=workers,
-                folder=data,
-                emit=view,
-                on_start=view.start,
-            )
+            reason = run_pool(definition, drain, n_workers=workers, folder=data, emit=view, on_start=view.start)
     except Drained:
         _echo_progress(watch)
         raise
@@ -153,7 +146,7 @@ def worker(
     drain = Drain().listen(signal.SIGINT, signal.SIGTERM)
     with LiveView(watch, stderr_console()) as view:
         reason = run_worker(definition, drain, folder=data, emit=view, max_trials=max_trials)
-    echo(f"done: {reason}")
+    echo(f"done: {options.name_study(reason, options.shell_arguments(study, storage))}")
 
 
 @app.command(
@@ -186,10 +179,8 @@ def launch(
 
     if detaches and address == "local":
         raise UsageError("--detach needs a cluster that outlives this command; start one with: ray start --head")
-    definition, command = (
-        options.load_definition_of(study, storage, trials, artifacts),
-        options.shell_arguments(study, storage),
-    )
+    definition = options.load_definition_of(study, storage, trials, artifacts)
+    command = options.shell_arguments(study, storage)
     with connect(definition, Resources(cpus, gpus), address=address, folder=data) as cluster:
         drain = Drain().listen(signal.SIGINT, signal.SIGTERM)  # replaces the handlers that Ray installed
         n_workers = workers or cluster.n_fitting
@@ -224,12 +215,12 @@ def _echo_result(watch: "Watch", reason: str, command: str, *, as_json: bool) ->
     from hpsearch.monitor.status import summarize_search
     from hpsearch.monitor.text import echo
 
-    echo(f"done: {reason}")
-    options.print_status(watch.definition, as_json=as_json)
+    echo(f"done: {options.name_study(reason, command)}")
+    options.print_status(watch.definition, command, as_json=as_json)
     for line in summarize_search(watch, command):
         echo(line)
 
 
-app.add_typer(care_app)
 app.add_typer(watch_app)
 app.add_typer(result_app)
+app.add_typer(care_app)

@@ -26,10 +26,8 @@ def doctor(
     from hpsearch.cli.render import render_findings
     from hpsearch.monitor.doctor import run_checks
 
-    findings = [
-        asdict(finding)
-        for finding in run_checks(options.load_definition_of(study, storage, artifacts=artifacts), folder=data, fix=fix)
-    ]
+    definition = options.load_definition_of(study, storage, artifacts=artifacts)
+    findings = [asdict(finding) for finding in run_checks(definition, folder=data, fix=fix)]
     options.print_document(findings, render_findings, as_json=as_json)
     if not all(finding["is_ok"] for finding in findings):
         raise typer.Exit(1)

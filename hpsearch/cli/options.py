@@ -25,10 +25,7 @@ def complete_study(incomplete: str) -> list[str]:
 
 
 STUDY_HELP = "Study file, or the name of one in ./studies (e.g. `digits`)."
-StudyArgument = Annotated[
-    str,
-    typer.Argument(metavar="STUDY", help=STUDY_HELP, autocompletion=complete_study),
-]
+StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help=STUDY_HELP, autocompletion=complete_study)]
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Model folder written by `hpsearch export`.")]
 StorageOption = Annotated[
     str | None, typer.Option(help="Database URL, SQLite or PostgreSQL; overrides the file. [env: HPSEARCH_STORAGE]")
@@ -98,6 +95,11 @@ def shell_arguments(study: str, storage: str | None) -> str:
     return shlex.quote(study) + (f" --storage {shlex.quote(show_url(storage))}" if storage else "")
 
 
+def name_study(message: str, arguments: str) -> str:
+    """Return the message with the study's arguments in place of STUDY."""
+    return message.replace(" STUDY", f" {arguments}")
+
+
 def print_document(document: Any, render: Callable[[Any], "RenderableType"], *, as_json: bool) -> None:
     """Print a result to stdout, as JSON or as text."""
     from hpsearch.monitor.text import show
@@ -108,7 +110,7 @@ def print_document(document: Any, render: Callable[[Any], "RenderableType"], *, 
         show(render(document))
 
 
-def print_status(definition: "StudyDefinition", *, as_json: bool) -> None:
+def print_status(definition: "StudyDefinition", arguments: str, *, as_json: bool) -> None:
     """Print the document of `status`, and a hint if the study is stopped."""
     from hpsearch.cli.render import render_status
     from hpsearch.monitor.text import echo
@@ -117,4 +119,4 @@ def print_status(definition: "StudyDefinition", *, as_json: bool) -> None:
     study = load_study_of(definition)
     print_document(read_status(definition, study), render_status, as_json=as_json)
     if study.user_attrs.get("stopped"):
-        echo("the study is stopped; resume it with: hpsearch run STUDY")
+        echo(f"the study is stopped; resume it with: hpsearch run {arguments}")

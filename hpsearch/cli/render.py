@@ -13,7 +13,7 @@ from hpsearch.monitor.trials import flatten, list_columns
 
 
 def render_status(status: Mapping[str, Any]) -> RenderableType:
-    """The document of `status --json` as text."""
+    """Return the document of `status --json` as text."""
     table = Table.grid(padding=(0, 2))
     budget, counts, best, epochs = status["budget"], status["trials"], status["best"], status["epochs"]
     finished = counts["complete"] + counts["pruned"]
@@ -34,7 +34,7 @@ def render_status(status: Mapping[str, Any]) -> RenderableType:
 
 
 def render_trials(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> RenderableType:
-    """A table with one row per trial, by default with a column for each hyperparameter that any of them has.
+    """Return a table with one row per trial, by default with a column for each hyperparameter that any of them has.
 
     On a terminal, a note is cut at the end of the line.
     """
@@ -52,7 +52,7 @@ def render_trials(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()
 
 
 def render_trial(trial: Mapping[str, Any]) -> RenderableType:
-    """The document of `show --json` as text."""
+    """Return the document of `show --json` as text."""
     table = Table.grid(padding=(0, 2))
     table.add_row("trial", Text(f"{trial['number']} {trial['state']}", style="bold"))
     if trial["value"] is not None:
@@ -81,7 +81,7 @@ def render_trial(trial: Mapping[str, Any]) -> RenderableType:
 
 
 def render_findings(findings: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """One line per check of `doctor`: `ok`, or `FIX` and how."""
+    """Return one line per check of `doctor`: `ok`, or `FIX` and how."""
     table = Table.grid(padding=(0, 2))
     for finding in findings:
         verdict = Text("ok", style="green") if finding["is_ok"] else Text("FIX", style="bold red")
@@ -90,7 +90,7 @@ def render_findings(findings: Sequence[Mapping[str, Any]]) -> RenderableType:
 
 
 def render_confirmation(confirmation: Mapping[str, Any]) -> RenderableType:
-    """The document of `confirm --json` as text: one row per candidate, and the verdict."""
+    """Return the document of `confirm --json` as text: one row per candidate, and the verdict."""
     table = Table(box=SIMPLE_HEAD, show_edge=False)
     for heading in ("trial", "search acc.", "mean acc.", "95% CI", "min", "max", "params"):
         table.add_column(heading, justify="right")
@@ -113,7 +113,7 @@ def render_confirmation(confirmation: Mapping[str, Any]) -> RenderableType:
 
 
 def render_export(target: str, metrics: Mapping[str, Any]) -> RenderableType:
-    """The model folder, its accuracy, and the verification of its files."""
+    """Return the model folder, its accuracy, and the verification of its files."""
     low, high = metrics["test_interval"]
     n_images, several, n_uses = metrics["n_images"]["test"], metrics["test_accuracies"], metrics["test_reads"]
     lines = [
@@ -132,7 +132,7 @@ def render_export(target: str, metrics: Mapping[str, Any]) -> RenderableType:
 
 
 def render_replay(document: Mapping[str, Any]) -> RenderableType:
-    """Whether the trial was reproduced; if not, the largest difference and its causes."""
+    """Return whether the trial was reproduced; if not, the largest difference and its causes."""
     trial, value, epochs = f"trial {document['trial']}", f"{document['value']:.4f}", document["epochs"]
     if document["identical"]:
         return Text(f"{trial}: reproduced exactly, all {epochs} epochs identical (final accuracy {value})")
@@ -147,7 +147,7 @@ def render_replay(document: Mapping[str, Any]) -> RenderableType:
 
 
 def render_evaluation(evaluation: Mapping[str, Any]) -> RenderableType:
-    """Accuracy, calibration, and tables of per-class metrics, the confusion matrix and the worst errors."""
+    """Return accuracy, calibration, and tables of per-class metrics, the confusion matrix and the worst errors."""
     rows = evaluation["per_class"]
     per_class = Table("class", "precision", "recall", "F1", "images", box=SIMPLE_HEAD, show_edge=False)
     for row in rows:
@@ -171,7 +171,7 @@ def _render_errors(mistakes: Sequence[Mapping[str, Any]], n_shown: int = 5) -> l
 
 
 def prediction_line(prediction: Mapping[str, Any]) -> str:
-    """`digit.png  7 0.9981  9 0.0012  1 0.0003`."""
+    """Return a line such as `digit.png  7 0.9981  9 0.0012  1 0.0003`."""
     top = [f"{entry['class']} {entry['probability']:.4f}" for entry in prediction["top"]]
     return "  ".join([printable(prediction["image"]), *top])
 

@@ -22,7 +22,7 @@ def confirm(
     data: options.DataOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Retrain the best trials with new seeds and pick the winner. Compares validation accuracies; `export` uses it."""
+    """Retrain the best trials with new seeds and pick the winner. It is picked on validation data; `export` uses it."""
     definition = options.load_definition_of(study, storage)
     stored = options.load_study_of(definition)
     from hpsearch.bundle.confirm import confirm as confirm_trials
@@ -177,9 +177,7 @@ def evaluate(
 @app.command(epilog="Example:  hpsearch predict dist/mnist-mlp digit.png scans/ 'more/**/*.jpg'")
 def predict(
     bundle: options.BundleArgument,
-    images: Annotated[
-        list[str], typer.Argument(metavar="IMAGE...", help="Image files, folders, or quoted glob patterns.")
-    ],
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="Image files, folders or quoted glob patterns.")],
     as_json: options.JsonOption = False,
 ) -> None:
     """Classify images. Prints the top three classes with probabilities."""

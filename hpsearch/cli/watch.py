@@ -24,10 +24,10 @@ def status(
     storage: options.StorageOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Show the progress of a search. Prints trial counts, the best trial, workers and epochs."""
+    """Show the progress of a search: trials, best, workers, epochs."""
     definition = options.load_definition_of(study, storage)
     if not watch:
-        return options.print_status(definition, as_json=as_json)
+        return options.print_status(definition, options.shell_arguments(study, storage), as_json=as_json)
     if as_json:
         raise UsageError("--watch cannot be combined with --json; poll `status --json` instead")
     from rich.console import Console
@@ -109,8 +109,8 @@ def stop(study: options.StudyArgument, storage: options.StorageOption = None) ->
         time.sleep(_POLL)
     if not snapshot.is_stopped:
         return echo("someone resumed the study in the meantime; it is running again")
-    for lost in snapshot.workers:
-        echo(f"worker {lost['worker']} is not responding; its trial {lost['trial']} will be resumed by the next run")
+    for stale in snapshot.workers:
+        echo(f"worker {stale['worker']} is not responding; its trial {stale['trial']} will be resumed by the next run")
     command = options.shell_arguments(study, storage)
     return echo(f"stopped: {snapshot.describe_progress()}; resume with: hpsearch run {command}")
 

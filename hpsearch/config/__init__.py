@@ -1,4 +1,4 @@
-"""Reads, validates and fingerprints study files, and defines the search space.
+"""The study file and the search space.
 
 urls         parses database and artifact URLs, and hides their passwords
 space        hyperparameters, the search space, and `suggest`, which samples one from the other

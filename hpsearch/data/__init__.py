@@ -1,4 +1,4 @@
-"""Loads data sets as tensors in memory, and image files as pixels.
+"""Data sets as tensors in memory, image files as pixels.
 
 dataset        splits, batches, and the registry of data sets
 mnist          downloads, unpacks and parses MNIST and similar data sets

@@ -28,8 +28,6 @@ def inspect_files(name: str, folder: Path | str | None = None) -> tuple[list[str
 
     Does not download or unpack anything.
     """
-    if name == "digits":
-        return [], True
     import torchvision
 
     class_name = TORCHVISION_NAMES[name]

@@ -1,4 +1,4 @@
-"""Views of a search for people: in a terminal, a file or a browser.
+"""What users see of a search: status, live table, report, doctor, dashboard.
 
 text        formatting of messages, numbers and durations
 trials      the table of trials: columns, sorting, CSV

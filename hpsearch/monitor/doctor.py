@@ -21,7 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from hpsearch.config.definition import StudyDefinition
 from hpsearch.config.urls import parse_url, show_url
-from hpsearch.data.mnist import data_folder, inspect_files
+from hpsearch.data.mnist import TORCHVISION_NAMES, data_folder, inspect_files
 from hpsearch.errors import HpsearchError, StorageUnavailable
 from hpsearch.search.checkpoints import artifact_folder, checkpoint_folder, find_unneeded_checkpoints, sweep_checkpoints
 from hpsearch.search.study import load_study
@@ -29,7 +29,7 @@ from hpsearch.storage.artifacts import Folder
 from hpsearch.storage.backup import check_integrity
 from hpsearch.storage.engine import network_file_system, safe_journal
 from hpsearch.storage.rdb import Storage, open_storage
-from hpsearch.storage.retry import reason
+from hpsearch.storage.retry import describe_cause
 from hpsearch.training.devices import count_cores, list_devices
 from hpsearch.training.run import load_study_data
 
@@ -76,12 +76,12 @@ def _run_checks(definition: StudyDefinition, folder: Path | str | None, fix: boo
         try:
             yield _check_latency(storage)
             yield _check_clock(storage)
-            yield _check_stuck(definition, storage, study, fix)
+            yield _check_stale(definition, storage, study, fix)
             if artifacts.is_ok:
                 yield _check_checkpoints(definition, study, fix)
             yield _check_threads(study)
         except (StorageUnavailable, SQLAlchemyError) as error:
-            yield Finding("study", False, f"the database stopped responding: {reason(url, error)}")
+            yield Finding("study", False, f"the database stopped responding: {describe_cause(url, error)}")
         finally:
             storage.engine.dispose()
     if folder_of_artifacts.path is None:
@@ -143,20 +143,20 @@ def _check_clock(storage: Storage) -> Finding:
     return Finding("clock", is_ok, message if is_ok else f"{message}; synchronize both clocks with NTP")
 
 
-def _check_stuck(definition: StudyDefinition, storage: Storage, study: optuna.Study, fix: bool) -> Finding:
-    stuck = storage.find_stuck(study._study_id)
-    if stuck and fix:
+def _check_stale(definition: StudyDefinition, storage: Storage, study: optuna.Study, fix: bool) -> Finding:
+    stale = storage.find_stale(study._study_id)
+    if stale and fix:
         time.sleep(definition.recovery.heartbeat)  # after an outage, workers that are alive send a heartbeat now
-        n_stuck, n_fixed = len(stuck), len(storage.reap(study._study_id, definition.recovery.retries))
-        if n_fixed == n_stuck:
+        n_stale, n_fixed = len(stale), len(storage.reap(study._study_id, definition.recovery.retries))
+        if n_fixed == n_stale:
             advice = "or failed, where retries were used up"
             return Finding("trials", True, f"fixed: {n_fixed} stuck trials re-queued ({advice})")
         advice = f"run doctor --fix again in {definition.recovery.grace} s for the rest"
-        return Finding("trials", False, f"{n_fixed} of {n_stuck} stuck trials fixed; {advice}")
-    numbers = ", ".join(str(storage.get_trial(trial_id).number) for trial_id in stuck)
+        return Finding("trials", False, f"{n_fixed} of {n_stale} stuck trials fixed; {advice}")
+    numbers = ", ".join(str(storage.get_trial(trial_id).number) for trial_id in stale)
     advice = f"any worker will re-queue them within {definition.recovery.grace} s, or use --fix"
     message = f"marked running but without a worker: trial {numbers}; {advice}"
-    return Finding("trials", not stuck, message if stuck else "no stuck trials")
+    return Finding("trials", not stale, message if stale else "no stuck trials")
 
 
 def _check_checkpoints(definition: StudyDefinition, study: optuna.Study, fix: bool) -> Finding:
@@ -214,7 +214,7 @@ def _check_store(artifacts: Folder) -> Finding:
 
 def _check_data(definition: StudyDefinition, folder: Path | str | None) -> Finding:
     name = definition.data.name
-    missing, is_unpacked = inspect_files(name, folder)
+    missing, is_unpacked = inspect_files(name, folder) if name in TORCHVISION_NAMES else ([], True)
     if missing:
         advice = "the next run downloads them (offline: copy them there yourself)"
         message = f"{name}: missing or corrupt in {data_folder(folder)}: {', '.join(missing)}"

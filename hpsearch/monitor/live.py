@@ -129,7 +129,7 @@ class LiveView:
 
 
 def _is_in_foreground(stream: IO[str]) -> bool:
-    """Whether this process is in the foreground of the terminal; a background job must not touch it."""
+    """Return whether this process is in the foreground of the terminal; a background job must not touch it."""
     try:
         return os.tcgetpgrp(stream.fileno()) == os.getpgrp()
     except OSError:  # no terminal with job control
@@ -268,7 +268,7 @@ def _render_workers(snapshot: Snapshot, n_shown: int, blocks: str, cut: Overflow
 
 
 def draw_curve(values: Sequence[float], ends: tuple[float, float], blocks: str = _BLOCKS) -> str:
-    """A sparkline scaled between `ends`, with one block per value; long curves are sampled to fit."""
+    """Return a sparkline scaled between `ends`, with one block per value; long curves are sampled to fit."""
     low, high = ends
     step = max(len(values) / _CURVE_WIDTH, 1)
     n_shown = min(len(values), _CURVE_WIDTH)

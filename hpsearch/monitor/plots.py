@@ -53,14 +53,14 @@ def _pyplot(figsize: tuple[float, float] = (5.4, 3.4)) -> Iterator[None]:
 
 
 def rank_hyperparameters(study: optuna.Study, names: Sequence[str]) -> dict[str, float]:
-    """The importance of each hyperparameter by PED-ANOVA, largest first. They sum to one."""
+    """Return the importance of each hyperparameter by PED-ANOVA, largest first. They sum to one."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return optuna.importance.get_param_importances(study, params=list(names))
 
 
 def draw_history(study: optuna.Study, values: Sequence[float]) -> Picture:
-    """The value of each completed trial, and the best so far."""
+    """Plot the value of each completed trial, and the best so far."""
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 
@@ -79,7 +79,7 @@ def draw_history(study: optuna.Study, values: Sequence[float]) -> Picture:
 
 
 def draw_importances(study: optuna.Study, names: Sequence[str]) -> Picture:
-    """The importance of each hyperparameter as a bar chart."""
+    """Plot the importance of each hyperparameter as a bar chart."""
     with _pyplot():
         axes = optuna.visualization.matplotlib.plot_param_importances(study, params=list(names))
         for bar in axes.patches:
@@ -94,7 +94,7 @@ def draw_importances(study: optuna.Study, names: Sequence[str]) -> Picture:
 
 
 def draw_slice(study: optuna.Study, name: str, best: FrozenTrial, values: Sequence[float]) -> Picture:
-    """The validation accuracy against one hyperparameter; a ring marks the best trial."""
+    """Plot the validation accuracy against one hyperparameter; a ring marks the best trial."""
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.ticker import MaxNLocator
 
@@ -125,7 +125,7 @@ def draw_slice(study: optuna.Study, name: str, best: FrozenTrial, values: Sequen
 
 
 def draw_contour(study: optuna.Study, names: Sequence[str], n_trials: int) -> Picture:
-    """The validation accuracy as a contour plot of two hyperparameters, interpolated between the trials."""
+    """Plot the validation accuracy as a contour plot of two hyperparameters, interpolated between the trials."""
     from matplotlib.contour import ContourSet
 
     with _pyplot():
@@ -141,7 +141,7 @@ def draw_contour(study: optuna.Study, names: Sequence[str], n_trials: int) -> Pi
 
 
 def draw_curves(trials: Sequence[FrozenTrial], best: FrozenTrial | None) -> Picture:
-    """The validation accuracy per epoch of at most `MAX_CURVES` trials."""
+    """Plot the validation accuracy per epoch of at most `MAX_CURVES` trials."""
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 
@@ -175,7 +175,7 @@ def draw_curves(trials: Sequence[FrozenTrial], best: FrozenTrial | None) -> Pict
 
 
 def _thin(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """At most `MAX_CURVES` trials: the best completed ones and an even sample of the rest."""
+    """Return at most `MAX_CURVES` trials: the best completed ones and an even sample of the rest."""
     if len(trials) <= MAX_CURVES:
         return list(trials)
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
@@ -204,7 +204,7 @@ def _focus(axes: "Axes", values: Iterable[float], share: float = 0.25) -> str:
 
 
 def _picture(axes: "Axes", alt: str, note: str = "") -> Picture:
-    """The figure of the axes, rendered once per theme."""
+    """Return the figure of the axes, rendered once per theme."""
     import matplotlib.pyplot as plt
     from matplotlib.text import Text
     from matplotlib.ticker import FuncFormatter
@@ -236,7 +236,7 @@ def _picture(axes: "Axes", alt: str, note: str = "") -> Picture:
 
 
 def _to_png(figure: Any) -> str:
-    """The figure on a transparent background with 256 colors, a third of the size."""
+    """Return the figure on a transparent background with 256 colors, a third of the size."""
     from PIL import Image
 
     figure.patch.set_alpha(0)

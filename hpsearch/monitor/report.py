@@ -59,7 +59,7 @@ def write_report(
 
 
 def find_bundle(folder: Path, name: str) -> Path | None:
-    """The folder if it holds a bundle of the named study, else None."""
+    """Return the folder if it holds a bundle of the named study, else None."""
     try:
         metrics = json.loads((folder / "metrics.json").read_bytes())
     except (OSError, ValueError):
@@ -68,7 +68,7 @@ def find_bundle(folder: Path, name: str) -> Path | None:
 
 
 def _collect(definition: StudyDefinition, study: optuna.Study, folder: Path | None, command: str) -> dict[str, Any]:
-    """The variables of the template."""
+    """Return the variables of the template."""
     trials = study.get_trials(deepcopy=False)
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     confirmation = study.user_attrs.get("confirmation") if complete else None
@@ -111,7 +111,7 @@ def _draw(
     complete: Sequence[FrozenTrial],
     chosen: FrozenTrial | None,
 ) -> dict[str, Any]:
-    """The plots for which there are enough trials; the others are None."""
+    """Return the plots for which there are enough trials; the others are None."""
     values = [trial.value or 0.0 for trial in complete]
     names = [name for name in definition.search if any(name in trial.params for trial in complete)]
     ranked: dict[str, float] = {}
@@ -131,7 +131,7 @@ def _draw(
 
 
 def _find_pair(ranked: Sequence[str], complete: Sequence[FrozenTrial]) -> tuple[str, str] | None:
-    """The two most important hyperparameters that enough trials have in common, each with several values."""
+    """Return the two most important hyperparameters that enough trials have in common, each with several values."""
     for pair in ((first, second) for i, second in enumerate(ranked) for first in ranked[:i]):
         both = [[trial.params[name] for name in pair] for trial in complete if set(pair) <= trial.params.keys()]
         if len(both) >= MIN_TRIALS and all(len(set(column)) > 1 for column in zip(*both, strict=True)):
@@ -142,7 +142,7 @@ def _find_pair(ranked: Sequence[str], complete: Sequence[FrozenTrial]) -> tuple[
 def _read_bundle(
     folder: Path | None, study: optuna.Study, trials: Sequence[FrozenTrial]
 ) -> tuple[dict[str, Any] | None, str]:
-    """The contents of a verified bundle, or None and the reason why it cannot be used."""
+    """Return the contents of a verified bundle, or None and the reason why it cannot be used."""
     if folder is None:
         return None, ""
     try:
@@ -187,7 +187,7 @@ def _check_origin(
 
 
 def _sum_time(rows: Sequence[dict[str, Any]], full: int, trials: Sequence[FrozenTrial]) -> dict[str, Any]:
-    """Trials, epochs and seconds by state and by worker, and the seconds saved by pruning."""
+    """Return trials, epochs and seconds by state and by worker, and the seconds saved by pruning."""
     # A retried trial includes the epochs of its earlier attempts.
     superseded = {number for trial in trials for number in trial.user_attrs.get("attempts", ())}
     started = [
@@ -225,7 +225,7 @@ def _group(rows: Sequence[dict[str, Any]], key: str) -> list[dict[str, Any]]:
 
 
 def advise(definition: StudyDefinition, trial: FrozenTrial) -> Iterator[dict[str, str]]:
-    """For each value at the edge of its range: which edge, and the line of the study file now and widened."""
+    """Return, for each value at the edge of its range, which edge, and the line of the study file now and widened."""
     for name, dimension in definition.search.items():
         if not isinstance(dimension, Range) or name not in trial.params:
             continue
@@ -246,7 +246,7 @@ def advise(definition: StudyDefinition, trial: FrozenTrial) -> Iterator[dict[str
 
 
 def _find_wider(name: str, dimension: Range, end: int) -> int | float | None:
-    """A valid value beyond that end of the range, or None if the hyperparameter allows none."""
+    """Return a valid value beyond that end of the range, or None if the hyperparameter allows none."""
     low, high = dimension.range
     sign, is_int = (-1, 1)[end], isinstance(dimension, IntRange)
     for part in (2.0**-i for i in range(8)):

@@ -49,12 +49,12 @@ class Snapshot:
 
     @property
     def n_alive(self) -> int:
-        """The number of workers with a running trial and a recent heartbeat."""
+        """Return the number of workers with a running trial and a recent heartbeat."""
         return sum(not worker["is_lost"] for worker in self.workers)
 
     @property
     def is_over(self) -> bool:
-        """Whether the trials, minutes or failures are used up, or the target is reached."""
+        """Return whether the trials, minutes or failures are used up, or the target is reached."""
         budget, best = self.status["budget"], self.status["best"]
         return bool(
             self.n_finished >= budget["trials"]
@@ -64,13 +64,13 @@ class Snapshot:
         )
 
     def describe_progress(self) -> str:
-        """The progress in one line, such as `12 of 40 trials done, best 0.9812 (trial 7)`."""
+        """Return the progress in one line, such as `12 of 40 trials done, best 0.9812 (trial 7)`."""
         best = self.status["best"]
         found = f", best {best['value']:.4f} (trial {best['number']})" if best else ""
         return f"{self.n_finished} of {self.status['budget']['trials']} trials done{found}"
 
     def suggest_next(self, command: str) -> str:
-        """How to continue the search; `command` holds the arguments of the suggested command."""
+        """Return how to continue the search; `command` holds the arguments of the suggested command."""
         if self.n_alive:
             return "running workers will pick it up"
         if self.n_finished >= self.status["budget"]["trials"]:
@@ -89,10 +89,10 @@ class Watch:
         self._known: set[int] | None = None  # numbers of the trials that have ended
 
     def poll(self) -> Snapshot:
-        """The current snapshot. Raises `StorageError`."""
+        """Return the current snapshot. Raises `StorageError`."""
         trials = self.study.get_trials(deepcopy=False)
         status = read_status(self.definition, self.study, trials)
-        lost = set(self.storage.find_stuck(self.study._study_id))
+        stale = set(self.storage.find_stale(self.study._study_id))
         running = [trial for trial in trials if trial.state == TrialState.RUNNING]
         ended = [trial for trial in trials if trial.state.is_finished() and trial.datetime_complete]
         ended.sort(key=lambda trial: (trial.datetime_complete, trial.number), reverse=True)
@@ -102,12 +102,12 @@ class Watch:
         spans = [
             (trial.datetime_start, trial.datetime_complete)
             for trial in trials
-            if trial.datetime_start and trial.state in SEARCHING_STATES and trial._trial_id not in lost
+            if trial.datetime_start and trial.state in SEARCHING_STATES and trial._trial_id not in stale
         ]
         seconds = seconds_searched(spans, now)
         seconds_left = estimate_seconds_left(
             finished[:_N_RECENT],
-            [trial for trial in running if trial._trial_id not in lost],
+            [trial for trial in running if trial._trial_id not in stale],
             status["budget"]["trials"] - len(finished),
             now,
         )
@@ -119,7 +119,7 @@ class Watch:
         return Snapshot(
             status=status,
             workers=sorted(
-                (_describe_worker(trial, is_lost=trial._trial_id in lost) for trial in running),
+                (_describe_worker(trial, is_lost=trial._trial_id in stale) for trial in running),
                 key=lambda row: (row["worker"], row["trial"]),
             ),
             finished=[describe_trial(trial) for trial in finished[:_N_LISTED]],
@@ -133,17 +133,19 @@ class Watch:
 
 
 def open_watch(definition: StudyDefinition) -> Watch:
-    """A read-only watch of a study. Raises `StudyNotFound`, `StudyMismatch` or `StorageError`."""
+    """Return a read-only watch of a study. Raises `StudyNotFound`, `StudyMismatch` or `StorageError`."""
     recovery = definition.recovery
     url, heartbeat, grace = definition.study.storage, recovery.heartbeat, recovery.grace
     return Watch(definition, open_storage(url, heartbeat=heartbeat, grace=grace, reads_only=True))
 
 
 def summarize_search(watch: Watch, command: str) -> list[str]:
-    """Lines with the best trial, how certain it is, and the next commands; `command` holds their arguments."""
+    """Return lines with the best trial, how certain it is, and the next commands; `command` holds their arguments."""
     definition, study, snapshot = watch.definition, watch.study, watch.poll()
     if not snapshot.is_over:  # stopped, or extended at the last moment
-        return [snapshot.describe_progress(), f"next: {snapshot.suggest_next(command)}"]
+        watch_others = f"other workers are still running; watch them with: hpsearch status {command} --watch"
+        advice = watch_others if snapshot.n_alive else snapshot.suggest_next(command)
+        return [snapshot.describe_progress(), f"next: {advice}"]
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if not complete:
         return [f"result: no trial completed; see: hpsearch trials {command}"]
@@ -153,9 +155,9 @@ def summarize_search(watch: Watch, command: str) -> list[str]:
     note = f"{n_alike} of the other {n_others} completed trials are within that interval"
     if not n_others:
         note = "no other completed trial to compare with"
-    elif "confirmation" in study.user_attrs:
+    if "confirmation" in study.user_attrs:
         note += f"; {explain_choice(study, command)}"
-    elif n_alike:
+    elif n_alike and n_others:
         note += ", so their order may be chance; `confirm` settles it"
     return [
         f"best:  trial {best.number}, validation accuracy {best.value:.4f} on {n_images:,} images "
@@ -195,7 +197,7 @@ def _describe_worker(trial: FrozenTrial, *, is_lost: bool) -> dict[str, Any]:
 def estimate_seconds_left(
     recent: Sequence[FrozenTrial], running: Sequence[FrozenTrial], n_left: int, now: datetime
 ) -> tuple[float, float] | None:
-    """The 95% range of the seconds until `n_left` more trials are finished, or None if there is too little data.
+    """Return the 95% range of the seconds until `n_left` more trials are finished, or None if the data are too few.
 
     The rest of the search is simulated many times. The duration of each trial is drawn from a bootstrap sample of the
     recent ones, a new trial starts as soon as a worker is free, and a running trial lasts longer than its current age.
@@ -221,6 +223,6 @@ def estimate_seconds_left(
 
 
 def _draw_rest(generator: np.random.Generator, durations: np.ndarray[Any, Any], age: float) -> np.ndarray[Any, Any]:
-    """The remaining seconds of a trial of that age; if it is older than all recent ones, at most its age again."""
+    """Return the remaining seconds of a trial of that age; at most the age again if no recent trial took longer."""
     longer = durations[durations > age]
     return generator.choice(longer, _N_DRAWS) - age if len(longer) else generator.uniform(0, age, _N_DRAWS)

@@ -32,12 +32,12 @@ def show(renderable: RenderableType) -> None:
 
 
 def stderr_console() -> Console:
-    """The console for messages."""
+    """Return the console for messages."""
     return Console(stderr=True, highlight=False)
 
 
 def trial_line(event: "TrialEvent") -> str:
-    """`trial 17 complete 0.9861`, `trial 18 pruned 0.9120 epoch 3`, `trial 19 failed exception: ...`."""
+    """Return a line such as `trial 17 complete 0.9861` or `trial 18 pruned 0.9120 epoch 3`."""
     parts = [f"trial {event.number} {event.state}"]
     if event.state in ("complete", "pruned"):
         parts.append("-" if event.value is None else f"{event.value:.4f}")
@@ -47,27 +47,27 @@ def trial_line(event: "TrialEvent") -> str:
 
 
 def printable(text: str) -> str:
-    """The text on one line with control characters escaped: file names may contain anything."""
+    """Return the text on one line with control characters escaped: file names may contain anything."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def describe_epochs(run: int, saved: int) -> str:
-    """`318 trained, 132 saved by pruning (29%)`."""
+    """Return a text such as `318 trained, 132 saved by pruning (29%)`."""
     return f"{run:,} trained, {saved:,} saved by pruning ({saved / max(run + saved, 1):.0%})"
 
 
 def join_params(params: Mapping[str, Any]) -> str:
-    """`depth 3, lr 0.00106`."""
+    """Return a text such as `depth 3, lr 0.00106`."""
     return ", ".join(f"{name} {shorten(value)}" for name, value in params.items())
 
 
 def shorten(value: Any) -> str:
-    """Floats with three significant digits; other values unchanged."""
+    """Return a float with three significant digits; other values unchanged."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def format_duration(seconds: float) -> str:
-    """`45 s`, `12 min`, `3.5 h`, `2.1 d`."""
+    """Return a text such as `45 s`, `12 min`, `3.5 h`, `2.1 d`."""
     for unit, size, most in (("s", 1, 90), ("min", 60, 90), ("h", 3600, 48)):
         if round(seconds / size) < most:
             return f"{seconds / size:.{int(unit == 'h')}f} {unit}"

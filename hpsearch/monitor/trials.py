@@ -17,7 +17,7 @@ Row = Mapping[str, Any]
 
 
 def list_trials(study: optuna.Study, state: str | None, sort: str, limit: int | None) -> list[dict[str, Any]]:
-    """The rows of the `trials` command: at most `limit` trials in `state`, sorted by a column.
+    """Return the rows of the `trials` command: at most `limit` trials in `state`, sorted by a column.
 
     Sorting by value puts the best trial first; all other columns sort ascending. Rows without a value come last.
     """
@@ -33,7 +33,7 @@ def list_trials(study: optuna.Study, state: str | None, sort: str, limit: int | 
 
 
 def flatten(row: Row) -> dict[str, Any]:
-    """The row with one column per hyperparameter in place of `params`."""
+    """Return the row with one column per hyperparameter in place of `params`."""
     flat: dict[str, Any] = {}
     for name, cell in row.items():
         flat |= cell if name == "params" else {name: cell}
@@ -41,7 +41,7 @@ def flatten(row: Row) -> dict[str, Any]:
 
 
 def list_columns(hyperparameters: Iterable[str]) -> list[str]:
-    """All columns of a study with these hyperparameters."""
+    """Return all columns of a study with these hyperparameters."""
     return ["number", "state", "value", "epoch", *hyperparameters, "worker", "seconds", "note"]
 
 
@@ -53,7 +53,7 @@ def check_columns(known: Sequence[str], names: Sequence[str]) -> None:
 
 
 def to_csv(rows: Sequence[Row], columns: Sequence[str]) -> str:
-    """The rows as CSV with a header; each cell is on one line, with formulas escaped for spreadsheets."""
+    """Return the rows as CSV with a header; each cell is on one line, with formulas escaped for spreadsheets."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)

@@ -1,4 +1,4 @@
-"""The search: the study, its objective, sampler and pruner, and the choice of the best trial.
+"""The study, its objective, sampler and pruner, and the choice of the best trial.
 
 study         creates and resumes studies; refuses one with a different definition
 trials        trials as users see them: state, reason, row, progress
@@ -7,6 +7,6 @@ samplers      builds the sampler and the pruner of a study
 pruning       reports to the pruner and explains its decisions
 objective     the Optuna objective: trains a trial, returns its validation accuracy
 selection     the best trial, the confirmed winner, and uses of the test set
-steering      stops, resumes and extends a study, and enqueues trials
+steering      starts, stops, resumes and extends a study, and enqueues trials
 copy          copies a study to another database and artifact store
 """

@@ -54,8 +54,8 @@ def copy_study(definition: StudyDefinition, target: StudyDefinition) -> Copy:
         stack.callback(source.engine.dispose)
         study = load_study(definition, source)
         running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        stuck = source.find_stuck(study._study_id)
-        if n_alive := sum(trial._trial_id not in stuck for trial in running):
+        stale = source.find_stale(study._study_id)
+        if n_alive := sum(trial._trial_id not in stale for trial in running):
             raise UsageError(f"'{name}' has {n_alive} running trials; stop it first: hpsearch stop STUDY")
         storage = open_storage(target.study.storage)
         stack.callback(storage.engine.dispose)

@@ -13,6 +13,7 @@ from hpsearch.config.space import Hyperparameters, suggest
 from hpsearch.data.dataset import ImageData
 from hpsearch.errors import Diverged
 from hpsearch.search.pruning import PruningCallback
+from hpsearch.search.selection import by_value
 from hpsearch.storage.artifacts import Folder
 from hpsearch.storage.checkpoints import Checkpoint
 from hpsearch.training.run import describe_environment, load_study_data, train_from_seed, trial_seed
@@ -27,7 +28,7 @@ class Objective:
     Works with plain Optuna: `study.optimize(Objective(definition), n_trials=3)`. The data are loaded at the first
     trial. A trial whose loss is not finite is pruned. `before_batch` may raise to end the training. `callbacks` are
     called after each epoch, before the pruner is asked. If `checkpoints` names a folder, training states are saved
-    there, and a retried trial resumes from its last one.
+    there, and a retried trial resumes from its last checkpoint.
     """
 
     def __init__(
@@ -42,9 +43,7 @@ class Objective:
         checkpoints: Folder | Path | str | None = None,
     ) -> None:
         self.definition = definition
-        self.checkpoints = (
-            checkpoints if checkpoints is None or isinstance(checkpoints, Folder) else Folder(checkpoints)
-        )
+        self.checkpoints = checkpoints if isinstance(checkpoints, Folder | None) else Folder(checkpoints)
         self.folder = folder
         self.device = device
         self.before_batch = before_batch
@@ -78,7 +77,7 @@ class Objective:
                     SpeedCallback(trial, len(self.data.train), skips_one=bool(resumed and resumed["n_batches"])),
                     *self.callbacks,
                     pruning,
-                    lambda result: self._save_if_best(trial, result, checkpoint),
+                    lambda result: self._force_checkpoint_if_best(trial, result, checkpoint),
                 ),
                 before_batch=self.before_batch,
                 checkpoint=checkpoint,
@@ -101,18 +100,22 @@ class Objective:
         earlier = trial.user_attrs.get("attempts", ())
         return Checkpoint(self.checkpoints, trial.number, identity, earlier, self.definition.recovery.checkpoint)
 
-    def _save_if_best(self, trial: optuna.Trial, result: EpochResult, checkpoint: Checkpoint | None) -> None:
-        """Save the final state of a trial that will be among the `recovery.keep` best."""
+    def _force_checkpoint_if_best(
+        self, trial: optuna.Trial, result: EpochResult, checkpoint: Checkpoint | None
+    ) -> None:
+        """Make the next checkpoint unconditional if the trial ranks among the `recovery.keep` best."""
         if checkpoint and result.epoch == self.definition.budget.epochs:
             trials = trial.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
             own = (-result.value, trial.number)
-            better = [other for other in trials if (-(other.value or 0.0), other.number) < own]
-            if len(better) < self.definition.recovery.keep:
+            if sum(by_value(other) < own for other in trials) < self.definition.recovery.keep:
                 checkpoint.write_always()
 
 
 class SpeedCallback:
-    """Stores the training images per second of the last epoch, validation included; `skips_one` skips a resumed one."""
+    """Stores the images per second of the last epoch, including validation.
+
+    `skips_one` ignores the first epoch, which a resumed trial trains only partly.
+    """
 
     def __init__(self, trial: optuna.Trial, n_images: int, *, skips_one: bool = False) -> None:
         self.trial, self.n_images, self.skips_one, self.since = trial, n_images, skips_one, time.perf_counter()

@@ -49,10 +49,10 @@ def explain_choice(study: optuna.Study, command: str) -> str:
     return f"trial {winner.number} is the confirmed winner"
 
 
-def count_test_reading(study: optuna.Study, trial: FrozenTrial) -> int:
+def record_test_use(study: optuna.Study, trial: FrozenTrial) -> int:
     """Record a use of the test set, and return how many exports of this study have used it."""
-    reading = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "trial": trial.number}
-    return len(change_attribute(study, "test_reads", lambda readings: [*(readings or ()), reading]))
+    use = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "trial": trial.number}
+    return len(change_attribute(study, "test_reads", lambda uses: [*(uses or ()), use]))
 
 
 def by_value(trial: FrozenTrial) -> tuple[float, int]:

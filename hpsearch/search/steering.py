@@ -12,7 +12,7 @@ from hpsearch.config.validation import check_try
 from hpsearch.errors import StudyNotFound, UsageError
 from hpsearch.search.study import change_attribute, load_study, open_study
 from hpsearch.storage.artifacts import Folder
-from hpsearch.storage.rdb import open_storage, storage_of
+from hpsearch.storage.rdb import cache_of, open_storage
 
 
 def start_study(definition: StudyDefinition, *, keeps_extension: bool = True, resumes: bool = True) -> None:
@@ -81,10 +81,8 @@ def enqueue_trial(definition: StudyDefinition, study: optuna.Study, settings: It
     if problems:
         raise UsageError("\n".join(problems))
     trial = optuna.trial.create_trial(state=TrialState.WAITING, system_attrs={"fixed_params": values})
-    storage = storage_of(study)
-    if storage is None:
-        raise UsageError(f"study '{study.study_name}' must be opened with hpsearch's open_storage")
-    return storage.get_trial_number_from_id(storage.create_new_trial(study._study_id, template_trial=trial))
+    storage: Any = cache_of(study)
+    return int(storage.get_trial_number_from_id(storage.create_new_trial(study._study_id, template_trial=trial)))
 
 
 def _parse(text: str) -> Any:

@@ -18,8 +18,8 @@ from hpsearch.storage.tables import count_trials
 class TrialEvent:
     """A change of a trial's state; all but "running" are emitted after the database has committed them.
 
-    `epoch` is the last reported epoch, `value` its validation accuracy. A trial that was taken over by another worker
-    is "dropped".
+    `epoch` is the last reported epoch, `value` its validation accuracy. A trial that was failed and re-queued by
+    another worker is "dropped".
     """
 
     worker: str

@@ -1,4 +1,6 @@
-"""Stores trials, budget, checkpoints and files. Only this package accesses the database.
+"""What survives: trials, budget, checkpoints, files.
+
+Outside this room, only the doctor has SQL: it checks the database itself.
 
 engine        makes SQLite and PostgreSQL safe: locks, transactions, connections
 retry         database errors: which are transient, how long to retry, what to show

@@ -20,7 +20,7 @@ from sqlalchemy.pool import NullPool
 
 from hpsearch.config.urls import show_url
 from hpsearch.errors import StorageError, StorageUnavailable, UsageError
-from hpsearch.storage.retry import failure
+from hpsearch.storage.retry import make_error
 
 LOCK_TIMEOUT = 60.0  # seconds to wait while another process creates a database or a study
 BUSY_TIMEOUT = 15.0  # seconds that SQLite itself waits for a lock
@@ -57,7 +57,7 @@ def creation_lock(url: URL) -> Iterator[None]:
         try:
             stack.enter_context(server_lock(engine, LOCK_TIMEOUT))
         except SQLAlchemyError as error:
-            raise failure(url, error) from error
+            raise make_error(url, error) from error
         yield
 
 
@@ -69,7 +69,7 @@ def network_file_system(path: Path) -> str | None:
     return kind if kind.removeprefix("fuse.") in _NETWORK_FILE_SYSTEMS else None
 
 
-def check_place(url: URL) -> None:
+def check_location(url: URL) -> None:
     """Raise `UsageError` if the URL is a SQLite database on a network file system, whose locks are unreliable."""
     if url.get_backend_name() == "sqlite" and (kind := network_file_system(Path(url.database or ""))):
         raise UsageError(

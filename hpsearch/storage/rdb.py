@@ -32,8 +32,8 @@ from hpsearch.config.urls import parse_url, show_url
 from hpsearch.errors import StorageError, StudyNotFound, UsageError
 from hpsearch.storage import tables
 from hpsearch.storage.budget import INDEXES, SearchTime, admit, is_stopped, lock_study
-from hpsearch.storage.engine import check_place, check_tables, connect_arguments, creation_lock, harden, pool_options
-from hpsearch.storage.retry import failure, reason, retry_on_outage, retrying
+from hpsearch.storage.engine import check_location, check_tables, connect_arguments, creation_lock, harden, pool_options
+from hpsearch.storage.retry import build_retrier, describe_cause, make_error, retry_on_outage
 from hpsearch.storage.tables import BufferedTrial, Counts, read_counts
 
 _TRIAL: Any = models.TrialModel
@@ -43,12 +43,13 @@ class _RetryingStorage(RDBStorage):
     """RDBStorage that retries its calls during an outage."""
 
 
+# These are the methods of RDBStorage that Optuna calls directly.
 for _name in (
     *("create_new_study", "delete_study", "get_all_studies", "get_study_id_from_name", "get_study_name_from_id"),
     *("get_study_directions", "get_study_user_attrs", "get_study_system_attrs", "set_study_user_attr"),
     *("set_study_system_attr", "_create_new_trial", "_set_trial_param", "set_trial_state_values"),
     *("set_trial_intermediate_value", "set_trial_user_attr", "set_trial_system_attr"),
-    *("_get_best_trial_id", "_get_stale_trial_ids", "record_heartbeat"),
+    *("_get_best_trial_id", "record_heartbeat"),
 ):
     setattr(_RetryingStorage, _name, retry_on_outage(getattr(RDBStorage, _name)))
 
@@ -102,7 +103,7 @@ class Storage(_RetryingStorage):
 
     @retry_on_outage
     def join(self, study_id: int) -> int:
-        """Register a worker of the study; return the number of workers that joined before, unique to each worker."""
+        """Register a worker and return its number in the study, from 0."""
         with _create_scoped_session(self.scoped_session) as session:
             study = models.StudyModel.find_or_raise_by_id(study_id, session, for_update=True)
             attribute = models.StudyUserAttributeModel.find_by_study_and_key(study, "workers", session)
@@ -167,7 +168,7 @@ class Storage(_RetryingStorage):
         return [trial_id for trial_id in stale if self.fail(trial_id, "killed", message, retries=retries)]
 
     def _note_answer(self) -> None:
-        """Distrust missing heartbeats for a grace period if this response follows a long outage (wall-clock time)."""
+        """After a long outage, declare no workers dead for one grace period (wall-clock time, so a suspend counts)."""
         now, interval, grace = time.time(), self.heartbeat_interval or 0, self.grace_period or 0
         if now - self._last_answer > max(1.5 * interval, (grace - interval) / 2):
             self.trusts_heartbeats_from = now + grace
@@ -182,8 +183,8 @@ class Storage(_RetryingStorage):
         return super()._get_stale_trial_ids(study_id)
 
     @retry_on_outage
-    def find_stuck(self, study_id: int) -> list[int]:
-        """Return the ids of running trials that are stale or have no heartbeat, without changing anything."""
+    def find_stale(self, study_id: int) -> list[int]:
+        """Return the ids of stale running trials, also of those that never had a heartbeat; changes nothing."""
         with _create_scoped_session(self.scoped_session) as session:
             orphans = self._find_orphans(study_id, session)
         return [*super()._get_stale_trial_ids(study_id), *orphans]
@@ -414,9 +415,9 @@ def open_storage(
 ) -> Storage:
     """Open the storage at a SQLAlchemy URL of SQLite or PostgreSQL, and create missing tables.
 
-    With `reads_only`, the database must exist, and workers never wait for more than a single read. `heartbeat`, `grace`
+    With `reads_only`, it blocks workers for no longer than one read, and the database must exist. `heartbeat`, `grace`
     and `patience` are in seconds. Raises `UsageError` for an invalid URL, `StudyNotFound` if the database must exist
-    but does not, `StorageUnavailable` if it cannot be reached, and `StorageError` if it is not one of hpsearch.
+    but does not, `StorageUnavailable` if it cannot be reached, and `StorageError` if it is not an hpsearch database.
     """
     parsed, giving_up, must_exist = parse_url(url), giving_up or threading.Event(), must_exist or reads_only
     if parsed.get_backend_name() == "sqlite":
@@ -436,17 +437,17 @@ def open_storage(
     def connect() -> Storage:
         if must_exist:
             return open_with(creates=False)
-        check_place(parsed)
+        check_location(parsed)
         with creation_lock(parsed):
             check_tables(parsed)
             return open_with(creates=True)
 
     try:
-        storage = retrying(parsed, patience, heartbeat, giving_up)(connect)
+        storage = build_retrier(parsed, patience, heartbeat, giving_up)(connect)
     except (StorageInternalError, SQLAlchemyError) as error:
-        if must_exist and "version_info" in reason(parsed, error):
+        if must_exist and "version_info" in describe_cause(parsed, error):
             raise StudyNotFound(f"{show_url(parsed)} contains no study; start one with: hpsearch run STUDY") from error
-        raise failure(parsed, error) from error
+        raise make_error(parsed, error) from error
     except RuntimeError as error:  # from another version of Optuna
         raise StorageError(f"{show_url(parsed)}: {error}") from error
     except ImportError as error:

@@ -50,17 +50,17 @@ def retry_on_outage(method: Callable[..., Any]) -> Callable[..., Any]:
                 patience = self.patience - (time.monotonic() - start)
                 if not is_transient(error) or patience <= 0 or self.giving_up.is_set():
                     raise
-                again = retrying(url, patience, self.heartbeat_interval or 1, self.giving_up)
+                again = build_retrier(url, patience, self.heartbeat_interval or 1, self.giving_up)
                 answer = again(method, self, *args, **kwargs)
         except (StorageInternalError, SQLAlchemyError) as error:
-            raise failure(url, error) from error
+            raise make_error(url, error) from error
         self._note_answer()
         return answer
 
     return call
 
 
-def retrying(url: URL, patience: float, longest_pause: int, giving_up: threading.Event) -> tenacity.Retrying:
+def build_retrier(url: URL, patience: float, longest_pause: int, giving_up: threading.Event) -> tenacity.Retrying:
     """Return a retrier that repeats a call on transient errors, for `patience` seconds or until `giving_up` is set.
 
     The pauses grow up to `longest_pause` seconds. A warning with the reason is logged now and then.
@@ -72,7 +72,7 @@ def retrying(url: URL, patience: float, longest_pause: int, giving_up: threading
         if time.monotonic() >= _next_message and state.outcome and (error := state.outcome.exception()):
             _next_message = time.monotonic() + _MESSAGE_INTERVAL
             minutes = (patience - (state.seconds_since_start or 0)) / 60
-            why = reason(url, error)
+            why = describe_cause(url, error)
             logger.warning("database not responding (%s); retrying for up to %.0f minutes", why, minutes)
 
     return tenacity.Retrying(
@@ -95,14 +95,14 @@ def is_transient(error: BaseException) -> bool:
     return isinstance(cause, PoolTimeout)
 
 
-def failure(url: URL, error: BaseException) -> StorageError:
+def make_error(url: URL, error: BaseException) -> StorageError:
     """Return the error to raise for a database that cannot be reached or used, with the reason."""
     if is_transient(error):
-        return StorageUnavailable(f"cannot reach the database {show_url(url)}: {reason(url, error)}")
-    return StorageError(f"cannot use the database {show_url(url)}: {reason(url, error)}")
+        return StorageUnavailable(f"cannot reach the database {show_url(url)}: {describe_cause(url, error)}")
+    return StorageError(f"cannot use the database {show_url(url)}: {describe_cause(url, error)}")
 
 
-def reason(url: URL, error: BaseException) -> str:
+def describe_cause(url: URL, error: BaseException) -> str:
     """Return the driver's message on one line, without the password, and advice on what to do."""
     cause = _cause(error)
     text = " ".join(str(getattr(cause, "orig", cause)).split())

@@ -1,4 +1,4 @@
-"""Trains a network from hyperparameters and data.
+"""From hyperparameters and data to a trained network.
 
 networks     the MLP and the CNN, as sequences of torch layers
 optimizers   optimizers and learning rate schedules

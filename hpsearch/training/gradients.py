@@ -153,9 +153,9 @@ class _BatchNorm:
     def backward(self, gradient: Tensor) -> Any:
         layer = self.layer
         by_values, by_weight, by_bias = _aten.native_batch_norm_backward(
-            *(gradient, self.values, layer.weight, layer.running_mean, layer.running_var),
-            *(self.mean, self.inverse_deviation, True, layer.eps, [True, True, True]),
-        )
+            gradient, self.values, layer.weight, layer.running_mean, layer.running_var,
+            self.mean, self.inverse_deviation, True, layer.eps, [True, True, True],
+        )  # fmt: skip
         layer.weight.grad.copy_(by_weight)
         layer.bias.grad.copy_(by_bias)
         return by_values

@@ -22,7 +22,7 @@ from hpsearch.training.optimizers import build_optimizer, build_schedule
 
 @dataclass(frozen=True)
 class EpochResult:
-    """The result of an epoch: number from 1, mean training loss, validation accuracy (None without a split)."""
+    """The result of an epoch: its number, starting at 1, mean loss, and accuracy (None without a validation split)."""
 
     epoch: int
     loss: float
@@ -50,7 +50,7 @@ class Checkpoint(Protocol):
 
 @dataclass
 class Progress:
-    """The progress of a training, and everything that the rest depends on; consistent between any two batches.
+    """The state of a training, from which it can be resumed between any two batches.
 
     `order` is the state of `generator` at the start of the current epoch, `n_batches` is the number of batches trained
     in it, and `total_loss` is the sum of their losses.
@@ -125,7 +125,7 @@ def train(
     checkpoint: Checkpoint | None = None,
     resumed: State | None = None,
 ) -> EpochResult:
-    """Train the network in place, on the device where it and the data are; return the result of the last epoch.
+    """Train the network in place, on its current device, where the data must be; return the result of the last epoch.
 
     `generator` draws the order of the images. `before_batch` is called before each batch and may raise to end the
     training. `checkpoint` is written after epochs, and when `Drained` or `StorageUnavailable` ends the training;

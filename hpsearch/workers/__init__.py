@@ -1,4 +1,4 @@
-"""Workers: the processes that run trials, on this machine or in a Ray cluster.
+"""The processes that run trials, on this machine or in a Ray cluster.
 
 shutdown     turns signals into a request to stop, checked between batches
 worker       one worker: asks for trials, sends heartbeats, trains, tells results

@@ -110,10 +110,8 @@ class _Pool:
 
     def _step(self, n_workers: int) -> None:
         """Forward the workers' messages, replace workers that died, and stop them when drained."""
-        connection.wait(
-            [*(worker.messages for worker in self.workers), *(worker.process.sentinel for worker in self.workers)],
-            _POLL,
-        )
+        ends = [end for worker in self.workers for end in (worker.messages, worker.process.sentinel)]
+        connection.wait(ends, _POLL)
         for i, worker in enumerate(list(self.workers)):
             is_dead = worker.process.exitcode is not None  # checked before reading the pipe, so no message is missed
             self._read(worker)
@@ -122,7 +120,8 @@ class _Pool:
             worker.process.join()
             self.workers.remove(worker)
             error = worker.exit and worker.exit.error
-            if worker.exit and (isinstance(error, Stopped) or not isinstance(error, Drained | WorkerError)):
+            was_drained = isinstance(error, Drained) and not isinstance(error, Stopped)
+            if worker.exit and not was_drained and not isinstance(error, WorkerError):
                 self.exits.append(worker.exit)
                 if isinstance(error, StorageUnavailable):
                     self.not_requeued.append(worker)
@@ -140,7 +139,7 @@ class _Pool:
                     worker.process.terminate()
                     worker.is_asked_to_stop = True
 
-    def _start(self, place: int, n_workers: int) -> None:
+    def _start(self, slot: int, n_workers: int) -> None:
         context = multiprocessing.get_context("forkserver")
         stream = self.storage.join(self.study._study_id)
         devices = list_devices()
@@ -153,7 +152,7 @@ class _Pool:
                 self.definition,
                 self.data or self.folder,
                 stream,
-                devices[place % len(devices)],
+                devices[slot % len(devices)],
                 max(1, count_cores() // n_workers),
                 logging.getLogger().getEffectiveLevel(),
                 sender,
@@ -164,7 +163,7 @@ class _Pool:
         process.start()
         for end in (sender, url, url_sender):
             end.close()
-        self.workers.insert(place, WorkerProcess(worker_name(stream), process, receiver))
+        self.workers.insert(slot, WorkerProcess(worker_name(stream), process, receiver))
 
     def _read(self, worker: WorkerProcess) -> None:
         """Forward the worker's messages; keep the `WorkerExit` that it sends last."""
@@ -244,7 +243,7 @@ def _work(
             with lock:
                 messages.send(message)
         except BrokenPipeError:
-            drain.set(Drained("the supervisor is gone"))
+            drain.set(Drained("the supervisor has exited"))
 
     # The supervisor prints log messages, so that they do not break the live table.
     queue: Any = SimpleNamespace(put_nowait=send)
@@ -267,4 +266,4 @@ def _watch_supervisor(drain: Drain) -> None:
     supervisor = multiprocessing.parent_process()
     if supervisor is not None:
         supervisor.join()
-        drain.set(Drained("the supervisor is gone"))
+        drain.set(Drained("the supervisor has exited"))

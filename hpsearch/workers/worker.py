@@ -1,4 +1,4 @@
-"""One worker: asks for trials, sends heartbeats, trains, and tells the results."""
+"""One worker: asks for trials, sends heartbeats, trains, and reports the results (`tell`)."""
 
 import logging
 import socket
@@ -50,14 +50,14 @@ _MAX_FAILURES = 3  # failed trials in a row after which a worker gives up
 
 @dataclass(frozen=True)
 class WorkerExit:
-    """How a worker exited: the reason, and the `HpsearchError` that it would have raised."""
+    """How a worker exited: the reason, and the error, if any."""
 
     reason: str
     error: HpsearchError | None = None
 
 
 class Worker:
-    """Runs trials of a study until its budget is used up, it is drained, or it has run `max_trials` trials.
+    """Runs trials of a study until the budget is used up, the worker is drained, or `max_trials` trials have run.
 
     `stream` numbers the workers of a study; it determines the worker's sampler and name.
     """
@@ -89,7 +89,7 @@ class Worker:
         self._failures: list[str] = []  # in a row
 
     def run(self) -> str:
-        """Run trials; return why it ended. Raises `Drained`, `StorageError`, `TooManyFailures`, `RepeatedFailures`."""
+        """Return the reason it ended. Raises `Drained`, `StorageError`, `TooManyFailures` or `RepeatedFailures`."""
         try:
             return self._run()
         except (Drained, KeyboardInterrupt, StorageError) as error:
@@ -198,15 +198,15 @@ class Worker:
 
     def _drop(self, trial: optuna.Trial) -> None:
         self.storage.release(trial._trial_id)
-        self.emit(TrialEvent(self.name, trial.number, "dropped", message="taken over by another worker"))
+        self.emit(TrialEvent(self.name, trial.number, "dropped", message="failed and re-queued by another worker"))
 
 
 class TrialLost(Exception):
-    """The trial was taken over by another worker."""
+    """The trial was failed and re-queued by another worker."""
 
 
 class Heartbeat(threading.Thread):
-    """Context manager that sends heartbeats for a running trial, detects its loss, and reaps stuck trials."""
+    """Context manager that sends heartbeats for a running trial, detects its loss, and reaps stale trials."""
 
     def __init__(self, worker: "Worker", trial: optuna.Trial) -> None:
         super().__init__(name=f"heartbeat of trial {trial.number}", daemon=True)
@@ -302,7 +302,7 @@ def worker_name(stream: int, node: str = "") -> str:
 
 
 def capture_exit(run: Callable[[], str]) -> WorkerExit:
-    """Call `run`, which runs a worker and returns the reason for its end; return the `WorkerExit`, never raise."""
+    """Call `run`, which runs a worker and returns the reason it ended; return the `WorkerExit`, never raise."""
     try:
         return WorkerExit(run())
     except KeyboardInterrupt:

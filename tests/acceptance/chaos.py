@@ -20,10 +20,10 @@ from tests.acceptance import faults
 
 
 class Fault(NamedTuple):
-    """A fault, and how often (or for how many seconds) it is committed in full and in short."""
+    """A fault, and how often (or for how many seconds) it is injected in full and in short."""
 
     name: str
-    commit: Callable[[Path, int, random.Random], str]
+    inject: Callable[[Path, int, random.Random], str]
     full: int
     short: int
 
@@ -48,7 +48,7 @@ FAULTS = (
 
 def main() -> int:
     """The exit status: 0 if every promise held."""
-    parser = argparse.ArgumentParser(prog="scripts/chaos", description="Commit faults on real searches.")
+    parser = argparse.ArgumentParser(prog="scripts/chaos", description="Inject faults into real searches.")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments (default: 0)")
     parser.add_argument("--short", action="store_true", help="the short form that the tests run")
     parser.add_argument("faults", nargs="*", metavar="FAULT", help=f"of {', '.join(fault.name for fault in FAULTS)}")
@@ -62,7 +62,7 @@ def main() -> int:
     for fault in FAULTS:
         if not options.faults or fault.name in options.faults:
             start = time.monotonic()
-            verdict, seen = commit(fault, options.seed, fault.short if options.short else fault.full)
+            verdict, seen = inject(fault, options.seed, fault.short if options.short else fault.full)
             broken += verdict == "BROKEN"
             print(f"{fault.name}: {verdict}: {seen}", file=sys.stderr, flush=True)
             table.add_row(fault.name, verdict, seen, f"{time.monotonic() - start:.0f}")
@@ -70,11 +70,11 @@ def main() -> int:
     return 1 if broken else 0
 
 
-def commit(fault: Fault, seed: int, size: int) -> tuple[str, str]:
+def inject(fault: Fault, seed: int, size: int) -> tuple[str, str]:
     """Whether the promises held, and what was seen."""
     with tempfile.TemporaryDirectory(prefix=f"chaos-{fault.name}-", ignore_cleanup_errors=True) as folder:
         try:
-            return "held", fault.commit(Path(folder), size, random.Random(f"{seed}-{fault.name}"))
+            return "held", fault.inject(Path(folder), size, random.Random(f"{seed}-{fault.name}"))
         except faults.Impossible as reason:
             return "skipped", str(reason)
         except Exception as error:  # noqa: BLE001 - whatever it is, the promise is not shown to hold

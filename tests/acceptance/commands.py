@@ -2,6 +2,7 @@
 
 import atexit
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import subprocess
@@ -10,8 +11,10 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from hpsearch.config.space import Hyperparameters
 from hpsearch.data.dataset import load_data
@@ -67,6 +70,7 @@ class Command:
 
 
 _started: list[Command] = []
+_spawn = multiprocessing.util.spawnv_passfds
 
 
 @atexit.register
@@ -87,12 +91,35 @@ def _run(words: list[str], cwd: Path, env: dict[str, str], out: Path, err: Path)
         os.close(descriptor)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = ["hpsearch", *words]
+    multiprocessing.util.spawnv_passfds = _spawn_or_fork  # type: ignore[assignment]
     from hpsearch.__main__ import main
 
     try:
         main()
     finally:
         atexit._run_exitfuncs()
+
+
+def _spawn_or_fork(path: bytes, arguments: list[Any], passed: list[int]) -> int:
+    """Start the command's own fork server by a fork, too, since this process has imported what the server would.
+
+    Terminals, `scripts/quickstart`, the notebook and injured commands start it as users do.
+    """
+    if "forkserver" not in str(arguments[-1]):
+        return int(_spawn(path, arguments, passed))
+    if pid := os.fork():
+        return pid
+    status = 1
+    try:
+        for name in [entry.name for entry in Path("/proc/self/fd").iterdir()]:
+            if int(name) > 2 and int(name) not in passed:
+                with suppress(OSError):  # the one that listed them is closed already
+                    os.close(int(name))
+        exec(arguments[-1], {})
+    except SystemExit:  # its clients are gone
+        status = 0
+    finally:
+        os._exit(status)
 
 
 def hpsearch(*arguments: object, cwd: Path, expect: int = 0, **env: str) -> subprocess.CompletedProcess[str]:

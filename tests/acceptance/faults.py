@@ -1,7 +1,7 @@
-"""Faults committed for real on searches that run through the real command line, and the promises that must hold then.
+"""Faults injected into real searches that run through the real command line, and the promises that must hold then.
 
 Each function takes an empty folder, a size and a source of random numbers, and returns what it measured. It raises
-`AssertionError` where a promise is broken, and `Impossible` where this machine cannot commit the fault. `scripts/chaos`
+`AssertionError` where a promise is broken, and `Impossible` where this machine cannot inject the fault. `scripts/chaos`
 runs them at full size, `test_chaos.py` in a short form.
 """
 
@@ -71,7 +71,7 @@ _barrier: Any = None  # of the processes of a pool
 
 
 class Impossible(Exception):
-    """This machine cannot commit the fault."""
+    """This machine cannot inject the fault."""
 
 
 class Search:
@@ -242,6 +242,7 @@ def drain(folder: Path, n: int, rng: random.Random) -> str:
         n_before = search.count("FAIL")
         run.terminate()
         assert run.wait(timeout=60) == 75, search.text()[-3000:]
+        assert search.text().splitlines()[-1].startswith("error: Stopped before the budget was used up"), search.text()
         wait_for(lambda run=run: not processes_of(run.pid), "the end of all processes", 20)  # type: ignore[misc]
         rows = search.rows()
         assert {row["state"] for row in rows} <= {"failed", "waiting", "complete"}

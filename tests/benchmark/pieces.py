@@ -127,13 +127,16 @@ def _fill(storage: Storage, study_id: int, n_trials: int) -> None:
             example = drawn.ask()
             suggest(example, space)
             trial = tables.insert_trial(connection, study_id, number, now)
-            held, value = tables.BufferedTrial(trial), number / n_trials / 2  # below those of the trials that are timed
+            buffered, value = (
+                tables.BufferedTrial(trial),
+                number / n_trials / 2,
+            )  # below those of the trials that are timed
             for name, distribution in example.distributions.items():
-                held.set_param(name, distribution.to_internal_repr(example.params[name]), distribution)
+                buffered.set_param(name, distribution.to_internal_repr(example.params[name]), distribution)
             for epoch in range(1, _N_REPORTS + 1):
-                held.report(epoch, value)
-            held.set_system_attr("completed_rung_0", value)
-            held.write(connection)
+                buffered.report(epoch, value)
+            buffered.set_system_attr("completed_rung_0", value)
+            buffered.write(connection)
             tables.write_values(connection, trial._trial_id, [value])
             trial.state, trial.datetime_complete = TrialState.COMPLETE, now
             tables.change_state(connection, trial, TrialState.RUNNING)

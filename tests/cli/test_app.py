@@ -114,7 +114,7 @@ BAD_ARGUMENTS = [
         "must not contain a password",
     ),
     (["evaluate"], "Missing argument 'BUNDLE'"),
-    (["predict", "dist/small"], "Missing argument 'IMAGE...'"),
+    (["predict", "dist/small"], "Missing argument 'IMAGE'"),
     (["check"], "missing argument STUDY"),
 ]
 

@@ -253,10 +253,10 @@ def test_the_token_becomes_another_secret_as_a_cookie_and_leaves_the_address(sit
 
 
 def test_every_server_has_a_secret_of_its_own_and_shows_none() -> None:
-    guards = [AccessControl(lambda *_: [], token=TOKEN, names=(), cookie="x") for _ in range(2)]
-    assert guards[0].secret != guards[1].secret
-    assert TOKEN not in repr(guards[0])
-    assert guards[0].secret not in repr(guards[0])
+    controls = [AccessControl(lambda *_: [], token=TOKEN, names=(), cookie="x") for _ in range(2)]
+    assert controls[0].secret != controls[1].secret
+    assert TOKEN not in repr(controls[0])
+    assert controls[0].secret not in repr(controls[0])
 
 
 @pytest.mark.parametrize(

@@ -191,7 +191,8 @@ def test_few_trials_give_a_verdict_and_no_importances(report: Callable[..., Page
 
 def test_the_interval_of_the_best_value_is_that_of_its_number_of_images(report: Callable[..., Page]) -> None:
     # Wilson score interval of 180 in 200, from the formula by hand
-    assert "an accuracy of 90.00% has a margin of error from 85.1% to 93.4%" in report([make_trial(value=0.9)]).text
+    page = report([make_trial(value=0.9)])
+    assert "an accuracy of 90.00% has a 95% confidence interval of 85.1% to 93.4%" in page.text
 
 
 def test_enough_trials_give_importances_and_a_map(report: Callable[..., Page]) -> None:
@@ -302,7 +303,7 @@ def test_a_confirmed_winner_is_the_verdict_rather_than_the_best_value(report: Ca
     page = report([make_trial(value=0.95), make_trial(value=0.93)], confirmation=confirmation)
     assert "with 2 new seeds, trial 1 reaches 91.50%" in page.text
     assert "95% CI 90.00% to 93.00%" in page.text
-    assert "Others are equally good within the margin of error" in page.text
+    assert "Other trials are statistically tied with it; it has the smallest network." in page.text
     assert "3.0 percentage points too optimistic" in page.text
     assert "Hyperparameters of trial 1" in page.text
     assert "hpsearch confirm studies/small.toml --top 2 --seeds 2" in page.text

@@ -213,6 +213,8 @@ def test_the_end_says_what_was_found_how_sure_and_what_to_type(watch: Watch, stu
 
 
 def test_an_end_with_budget_left_says_how_to_go_on(watch: Watch, definition: StudyDefinition) -> None:
+    others = "next: other workers are still running; watch them with: hpsearch status small --watch"
+    assert summarize_search(watch, "small")[1] == others
     with open_storage(definition.study.storage).engine.begin() as connection:
         connection.execute(sqlalchemy.update(tables.HEARTBEATS).values(heartbeat=datetime(2020, 1, 1)))
     reached, following = summarize_search(watch, "small")

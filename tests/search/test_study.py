@@ -1,4 +1,4 @@
-"""Studies are created once, resumed, guarded against mixing two searches, and summarized."""
+"""Studies are created once, resumed, protected against mixing two searches, and summarized."""
 
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -9,7 +9,7 @@ from optuna.trial import TrialState
 
 from hpsearch.errors import NoCompletedTrial, StudyMismatch, StudyNotFound
 from hpsearch.monitor.trials import list_trials
-from hpsearch.search.selection import count_test_reading, find_best
+from hpsearch.search.selection import find_best, record_test_use
 from hpsearch.search.study import load_study, open_study
 from hpsearch.search.trials import read_status
 from hpsearch.storage.rdb import Storage, open_storage
@@ -150,7 +150,7 @@ def test_readings_of_the_test_set_that_meet_are_all_counted(storage: Storage, ur
         own = open_storage(url)
         mine = load_study(make_definition(), own)
         for _ in range(5):
-            count_test_reading(mine, find_best(mine))
+            record_test_use(mine, find_best(mine))
         own.engine.dispose()
 
     study = fill(storage)

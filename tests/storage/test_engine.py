@@ -13,9 +13,9 @@ from sqlalchemy.exc import OperationalError
 from hpsearch.errors import StorageError, UsageError
 from hpsearch.search.study import load_study, open_study
 from hpsearch.storage.backup import backup
-from hpsearch.storage.engine import check_place, network_file_system
+from hpsearch.storage.engine import check_location, network_file_system
 from hpsearch.storage.rdb import open_storage
-from hpsearch.storage.retry import is_transient, reason
+from hpsearch.storage.retry import describe_cause, is_transient
 
 from ..conftest import make_definition
 
@@ -87,10 +87,10 @@ def test_a_network_file_system_is_refused_for_workers(tmp_path: Path, monkeypatc
     parts = [SimpleNamespace(mountpoint=place, fstype=kind) for place, kind in mounts]
     monkeypatch.setattr(psutil, "disk_partitions", lambda all: parts)  # noqa: A006 - psutil's name
     with pytest.raises(UsageError, match=r"a network file system \(nfs4\), where SQLite can corrupt data"):
-        check_place(make_url(f"sqlite:///{tmp_path}/study.db"))
+        check_location(make_url(f"sqlite:///{tmp_path}/study.db"))
     assert network_file_system(tmp_path / "s" / "x") == "fuse.sshfs"
-    check_place(make_url(f"sqlite:///{tmp_path}/disk/study.db"))
-    check_place(make_url("postgresql://host/db"))
+    check_location(make_url(f"sqlite:///{tmp_path}/disk/study.db"))
+    check_location(make_url("postgresql://host/db"))
 
 
 def test_a_full_disk_is_retried_and_reported_with_its_free_space(tmp_path: Path) -> None:
@@ -101,6 +101,6 @@ def test_a_full_disk_is_retried_and_reported_with_its_free_space(tmp_path: Path)
         connection.execute("INSERT INTO t VALUES (zeroblob(100000))")
     error = OperationalError("INSERT", {}, caught.value)
     assert is_transient(error)
-    text = reason(make_url(f"sqlite:///{tmp_path / 'full.db'}"), error)
+    text = describe_cause(make_url(f"sqlite:///{tmp_path / 'full.db'}"), error)
     assert text.startswith("database or disk is full; ")
     assert text.endswith(f" MB free in {tmp_path}; free some disk space")

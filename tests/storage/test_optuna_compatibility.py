@@ -1,6 +1,6 @@
 """Plain Optuna and hpsearch read each other's trials: every state, every kind of parameter, value and attribute.
 
-`storage` stands on private parts of Optuna, so this is what a new version of Optuna has to pass.
+`storage` relies on Optuna's private API, so this is what a new version of Optuna has to pass.
 """
 
 import warnings

@@ -379,7 +379,9 @@ def test_giving_up_ends_the_patience_at_once(url: str, monkeypatch: pytest.Monke
         storage.get_all_trials(study._study_id)
 
 
-@pytest.mark.parametrize("name", ["get_all_trials", "get_trial", "record_heartbeat", "beat", "join", "fail"])
+@pytest.mark.parametrize(
+    "name", ["get_all_trials", "get_trial", "record_heartbeat", "beat", "join", "fail", "find_stale", "reap"]
+)
 def test_every_call_reports_an_outage(url: str, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     storage = open_storage(url)
     open_study(make_definition(), storage).ask()
@@ -388,7 +390,7 @@ def test_every_call_reports_an_outage(url: str, monkeypatch: pytest.MonkeyPatch,
         raise OperationalError("SELECT", {}, Exception("database is locked"))
 
     monkeypatch.setattr(sqlalchemy.orm.Session, "close", fail)
-    details = ("killed", "gone") if name == "fail" else ()
+    details = {"fail": ("killed", "gone"), "reap": (2,)}.get(name, ())
     with pytest.raises(StorageUnavailable, match="database is locked"):
         getattr(storage, name)(1, *details)
 

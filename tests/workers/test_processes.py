@@ -93,12 +93,10 @@ def test_a_signal_decides_the_exit_status_even_if_a_worker_had_failed_before(tmp
     storage = open_storage(definition.study.storage)
     drain = Drain()
     drain.set(Interrupted())
-    members = processes._Pool(
-        definition, storage, open_study(definition, storage), None, None, drain, lambda event: None
-    )
-    members.exits = [WorkerExit("three failures", RepeatedFailures())]
+    pool = processes._Pool(definition, storage, open_study(definition, storage), None, None, drain, lambda event: None)
+    pool.exits = [WorkerExit("three failures", RepeatedFailures())]
     with pytest.raises(Interrupted):
-        members.run(0)
+        pool.run(0)
 
 
 class Crash:

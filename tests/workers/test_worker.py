@@ -157,9 +157,9 @@ def test_a_trial_that_was_taken_away_is_dropped_and_not_overwritten(
     b = bench(budget={"trials": 1})
     thief = open_storage(b.definition.study.storage)
 
-    def steal(lease: Heartbeat, result: EpochResult) -> None:
-        if result.epoch == 1 and lease.trial_id == b.study.trials[0]._trial_id:
-            assert thief.fail(lease.trial_id, "killed", "no heartbeat", retries=2)
+    def steal(heartbeat: Heartbeat, result: EpochResult) -> None:
+        if result.epoch == 1 and heartbeat.trial_id == b.study.trials[0]._trial_id:
+            assert thief.fail(heartbeat.trial_id, "killed", "no heartbeat", retries=2)
 
     monkeypatch.setattr(Heartbeat, "finish_epoch", steal)
     b.worker().run()
@@ -325,11 +325,11 @@ def test_a_result_whose_acknowledgement_was_lost_counts_once(
     lost: list[int] = []
 
     @contextmanager
-    def lose_the_answer(storage: Storage, held: BufferedTrial) -> Iterator[Session]:
-        with original(storage, held) as session:
+    def lose_the_answer(storage: Storage, buffered: BufferedTrial) -> Iterator[Session]:
+        with original(storage, buffered) as session:
             yield session
-        if not lost and storage._read_trial(held.trial._trial_id).state == TrialState.COMPLETE:
-            lost.append(held.trial._trial_id)
+        if not lost and storage._read_trial(buffered.trial._trial_id).state == TrialState.COMPLETE:
+            lost.append(buffered.trial._trial_id)
             raise OperationalError("COMMIT", {}, Exception("server closed the connection"))
 
     monkeypatch.setattr(Storage, "_writing", lose_the_answer)

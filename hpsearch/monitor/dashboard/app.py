@@ -95,7 +95,7 @@ def serve(
     token: str | None = None,
     is_writable: bool = False,
 ) -> Iterator[str]:
-    """A context manager that serves the study's dashboard and yields its URL; port 0 picks a free one.
+    """Serve the study's dashboard and yield its URL; port 0 picks a free one.
 
     `arguments` are shown in the commands of the study's note. Raises `UsageError` if `host`, `port` or `token` is
     invalid, or if the host is reachable from other machines and `token` is None.
@@ -128,7 +128,7 @@ def serve(
 
 @contextmanager
 def redirect_file(address: str) -> Iterator[str]:
-    """A context manager that yields the URL of a temporary file that redirects a browser to `address`.
+    """Yield the URL of a temporary file that redirects a browser to `address`.
 
     The file keeps the token out of the browser's command line, which all users of the machine can read.
     """
@@ -141,7 +141,7 @@ def redirect_file(address: str) -> Iterator[str]:
 def build_application(
     definition: StudyDefinition, study: optuna.Study, arguments: str, *, is_writable: bool = False
 ) -> bottle.Bottle:
-    """Optuna's dashboard for the storage of the study, with notes about the study and its trials."""
+    """Return Optuna's dashboard for the storage of the study, with notes about the study and its trials."""
     _quiet_loggers()
     files = checkpoint_folder(definition, study) / "files"
     store = Files(files) if is_writable or _has_any(files) else None  # with a store, the page offers uploads
@@ -224,7 +224,7 @@ def _quiet_loggers() -> None:
     if logging.getLogger().getEffectiveLevel() > logging.DEBUG:
         for name in ("optuna.visualization", "optuna.importance", "waitress"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-        logging.getLogger("optuna_dashboard").getChild("_bottle_util").addFilter(_cut)  # it logs a traceback
+        logging.getLogger("optuna_dashboard._bottle_util").addFilter(_cut)  # it logs a traceback
         warnings.filterwarnings("ignore", module="optuna.(importance|visualization)")
 
 

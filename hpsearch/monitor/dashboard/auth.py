@@ -119,7 +119,7 @@ class AccessControl:
 
 
 def _is_same_origin(request: BaseRequest) -> bool:
-    """Whether the browser reports no foreign origin for the request. Following a link is allowed."""
+    """Return whether the browser reports no foreign origin for the request. Following a link is allowed."""
     origin = request.get_header("Origin")
     own = f"{request.environ['wsgi.url_scheme']}://{request.environ['HTTP_HOST']}"
     if origin is not None and origin.lower() != own.lower():
@@ -152,7 +152,7 @@ def _begin(
 
 
 def _is_trustworthy(request: BaseRequest) -> bool:
-    """Whether browsers treat the origin as trustworthy: HTTPS or the loopback address."""
+    """Return whether browsers treat the origin as trustworthy: HTTPS or the loopback address."""
     found = _HOST.fullmatch(request.environ.get("HTTP_HOST", ""))
     is_loopback = found is not None and _LOOPBACK.fullmatch(found[1]) is not None
     return is_loopback or request.environ["wsgi.url_scheme"] == "https"

@@ -20,7 +20,7 @@ _COMMANDS = {
 
 
 def describe_study(definition: StudyDefinition, budget: Mapping[str, Any], arguments: str) -> str:
-    """The note of a study: settings, search space and commands; `arguments` follow the name of each command."""
+    """Return the note of a study: settings, search space and commands; `arguments` follow the name of each command."""
     data, tables = definition.data, definition.to_tables()
     n_train = data.train or N_TRAINING_IMAGES[data.name] - data.validation
     limits = {"minutes": "{} minutes", "target": "an accuracy of {}", "failures": "{} failures"}
@@ -52,7 +52,7 @@ def describe_study(definition: StudyDefinition, budget: Mapping[str, Any], argum
 
 
 def describe_trial(trial: FrozenTrial) -> str:
-    """The note of a trial: why it failed or was pruned, and which trials it resumes. Often empty."""
+    """Return the note of a trial: why it failed or was pruned, and which trials it resumes. Often empty."""
     return "\n\n".join(_describe_trial(trial))
 
 
@@ -70,7 +70,7 @@ def _describe_trial(trial: FrozenTrial) -> Iterator[str]:
 
 
 def _describe_range(table: Mapping[str, Any]) -> tuple[str, str]:
-    """The range of a hyperparameter and its condition, as text."""
+    """Return the range of a hyperparameter and its condition, as text."""
     condition = ", and ".join(
         f"{name} is {' or '.join(map(str, values))}" for name, values in table.get("when", {}).items()
     )
@@ -87,12 +87,12 @@ def _table(heading: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
 
 
 def _escape(text: str) -> str:
-    """The text with all special characters of Markdown and HTML escaped by a backslash."""
+    """Return the text with all special characters of Markdown and HTML escaped by a backslash."""
     return re.sub(r"([\\`*_{}\[\]<>()#+!|~$&-])", r"\\\1", text)
 
 
 def _fence(text: str) -> str:
-    """The text as a code block; its fence is longer than any run of backticks in the text."""
+    """Return the text as a code block; its fence is longer than any run of backticks in the text."""
     longest = max((len(ticks) for ticks in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}text\n{text}\n{fence}"

@@ -50,7 +50,7 @@ def serve_in_threads(application: Application, listener: socket.socket, largest_
 
 
 def resolve(host: str) -> tuple[socket.AddressFamily, str]:
-    """The address family and the numeric address of a host. Raises `UsageError` if there is none."""
+    """Return the address family and the numeric address of a host. Raises `UsageError` if there is none."""
     try:
         found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (socket.gaierror, UnicodeError) as error:
@@ -60,7 +60,7 @@ def resolve(host: str) -> tuple[socket.AddressFamily, str]:
 
 
 def listen(family: socket.AddressFamily, address: str, port: int) -> socket.socket:
-    """A listening socket. Raises `UsageError` if the address or port cannot be used."""
+    """Return a listening socket. Raises `UsageError` if the address or port cannot be used."""
     try:
         return socket.create_server((address, port), family=family)
     except OSError as error:
@@ -70,7 +70,7 @@ def listen(family: socket.AddressFamily, address: str, port: int) -> socket.sock
 
 
 def host_names(host: str, address: str) -> set[str]:
-    """The host names that browsers on this machine, or on others that can reach it, may use."""
+    """Return the host names that browsers on this machine, or on others that can reach it, may use."""
     names = {LOOPBACK, "localhost", "[::1]", show_host(host, address), _bracket(address)}
     if not ip_address(address).is_loopback:
         every = (entry for entries in psutil.net_if_addrs().values() for entry in entries)
@@ -80,7 +80,7 @@ def host_names(host: str, address: str) -> set[str]:
 
 
 def show_host(host: str, address: str) -> str:
-    """The host as written in a URL; for the unspecified address, the name of this machine."""
+    """Return the host as written in a URL; for the unspecified address, the name of this machine."""
     return socket.gethostname() if ip_address(address).is_unspecified else _bracket(host)
 
 
@@ -89,5 +89,5 @@ def _bracket(address: str) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach the host. Raises `UsageError` if it has no address."""
+    """Return whether only this machine can reach the host. Raises `UsageError` if it has no address."""
     return ip_address(resolve(host)[1]).is_loopback
