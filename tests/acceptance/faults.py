@@ -216,7 +216,7 @@ def kill_workers(folder: Path, n: int, rng: random.Random) -> str:
 
 def kill_supervisor(folder: Path, n: int, rng: random.Random) -> str:
     """Kill -9 of the supervisor: its workers go, and another run goes on."""
-    search, slowest = Search(folder, trials=1, seconds=1.5), 0.0
+    search, slowest = Search(folder, trials=1, seconds=1.5 * n), 0.0  # no trial ends before the last kill
     for _ in range(n):
         run = search.run(trials=4)
         wait_for(search.trains(2), "trials that run")
@@ -234,7 +234,7 @@ def kill_supervisor(folder: Path, n: int, rng: random.Random) -> str:
 
 def drain(folder: Path, n: int, rng: random.Random) -> str:
     """SIGTERM in mid-epoch: trials are re-queued, and each resumes from the very batch."""
-    search, handed_back = Search(folder, trials=1, seconds=1.5, checkpoint=1000), 0
+    search, handed_back = Search(folder, trials=1, seconds=max(2, n / 2), checkpoint=1000), 0
     while handed_back < n:
         run = search.run(trials=8)
         wait_for(search.trains(3), "trials that run")
