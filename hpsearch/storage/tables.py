@@ -23,6 +23,7 @@ from sqlalchemy import Connection
 from sqlalchemy.dialects import postgresql, sqlite
 
 WRITE_INTERVAL = 0.5  # minimum seconds between two flushes of reports
+_TABLES = ("params", "distributions", "user_attrs", "system_attrs", "intermediate_values")  # of a FrozenTrial
 _MAX_VARIABLES = 500  # per statement; SQLite's default limit is higher
 TRIALS: Any = models.TrialModel.__table__
 VALUES: Any = models.TrialValueModel.__table__
@@ -73,7 +74,7 @@ class BufferedTrial:
     def snapshot(self) -> FrozenTrial:
         """Return a copy of the trial, which the caller may change."""
         trial = copy.copy(self.trial)
-        for name in ("params", "distributions", "user_attrs", "system_attrs", "intermediate_values"):
+        for name in _TABLES:
             setattr(trial, name, dict(getattr(self.trial, name)))
         return trial
 
@@ -213,19 +214,8 @@ def read_trial(connection: Connection, trial_id: int) -> FrozenTrial:
 def _new_trial(
     trial_id: int, number: int, state: TrialState, start: datetime | None, complete: datetime | None = None
 ) -> FrozenTrial:
-    return FrozenTrial(
-        number=number,
-        state=state,
-        value=None,
-        datetime_start=start,
-        datetime_complete=complete,
-        params={},
-        distributions={},
-        user_attrs={},
-        system_attrs={},
-        intermediate_values={},
-        trial_id=trial_id,
-    )
+    # value; the two times; params, distributions, user_attrs, system_attrs and intermediate_values
+    return FrozenTrial(number, state, None, start, complete, {}, {}, {}, {}, {}, trial_id)
 
 
 def _batches(ids: list[int]) -> Iterable[list[int]]:
