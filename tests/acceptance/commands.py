@@ -16,6 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hpsearch.config.space import Hyperparameters
 from hpsearch.data.dataset import load_data
 from hpsearch.training.networks import build_network
@@ -168,6 +170,7 @@ def epochs_of(seconds: float) -> int:
 
 @cache
 def _epochs_per_second(n: int = 100) -> float:
+    torch.set_num_threads(1)  # as many as a worker has
     data = load_data("digits", validation=200, train=300)
     hyperparameters = Hyperparameters(width=32, lr=1e-3, batch_size=64)
     for epochs in (10, n):  # the first to warm up
