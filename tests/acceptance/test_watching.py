@@ -133,7 +133,7 @@ def test_a_watched_study_shows_its_failures_and_thresholds_until_ctrl_c(
     fill(storage, open_study(definition, storage), 40)
     watch = terminal("status", "small.toml", "--watch")
     lines = watch.wait_for("trial 33 failed: exception: ValueError: =trial 33")
-    assert any(re.match(r" +35 +pruned +0\.\d{4} +9 +0\.\d{4} < 0\.\d{4} \(the m", line) for line in lines)
+    assert any(re.match(r" +35 +pruned +0\.\d{4} +9 +0\.\d{4} < 0\.\d{4} \(med", line) for line in lines)
     watch.process.sendintr()
     assert watch.end() == 130
     assert watch.screen.display[0].startswith("small"), "the last table stays"

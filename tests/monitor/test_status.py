@@ -57,7 +57,7 @@ def test_a_scene_has_the_workers_and_what_became_of_the_last_trials(watch: Watch
     assert first["images_per_second"] == 40_036
     assert not first["is_lost"]
     assert [row["number"] for row in snapshot.finished[:3]] == [35, 34, 32]
-    assert snapshot.finished[0]["note"].endswith(" (the median of 12 trials) at epoch 9")
+    assert snapshot.finished[0]["note"].endswith(" (median of 12 trials) at epoch 9")
     assert [row["number"] for row in snapshot.failed] == [33, 26, 19, 12, 5]
     assert snapshot.failed[0]["note"] == "exception: ValueError: =trial 33"
     assert snapshot.describe_progress().startswith("31 of 60 trials done, best 0.9")
