@@ -152,4 +152,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     def count_page_faults(how: str) -> int:
         return int(subprocess.run([sys.executable, "-c", program, how], check=True, capture_output=True).stdout)
 
-    assert count_page_faults("kept") < count_page_faults("default") / 2  # measured: a tenth to a fifth
+    # The fewest of three: a system that takes idle pages back adds some.
+    kept = min(count_page_faults("kept") for _ in range(3))
+    assert kept < count_page_faults("default") / 5  # measured: at most a tenth
