@@ -180,7 +180,7 @@ def _epochs_per_second(n: int = 100) -> float:
     return n / (time.perf_counter() - start)
 
 
-def wait_for(condition: Callable[[], bool], what: str, seconds: float = 90) -> None:
+def wait_for(condition: Callable[[], bool], what: str, seconds: float = 240) -> None:
     """Poll until the condition holds; fail loudly at the deadline."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -241,7 +241,7 @@ def drain(folder: Path, n: int, rng: random.Random) -> str:
         time.sleep(rng.uniform(0, 0.5))
         n_before = search.count("FAIL")
         run.terminate()
-        assert run.wait(timeout=60) == 75, search.text()[-3000:]
+        assert run.wait(timeout=120) == 75, search.text()[-3000:]
         assert search.text().splitlines()[-1].startswith("error: Stopped before the budget was used up"), search.text()
         wait_for(lambda run=run: not processes_of(run.pid), "the end of all processes", 20)  # type: ignore[misc]
         rows = search.rows()

@@ -81,7 +81,7 @@ def test_ctrl_c_ends_a_run_cleanly_and_the_next_run_goes_on(study_file: WriteStu
     run = start("run", file.name, "--workers", 2, cwd=file.parent, log=file.parent / "log")
     wait_for(runs_a_trial(file, 2), "two trials that run")
     os.killpg(run.pid, signal.SIGINT)  # a terminal sends Ctrl-C to the whole group
-    assert run.wait(timeout=30) == 130
+    assert run.wait(timeout=120) == 130
     wait_for(lambda: not processes_of(run.pid), "the end of all processes")
     document = status(file)
     assert document["trials"] == {"complete": 0, "pruned": 0, "failed": 2, "running": 0, "waiting": 2}
@@ -92,7 +92,7 @@ def test_ctrl_c_ends_a_run_cleanly_and_the_next_run_goes_on(study_file: WriteStu
     run = start("run", file.name, "--workers", 2, cwd=file.parent, log=file.parent / "log")
     wait_for(runs_a_trial(file, 2, above=max(reached)), "both trials that go on from there")
     run.terminate()
-    assert run.wait(timeout=30) == 75
+    assert run.wait(timeout=120) == 75
     assert status(file)["trials"] == {"complete": 0, "pruned": 0, "failed": 4, "running": 0, "waiting": 2}
 
 
@@ -107,7 +107,7 @@ def test_a_second_ctrl_c_ends_a_run_at_once_and_leaves_nothing_running(study_fil
         time.sleep(0.6)  # a repetition within half a second would count as the same signal
         if run.poll() is None:
             run.send_signal(signal.SIGINT)
-    assert run.wait(timeout=30) == 130
+    assert run.wait(timeout=120) == 130
     wait_for(lambda: not processes_of(run.pid), "the end of all processes")
     assert status(file)["trials"]["running"] == 0
 
@@ -127,7 +127,7 @@ def test_a_signal_to_the_group_as_timeout_sends_it_is_one_wish(study_file: Write
     wait_for(runs_a_trial(file, 2), "two trials that run")
     os.killpg(run.pid, signal.SIGTERM)
     run.send_signal(signal.SIGTERM)
-    assert run.wait(timeout=30) == 75
+    assert run.wait(timeout=120) == 75
     document = status(file)["trials"]
     assert (document["running"], document["waiting"]) == (0, 2)
     rows = json.loads(hpsearch("trials", file.name, "--state", "failed", "--json", cwd=file.parent).stdout)
@@ -139,7 +139,7 @@ def test_a_run_that_is_refused_leaves_no_process_that_still_imports(study_file: 
     open_study(load_definition(file), open_storage(f"sqlite:///{file.with_suffix('.db')}"))
     study_file(f"dropout = 0.5\n{UNPRUNED}")
     run = start("run", file.name, cwd=file.parent, log=file.parent / "log")
-    assert run.wait(timeout=60) == 2
+    assert run.wait(timeout=120) == 2
     wait_for(lambda: not processes_of(run.pid), "the end of all processes", seconds=1)
     assert "was started with different settings" in (file.parent / "log").read_text().splitlines()[0]
 
@@ -165,10 +165,10 @@ def test_a_signal_ends_a_worker_cleanly(study_file: WriteStudy) -> None:
         worker = start("worker", file.name, cwd=file.parent, log=file.parent / "worker.log")
         wait_for(runs_a_trial(file, 2), "the worker's trial")
         worker.send_signal(number)
-        assert worker.wait(timeout=30) == exit_status
+        assert worker.wait(timeout=120) == exit_status
         assert "Traceback" not in (file.parent / "worker.log").read_text()
     run.send_signal(signal.SIGTERM)
-    run.wait(timeout=30)
+    run.wait(timeout=120)
     assert status(file)["trials"]["running"] == 0
 
 
@@ -185,6 +185,6 @@ def test_a_reader_that_goes_away_ends_the_run_and_leaves_nothing_running(study_f
     assert process.stderr is not None
     process.stderr.readline()
     process.stderr.close()  # what `| head -1` does
-    assert process.wait(timeout=60) == 1
+    assert process.wait(timeout=120) == 1
     wait_for(lambda: not processes_of(process.pid), "the end of all processes")
     assert status(file)["trials"]["running"] == 0

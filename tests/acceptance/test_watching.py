@@ -61,7 +61,7 @@ class Terminal:
         self.process.setwinsize(height, width)
 
     def end(self) -> int:
-        self.process.expect(pexpect.EOF, timeout=90)
+        self.process.expect(pexpect.EOF, timeout=120)
         self.written += self.process.before
         self.stream.feed(self.process.before)
         modes = termios.tcgetattr(self.process.child_fd)
@@ -148,7 +148,7 @@ def test_a_watched_study_gives_a_pipe_the_lines_of_a_run_elsewhere(study_file: S
         command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     run = hpsearch("run", "small.toml", "--workers", 2, cwd=tmp_path)
-    out, err = watch.communicate(timeout=60)
+    out, err = watch.communicate(timeout=120)
     assert watch.returncode == 0
     told = [line for line in run.stderr.splitlines() if line.startswith("trial ")]
     assert len(told) == 6

@@ -167,8 +167,8 @@ def test_a_signal_leaves_no_process_and_keeps_what_is_done(
     command = start("confirm", "small.toml", "--seeds", 50, "--workers", 2, cwd=tmp_path, log=log)
     wait_for(lambda: log.read_text().count("trial ") >= 3, "three trainings")
     os.kill(command.pid, number)
-    command.wait(timeout=30)
-    wait_for(lambda: not processes_of(command.pid), "the end of all processes", seconds=20)
+    command.wait(timeout=120)
+    wait_for(lambda: not processes_of(command.pid), "the end of all processes")
     assert len(study.user_attrs["confirmed_runs"]) >= 3
 
 
