@@ -77,7 +77,7 @@ def copy(
     place, files = show_url(target.study.storage), target.study.artifacts
     what = f"was already in {place}" if made.was_there else f"copied to {place}"
     echo(f"{definition.study.name} {what}: {made.n_trials:,} trials, {made.n_reports:,} epoch results")
-    echo(f"verified: source and copy are identical (SHA-256 {made.digest[:12]}...)")
+    echo("verified: source and copy are identical")
     settings = f"HPSEARCH_STORAGE={shlex.quote(place)}"
     if files != definition.study.artifacts:
         echo(f"files: {made.n_files_copied} copied to {files}, {made.n_files_there} already there")

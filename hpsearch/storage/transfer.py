@@ -41,13 +41,6 @@ def is_same_database(storage: Storage, other: Storage) -> bool:
         return not other_connection.execute(sqlalchemy.text("SELECT pg_try_advisory_xact_lock(:key)"), key).scalar()
 
 
-@retry_on_outage
-def has_study(storage: Storage, name: str) -> bool:
-    """Return whether the database has a study of that name."""
-    with storage.engine.connect() as connection:
-        return connection.execute(sqlalchemy.select(_STUDIES).where(_STUDIES.c.study_name == name)).first() is not None
-
-
 @contextmanager
 def _snapshot(storage: Storage) -> Iterator[Connection]:
     """Open a transaction that sees the database as of its first statement."""
