@@ -24,6 +24,7 @@ from hpsearch.errors import BundleError, UsageError
 from hpsearch.monitor import plots
 from hpsearch.monitor.trials import list_trials
 from hpsearch.search.trials import read_status
+from hpsearch.storage.artifacts import replace_file
 
 MIN_TRIALS = 5  # completed trials needed for importances and a contour plot
 MAX_ROWS = 12
@@ -48,14 +49,11 @@ def write_report(
     )
     environment.filters |= {"percent": _percent, "duration": _duration, "short": _short, "count": _count}
     text = environment.get_template("report.html.jinja").render(_collect(definition, study, bundle, command))
-    temporary = file.with_name(f".{file.name}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8", errors="replace")
-        temporary.replace(file)
+        with replace_file(file) as temporary:
+            temporary.write_text(text, encoding="utf-8", errors="replace")
     except OSError as error:
         raise UsageError(f"cannot write {file}: {error.strerror}; choose another --output") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def find_bundle(folder: Path, name: str) -> Path | None:

@@ -57,9 +57,12 @@ class Folder:
         one process at a time may write the same file.
         """
         if self.path:
-            return _write_to_disk(self.path / name, content)
-        self._ask(lambda: self._upload(self._at(name), content))
-        return None
+            file = self.path / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with replace_file(file) as temporary:
+                temporary.write_bytes(content)
+        else:
+            self._ask(lambda: self._upload(self._at(name), content))
 
     def remove(self, name: str) -> None:
         """Remove the file, if it exists."""
@@ -155,19 +158,25 @@ class Folder:
         return {"url": self.url, "path": self.path}  # connections cannot be shared between processes
 
 
-def _write_to_disk(file: Path, content: bytes) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
+@contextmanager
+def replace_file(file: Path) -> Iterator[Path]:
+    """Yield a path beside the file to write to. What is written there then replaces the file in one step.
+
+    After an error, a kill or a power loss, the old or the new file is complete. Only one process at a time may write
+    the same file.
+    """
     temporary = file.with_name(f"{file.name}.tmp")
     try:
-        with temporary.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
+        yield temporary
+        _sync(temporary)
         temporary.replace(file)
-    except OSError:
+        _sync(file.parent)
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
-    descriptor = os.open(file.parent, os.O_RDONLY)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -1,6 +1,5 @@
 """Backs up a SQLite database while it is in use."""
 
-import os
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -10,6 +9,7 @@ from sqlalchemy.engine import URL
 
 from hpsearch.config.urls import show_url
 from hpsearch.errors import StorageError, UsageError
+from hpsearch.storage.artifacts import replace_file
 from hpsearch.storage.engine import LOCK_TIMEOUT
 
 
@@ -24,25 +24,19 @@ def backup(url: URL, file: Path) -> None:
         raise UsageError(f"{file} already exists; choose another file name")
     if not file.parent.is_dir():
         raise UsageError(f"folder {file.parent} does not exist; create it first")
-    temporary = file.with_name(f"{file.name}.tmp")
+    location = f"file:{quote(url.database or '')}?mode=rw"
     try:
-        with (
-            closing(
-                sqlite3.connect(f"file:{quote(url.database or '')}?mode=rw", timeout=LOCK_TIMEOUT, uri=True)
-            ) as source,
-            closing(sqlite3.connect(temporary)) as target,
-        ):
-            source.backup(target)
-            problems = check_integrity(target)
-        if problems:
-            raise StorageError(f"{url.database} is corrupt, no backup written: {problems}")
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
-        temporary.rename(file)
+        with replace_file(file) as temporary:
+            with (
+                closing(sqlite3.connect(location, timeout=LOCK_TIMEOUT, uri=True)) as source,
+                closing(sqlite3.connect(temporary)) as target,
+            ):
+                source.backup(target)
+                problems = check_integrity(target)
+            if problems:
+                raise StorageError(f"{url.database} is corrupt, no backup written: {problems}")
     except (sqlite3.Error, OSError) as error:
         raise StorageError(f"could not back up {url.database} to {file}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def check_integrity(connection: sqlite3.Connection) -> str:
