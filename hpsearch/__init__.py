@@ -20,7 +20,9 @@ folder leads through them:
     >>> hpsearch.load("dist/mnist-mlp").predict_proba(images)
 """
 
+import re
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -45,28 +47,13 @@ if TYPE_CHECKING:
     from hpsearch.training.networks import build_network as build_network
     from hpsearch.training.trainer import train as train
 
-_MODULES = {
-    "bundle.bundle": ("Classifier", "load"),
-    "bundle.confirm": ("confirm",),
-    "bundle.evaluation": ("Evaluation",),
-    "bundle.retrain": ("export",),
-    "config.definition": ("StudyDefinition", "load_definition"),
-    "config.space": ("Hyperparameters", "suggest"),
-    "data.dataset": ("ImageData", "Split", "load_data", "load_test"),
-    "errors": ("HpsearchError",),
-    "search.objective": ("Objective",),
-    "search.pruning": ("PruningCallback",),
-    "search.study": ("open_study",),
-    "storage.rdb": ("open_storage",),
-    "training.networks": ("build_network",),
-    "training.trainer": ("train",),
-}
-_HOMES = {name: f"hpsearch.{module}" for module, names in _MODULES.items() for name in names}
+# At run time, these lines only say where each name is: executed, they would make `import hpsearch` wait for torch.
+_HOMES = {name: module for module, name in re.findall(r"from (\S+) import (\w+) as", Path(__file__).read_text("utf-8"))}
 __all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name at its first use, so that `import hpsearch` does not wait for torch."""
+    """Import a public name at its first use."""
     if name not in _HOMES:
         raise AttributeError(f"module 'hpsearch' has no attribute '{name}'")
     return getattr(import_module(_HOMES[name]), name)
