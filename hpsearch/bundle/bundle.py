@@ -94,10 +94,16 @@ class Classifier:
 
     def predict_file(self, file: Path | str, top: int = 3) -> list[tuple[str, float]]:
         """Return the `top` most likely classes of an image file with their probabilities; raises `ImageError`."""
-        pixels = read_image(file, self.image_shape, is_digit=self.config.data in DIGITS)
-        [probabilities] = self.predict_proba(pixels[np.newaxis])
-        order = probabilities.argsort()[::-1][:top]
-        return [(self.class_names[i], float(probabilities[i])) for i in order]
+        [probabilities] = self.predict_proba(self.read_image(file)[np.newaxis])
+        return self.rank(probabilities, top)
+
+    def read_image(self, file: Path | str) -> NDArray[np.uint8]:
+        """Read an image file as raw pixels of the network's image shape; raises `ImageError`."""
+        return read_image(file, self.image_shape, is_digit=self.config.data in DIGITS)
+
+    def rank(self, probabilities: NDArray[np.float32], top: int) -> list[tuple[str, float]]:
+        """Return the `top` most likely classes of an image with their probabilities, the most likely first."""
+        return [(self.class_names[i], float(probabilities[i])) for i in probabilities.argsort()[::-1][:top]]
 
     def evaluate(self, folder: Path | str | None = None) -> Evaluation:
         """Evaluate the model on the test set of its data set; raises `DataError`."""

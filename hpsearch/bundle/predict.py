@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hpsearch.bundle.bundle import DIGITS, Classifier
-from hpsearch.data.image_files import read_image
+from hpsearch.bundle.bundle import Classifier
 from hpsearch.errors import ImageError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
@@ -71,20 +70,19 @@ def _distinct(arguments: Sequence[str | os.PathLike[str]], on_duplicate: Callabl
                 yield file, error
 
 
-def _predict_batch(classifier: Classifier, batch: Sequence[Found], top: int) -> Iterator[dict[str, Any]]:
-    rows, pixels = [], []
+def _predict_batch(classifier: Classifier, batch: Sequence[Found], top: int) -> list[dict[str, Any]]:
+    rows, pixels = list[dict[str, Any]](), []
     for file, error in batch:
         try:
             if error:
                 raise ImageError(f"{file}: {error}")
-            pixels.append(read_image(file, classifier.image_shape, is_digit=classifier.config.data in DIGITS))
+            pixels.append(classifier.read_image(file))
             rows.append({"image": file})
         except ImageError as caught:
             rows.append({"image": file, "error": str(caught)})
     probabilities = iter(classifier.predict_proba(np.stack(pixels)) if pixels else ())
-    return (row if "error" in row else row | {"top": _rank(classifier, next(probabilities), top)} for row in rows)
-
-
-def _rank(classifier: Classifier, probabilities: np.ndarray, top: int) -> list[dict[str, Any]]:
-    order = probabilities.argsort()[::-1][:top]
-    return [{"class": classifier.class_names[i], "probability": float(probabilities[i])} for i in order]
+    for row in rows:
+        if "error" not in row:
+            ranked = classifier.rank(next(probabilities), top)
+            row["top"] = [{"class": name, "probability": probability} for name, probability in ranked]
+    return rows

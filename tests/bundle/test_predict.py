@@ -101,7 +101,7 @@ def test_no_more_than_a_batch_is_read_ahead(saved: Path, scans: Path, monkeypatc
         read.append(file)
         return read_image(file, *arguments, **options)
 
-    monkeypatch.setattr(predict, "read_image", note)
+    monkeypatch.setattr(bundle, "read_image", note)
     rows = predict_files(bundle.load(saved), ["scans"])
     next(rows)
     assert read == ["scans/a.PNG", "scans/b.png"]
