@@ -15,6 +15,8 @@ from hpsearch.cli.care import app as care_app
 from hpsearch.cli.result import app as result_app
 from hpsearch.cli.watch import app as watch_app
 from hpsearch.errors import Drained, StorageError, UsageError
+from hpsearch.monitor.text import echo, stderr_console
+from hpsearch.workers.shutdown import Drain
 
 if TYPE_CHECKING:
     from hpsearch.monitor.status import Watch
@@ -88,9 +90,7 @@ def run(
     """Start or resume a search until its budget is used up."""
     from hpsearch.monitor.live import LiveView
     from hpsearch.monitor.status import open_watch
-    from hpsearch.monitor.text import echo, stderr_console
     from hpsearch.workers.forkserver import start_fork_server
-    from hpsearch.workers.shutdown import Drain
 
     definition = options.load_definition_of(study, storage, trials, artifacts)
     start_fork_server()
@@ -132,8 +132,6 @@ def worker(
     """Add a worker to a study, from any terminal or machine."""
     from hpsearch.monitor.live import LiveView
     from hpsearch.monitor.status import open_watch
-    from hpsearch.monitor.text import echo, stderr_console
-    from hpsearch.workers.shutdown import Drain
 
     definition = options.load_definition_of(study, storage, artifacts=artifacts)
     if creates:
@@ -172,10 +170,8 @@ def launch(
     """Start or resume a search with workers in a Ray cluster."""
     from hpsearch.monitor.live import LiveView
     from hpsearch.monitor.status import open_watch
-    from hpsearch.monitor.text import echo, stderr_console
     from hpsearch.search.steering import start_study
     from hpsearch.workers.ray import Resources, connect
-    from hpsearch.workers.shutdown import Drain
 
     if detaches and address == "local":
         raise UsageError("--detach needs a cluster that outlives this command; start one with: ray start --head")
@@ -205,7 +201,6 @@ def launch(
 
 
 def _echo_progress(watch: "Watch") -> None:
-    from hpsearch.monitor.text import echo
 
     with suppress(StorageError):
         echo(watch.poll().describe_progress())
@@ -213,7 +208,6 @@ def _echo_progress(watch: "Watch") -> None:
 
 def _echo_result(watch: "Watch", reason: str, command: str, *, as_json: bool) -> None:
     from hpsearch.monitor.status import summarize_search
-    from hpsearch.monitor.text import echo
 
     echo(f"done: {options.name_study(reason, command)}")
     options.print_status(watch.definition, command, as_json=as_json)

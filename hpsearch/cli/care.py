@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from hpsearch.cli import options
+from hpsearch.monitor.text import echo
 
 app = typer.Typer()
 
@@ -41,7 +42,6 @@ def backup(
 ) -> None:
     """Back up a study's SQLite database (safe while workers run)."""
     from hpsearch.config.urls import parse_url
-    from hpsearch.monitor.text import echo
     from hpsearch.storage.backup import backup as backup_database
 
     definition = options.load_definition_of(study, storage)
@@ -66,7 +66,6 @@ def copy(
     """Copy a stopped study to another database. Verifies the copy; safe to repeat."""
     from hpsearch.config.definition import load_definition
     from hpsearch.config.urls import is_url, parse_url, show_url
-    from hpsearch.monitor.text import echo
     from hpsearch.search.copy import copy_study
 
     parse_url(to)  # an empty URL must not fall back to the study file's

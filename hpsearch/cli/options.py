@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hpsearch.monitor.text import echo, show
+
 if TYPE_CHECKING:
     import optuna
     from rich.console import RenderableType
@@ -71,7 +73,6 @@ def load_definition_of(
 def warn_about_password(option: str, url: str | None) -> None:
     """Warn that a password on the command line is visible to other users."""
     from hpsearch.config.urls import find_secrets
-    from hpsearch.monitor.text import echo
 
     if url and find_secrets(url):
         echo(
@@ -102,7 +103,6 @@ def name_study(message: str, arguments: str) -> str:
 
 def print_document(document: Any, render: Callable[[Any], "RenderableType"], *, as_json: bool) -> None:
     """Print a result to stdout, as JSON or as text."""
-    from hpsearch.monitor.text import show
 
     if as_json:
         print(json.dumps(document, indent=2))
@@ -113,7 +113,6 @@ def print_document(document: Any, render: Callable[[Any], "RenderableType"], *, 
 def print_status(definition: "StudyDefinition", arguments: str, *, as_json: bool) -> None:
     """Print the document of `status`, and a hint if the study is stopped."""
     from hpsearch.cli.render import render_status
-    from hpsearch.monitor.text import echo
     from hpsearch.search.trials import read_status
 
     study = load_study_of(definition)

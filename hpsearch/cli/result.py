@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from hpsearch.cli import options
+from hpsearch.monitor.text import echo, printable
 
 app = typer.Typer()
 
@@ -27,7 +28,6 @@ def confirm(
     stored = options.load_study_of(definition)
     from hpsearch.bundle.confirm import confirm as confirm_trials
     from hpsearch.cli.render import render_confirmation
-    from hpsearch.monitor.text import echo
     from hpsearch.training.devices import default_workers, list_devices
 
     confirmation = confirm_trials(
@@ -60,7 +60,6 @@ def export(
     stored = options.load_study_of(definition)
     from hpsearch.bundle.retrain import export as export_bundle
     from hpsearch.cli.render import render_export
-    from hpsearch.monitor.text import echo
     from hpsearch.search.selection import explain_choice
     from hpsearch.training.devices import list_devices
 
@@ -100,7 +99,6 @@ def replay(
     stored = options.load_study_of(definition)
     from hpsearch.bundle.replay import replay as replay_trial
     from hpsearch.cli.render import render_replay
-    from hpsearch.monitor.text import echo
     from hpsearch.training.devices import list_devices
 
     document = replay_trial(
@@ -129,7 +127,6 @@ def report(
     definition = options.load_definition_of(study, storage)
     from hpsearch.bundle.bundle import load
     from hpsearch.monitor.report import find_bundle, write_report
-    from hpsearch.monitor.text import echo
 
     loaded = options.load_study_of(definition)
     name = definition.study.name
@@ -160,7 +157,6 @@ def evaluate(
     from hpsearch.bundle.figures import check_folder, draw_evaluation
     from hpsearch.cli.render import render_evaluation
     from hpsearch.data.dataset import load_test
-    from hpsearch.monitor.text import echo
 
     if pictures:
         check_folder(pictures, bundle)
@@ -184,7 +180,6 @@ def predict(
     from hpsearch.bundle.bundle import load
     from hpsearch.bundle.predict import predict_files
     from hpsearch.cli.render import prediction_line
-    from hpsearch.monitor.text import echo, printable
 
     def warn(file: str) -> None:
         echo(f"{printable(file)}: listed more than once, predicted once")

@@ -9,6 +9,7 @@ import typer
 
 from hpsearch.cli import options
 from hpsearch.errors import UsageError
+from hpsearch.monitor.text import echo
 
 app = typer.Typer()
 
@@ -34,7 +35,6 @@ def status(
 
     from hpsearch.monitor.live import LiveView
     from hpsearch.monitor.status import open_watch, summarize_search
-    from hpsearch.monitor.text import echo
 
     watched = open_watch(definition)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # restores the terminal
@@ -96,7 +96,6 @@ def show(
 def stop(study: options.StudyArgument, storage: options.StorageOption = None) -> None:
     """Stop all workers on all machines after their current epoch. `run` resumes."""
     from hpsearch.monitor.status import open_watch
-    from hpsearch.monitor.text import echo
     from hpsearch.search.steering import stop_study
 
     definition = options.load_definition_of(study, storage)
@@ -123,7 +122,6 @@ def extend(
 ) -> None:
     """Add trials to a study's budget. Running workers pick them up."""
     from hpsearch.monitor.status import open_watch
-    from hpsearch.monitor.text import echo
     from hpsearch.search.steering import extend_study
 
     definition = options.load_definition_of(study, storage)
@@ -142,7 +140,6 @@ def enqueue(
 ) -> None:
     """Queue a trial with hyperparameters of your choice."""
     from hpsearch.monitor.status import open_watch
-    from hpsearch.monitor.text import echo
     from hpsearch.search.steering import enqueue_trial
 
     definition = options.load_definition_of(study, storage)
@@ -177,7 +174,6 @@ def dashboard(
 
     from hpsearch.monitor.dashboard.app import redirect_file, serve
     from hpsearch.monitor.dashboard.server import is_loopback
-    from hpsearch.monitor.text import echo
 
     definition, arguments = options.load_definition_of(study, storage), options.shell_arguments(study, storage)
     with ExitStack() as stack:

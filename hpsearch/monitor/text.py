@@ -3,11 +3,12 @@
 import errno
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, RenderableType
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
 
-from hpsearch.search.trials import TrialEvent
+    from hpsearch.search.trials import TrialEvent
 
 _PIPE_WIDTH = 10_000  # nothing is cut off without a terminal
 
@@ -21,8 +22,10 @@ def echo(message: str) -> None:
             raise
 
 
-def show(renderable: RenderableType) -> None:
+def show(renderable: "RenderableType") -> None:
     """Print data to stdout. In a pipe, lines are neither wrapped nor padded."""
+    from rich.console import Console
+
     if sys.stdout.isatty():
         return Console(highlight=False).print(renderable)
     console = Console(width=_PIPE_WIDTH, highlight=False)
@@ -31,8 +34,10 @@ def show(renderable: RenderableType) -> None:
     return print("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
 
-def stderr_console() -> Console:
+def stderr_console() -> "Console":
     """Return the console for messages."""
+    from rich.console import Console
+
     return Console(stderr=True, highlight=False)
 
 
