@@ -16,7 +16,7 @@ from safetensors.torch import load as from_safetensors
 
 from hpsearch.bundle import formats
 from hpsearch.bundle.evaluation import Evaluation, evaluate
-from hpsearch.bundle.figures import draw_calibration, draw_confusion_matrix, draw_mistakes
+from hpsearch.bundle.figures import draw_evaluation
 from hpsearch.bundle.manifest import MAX_BYTES, VerifiedFolder, parse, replace_folder, write_manifest
 from hpsearch.config.space import Hyperparameters, Table
 from hpsearch.data.dataset import CLASS_NAMES, load_test, normalise
@@ -44,7 +44,7 @@ class Config(Table):
     data: Literal["mnist", "fashion-mnist", "kmnist", "digits"]
     kind: Literal["mlp", "cnn"]
     hyperparameters: Hyperparameters
-    image_shape: list[_Side] = Field(min_length=3, max_length=3)
+    image_shape: tuple[_Side, _Side, _Side]
     mean: float = Field(ge=0, le=1)
     std: float = Field(gt=0, le=1)
     class_names: list[_Name] = Field(min_length=2, max_length=1000)
@@ -67,8 +67,7 @@ class Classifier:
 
     def __init__(self, network: Network, config: Config) -> None:
         self.network, self.config = network, config
-        channels, height, width = config.image_shape
-        self.image_shape = (channels, height, width)
+        self.image_shape = config.image_shape
         self.class_names = tuple(config.class_names)
 
     def predict_proba(self, images: NDArray[np.uint8] | torch.Tensor) -> NDArray[np.float32]:
@@ -136,8 +135,8 @@ def _load(folder: Path) -> Classifier:
     try:
         files = VerifiedFolder(folder, REQUIRED, OPTIONAL)
         config = parse(Config, files.read("config.json"), folder / "config.json")
-        outline = _outline(config, folder)
-        n_bytes = sum(tensor.numel() * tensor.element_size() for tensor in outline.values())
+        network = _build(config, folder / "config.json")
+        n_bytes = sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
         bound = min(n_bytes + n_bytes // 4 + 2**22, _MAX_MODEL_BYTES)  # names and graphs take some space
         for name in files.names:
             content = files.read(name, bound if name.startswith("model.") else MAX_BYTES)
@@ -145,37 +144,35 @@ def _load(folder: Path) -> Classifier:
                 weights = content
     except OSError as error:
         raise BundleError(f"cannot read {error.filename or folder}: {error.strerror}") from error
-    network = _restore_network(config, outline, weights, folder / "model.safetensors")
-    return Classifier(network, config)
+    _load_weights(network, weights, folder / "model.safetensors")
+    return Classifier(network.eval(), config)
 
 
-def _outline(config: Config, folder: Path) -> dict[str, torch.Tensor]:
-    """Return the network's state as meta tensors, so that a malicious config cannot exhaust the memory."""
-    channels, height, width = config.image_shape
-    shape, n_classes = (channels, height, width), len(config.class_names)
+def _build(config: Config, file: Path) -> Network:
+    """Return the network with meta tensors as weights, so that a malicious config cannot exhaust the memory."""
     if tuple(config.class_names) != CLASS_NAMES[config.data]:
-        raise BundleError(f"{folder / 'config.json'}: class_names do not match {config.data}")
-    layers = describe_layers(config.kind, config.hyperparameters, shape, n_classes)
+        raise BundleError(f"{file}: class_names do not match {config.data}")
+    layers = describe_layers(config.kind, config.hyperparameters, config.image_shape, len(config.class_names))
     if json.loads(json.dumps(layers)) != config.layers:
-        raise BundleError(f"{folder / 'config.json'}: layers do not match the hyperparameters")
+        raise BundleError(f"{file}: layers do not match the hyperparameters")
     with torch.device("meta"):
-        return from_layers(layers).state_dict()
+        return from_layers(layers)
 
 
-def _restore_network(config: Config, outline: dict[str, torch.Tensor], content: bytes, file: Path) -> Network:
+def _load_weights(network: Network, content: bytes, file: Path) -> None:
     try:
         state = from_safetensors(content)
     except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
         raise BundleError(f"{file} is invalid: {error}") from error
-    kinds = [{name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()} for tensors in (state, outline)]
-    if kinds[0] != kinds[1]:
+    found, expected = (
+        {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+        for tensors in (state, network.state_dict())
+    )
+    if found != expected:
         raise BundleError(f"{file} does not match config.json: tensor names, shapes or types differ")
     if not all(tensor.isfinite().all() for tensor in state.values()):
         raise BundleError(f"{file} contains NaN or infinite weights")
-    with torch.device("meta"):
-        network = from_layers([(name, options) for name, options in config.layers])
     network.load_state_dict(state, assign=True)
-    return network.eval()
 
 
 def save(
@@ -198,9 +195,7 @@ def save(
         formats.write_models(contents.network, contents.config, new, onnx=onnx, torch_export=torch_export)
         _write_json(contents.config, new / "config.json")
         (new / "study.toml").write_text(contents.study_toml, encoding="utf-8")
-        draw_confusion_matrix(contents.evaluation, new / "confusion_matrix.png")
-        draw_calibration(contents.evaluation, new / "calibration.png")
-        draw_mistakes(contents.evaluation, images, new / "mistakes.png")
+        draw_evaluation(contents.evaluation, images, new)
         _write_texts(contents, new, {})  # `hpsearch.load`, which verifies model.safetensors, needs a manifest
         verified = formats.verify_models(contents.network, contents.config, new, images, labels)
         _write_texts(contents, new, verified)
@@ -242,8 +237,5 @@ def _write_card(contents: Contents, verified: dict[str, dict[str, float]]) -> st
         config=contents.config,
         confirmed=contents.metrics.get("confirmed"),
         verified=verified,
-        loading=formats.LOADING,
-        predicting=formats.PREDICTING,
-        loading_onnx=formats.LOADING_ONNX + formats.PREDICTING_ONNX,
-        loading_torch_export=formats.LOADING_TORCH_EXPORT + formats.PREDICTING_TORCH_EXPORT,
+        formats=formats.FORMATS,
     )

@@ -24,32 +24,6 @@ from hpsearch.training.networks import Network, from_layers
 
 logger = logging.getLogger(__name__)
 
-LOADING = """\
-import json, torch
-config = json.load(open("config.json"))
-network = torch.nn.Sequential(*(getattr(torch.nn, name)(**options) for name, options in config["layers"]))
-network.load_state_dict(torch.load("model.pt", weights_only=True))
-network.eval()
-"""
-PREDICTING = """\
-with torch.inference_mode():
-    probabilities = network((images.float() / 255 - config["mean"]) / config["std"]).softmax(dim=1)
-"""
-LOADING_ONNX = """\
-import onnxruntime
-session = onnxruntime.InferenceSession("model.onnx")
-"""
-PREDICTING_ONNX = """\
-[probabilities] = session.run(None, {"images": images})
-"""
-LOADING_TORCH_EXPORT = """\
-import torch
-model = torch.export.load("model.pt2").module()
-"""
-PREDICTING_TORCH_EXPORT = """\
-probabilities = model(images)
-"""
-_LOADING_HPSEARCH = 'import hpsearch\nclassifier = hpsearch.load(".")\n'
 _BATCH_SIZE = 512
 _TIMEOUT = 900  # seconds per file
 
@@ -58,19 +32,36 @@ _TIMEOUT = 900  # seconds per file
 class Format:
     """A file format: the code that loads a file, and the code that turns `images` into `probabilities`."""
 
-    name: str
     loading: str
     predicting: str
     tolerance: float  # largest allowed difference to the probabilities of the original network
-    has_tensors: bool = True  # whether `images` is a tensor or a NumPy array
+    has_tensors: bool  # whether `images` is a tensor or a NumPy array
 
 
-FORMATS = (
-    Format("model.safetensors", _LOADING_HPSEARCH, "probabilities = classifier.predict_proba(images)", 1e-5, False),
-    Format("model.pt", LOADING, PREDICTING, 1e-5),
-    Format("model.onnx", LOADING_ONNX, PREDICTING_ONNX, 1e-4, False),
-    Format("model.pt2", LOADING_TORCH_EXPORT, PREDICTING_TORCH_EXPORT, 1e-4),
-)
+_PYTORCH = """\
+import json, torch
+config = json.load(open("config.json"))
+network = torch.nn.Sequential(*(getattr(torch.nn, name)(**options) for name, options in config["layers"]))
+network.load_state_dict(torch.load("model.pt", weights_only=True))
+network.eval()
+"""
+_PREDICTING = """\
+with torch.inference_mode():
+    probabilities = network((images.float() / 255 - config["mean"]) / config["std"]).softmax(dim=1)
+"""
+_ONNX = """\
+import onnxruntime
+session = onnxruntime.InferenceSession("model.onnx")
+"""
+_PREDICTING_ONNX = '[probabilities] = session.run(None, {"images": images})\n'
+_TORCH_EXPORT = 'import torch\nmodel = torch.export.load("model.pt2").module()\n'
+_HPSEARCH = 'import hpsearch\nclassifier = hpsearch.load(".")\n'
+FORMATS = {
+    "model.safetensors": Format(_HPSEARCH, "probabilities = classifier.predict_proba(images)\n", 1e-5, False),
+    "model.pt": Format(_PYTORCH, _PREDICTING, 1e-5, True),
+    "model.onnx": Format(_ONNX, _PREDICTING_ONNX, 1e-4, False),
+    "model.pt2": Format(_TORCH_EXPORT, "probabilities = model(images)\n", 1e-4, True),
+}
 
 
 class _Deployed(nn.Module):
@@ -143,52 +134,51 @@ def verify_models(
     """
     expected = network.predict_proba(normalise(images, config["mean"], config["std"])).numpy()
     found: dict[str, dict[str, float]] = {}
-    kinds = [kind for kind in FORMATS if (folder / kind.name).exists()]
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary, ThreadPoolExecutor() as pool:
         pixels = Path(temporary, "images.npy")
         np.save(pixels, images.numpy())
-        answers = {kind: pool.submit(_predict, kind, folder, pixels) for kind in kinds}
-        for kind, answer in answers.items():
+        answers = {name: pool.submit(_predict, folder / name, pixels) for name in FORMATS if (folder / name).exists()}
+        for name, answer in answers.items():
             try:
-                found[kind.name] = _compare(kind, answer.result(), expected, labels)
+                found[name] = _compare(name, answer.result(), expected, labels)
             except BundleError as error:
-                if kind.name != "model.pt2":
+                if name != "model.pt2":
                     raise
                 logger.warning("%s; skipped", error)
-                (folder / kind.name).unlink()
+                (folder / name).unlink()
     return found
 
 
-def _predict(kind: Format, folder: Path, pixels: Path) -> NDArray[np.float32]:
+def _predict(file: Path, pixels: Path) -> NDArray[np.float32]:
     """Load a model file in a new process, and return its probabilities for the pixels."""
-    output = pixels.with_name(f"{kind.name}.npy")
+    kind, output = FORMATS[file.name], pixels.with_name(f"{file.name}.npy")
     wrap = "torch.from_numpy(images)" if kind.has_tensors else "images"
     program = (
         f"{kind.loading}import sys, numpy\nparts, pixels = [], numpy.load(sys.argv[1])\n"
         f"for start in range(0, len(pixels), {_BATCH_SIZE}):\n"
         f"    images = pixels[start : start + {_BATCH_SIZE}]\n    images = {wrap}\n"
-        f"{textwrap.indent(kind.predicting, '    ')}\n    parts.append(numpy.asarray(probabilities))\n"
+        f"{textwrap.indent(kind.predicting, '    ')}    parts.append(numpy.asarray(probabilities))\n"
         "numpy.save(sys.argv[2], numpy.concatenate(parts))\n"
     )
     command = [sys.executable, "-W", "ignore", "-c", program, str(pixels.resolve()), str(output.resolve())]
     try:
         process = subprocess.run(  # noqa: S603
-            command, cwd=folder, capture_output=True, text=True, check=False, timeout=_TIMEOUT
+            command, cwd=file.parent, capture_output=True, text=True, check=False, timeout=_TIMEOUT
         )
     except subprocess.TimeoutExpired as error:
-        raise BundleError(f"verification of {kind.name} timed out after {_TIMEOUT} s") from error
+        raise BundleError(f"verification of {file.name} timed out after {_TIMEOUT} s") from error
     if process.returncode:
         last = process.stderr.strip().splitlines()[-1:] or [f"exit status {process.returncode}"]
-        raise BundleError(f"verification failed: {kind.name} cannot be loaded in a new process: {last[0]}")
+        raise BundleError(f"verification failed: {file.name} cannot be loaded in a new process: {last[0]}")
     probabilities: NDArray[np.float32] = np.load(output)
     return probabilities
 
 
 def _compare(
-    kind: Format, probabilities: NDArray[np.float32], expected: NDArray[np.float32], labels: NDArray[np.int64]
+    name: str, probabilities: NDArray[np.float32], expected: NDArray[np.float32], labels: NDArray[np.int64]
 ) -> dict[str, float]:
     difference = float(np.abs(probabilities - expected).max())
-    if not difference <= kind.tolerance:
-        raise BundleError(f"verification failed: the probabilities of {kind.name} differ by up to {difference:.2g}")
+    if not difference <= FORMATS[name].tolerance:
+        raise BundleError(f"verification failed: the probabilities of {name} differ by up to {difference:.2g}")
     accuracy = int((probabilities.argmax(axis=1) == labels).sum()) / len(labels)
     return {"difference": difference, "accuracy": accuracy}

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import hpsearch as package
-from hpsearch.bundle.formats import LOADING, PREDICTING
+from hpsearch.bundle.formats import FORMATS
 from hpsearch.data.dataset import load_test
 
 from .commands import hpsearch
@@ -112,14 +112,15 @@ def test_both_weight_files_hold_the_same_weights(searched: Path) -> None:
 def test_a_program_with_torch_alone_reproduces_the_predictions(searched: Path) -> None:
     bundle = searched / "dist" / "digits"
     card = (bundle / "README.md").read_text()
-    assert LOADING in card
-    assert PREDICTING in card
+    code = FORMATS["model.pt"]
+    assert code.loading in card
+    assert code.predicting in card
     images, _ = load_test("digits")
     np.save(searched / "images.npy", images.numpy())
     program = (
         "import sys; sys.modules['hpsearch'] = None\n"  # any import of hpsearch fails
-        f"{LOADING}import numpy\nimages = torch.from_numpy(numpy.load('../../images.npy'))\n"
-        f"{PREDICTING}numpy.save('../../answers.npy', probabilities.numpy())\n"
+        f"{code.loading}import numpy\nimages = torch.from_numpy(numpy.load('../../images.npy'))\n"
+        f"{code.predicting}numpy.save('../../answers.npy', probabilities.numpy())\n"
     )
     subprocess.run([sys.executable, "-c", program], cwd=bundle, check=True)
     expected = package.load(bundle).predict_proba(images)

@@ -253,7 +253,7 @@ def test_an_older_bundle_is_put_back_if_the_new_one_cannot_take_its_place(
 def test_the_model_card_tells_how_good_and_how_to_load(saved: Path) -> None:
     card = (saved / "README.md").read_text()
     figures = ("80.00%", "90.00%", "75.00%, standard deviation 7.00%", "1,234 parameters", "trial 3, out of 9")
-    for part in (*figures, formats.LOADING):
+    for part in (*figures, formats.FORMATS["model.pt"].loading):
         assert part in card
 
 

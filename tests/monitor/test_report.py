@@ -264,7 +264,7 @@ def test_a_bundle_adds_test_accuracy_loading_and_pictures(report: Callable[..., 
     assert "95% confidence interval 75.5% to 83.8%" in page.text
     assert "was evaluated by 2 exports of this study" in page.text
     assert f'hpsearch.load("{exported}")' in page.text
-    assert " ".join(formats.LOADING.split()) in page.text
+    assert " ".join(formats.FORMATS["model.pt"].loading.split()) in page.text
     assert "differ by 1.23% on average" in page.text
     assert "9 → 1 (1)" in page.text
     titles = ("Confusion matrix", "Most confident errors", "Calibration")
