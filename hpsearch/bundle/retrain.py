@@ -106,17 +106,18 @@ def _describe_evaluations(evaluations: list[Evaluation]) -> dict[str, Any]:
 def _describe_search(study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
     """Describe how the trial was found, and its result in `confirm`, if any."""
     confirmation = study.user_attrs.get("confirmation", {"candidates": []})
-    candidates = confirmation["candidates"]
-    confirmed = [
-        candidate
-        | {"is_winner": trial.number == confirmation["winner"]}
-        | {"is_tie": confirmation["is_tie"], "n_compared": len(candidates)}
-        for candidate in candidates
-        if candidate["number"] == trial.number
-    ]
+    candidates = {candidate["number"]: candidate for candidate in confirmation["candidates"]}
+    confirmed = candidates.get(trial.number)
+    if confirmed:
+        is_winner = trial.number == confirmation["winner"]
+        confirmed = confirmed | {
+            "is_winner": is_winner,
+            "is_tie": confirmation["is_tie"],
+            "n_compared": len(candidates),
+        }
     return {
         "validation_accuracy": trial.value,
-        "confirmed": confirmed[0] if confirmed else None,
+        "confirmed": confirmed,
         "study": study.study_name,
         "trial": trial.number,
         "n_trials": sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False)),

@@ -3,9 +3,8 @@
 import json
 import shlex
 from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -40,20 +39,11 @@ DataOption = Annotated[
 ]
 TrialsOption = Annotated[int | None, typer.Option(min=1, help="Total number of trials; overrides budget.trials.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON to stdout.")]
+State = Literal["complete", "pruned", "failed", "running", "waiting"]  # of a trial
 WorkersOption = Annotated[
     int | None,
     typer.Option("--workers", min=1, max=1024, help="Number of workers. [default: one per GPU, else one per core]"),
 ]
-
-
-class State(StrEnum):
-    """The states of a trial."""
-
-    complete = "complete"
-    pruned = "pruned"
-    failed = "failed"
-    running = "running"
-    waiting = "waiting"
 
 
 def load_definition_of(

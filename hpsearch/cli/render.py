@@ -11,6 +11,8 @@ from rich.text import Text
 from hpsearch.monitor.text import describe_epochs, join_params, printable, shorten
 from hpsearch.monitor.trials import flatten, list_columns
 
+_N_ERRORS = 5  # shown by `evaluate`
+
 
 def render_status(status: Mapping[str, Any]) -> RenderableType:
     """Return the document of `status --json` as text."""
@@ -160,14 +162,11 @@ def render_evaluation(evaluation: Mapping[str, Any]) -> RenderableType:
     low, high = evaluation["interval"]
     accuracy = f"test accuracy {evaluation['accuracy']:.4f} (95% CI {low:.3f} to {high:.3f}) on {n_images:,} images"
     calibration = f"expected calibration error {evaluation['calibration']['error']:.4f}"
-    return Group(accuracy, calibration, "", per_class, "", matrix, *_render_errors(evaluation["mistakes"]))
-
-
-def _render_errors(mistakes: Sequence[Mapping[str, Any]], n_shown: int = 5) -> list[RenderableType]:
-    table = Table("most confident errors", "true", "predicted", "confidence", box=SIMPLE_HEAD, show_edge=False)
-    for row in mistakes[:n_shown]:
-        table.add_row(f"test image #{row['index']}", row["true"], row["predicted"], f"{row['probability']:.4f}")
-    return ["", table] if mistakes else []
+    errors = Table("most confident errors", "true", "predicted", "confidence", box=SIMPLE_HEAD, show_edge=False)
+    for row in evaluation["mistakes"][:_N_ERRORS]:
+        errors.add_row(f"test image #{row['index']}", row["true"], row["predicted"], f"{row['probability']:.4f}")
+    worst: list[RenderableType] = ["", errors] if errors.rows else []
+    return Group(accuracy, calibration, "", per_class, "", matrix, *worst)
 
 
 def prediction_line(prediction: Mapping[str, Any]) -> str:
