@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from hpsearch.search.study import open_study as open_study
     from hpsearch.storage.rdb import open_storage as open_storage
     from hpsearch.training.networks import build_network as build_network
-    from hpsearch.training.trainer import train as train
+    from hpsearch.training.trainer import Trainer as Trainer
 
 # At run time, these lines only say where each name is: executed, they would make `import hpsearch` wait for torch.
 _HOMES = {name: module for module, name in re.findall(r"from (\S+) import (\w+) as", Path(__file__).read_text("utf-8"))}

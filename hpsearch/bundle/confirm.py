@@ -28,7 +28,7 @@ from hpsearch.search.selection import find_best_few
 from hpsearch.search.study import change_attribute
 from hpsearch.training.devices import tune_malloc
 from hpsearch.training.networks import describe_layers, from_layers
-from hpsearch.training.run import load_study_data, train_from_seed, trial_seed
+from hpsearch.training.run import build_trainer, load_study_data, trial_seed
 from hpsearch.training.trainer import measure_accuracy
 from hpsearch.workers.forkserver import start_fork_server
 
@@ -162,11 +162,12 @@ def _measure(definition: StudyDefinition, data: ImageData, run: Run) -> float:
     """Retrain a trial with the new seed of that index, and return its validation accuracy."""
     trial, i = run
     seed = trial_seed(definition.study.seed, trial, _FIRST_REPETITION + i)
+    trainer = build_trainer(definition, data, suggest(trial, definition.space), seed)
     try:
-        network, _ = train_from_seed(definition, data, suggest(trial, definition.space), seed)
+        list(trainer)
     except Diverged:
         return 0.0
-    return measure_accuracy(network, data.validation)
+    return measure_accuracy(trainer.network, data.validation)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Re-run a finished trial with its seed, to check that the learning curve is reproduced."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,8 @@ from hpsearch.config.space import suggest
 from hpsearch.errors import Diverged, NoCompletedTrial
 from hpsearch.search.trials import name_state
 from hpsearch.training.devices import tune_malloc
-from hpsearch.training.run import describe_environment, load_study_data, train_from_seed, trial_seed
+from hpsearch.training.run import build_trainer, describe_environment, load_study_data, trial_seed
 from hpsearch.training.trainer import EpochResult
-
-
-class _Reached(Exception):
-    """The last epoch of the original trial is reached."""
 
 
 def replay(
@@ -81,21 +78,15 @@ def _rerun(
     on_epoch: Callable[[EpochResult], None],
 ) -> dict[int, float]:
     """Return the validation accuracy after each epoch that the trial reported, or until the training diverges."""
-    curve: dict[int, float] = {}
-
-    def keep(result: EpochResult) -> None:
-        on_epoch(result)
-        curve[result.epoch] = result.accuracy or 0.0
-        if result.epoch == trial.last_step:
-            raise _Reached
-
     data = load_study_data(definition, folder).to(device)
-    seed = trial_seed(definition.study.seed, trial)
-    try:
-        hyperparameters = suggest(trial, definition.space)
-        train_from_seed(definition, data, hyperparameters, seed, validation=data.validation, callbacks=[keep])
-    except (_Reached, Diverged):
-        return curve
+    seed, hyperparameters = trial_seed(definition.study.seed, trial), suggest(trial, definition.space)
+    curve: dict[int, float] = {}
+    with suppress(Diverged):
+        for result in build_trainer(definition, data, hyperparameters, seed, validation=data.validation):
+            on_epoch(result)
+            curve[result.epoch] = result.value
+            if result.epoch == trial.last_step:
+                break
     return curve
 
 

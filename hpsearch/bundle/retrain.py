@@ -20,7 +20,7 @@ from hpsearch.errors import Diverged
 from hpsearch.search.selection import find_best, find_winner, record_test_use
 from hpsearch.training.devices import tune_malloc
 from hpsearch.training.networks import describe_layers
-from hpsearch.training.run import load_study_data, train_from_seed, trial_seed
+from hpsearch.training.run import build_trainer, load_study_data, trial_seed
 from hpsearch.training.trainer import EpochResult
 
 
@@ -55,14 +55,13 @@ def export(
     seeds = [trial_seed(definition.study.seed, trial, 1 + i) for i in range(definition.retrain.seeds)]
     networks = []
     for i, seed in enumerate(seeds):
-        callbacks = [lambda result, i=i: on_epoch(i, result)]
+        trainer = build_trainer(definition, data, hyperparameters, seed, split=images, epochs=epochs)
         try:
-            network, _ = train_from_seed(
-                definition, data, hyperparameters, seed, split=images, epochs=epochs, callbacks=callbacks
-            )
+            for result in trainer:
+                on_epoch(i, result)
         except Diverged as error:
             raise Diverged(f"trial {trial.number}, model {i + 1}: {error}; choose another one with --trial") from error
-        networks.append(network.cpu())
+        networks.append(trainer.network.cpu())
 
     n_test_uses = record_test_use(study, trial)
     test_images, test_labels = load_test(definition.data.name, folder)

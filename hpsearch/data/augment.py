@@ -5,14 +5,15 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def augment(images: Tensor, strength: float) -> Tensor:
+def augment(images: Tensor, strength: float, generator: torch.Generator | None = None) -> Tensor:
     """Shift, rotate and scale each image by random amounts, in one resampling of the batch.
 
     At strength 1 the amounts are uniform up to 1/7 of the image (4 pixels of 28), 20 degrees and 20 percent; other
-    strengths scale them. Pixels outside the image repeat the border. The shape (N, C, H, W) is unchanged.
+    strengths scale them. Pixels outside the image repeat the border. The shape (N, C, H, W) is unchanged. `generator`
+    draws the amounts; it must be on the device of the images.
     """
     n, device = len(images), images.device
-    angle, scale, *shift = (torch.rand(4, n, device=device) * 2 - 1) * strength
+    angle, scale, *shift = (torch.rand(4, n, generator=generator, device=device) * 2 - 1) * strength
     angle, scale = angle * (torch.pi / 9), 1 + scale * 0.2
     cosine, sine = torch.cos(angle) / scale, torch.sin(angle) / scale
     # Coordinates range from -1 to 1, so 2/7 is 1/7 of the image.

@@ -3,8 +3,8 @@
 study         creates and resumes studies; refuses one with a different definition
 trials        trials as users see them: state, reason, row, progress
 checkpoints   where a study keeps its checkpoints, and which ones it still needs
-samplers      builds the sampler and the pruner of a study
-pruning       reports to the pruner and explains its decisions
+samplers      builds the sampler of a study
+pruning       the pruners, why they prune, and the callback that asks them
 objective     the Optuna objective: trains a trial, returns its validation accuracy
 selection     the best trial, the confirmed winner, and uses of the test set
 steering      starts, stops, resumes and extends a study, and enqueues trials

@@ -1,71 +1,112 @@
-"""Report each epoch to the pruner, prune unpromising trials, and explain why."""
+"""The pruners of a study, which stop unpromising trials early and say why, and the callback that asks them.
 
-import math
+The default, the median pruner, was chosen with `scripts/benchmark quality`: see tests/benchmark/README.md.
+"""
+
 from typing import Any
 
 import numpy as np
 import optuna
-from optuna.pruners import HyperbandPruner, PercentilePruner, SuccessiveHalvingPruner
 from optuna.trial import FrozenTrial, TrialState
 
+from hpsearch.config.definition import StudyDefinition
 from hpsearch.training.trainer import EpochResult
+
+_RUNGS = [4**rung for rung in range(16)]  # epochs
+
+
+def build_pruner(definition: StudyDefinition) -> optuna.pruners.BasePruner:
+    """Build the study's pruner; its resource is the epoch."""
+    match definition.pruner.kind:
+        case "asha":
+            return AshaPruner()
+        case "hyperband":
+            epochs = definition.budget.epochs
+            return optuna.pruners.HyperbandPruner(min_resource=1, max_resource=epochs, reduction_factor=3)
+        case "median":
+            return MedianPruner(definition.sampler.startup)
+        case "none":
+            return optuna.pruners.NopPruner()
+
+
+class ThresholdPruner(optuna.pruners.BasePruner):
+    """Prunes a trial whose value, to be maximized, is below a threshold.
+
+    `reasons` has, by trial number, why a trial was pruned: `epoch`, `value` (which was compared), `threshold` (the
+    accuracy needed to continue) and `rule` (what the threshold is).
+    """
+
+    def __init__(self) -> None:
+        self.reasons: dict[int, dict[str, Any]] = {}
+
+    def is_below(self, trial: FrozenTrial, value: float, threshold: float, rule: str) -> bool:
+        """Return whether the value is below the threshold, and keep the reason if it is."""
+        if value < threshold:
+            reason = {"epoch": trial.last_step, "value": value, "threshold": threshold, "rule": rule}
+            self.reasons[trial.number] = reason
+        return value < threshold
+
+
+class MedianPruner(ThresholdPruner):
+    """Prunes trials whose best value is below the median of the completed trials at the same epoch.
+
+    Nothing is pruned before `n_startup_trials` trials are completed.
+    """
+
+    def __init__(self, n_startup_trials: int) -> None:
+        super().__init__()
+        self.n_startup_trials = n_startup_trials
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        reports = [other.intermediate_values for other in complete]
+        values = [values[trial.last_step] for values in reports if trial.last_step in values]
+        if len(complete) < self.n_startup_trials or not values:
+            return False
+        best = max(trial.intermediate_values.values())
+        return self.is_below(trial, best, float(np.percentile(values, 50)), f"median of {len(values)} trials")
+
+
+class AshaPruner(ThresholdPruner):
+    """Keeps the best quarter of the trials that reached the same epoch, after epochs 1, 4, 16, ...
+
+    This is asynchronous successive halving with the reduction factor of Li et al. 2020
+    (https://arxiv.org/abs/1810.05934). While there are fewer than four trials, the best one continues.
+    """
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        epoch = trial.last_step or 0
+        if epoch not in _RUNGS:
+            return False
+        reports = [other.intermediate_values for other in study.get_trials(deepcopy=False)]
+        values = sorted(values[epoch] for values in reports if epoch in values)
+        n_kept = max(len(values) // 4, 1)
+        value = trial.intermediate_values[epoch]
+        return self.is_below(trial, value, values[-n_kept], f"top {n_kept} of {len(values)} trials")
 
 
 class PruningCallback:
     """Reports each epoch's validation accuracy to the trial, and raises `TrialPruned` if the pruner decides so.
 
-    The reason is stored in the trial's user attribute `pruning`. A trial is never pruned after its last epoch.
+    The reason is stored in the trial's user attribute `pruning`; of a pruner that gives none, it has only `epoch` and
+    `value`. A trial is never pruned after its last epoch.
     """
 
     def __init__(self, trial: optuna.Trial, epochs: int) -> None:
         self.trial, self.epochs = trial, epochs
+        self.reported = set[int]()
+        if isinstance(trial, optuna.Trial):  # a `FixedTrial` has no storage
+            self.reported.update(trial.storage.get_trial(trial._trial_id).intermediate_values)
 
     def __call__(self, result: EpochResult) -> None:
-        if self.report(result):
-            pruning = explain_pruning(self.trial)
-            if pruning["value"] >= pruning.get("threshold", math.inf):  # other trials have finished since
-                del pruning["threshold"], pruning["rule"]
-            self.trial.set_user_attr("pruning", pruning)
+        self.report(result)
+        if result.epoch < self.epochs and self.trial.should_prune():
+            reasons = getattr(self.trial.study.pruner, "reasons", {})
+            reason = reasons.pop(self.trial.number, {"epoch": result.epoch, "value": result.value})
+            self.trial.set_user_attr("pruning", reason)
             raise optuna.TrialPruned(f"pruned in epoch {result.epoch}")
 
-    def report(self, result: EpochResult) -> bool:
-        """Report an epoch, which may be one of a resumed trial, and return whether the trial should be pruned."""
-        self.trial.report(result.value, result.epoch)
-        return result.epoch < self.epochs and self.trial.should_prune()
-
-
-def explain_pruning(trial: optuna.Trial) -> dict[str, Any]:
-    """Return why the pruner has just pruned the trial.
-
-    The keys are `epoch`, `value` (the validation accuracy that was compared), `threshold` (the accuracy needed to
-    continue) and `rule` (what the threshold is). The last two are missing for unknown pruners. The formulas are those
-    of Optuna's `PercentilePruner` and `SuccessiveHalvingPruner` for maximization.
-    """
-    study = trial.study
-    trials = study.get_trials(deepcopy=False)
-    frozen = trials[trial.number]
-    pruner, epoch = study.pruner, frozen.last_step or 0
-    explanation: dict[str, Any] = {"epoch": epoch, "value": frozen.intermediate_values[epoch]}
-    if isinstance(pruner, PercentilePruner):
-        complete = [other.intermediate_values for other in trials if other.state == TrialState.COMPLETE]
-        values = [reports[epoch] for reports in complete if epoch in reports]
-        return explanation | {
-            "value": max(frozen.intermediate_values.values()),
-            "threshold": float(np.nanpercentile(values, 100 - pruner._percentile)),
-            "rule": f"median of {len(values)} trials" if pruner._percentile == 50 else "percentile",
-        }
-    if isinstance(pruner, HyperbandPruner):
-        bracket = pruner._get_bracket_id(study, frozen)
-        trials = [other for other in trials if pruner._get_bracket_id(study, other) == bracket]
-        pruner = pruner._pruners[bracket]
-    if isinstance(pruner, SuccessiveHalvingPruner):
-        return explanation | _explain_rung(frozen, trials, pruner._reduction_factor)
-    return explanation
-
-
-def _explain_rung(trial: FrozenTrial, trials: list[FrozenTrial], reduction_factor: int) -> dict[str, Any]:
-    """Return the threshold at the last rung of successive halving that the trial reached."""
-    rung = max(key for key in trial.system_attrs if key.startswith("completed_rung_"))
-    values = sorted(other.system_attrs[rung] for other in trials if rung in other.system_attrs)
-    n_promoted = max(len(values) // reduction_factor, 1)
-    return {"threshold": values[-n_promoted], "rule": f"top {n_promoted} of {len(values)} trials"}
+    def report(self, result: EpochResult) -> None:
+        """Report an epoch, unless the trial did so before it was interrupted."""
+        if result.epoch not in self.reported:
+            self.trial.report(result.value, result.epoch)

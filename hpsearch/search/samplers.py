@@ -1,6 +1,6 @@
-"""The sampler, which chooses hyperparameters, and the pruner, which stops unpromising trials early.
+"""The sampler of a study, which chooses hyperparameters.
 
-The defaults, TPE and the median pruner, were chosen with `scripts/benchmark quality`: see tests/benchmark/README.md.
+The default, TPE, was chosen with `scripts/benchmark quality`: see tests/benchmark/README.md.
 """
 
 from heapq import nlargest
@@ -31,25 +31,6 @@ def build_sampler(definition: StudyDefinition, stream: int) -> optuna.samplers.B
             return optuna.samplers.GPSampler(n_startup_trials=startup, seed=seed, deterministic_objective=False)
         case "cmaes":
             return optuna.samplers.CmaEsSampler(n_startup_trials=startup, seed=seed, warn_independent_sampling=False)
-
-
-def build_pruner(definition: StudyDefinition) -> optuna.pruners.BasePruner:
-    """Build the study's pruner; its resource is the epoch.
-
-    After `sampler.startup` completed trials, the median pruner stops trials whose best value is below the median of
-    the other trials at the same epoch. ASHA keeps the best quarter of the trials after epochs 1, 4, 16, ... (the
-    reduction factor of Li et al. 2020, https://arxiv.org/abs/1810.05934).
-    """
-    epochs = definition.budget.epochs
-    match definition.pruner.kind:
-        case "asha":
-            return optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=4)
-        case "hyperband":
-            return optuna.pruners.HyperbandPruner(min_resource=1, max_resource=epochs, reduction_factor=3)
-        case "median":
-            return optuna.pruners.MedianPruner(n_startup_trials=definition.sampler.startup, n_warmup_steps=1)
-        case "none":
-            return optuna.pruners.NopPruner()
 
 
 class WindowedTPESampler(optuna.samplers.TPESampler):

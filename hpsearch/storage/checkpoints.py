@@ -64,10 +64,6 @@ class Checkpoint:
         if time.monotonic() - self._written >= max(self.interval, self._pause):
             self.write(capture())
 
-    def write_always(self) -> None:
-        """From now on, write at every call of `write_if_due`."""
-        self.interval = self._pause = 0.0
-
     def write(self, state: State) -> None:
         """Write the state now, then remove the files of earlier attempts."""
         try:

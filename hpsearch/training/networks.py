@@ -33,10 +33,14 @@ class Network(nn.Sequential):
 
 
 class Dropout(nn.Dropout):
-    """torch's dropout with cheaper random numbers: 16 bits per element, twice as fast on a CPU."""
+    """torch's dropout with cheaper random numbers: 16 bits per element, twice as fast on a CPU.
+
+    `generator` draws them if it is set (torch's global one otherwise); it must be on the device of the network.
+    """
 
     def __init__(self, p: float = 0.5) -> None:
         super().__init__(p)
+        self.generator: torch.Generator | None = None
         self._n_dropped = min(round(p * 2**16), 2**16 - 1)  # of 65,536
         self._bits = torch.empty(0, dtype=torch.int64)
 
@@ -48,7 +52,11 @@ class Dropout(nn.Dropout):
         n_words = -(-values.numel() // 4)
         if len(self._bits) != n_words or self._bits.device != values.device:
             self._bits = torch.empty(n_words, dtype=torch.int64, device=values.device)
-        numbers = self._bits.random_(-(2**63), None).view(torch.int16)[: values.numel()].view_as(values)
+        numbers = (
+            self._bits.random_(-(2**63), None, generator=self.generator)
+            .view(torch.int16)[: values.numel()]
+            .view_as(values)
+        )
         mask = torch.empty_like(values)
         return torch.ge(numbers, self._n_dropped - 2**15, out=mask).mul_(2**16 / (2**16 - self._n_dropped))
 

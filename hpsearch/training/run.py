@@ -1,4 +1,4 @@
-"""Loads the data of a study, and trains a network whose weights and batches depend only on a seed."""
+"""Loads the data of a study, and builds trainers that depend only on a seed."""
 
 import platform
 from pathlib import Path
@@ -10,8 +10,8 @@ import torch
 from hpsearch.config.definition import StudyDefinition
 from hpsearch.config.space import Hyperparameters, Suggests
 from hpsearch.data.dataset import ImageData, Split, load_data
-from hpsearch.training.networks import Network, build_network
-from hpsearch.training.trainer import EpochResult, seed_everything, train
+from hpsearch.training.networks import build_network
+from hpsearch.training.trainer import Trainer
 
 
 def load_study_data(definition: StudyDefinition, folder: Path | str | None = None) -> ImageData:
@@ -20,7 +20,7 @@ def load_study_data(definition: StudyDefinition, folder: Path | str | None = Non
     return load_data(data.name, folder, validation=data.validation, train=data.train, split_seed=data.split_seed)
 
 
-def train_from_seed(
+def build_trainer(
     definition: StudyDefinition,
     data: ImageData,
     hyperparameters: Hyperparameters,
@@ -28,20 +28,24 @@ def train_from_seed(
     *,
     split: Split | None = None,
     epochs: int | None = None,
-    **options: Any,
-) -> tuple[Network, EpochResult]:
-    """Train a network whose weights and batches depend only on the seed; return it with its last epoch's result.
+    validation: Split | None = None,
+) -> Trainer:
+    """Return the trainer of a new network; its weights and its batches depend only on the seed.
 
-    Trains on the device of the data, on the training split or `split`, for the study's epochs or `epochs`. `options`
-    are passed to `train`, whose docstring lists the errors.
+    Trains on the device of the data, on the training split or `split`, for the study's epochs or `epochs`.
     """
     split = split or data.train
-    generator = seed_everything(seed)
-    network = build_network(definition.network.kind, hyperparameters, data.image_shape, len(data.class_names))
+    with torch.random.fork_rng(devices=()):
+        torch.default_generator.manual_seed(seed)
+        network = build_network(definition.network.kind, hyperparameters, data.image_shape, len(data.class_names))
+        after_weights = torch.get_rng_state()
     network.to(split.images.device)
-    return network, train(
-        network, split, hyperparameters, epochs or definition.budget.epochs, generator=generator, **options
+    trainer = Trainer(
+        network, split, hyperparameters, epochs or definition.budget.epochs, validation=validation, seed=seed
     )
+    if trainer.noise.device.type == "cpu":  # as in earlier versions, so that their trials are replayed bit for bit
+        trainer.noise.set_state(after_weights)
+    return trainer
 
 
 def trial_seed(study_seed: int, trial: Suggests, repetition: int = 0) -> int:

@@ -30,14 +30,14 @@ from hpsearch.errors import (
 )
 from hpsearch.search.checkpoints import artifact_folder, checkpoint_folder, sweep_checkpoints
 from hpsearch.search.objective import Objective
-from hpsearch.search.samplers import build_pruner, build_sampler
+from hpsearch.search.pruning import build_pruner
+from hpsearch.search.samplers import build_sampler
 from hpsearch.search.study import load_study
 from hpsearch.search.trials import Emit, TrialEvent
 from hpsearch.storage.artifacts import Folder
 from hpsearch.storage.rdb import Storage, open_storage
 from hpsearch.training.devices import count_cores, list_devices, tune_malloc
 from hpsearch.training.run import load_study_data
-from hpsearch.training.trainer import EpochResult
 from hpsearch.workers.shutdown import Drain
 
 logger = logging.getLogger(__name__)
@@ -124,10 +124,8 @@ class Worker:
         trial = self._ask()
         value, state = None, TrialState.COMPLETE
         with Heartbeat(self, trial) as heartbeat:
-            self.objective.before_batch = heartbeat.check
-            self.objective.callbacks = (heartbeat.finish_epoch,)
             try:
-                value = self.objective(trial)
+                value = self.objective(trial, heartbeat.check)
             except optuna.TrialPruned:
                 state = TrialState.PRUNED
             except (TrialLost, UpdateFinishedTrialError):
@@ -212,9 +210,8 @@ class Heartbeat(threading.Thread):
         super().__init__(name=f"heartbeat of trial {trial.number}", daemon=True)
         self.worker, self.trial_id = worker, trial._trial_id
         self.ended, self.lost = threading.Event(), threading.Event()
-        self.is_between_epochs = False
 
-    def check(self) -> None:
+    def check(self, *, between_epochs: bool = False) -> None:
         """Flush buffered reports. Raises if a stop was requested or the trial belongs to another worker now.
 
         A request to stop the study takes effect between epochs.
@@ -223,12 +220,8 @@ class Heartbeat(threading.Thread):
         if self.lost.is_set():
             raise TrialLost
         self.worker.storage.flush(self.trial_id)
-        if self.is_between_epochs and self.worker.storage.is_stopped:
+        if between_epochs and self.worker.storage.is_stopped:
             raise Stopped
-        self.is_between_epochs = False
-
-    def finish_epoch(self, _result: EpochResult) -> None:
-        self.is_between_epochs = True
 
     def run(self) -> None:
         storage = self.worker.storage

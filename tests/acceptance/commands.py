@@ -21,7 +21,7 @@ import torch
 from hpsearch.config.space import Hyperparameters
 from hpsearch.data.dataset import load_data
 from hpsearch.training.networks import build_network
-from hpsearch.training.trainer import train
+from hpsearch.training.trainer import Trainer
 
 HPSEARCH = (sys.executable, "-m", "hpsearch")
 _context = multiprocessing.get_context("forkserver")
@@ -175,8 +175,9 @@ def _epochs_per_second(n: int = 100) -> float:
     hyperparameters = Hyperparameters(width=32, lr=1e-3, batch_size=64)
     for epochs in (10, n):  # the first to warm up
         network = build_network("mlp", hyperparameters, data.image_shape, n_classes=10)
+        trainer = Trainer(network, data.train, hyperparameters, epochs, validation=data.validation)
         start = time.perf_counter()
-        train(network, data.train, hyperparameters, epochs, validation=data.validation)
+        list(trainer)
     return n / (time.perf_counter() - start)
 
 

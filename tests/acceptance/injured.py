@@ -92,10 +92,10 @@ def injure_trainings() -> None:
 
     from hpsearch.training import run
 
-    original = getattr(run, "train")  # noqa: B009
+    original = getattr(run, "Trainer")  # noqa: B009
     pains = cycle(["", "exception", "", "memory", "", "allocation"])
 
-    def train(*args: Any, **options: Any) -> Any:
+    def build(*args: Any, **options: Any) -> Any:
         match next(pains) if hits("training") else "":
             case "exception":
                 raise ValueError("injured")
@@ -105,7 +105,7 @@ def injure_trainings() -> None:
                 torch.empty(2**45)
         return original(*args, **options)
 
-    setattr(run, "train", train)  # noqa: B010 - imported there, not defined
+    setattr(run, "Trainer", build)  # noqa: B010 - imported there, not defined
 
 
 if __name__ == "__main__":

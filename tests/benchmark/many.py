@@ -155,20 +155,17 @@ def _timed(function: Callable[..., Any], name: str, seconds: dict[str, float]) -
 class Objective:
     """Reports a few epochs that took no time."""
 
-    before_batch: Callable[[], None]
-    callbacks: tuple[Callable[[Any], None], ...]
-
     def __init__(self, definition: StudyDefinition, seconds: dict[str, float]) -> None:
         self.definition, self.seconds = definition, seconds
 
-    def __call__(self, trial: optuna.Trial) -> float:
-        value: float = _timed(self._run, "objective", self.seconds)(trial)
+    def __call__(self, trial: optuna.Trial, check: Callable[..., None]) -> float:
+        value: float = _timed(self._run, "objective", self.seconds)(trial, check)
         return value
 
-    def _run(self, trial: optuna.Trial) -> float:
+    def _run(self, trial: optuna.Trial, check: Callable[..., None]) -> float:
         suggest(trial, self.definition.space)
         for epoch in range(1, N_EPOCHS + 1):
-            self.before_batch()
+            check()
             trial.report(1 - 1 / (epoch + trial.number), epoch)
             if trial.should_prune():
                 raise optuna.TrialPruned

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 from hpsearch.config.definition import StudyDefinition, parse_definition
 from hpsearch.config.space import suggest
 from hpsearch.data.dataset import load_data
-from hpsearch.search.samplers import build_pruner, build_sampler
+from hpsearch.search.pruning import build_pruner
+from hpsearch.search.samplers import build_sampler
 from hpsearch.search.study import load_study, open_study
 from hpsearch.storage import tables
 from hpsearch.storage.rdb import Storage, open_storage

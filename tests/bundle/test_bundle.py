@@ -22,7 +22,7 @@ from hpsearch.config.space import Hyperparameters
 from hpsearch.data.dataset import ImageData, load_test
 from hpsearch.errors import BundleError, ImageError
 from hpsearch.training.networks import build_network, describe_layers
-from hpsearch.training.trainer import train
+from hpsearch.training.trainer import Trainer
 
 
 def make_contents(data: ImageData, kind: str = "mlp") -> bundle.Contents:
@@ -94,7 +94,7 @@ def test_the_files_of_a_trained_network_hold_each_parameter_once(digits: ImageDa
     contents = make_contents(digits, kind)
     wide = Hyperparameters(width=32)
     network = build_network(kind, wide, digits.image_shape, 10)
-    train(network, digits.train, wide, 1)
+    Trainer(network, digits.train, wide, 1).run_epoch()
     layers = describe_layers(kind, wide, digits.image_shape, 10)
     config = contents.config | {"hyperparameters": wide.model_dump(), "layers": layers}
     save(replace(contents, network=network, config=config), tmp_path / "b")
@@ -262,7 +262,7 @@ def test_every_format_gives_the_same_probabilities_from_the_lines_of_the_model_c
     digits: ImageData, tmp_path: Path, kind: str
 ) -> None:
     contents = make_contents(digits, kind)
-    train(contents.network, digits.train, Hyperparameters(width=8), 1)
+    Trainer(contents.network, digits.train, Hyperparameters(width=8), 1).run_epoch()
     verified = save(contents, tmp_path / "b", n=100, onnx=True, torch_export=True)
     assert [*verified] == ["model.safetensors", "model.pt", "model.onnx", "model.pt2"]
     assert all(seen["difference"] < 1e-5 for seen in verified.values())

@@ -16,7 +16,7 @@ from hpsearch.errors import BundleError, NoCompletedTrial, UsageError
 from hpsearch.search.study import open_study
 from hpsearch.storage.rdb import open_storage
 from hpsearch.training import run
-from hpsearch.training.trainer import EpochResult, train
+from hpsearch.training.trainer import Trainer
 
 from ..conftest import make_definition
 
@@ -103,7 +103,7 @@ def test_without_the_packages_for_onnx_nothing_is_trained(
 ) -> None:
     definition, study = searched
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(run, "train", None)
+    monkeypatch.setattr(run, "Trainer", None)
     with pytest.raises(UsageError, match=r"install them with: pip install 'hpsearch\[onnx\]'"):
         retrain.export(definition, study, tmp_path / "b", onnx=True)
 
@@ -123,10 +123,11 @@ def test_the_test_set_is_read_once_and_after_all_training(
     definition, study = searched
     events: list[str] = []
 
-    def watched_train(*arguments: Any, **options: Any) -> EpochResult:
-        events.append(f"train on {len(arguments[1])}")
-        assert options.get("validation") is None
-        return train(*arguments, **options)
+    class Watched(Trainer):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            events.append(f"train on {len(arguments[1])}")
+            assert options.get("validation") is None
+            super().__init__(*arguments, **options)
 
     original = load_test
 
@@ -134,7 +135,7 @@ def test_the_test_set_is_read_once_and_after_all_training(
         events.append("test")
         return original(*arguments)
 
-    monkeypatch.setattr(run, "train", watched_train)
+    monkeypatch.setattr(run, "Trainer", Watched)
     monkeypatch.setattr(retrain, "load_test", watched_test)
     retrain.export(definition, study, tmp_path / "b")
     assert events == ["train on 500", "train on 500", "test"]
@@ -145,6 +146,6 @@ def test_a_target_that_is_in_the_way_is_refused_before_any_training(
 ) -> None:
     definition, study = searched
     (tmp_path / "precious").write_text("all my work")
-    monkeypatch.setattr(run, "train", None)
+    monkeypatch.setattr(run, "Trainer", None)
     with pytest.raises(BundleError, match=r"cannot replace .*; choose another --output"):
         retrain.export(definition, study, tmp_path / "precious")

@@ -1,73 +1,89 @@
-"""The threshold that is told is the one by which the pruner decides."""
+"""Pruners decide as Optuna's do, and the threshold that is told is the one by which they decided."""
+
+from collections.abc import Callable
 
 import numpy as np
 import optuna
 import pytest
-from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
+from optuna.pruners import BasePruner, HyperbandPruner, NopPruner, SuccessiveHalvingPruner
+from optuna.trial import FrozenTrial, TrialState
 
-from hpsearch.search.pruning import PruningCallback, explain_pruning
+from hpsearch.search.pruning import AshaPruner, MedianPruner, PruningCallback
 from hpsearch.search.trials import explain_end
 from hpsearch.training.trainer import EpochResult
 
-EPOCHS = 9
+EPOCHS = 18
+PAIRS: dict[str, tuple[Callable[[], BasePruner], Callable[[], BasePruner]]] = {
+    "median": (lambda: MedianPruner(3), lambda: optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=1)),
+    "asha": (AshaPruner, lambda: SuccessiveHalvingPruner(min_resource=1, reduction_factor=4)),
+}
 
 
-@pytest.mark.parametrize(
-    "pruner",
-    [
-        MedianPruner(n_startup_trials=3, n_warmup_steps=1),
-        SuccessiveHalvingPruner(min_resource=1, reduction_factor=3),
-        HyperbandPruner(min_resource=1, max_resource=EPOCHS, reduction_factor=3),
-    ],
-    ids=lambda pruner: type(pruner).__name__,
-)
-def test_a_pruned_trial_is_below_its_threshold_and_the_others_were_not(pruner: BasePruner) -> None:
-    generator = np.random.default_rng(0)
+def search(pruner: BasePruner, seed: int) -> list[FrozenTrial]:
+    """Trials with random learning curves, four at a time; with 100 validation images, accuracies are often equal."""
+    generator = np.random.default_rng(seed)
     study = optuna.create_study(direction="maximize", pruner=pruner)
-    n_pruned = 0
-    for _ in range(60):
-        trial = study.ask()
-        callback = PruningCallback(trial, EPOCHS)
-        values = generator.random() * (1 - 0.7 ** np.arange(1, EPOCHS + 1)) + generator.normal(0, 0.02, EPOCHS)
-        try:
-            for epoch, value in enumerate(values, start=1):
-                callback(EpochResult(epoch, 0.0, float(value)))
-                if epoch < EPOCHS and not isinstance(pruner, MedianPruner) and "completed_rung_0" in rungs(trial):
-                    assert rung_value(trial) >= explain_pruning(trial)["threshold"]
-        except optuna.TrialPruned:
-            told = study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-            pruning = told.user_attrs["pruning"]
-            assert pruning["value"] < pruning["threshold"]
-            assert pruning["epoch"] == told.last_step
-            assert f"{pruning['value']:.4f} < {pruning['threshold']:.4f} (" in explain_end(told)
-            n_pruned += 1
-        else:
-            study.tell(trial, float(values[-1]))
-    assert 10 < n_pruned < 60
+    for _ in range(15):
+        curves = {}
+        for trial in [study.ask() for _ in range(4)]:
+            curve = generator.random() * (1 - 0.8 ** np.arange(1, EPOCHS + 1)) + generator.normal(0, 0.03, EPOCHS)
+            curves[trial.number] = trial, PruningCallback(trial, EPOCHS), curve.round(2)
+        for epoch in range(1, EPOCHS + 1):
+            for number, (trial, callback, curve) in list(curves.items()):
+                try:
+                    callback(EpochResult(epoch, 0.0, float(curve[epoch - 1])))
+                except optuna.TrialPruned:
+                    study.tell(trial, state=TrialState.PRUNED)
+                    del curves[number]
+        for trial, _, curve in curves.values():
+            study.tell(trial, float(curve[-1]))
+    return study.trials
 
 
-def rungs(trial: optuna.Trial) -> dict[str, float]:
-    return {
-        key: value
-        for key, value in trial.study._storage.get_trial(trial._trial_id).system_attrs.items()
-        if key.startswith("completed_rung_")
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", PAIRS)
+def test_a_pruner_decides_as_optunas_own_does(kind: str, seed: int) -> None:
+    ours, optunas = ([(t.state, t.intermediate_values) for t in search(make(), seed)] for make in PAIRS[kind])
+    assert ours == optunas
+    assert 10 < sum(state == TrialState.PRUNED for state, _ in ours) < 60
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_a_pruned_trial_says_that_it_is_below_its_threshold(kind: str) -> None:
+    pruned = [trial for trial in search(PAIRS[kind][0](), 0) if trial.state == TrialState.PRUNED]
+    for trial in pruned:
+        reason = trial.user_attrs["pruning"]
+        assert reason["value"] < reason["threshold"]
+        assert reason["epoch"] == trial.last_step
+        assert f"{reason['value']:.4f} < {reason['threshold']:.4f} ({reason['rule']})" in explain_end(trial)
+    assert {trial.user_attrs["pruning"]["rule"].split()[0] for trial in pruned} == {
+        "median" if kind == "median" else "top"
     }
 
 
-def rung_value(trial: optuna.Trial) -> float:
-    reached = rungs(trial)
-    return reached[max(reached)]
-
-
-def test_an_unknown_pruner_leaves_the_threshold_out() -> None:
+def test_the_threshold_of_hyperband_and_of_other_pruners_is_left_out() -> None:
     class Strict(NopPruner):
-        def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
+        def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
             return True
 
-    study = optuna.create_study(direction="maximize", pruner=Strict())
-    trial = study.ask()
-    with pytest.raises(optuna.TrialPruned):
-        PruningCallback(trial, EPOCHS)(EpochResult(1, 0.0, 0.5))
-    told = study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-    assert told.user_attrs["pruning"] == {"epoch": 1, "value": 0.5}
-    assert explain_end(told) == ""
+    for pruner in (Strict(), HyperbandPruner(min_resource=1, max_resource=EPOCHS, reduction_factor=3)):
+        pruned = [trial for trial in search(pruner, 0) if trial.state == TrialState.PRUNED]
+        assert pruned
+        for trial in pruned:
+            epoch = trial.last_step
+            assert epoch is not None
+            assert trial.user_attrs["pruning"] == {"epoch": epoch, "value": trial.intermediate_values[epoch]}
+            assert explain_end(trial) == ""
+
+
+def test_what_a_trial_has_reported_before_it_was_interrupted_is_not_reported_again(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    study = optuna.create_study(direction="maximize", pruner=NopPruner())
+    first = study.ask()
+    PruningCallback(first, EPOCHS)(EpochResult(1, 0.0, 0.5))
+    again = PruningCallback(optuna.Trial(study, first._trial_id), EPOCHS)
+    again(EpochResult(1, 0.0, 0.5))
+    again(EpochResult(2, 0.0, 0.6))
+    assert study.trials[0].intermediate_values == {1: 0.5, 2: 0.6}
+    assert len(recwarn) == 0

@@ -8,7 +8,8 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState, create_trial
 
 from hpsearch.config.space import suggest
-from hpsearch.search.samplers import WindowedTPESampler, build_pruner, build_sampler
+from hpsearch.search.pruning import build_pruner
+from hpsearch.search.samplers import WindowedTPESampler, build_sampler
 
 from ..conftest import make_definition
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optuna
 import pytest
 import torch
@@ -25,98 +24,68 @@ from hpsearch.storage import checkpoints
 from hpsearch.storage.artifacts import Folder
 from hpsearch.storage.checkpoints import Checkpoint, checkpoint_name, find_checkpoints
 from hpsearch.storage.rdb import open_storage
-from hpsearch.training.networks import Network, build_network
-from hpsearch.training.trainer import EpochResult, seed_everything, train
+from hpsearch.training.networks import build_network
+from hpsearch.training.trainer import Trainer
 
 from ..conftest import make_definition
 
 EPOCHS = 4
 
 
-def stop_after(n_batches: int) -> Callable[[], None]:
-    """A `before_batch` that drains a training after so many batches."""
+def stop_after(n_batches: int) -> Callable[..., None]:
+    """A check that drains a trial after so many batches."""
     calls: list[int] = []
 
-    def before_batch() -> None:
+    def check(*, between_epochs: bool = False) -> None:
         if len(calls) == n_batches:
             raise Drained
-        calls.append(1)
+        if not between_epochs:
+            calls.append(1)
 
-    return before_batch
+    return check
 
 
 def retry_of(kept: Checkpoint) -> Checkpoint:
     return Checkpoint(kept.folder, 9, json.loads(kept.identity), earlier=[0])
 
 
-def train_blobs(
-    blobs: Split, hyperparameters: Hyperparameters, kind: str = "cnn", **options: Any
-) -> tuple[Network, EpochResult]:
-    generator = seed_everything(5)
-    np.random.seed(5)
-    network = build_network(kind, hyperparameters, (1, 28, 28), 2)
-    result = train(network, blobs, hyperparameters, EPOCHS, validation=blobs, generator=generator, **options)
-    return network, result
-
-
-@pytest.mark.parametrize(
-    ("optimizer", "schedule", "n_batches"),
-    [
-        ("adam", "onecycle", 9),
-        ("adamw", "cosine", 7),
-        ("sgd", "onecycle", 14),
-        ("rmsprop", "constant", 1),
-        ("nadam", "cosine", 27),
-    ],
-)
 @pytest.mark.parametrize(("kind", "width"), [("cnn", 2), ("mlp", 256)])  # the larger with the quick matrix products
-def test_training_resumes_bit_for_bit_from_any_batch(
-    blobs: Split, tmp_path: Path, optimizer: str, schedule: str, n_batches: int, kind: str, width: int
-) -> None:
-    options: dict[str, Any] = {
-        "optimizer": optimizer,
-        "schedule": schedule,
-        "momentum": 0.5,
-        "dropout": 0.3,
-        "augment": 0.5,
-    }
+def test_training_continues_bit_for_bit_from_a_file(blobs: Split, tmp_path: Path, kind: str, width: int) -> None:
+    options: dict[str, Any] = {"optimizer": "adamw", "schedule": "onecycle", "dropout": 0.3, "augment": 0.5}
     hyperparameters = Hyperparameters(depth=2, width=width, batch_size=32, batch_norm=True, **options)
-    undisturbed, expected = train_blobs(blobs, hyperparameters, kind)
 
-    kept = Checkpoint(Folder(tmp_path), 0, {}, interval=1000)
+    def build() -> Trainer:
+        network = build_network(kind, hyperparameters, (1, 28, 28), 2)
+        return Trainer(network, blobs, hyperparameters, EPOCHS, validation=blobs, seed=5)
+
+    undisturbed, interrupted, resumed = build(), build(), build()
+    interrupted.network.load_state_dict(undisturbed.network.state_dict())
+    list(undisturbed)
+    interrupted.run_epoch()
     with pytest.raises(Drained):
-        train_blobs(blobs, hyperparameters, kind, checkpoint=kept, before_batch=stop_after(n_batches))
-    torch.manual_seed(99)
-    results: list[EpochResult] = []
-    resumed = retry_of(kept).load()
-    network, result = train_blobs(blobs, hyperparameters, kind, resumed=resumed, callbacks=[results.append])
-    assert result == expected
-    assert [r.epoch for r in results] == list(range(n_batches // 7 + 1, EPOCHS + 1))
-    for name, tensor in undisturbed.state_dict().items():
-        assert torch.equal(tensor, network.state_dict()[name]), name
-
-
-def test_random_states_of_torch_and_numpy_and_the_order_are_restored(blobs: Split, tmp_path: Path) -> None:
-    def draw(**options: Any) -> tuple[float, float]:
-        train_blobs(blobs, Hyperparameters(width=2, dropout=0.1), **options)
-        return torch.rand(()).item(), float(np.random.rand())
-
-    expected = draw()
+        interrupted.run_epoch(stop_after(4))
     kept = Checkpoint(Folder(tmp_path), 0, {})
-    with pytest.raises(Drained):
-        train_blobs(blobs, Hyperparameters(width=2, dropout=0.1), checkpoint=kept, before_batch=stop_after(3))
-    np.random.rand(7)
-    assert draw(resumed=retry_of(kept).load()) == expected
+    kept.write(interrupted.state_dict())
+    state = retry_of(kept).load()
+    assert state is not None
+    resumed.load_state_dict(state)
+    assert [result.epoch for result in resumed] == [2, 3, 4]
+    assert resumed.results == undisturbed.results
+    for name, tensor in undisturbed.network.state_dict().items():
+        assert torch.equal(tensor, resumed.network.state_dict()[name]), name
 
 
 def test_checkpoints_are_written_at_the_ends_of_epochs_but_not_more_often_than_the_interval(
-    blobs: Split, tmp_path: Path
+    digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    written: list[object] = []
+    monkeypatch.setattr(Checkpoint, "write", lambda _checkpoint, state: written.append(state))
+
     def count_writes(interval: float) -> int:
-        written: list[object] = []
-        kept = Checkpoint(Folder(tmp_path), 0, {}, interval=interval)
-        kept.write = written.append  # type: ignore[method-assign,assignment]
-        train_blobs(blobs, Hyperparameters(width=2), checkpoint=kept)
+        written.clear()
+        definition = make_definition(recovery={"keep": 0, "checkpoint": interval}, budget={"epochs": EPOCHS})
+        study = optuna.create_study(direction="maximize")
+        study.optimize(Objective(definition, digits, checkpoints=tmp_path), n_trials=1)
         return len(written)
 
     assert count_writes(0) == EPOCHS
@@ -203,27 +172,27 @@ def test_an_interrupted_trial_gets_the_value_that_it_would_have_had(digits: Imag
     definition = make_definition(
         budget={"epochs": 4}, recovery={"keep": 0}, fixed={"depth": 2, "batch_size": 64, "dropout": 0.2}
     )
+    objective = Objective(definition, digits, checkpoints=tmp_path)
     values: list[tuple[float, dict[int, float]]] = []
-    trained: list[int] = []
-    for n_batches in (None, 12):
+    counted: list[int] = []
+
+    def count_epochs(*, between_epochs: bool = False) -> None:
+        counted.extend([1] * between_epochs)
+
+    for n_batches in (None, 12):  # of 5 an epoch
         study = optuna.create_study(direction="maximize")
         study.enqueue_trial({"width": 16, "lr": 0.01})
-        objective = Objective(definition, digits, checkpoints=tmp_path)
         if n_batches:
-            objective.before_batch = stop_after(n_batches)
             first = study.ask()
             with pytest.raises(Drained):
-                objective(first)
+                objective(first, stop_after(n_batches))
             study.tell(first, state=TrialState.FAIL)
             study.enqueue_trial({"width": 16, "lr": 0.01}, user_attrs={"attempts": [0]})
-            objective.before_batch = lambda: None
-        trained.clear()
-        objective.callbacks = (lambda result: trained.append(result.epoch),)
-        trial = study.ask()
-        value = objective(trial)
+        counted.clear()
+        value = objective(study.ask(), count_epochs)
         values.append((value, study.get_trials()[-1].intermediate_values))
     assert values[0] == values[1], "the reports from before are there as well"
-    assert trained == [3, 4]
+    assert len(counted) == 1, "only epochs 3 and 4 are trained again"
     assert study.get_trials()[-1].user_attrs["resumed_after"] == 2
 
 

@@ -14,7 +14,7 @@ from hpsearch.config.space import Hyperparameters
 from hpsearch.data.dataset import Split
 from hpsearch.training.gradients import Autograd, PerceptronGradients, choose_gradients, join_parameters
 from hpsearch.training.networks import Dropout, Network, build_network
-from hpsearch.training.trainer import EpochResult, seed_everything, train
+from hpsearch.training.trainer import EpochResult, Trainer
 
 SHAPE = (1, 28, 28)
 PERCEPTRONS: list[dict[str, Any]] = [
@@ -27,7 +27,7 @@ PERCEPTRONS: list[dict[str, Any]] = [
 
 
 def make_network(kind: str = "mlp", **options: Any) -> tuple[Network, Hyperparameters]:
-    seed_everything(0)
+    torch.manual_seed(0)
     hyperparameters = Hyperparameters(**{"width": 12, "batch_size": 64, "lr": 1e-2} | options)
     return build_network(kind, hyperparameters, SHAPE, 2), hyperparameters
 
@@ -53,10 +53,7 @@ def test_closed_form_training_has_the_learning_curve_and_the_weights_of_autograd
 ) -> None:
     def learn() -> tuple[list[EpochResult], dict[str, torch.Tensor]]:
         network, hyperparameters = make_network(**options, optimizer=optimizer, momentum=0.5, schedule="onecycle")
-        results: list[EpochResult] = []
-        generator = seed_everything(3)
-        train(network, blobs, hyperparameters, 3, validation=blobs, generator=generator, callbacks=[results.append])
-        return results, network.state_dict()
+        return list(Trainer(network, blobs, hyperparameters, 3, validation=blobs, seed=3)), network.state_dict()
 
     curve, weights = learn()
     monkeypatch.setattr(hpsearch.training.trainer, "choose_gradients", Autograd)
@@ -115,17 +112,14 @@ def test_only_large_networks_use_fast_matmul(blobs: Split, width: int, expected:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(network, blobs, hyperparameters, 1, before_batch=stop)
+        Trainer(network, blobs, hyperparameters, 1).run_epoch(stop)
     assert seen == {expected}
     assert torch.get_float32_matmul_precision() == "highest"  # as it was before
 
 
 def learn_losses(blobs: Split, kind: str, width: int) -> list[float]:
     network, hyperparameters = make_network(kind, width=width)
-    losses: list[float] = []
-    generator = seed_everything(3)
-    train(network, blobs, hyperparameters, 3, generator=generator, callbacks=[lambda r: losses.append(r.loss)])
-    return losses
+    return [result.loss for result in Trainer(network, blobs, hyperparameters, 3, seed=3)]
 
 
 def test_fast_matmul_has_the_learning_curve_of_plain_matmul(blobs: Split, monkeypatch: pytest.MonkeyPatch) -> None:

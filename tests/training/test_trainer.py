@@ -1,9 +1,12 @@
-"""The training loop learns, is seeded, calls its callbacks, and stops if the loss is not finite."""
+"""A trainer learns, an epoch at a time; it can be saved after any batch, and shares no random numbers with others."""
 
+import io
 import math
 import platform
+import random
 import subprocess
 import sys
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -11,11 +14,14 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from hpsearch.config.space import Hyperparameters
-from hpsearch.data.dataset import Split
+from hpsearch.data.dataset import ImageData, Split
 from hpsearch.errors import Diverged
 from hpsearch.training.networks import Network, build_network
 from hpsearch.training.optimizers import build_optimizer, build_schedule
-from hpsearch.training.trainer import EpochResult, measure_accuracy, seed_everything, train
+from hpsearch.training.run import build_trainer
+from hpsearch.training.trainer import Trainer, measure_accuracy
+
+from ..conftest import make_definition
 
 
 def small_network(**options: Any) -> tuple[Network, Hyperparameters]:
@@ -26,23 +32,28 @@ def small_network(**options: Any) -> tuple[Network, Hyperparameters]:
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", "rmsprop", "nadam"])
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "onecycle"])
 def test_every_optimizer_learns_with_every_schedule(blobs: Split, optimizer: str, schedule: str) -> None:
-    seed_everything(0)
+    torch.manual_seed(0)
     network, hyperparameters = small_network(optimizer=optimizer, schedule=schedule, lr=1e-2, momentum=0.5)
-    result = train(network, blobs, hyperparameters, 2, validation=blobs)
+    *_, result = Trainer(network, blobs, hyperparameters, 2, validation=blobs)
     assert result.accuracy == 1.0
     assert result.loss < 0.5
 
 
-def test_callbacks_get_each_epochs_result_in_order(blobs: Split) -> None:
+def test_a_trainer_is_pulled_an_epoch_at_a_time_until_it_is_done(blobs: Split) -> None:
     network, hyperparameters = small_network()
-    results: list[EpochResult] = []
-    last = train(network, blobs, hyperparameters, 3, validation=blobs, callbacks=[results.append])
-    assert [result.epoch for result in results] == [1, 2, 3]
-    assert results[-1] == last
-    assert results[2].loss < results[0].loss
+    trainer = Trainer(network, blobs, hyperparameters, 3, validation=blobs)
+    first = trainer.run_epoch()
+    assert not trainer.is_done
+    second, third = trainer
+    assert trainer.is_done
+    assert trainer.results == [first, second, third]
+    assert [result.epoch for result in trainer.results] == [1, 2, 3]
+    assert third.loss < first.loss
+    with pytest.raises(ValueError, match="done after 3 epochs"):
+        trainer.run_epoch()
 
 
-def test_before_batch_is_called_for_each_batch_and_may_end_the_training(blobs: Split) -> None:
+def test_the_check_is_called_before_each_batch_and_may_raise(blobs: Split) -> None:
     calls = []
 
     def stop_at_the_tenth() -> None:
@@ -51,20 +62,89 @@ def test_before_batch_is_called_for_each_batch_and_may_end_the_training(blobs: S
             raise RuntimeError("enough")
 
     network, hyperparameters = small_network()
+    trainer = Trainer(network, blobs, hyperparameters, 3)
+    trainer.run_epoch(stop_at_the_tenth)
     with pytest.raises(RuntimeError, match="enough"):
-        train(network, blobs, hyperparameters, 3, before_batch=stop_at_the_tenth)
+        trainer.run_epoch(stop_at_the_tenth)
     assert len(calls) == 10
+    assert trainer.n_batches == 2
 
 
 def test_the_same_seed_trains_the_same_weights(blobs: Split) -> None:
     def weights(seed: int) -> torch.Tensor:
-        generator = seed_everything(seed)
+        torch.manual_seed(0)
         network, hyperparameters = small_network(dropout=0.2, augment=0.5)
-        train(network, blobs, hyperparameters, 2, generator=generator)
+        list(Trainer(network, blobs, hyperparameters, 2, seed=seed))
         return torch.cat([parameter.flatten() for parameter in network.parameters()])
 
     assert torch.equal(weights(1), weights(1))
     assert not torch.equal(weights(1), weights(2))
+
+
+def make_trainer(split: Split, seed: int, kind: str = "mlp", **options: Any) -> Trainer:
+    """A trainer of two epochs of four batches, with noise; the weights depend on the seed, too."""
+    definition = make_definition(network={"kind": kind}, budget={"epochs": 2})
+    data = ImageData(split, split, 0.0, 1.0, ("dark", "bright"))
+    noise = {"depth": 2, "width": 4, "batch_size": 50, "dropout": 0.3, "augment": 0.5}
+    return build_trainer(definition, data, Hyperparameters(**noise | options), seed, validation=split)
+
+
+def contents(trainer: Trainer) -> bytes:
+    """Everything that the trainer goes on from, the network included."""
+    file = io.BytesIO()
+    torch.save(trainer.state_dict(), file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+def test_two_trainers_in_turn_give_what_each_gives_alone_and_leave_torchs_random_state(blobs: Split, kind: str) -> None:
+    before = torch.get_rng_state()
+    alone = [make_trainer(blobs, seed, kind) for seed in (1, 2)]
+    for trainer in alone:
+        list(trainer)
+    in_turn = [make_trainer(blobs, seed, kind) for seed in (1, 2)]
+    for _ in range(2):
+        for trainer in in_turn:
+            trainer.run_epoch()
+    assert [contents(trainer) for trainer in in_turn] == [contents(trainer) for trainer in alone]
+    assert contents(alone[0]) != contents(alone[1])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", "rmsprop", "nadam"])
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "onecycle"])
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+def test_a_state_saved_after_any_batch_continues_bit_for_bit(
+    blobs: Split, optimizer: str, schedule: str, kind: str
+) -> None:
+    def build(seed: int = 1) -> Trainer:
+        return make_trainer(blobs, seed, kind, optimizer=optimizer, schedule=schedule, momentum=0.5)
+
+    states: list[bytes] = []
+    undisturbed = build()
+    while not undisturbed.is_done:
+        undisturbed.run_epoch(lambda: states.append(contents(undisturbed)))
+    assert len(states) == 8
+    for state in states:
+        resumed = build(seed=2)
+        resumed.load_state_dict(torch.load(io.BytesIO(state), weights_only=True))
+        list(resumed)
+        assert contents(resumed) == contents(undisturbed)
+
+
+def test_a_trainer_whose_check_raised_goes_on_in_the_middle_of_the_epoch(blobs: Split) -> None:
+    undisturbed, interrupted = make_trainer(blobs, 1), make_trainer(blobs, 1)
+    list(undisturbed)
+    chance = random.Random(0)
+
+    def interrupt() -> None:
+        if chance.random() < 0.5:
+            raise KeyboardInterrupt
+
+    while not interrupted.is_done:
+        with suppress(KeyboardInterrupt):
+            interrupted.run_epoch(interrupt)
+    assert contents(interrupted) == contents(undisturbed)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -72,10 +152,10 @@ def test_a_loss_that_is_not_finite_ends_the_training(blobs: Split, bad: float) -
     images = blobs.images.clone()
     images[7] = bad
     network, hyperparameters = small_network()
-    results: list[EpochResult] = []
+    trainer = Trainer(network, Split(images, blobs.labels), hyperparameters, 3)
     with pytest.raises(Diverged, match="in epoch 1"):
-        train(network, Split(images, blobs.labels), hyperparameters, 3, callbacks=[results.append])
-    assert results == []
+        trainer.run_epoch()
+    assert trainer.results == []
 
 
 def test_accuracy_is_the_share_of_right_answers(blobs: Split) -> None:
@@ -89,9 +169,10 @@ def test_accuracy_is_the_share_of_right_answers(blobs: Split) -> None:
 def test_label_smoothing_raises_the_lowest_loss(blobs: Split) -> None:
     losses = []
     for smoothing in (0.0, 0.2):
-        seed_everything(0)
+        torch.manual_seed(0)
         network, hyperparameters = small_network(label_smoothing=smoothing, lr=1e-2)
-        losses.append(train(network, blobs, hyperparameters, 4).loss)
+        *_, last = Trainer(network, blobs, hyperparameters, 4)
+        losses.append(last.loss)
     assert losses[1] > losses[0] + 0.2
 
 

@@ -26,7 +26,6 @@ from hpsearch.search.trials import TrialEvent
 from hpsearch.storage.checkpoints import find_checkpoints, read
 from hpsearch.storage.rdb import Storage, open_storage
 from hpsearch.storage.tables import BufferedTrial
-from hpsearch.training.trainer import EpochResult
 from hpsearch.workers.shutdown import Drain
 from hpsearch.workers.worker import Heartbeat, Worker, open_worker_storage, worker_name
 
@@ -112,13 +111,12 @@ def test_a_failed_trial_says_why_and_the_worker_goes_on(
     worker = b.worker()
     objective, calls = worker.objective, []
 
-    def fail_once(trial: optuna.Trial) -> float:
+    def fail_once(trial: optuna.Trial, check: Callable[..., None]) -> float:
         calls.append(trial.number)
         if len(calls) == 1:
             raise error
-        return objective(trial)
+        return objective(trial, check)
 
-    fail_once.before_batch = fail_once.callbacks = None  # type: ignore[attr-defined]
     monkeypatch.setattr(worker, "objective", fail_once)
     worker.run()
     first = b.study.trials[0]
@@ -157,11 +155,14 @@ def test_a_trial_that_was_taken_away_is_dropped_and_not_overwritten(
     b = bench(budget={"trials": 1})
     thief = open_storage(b.definition.study.storage)
 
-    def steal(heartbeat: Heartbeat, result: EpochResult) -> None:
-        if result.epoch == 1 and heartbeat.trial_id == b.study.trials[0]._trial_id:
-            assert thief.fail(heartbeat.trial_id, "killed", "no heartbeat", retries=2)
+    check = Heartbeat.check
 
-    monkeypatch.setattr(Heartbeat, "finish_epoch", steal)
+    def steal(heartbeat: Heartbeat, *, between_epochs: bool = False) -> None:
+        if between_epochs and len(b.study.trials) == 1:
+            assert thief.fail(heartbeat.trial_id, "killed", "no heartbeat", retries=2)
+        check(heartbeat, between_epochs=between_epochs)
+
+    monkeypatch.setattr(Heartbeat, "check", steal)
     b.worker().run()
     assert b.ends() == ["dropped", "complete"]
     assert [trial.state for trial in b.study.trials] == [TrialState.FAIL, TrialState.COMPLETE]
@@ -175,10 +176,10 @@ def test_a_worker_beats_and_notices_that_its_trial_was_taken(
     worker = b.worker(max_trials=1)
     thief = open_storage(b.definition.study.storage)
 
-    def train_for_ever(trial: optuna.Trial) -> float:
+    def train_for_ever(trial: optuna.Trial, check: Callable[..., None]) -> float:
         assert thief.fail(trial._trial_id, "killed", "gone")
         while True:  # no report, so that only the heartbeat can notice
-            train_for_ever.before_batch()  # type: ignore[attr-defined]
+            check()
             time.sleep(0.01)
 
     monkeypatch.setattr(worker, "objective", train_for_ever)
@@ -211,7 +212,7 @@ def test_a_second_signal_stops_at_once_and_still_hands_the_trial_back(
 ) -> None:
     b = bench(budget={"trials": 1})
 
-    def receive_two(_lease: Heartbeat, _result: EpochResult) -> None:
+    def receive_two(_heartbeat: Heartbeat) -> None:
         b.drain._receive(signal.SIGINT, None)
         b.drain._receive(signal.SIGINT, None)  # at once: the same wish, as `timeout` sends it twice
         b.drain._since -= 1
@@ -219,7 +220,7 @@ def test_a_second_signal_stops_at_once_and_still_hands_the_trial_back(
             b.drain._receive(signal.SIGINT, None)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Heartbeat, "finish_epoch", receive_two)
+    monkeypatch.setattr(Heartbeat, "check", receive_two)
     with pytest.raises(Interrupted):
         b.worker().run()
     b.drain._receive(signal.SIGINT, None)  # handing back is not interrupted
