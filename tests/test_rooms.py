@@ -20,7 +20,6 @@ def test_the_package_has_nine_rooms_five_files_and_its_documentation() -> None:
 # Private attributes of others that are used outside `storage`, Optuna's two ids aside: each needs a reason.
 PRIVATE = {
     ("search/samplers.py", "_get_trials"),  # the only list of trials that TPE reads
-    ("monitor/dashboard/app.py", "_inmemory_cache"),  # of optuna-dashboard
     ("monitor/dashboard/server.py", "_map"),  # of waitress
     ("monitor/dashboard/auth.py", "_replace"),  # public, of named tuples
     ("config/urls.py", "_replace"),

@@ -42,7 +42,7 @@ def evaluate(probabilities: NDArray[np.float32], labels: NDArray[np.int64], clas
     worst = wrong[np.argsort(-confidences[wrong], kind="stable")][:N_MISTAKES]
     return Evaluation(
         accuracy=int(is_right.sum()) / len(labels),
-        interval=wilson_interval(int(is_right.sum()), len(labels)),
+        interval=wilson_interval(float(is_right.mean()), len(labels)),
         confusion_matrix=confusion_matrix(labels, predicted, labels=classes).tolist(),
         per_class=[
             {"name": name, "precision": float(p), "recall": float(r), "f1": float(f), "support": int(n)}
@@ -61,11 +61,11 @@ def evaluate(probabilities: NDArray[np.float32], labels: NDArray[np.int64], clas
     )
 
 
-def wilson_interval(n_right: int, n: int) -> list[float]:
-    """Return the 95% confidence interval [low, high] of a proportion (Wilson 1927, https://doi.org/10.2307/2276774)."""
+def wilson_interval(share: float, n: int) -> list[float]:
+    """Return the 95% confidence interval [low, high] of a share of n (Wilson 1927, https://doi.org/10.2307/2276774)."""
     from scipy.stats import binomtest
 
-    interval = binomtest(n_right, n).proportion_ci(0.95, method="wilson")
+    interval = binomtest(round(share * n), n).proportion_ci(0.95, method="wilson")
     return [float(interval.low), float(interval.high)]
 
 

@@ -80,7 +80,7 @@ def draw_calibration(evaluation: Evaluation, file: Path) -> None:
     bins = evaluation.calibration["bins"]
     confidence, accuracy, counts = (np.array([row[key] for row in bins]) for key in ("confidence", "accuracy", "n"))
     centers = (bin_of(confidence) + 0.5) / N_BINS
-    intervals = np.array([wilson_interval(round(row["accuracy"] * row["n"]), row["n"]) for row in bins]).T
+    intervals = np.array([wilson_interval(row["accuracy"], row["n"]) for row in bins]).T
     figure = _new_figure(6, 6.4)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3.2, 1])
     upper.plot([0, 1], [0, 1], color=FAINT, linestyle="--", linewidth=1, label="perfect calibration")

@@ -8,7 +8,15 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from hpsearch.monitor.text import describe_epochs, join_params, printable, shorten
+from hpsearch.monitor.text import (
+    count,
+    describe_best,
+    describe_epochs,
+    format_cell,
+    join_params,
+    printable,
+    shorten,
+)
 from hpsearch.monitor.trials import flatten, list_columns
 
 _N_ERRORS = 5  # shown by `evaluate`
@@ -24,11 +32,9 @@ def render_status(status: Mapping[str, Any]) -> RenderableType:
     table.add_row("progress", f"{finished}/{budget['trials']} trials (up to {budget['epochs']} epochs each)")
     table.add_row("trials", ", ".join(f"{n} {state}" for state, n in counts.items()))
     table.add_row("epochs", describe_epochs(**epochs))
+    table.add_row("best", Text(describe_best(best), style="bold" if best else ""))
     if best:
-        table.add_row("best", Text(f"{best['value']:.4f} (trial {best['number']})", style="bold"))
         table.add_row("", Text(join_params(best["params"])))
-    else:
-        table.add_row("best", "no completed trial yet")
     for worker in status["workers"]:
         text = f"{worker['id']}: trial {worker['trial']}, epoch {worker['epoch']}"
         table.add_row("worker", Text(printable(text)))
@@ -48,7 +54,7 @@ def render_trials(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()
         heading = "trial" if name == "number" else name
         table.add_column(heading, justify="left" if is_text else "right", no_wrap=name != "note")
     for row in map(flatten, rows):
-        cells = [printable(_show_cell(name, row.get(name))) for name in columns]
+        cells = [printable(format_cell(row.get(name), name)) for name in columns]
         table.add_row(*(Text(cell, no_wrap=True, overflow="ellipsis") for cell in cells))
     return table
 
@@ -121,7 +127,7 @@ def render_export(target: str, metrics: Mapping[str, Any]) -> RenderableType:
     lines = [
         f"{target}: trial {metrics['trial']}, test accuracy {metrics['test_accuracy']:.4f} "
         f"(95% CI {low:.4f} to {high:.4f}) on {n_images:,} test images; "
-        f"the test set has now been used by {n_uses} export{'s' * (n_uses > 1)} of this study"
+        f"the test set has now been used by {count(n_uses, 'export')} of this study"
     ]
     if several["std"] is not None:
         n_models = len(several["of_each_seed"])
@@ -173,10 +179,3 @@ def prediction_line(prediction: Mapping[str, Any]) -> str:
     """Return a line such as `digit.png  7 0.9981  9 0.0012  1 0.0003`."""
     top = [f"{entry['class']} {entry['probability']:.4f}" for entry in prediction["top"]]
     return "  ".join([printable(prediction["image"]), *top])
-
-
-def _show_cell(name: str, cell: Any) -> str:
-    if cell is None:
-        return ""
-    places = {"value": 4, "seconds": 1}.get(name)
-    return shorten(cell) if places is None else f"{cell:.{places}f}"

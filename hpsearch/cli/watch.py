@@ -9,7 +9,7 @@ import typer
 
 from hpsearch.cli import options
 from hpsearch.errors import UsageError
-from hpsearch.monitor.text import echo
+from hpsearch.monitor.text import count, echo
 
 app = typer.Typer()
 
@@ -104,7 +104,7 @@ def stop(study: options.StudyArgument, storage: options.StorageOption = None) ->
     while (snapshot := watch.poll()).is_stopped and snapshot.n_alive:
         if snapshot.n_alive != n_waiting:
             n_waiting = snapshot.n_alive
-            echo(f"waiting for {n_waiting} worker{'s' * (n_waiting > 1)} to finish the current epoch ...")
+            echo(f"waiting for {count(n_waiting, 'worker')} to finish the current epoch ...")
         time.sleep(_POLL)
     if not snapshot.is_stopped:
         return echo("someone resumed the study in the meantime; it is running again")
@@ -157,13 +157,6 @@ def dashboard(
     token: Annotated[
         str | None, typer.Option(envvar="HPSEARCH_TOKEN", help="Access token for the URL. [default: random]")
     ] = None,
-    writable: Annotated[
-        bool,
-        typer.Option(
-            "--writable",
-            help="Allow editing notes, uploading and deleting files, and deleting studies. [default: read-only]",
-        ),
-    ] = False,
     opens: Annotated[bool, typer.Option("--open", help="Open the dashboard in your browser.")] = False,
     storage: options.StorageOption = None,
 ) -> None:
@@ -177,15 +170,13 @@ def dashboard(
 
     definition, arguments = options.load_definition_of(study, storage), options.shell_arguments(study, storage)
     with ExitStack() as stack:
-        address = stack.enter_context(
-            serve(definition, arguments, host=host, port=port, token=token, is_writable=writable)
-        )
+        address = stack.enter_context(serve(definition, arguments, host=host, port=port, token=token))
         if not is_loopback(host):
             echo(
                 "warning: traffic, including the token, is not encrypted; put a TLS reverse proxy in front of it,\n"
                 "or drop --host and use an SSH tunnel (ssh -L)"
             )
-        echo(f"Optuna dashboard ({'writable' if writable else 'read-only'}), press Ctrl-C to stop:")
+        echo("Optuna dashboard (read-only), press Ctrl-C to stop:")
         print(address, flush=True)
         if opens:
             webbrowser.open(stack.enter_context(redirect_file(address)))

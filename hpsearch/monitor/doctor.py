@@ -6,7 +6,8 @@ import socket
 import sqlite3
 import statistics
 import time
-from collections.abc import Callable, Iterator
+import timeit
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -125,10 +126,10 @@ def _check_latency(storage: Storage) -> Finding:
         with storage.engine.begin() as connection:
             connection.execute(sqlalchemy.text("SELECT 1"))
 
-    seconds = statistics.median(_time(lock) for _ in range(5))
+    seconds = statistics.median(timeit.repeat(lock, number=1, repeat=5))
     message = f"{seconds * 1000:.1f} ms to acquire the database lock"
-    advice = f"{message}; too many workers or a slow disk; use fewer workers or PostgreSQL"
-    return Finding("latency", seconds < _MAX_LATENCY, message if seconds < _MAX_LATENCY else advice)
+    advice = "too many workers or a slow disk; use fewer workers or PostgreSQL"
+    return _judge("latency", seconds < _MAX_LATENCY, message, advice)
 
 
 def _check_clock(storage: Storage) -> Finding:
@@ -138,9 +139,8 @@ def _check_clock(storage: Storage) -> Finding:
         time_there = datetime.fromisoformat(time_there)  # SQLite returns whole seconds, in UTC
     time_there = time_there if time_there.tzinfo else time_there.replace(tzinfo=UTC)
     difference = abs((datetime.now(UTC) - time_there).total_seconds())
-    is_ok = difference <= _MAX_CLOCK_DIFFERENCE
     message = f"clock difference to the database: {difference:.0f} s"
-    return Finding("clock", is_ok, message if is_ok else f"{message}; synchronize both clocks with NTP")
+    return _judge("clock", difference <= _MAX_CLOCK_DIFFERENCE, message, "synchronize both clocks with NTP")
 
 
 def _check_stale(definition: StudyDefinition, storage: Storage, study: optuna.Study, fix: bool) -> Finding:
@@ -184,24 +184,19 @@ def _check_threads(study: optuna.Study) -> Finding:
     if n_threads > n_cores:
         message = f"OMP_NUM_THREADS={n_threads} exceeds the {n_cores} available cores; unset it"
         return Finding("threads", False, message)
-    if load > _MAX_LOAD * n_cores:
-        advice = "CPU overloaded; stop other programs or use fewer workers"
-        return Finding("threads", False, f"{message}; {advice}")
-    return Finding("threads", True, message)
+    advice = "CPU overloaded; stop other programs or use fewer workers"
+    return _judge("threads", load <= _MAX_LOAD * n_cores, message, advice)
 
 
 def _check_folder(name: str, folder: Path, *, may_be_remote: bool) -> Finding:
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     kind, free = network_file_system(existing), shutil.disk_usage(existing).free / 1e6
-    message = f"{free:,.0f} MB free in {folder}"
     if kind and not may_be_remote:
         advice = "where SQLite locking is unreliable; move the database to a local disk, or use PostgreSQL"
         return Finding(name, False, f"{folder} is on a network file system ({kind}), {advice}")
     if not os.access(existing, os.W_OK):
         return Finding(name, False, f"{existing} is not writable; fix its permissions or choose another folder")
-    return Finding(
-        name, free >= _MIN_FREE, message if free >= _MIN_FREE else f"low disk space: {message}; free some space"
-    )
+    return _judge(name, free >= _MIN_FREE, f"{free:,.0f} MB free in {folder}", "low disk space; free some space")
 
 
 def _check_store(artifacts: Folder) -> Finding:
@@ -239,7 +234,6 @@ def _check_devices() -> Finding:
     return Finding("devices", True, f"{', '.join(devices)} with torch {torch.__version__}")
 
 
-def _time(call: Callable[[], None]) -> float:
-    start = time.monotonic()
-    call()
-    return time.monotonic() - start
+def _judge(check: str, is_ok: bool, message: str, advice: str) -> Finding:
+    """Return a finding whose message ends with the advice if it is not ok."""
+    return Finding(check, is_ok, message if is_ok else f"{message}; {advice}")

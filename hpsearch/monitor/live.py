@@ -19,7 +19,17 @@ from rich.text import Text
 
 from hpsearch.errors import StorageError
 from hpsearch.monitor.status import Snapshot, Watch
-from hpsearch.monitor.text import describe_epochs, echo, format_duration, join_params, printable, trial_line
+from hpsearch.monitor.text import (
+    count,
+    describe_best,
+    describe_epochs,
+    echo,
+    format_cell,
+    format_duration,
+    join_params,
+    printable,
+    trial_line,
+)
 from hpsearch.search.trials import TrialEvent
 
 _REFRESH = 1.0  # seconds between two polls of the study
@@ -29,6 +39,7 @@ _WIDE = 120  # columns from which the workers' hyperparameters fit
 _CURVE_WIDTH = 12
 _NAME_WIDTH = 20  # shows the end of a worker's name, which is its number
 _BLOCKS, _ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-~=+*#"
+_RIGHT = {"justify": "right"}
 _STYLES = {"complete": "green", "pruned": "yellow", "failed": "red"}
 
 
@@ -58,7 +69,7 @@ class LiveView:
         """In a pipe, print the progress before the first worker starts."""
         if not self.is_live:
             n_trials = self.watch.study.user_attrs["budget"]["trials"]
-            echo(f"{n_finished} of {n_trials} trials done; starting {n_workers} worker{'s' * (n_workers > 1)}")
+            echo(f"{n_finished} of {n_trials} trials done; starting {count(n_workers, 'worker')}")
 
     def print_finished(self) -> None:
         """In a pipe, print one line for each trial that ended since the last call."""
@@ -213,9 +224,8 @@ def _render_head(snapshot: Snapshot, *, is_own: bool) -> RenderableType:
     states = [Text(f"{n} {state}", style=_STYLES.get(state, "") if n else "dim") for state, n in counts.items()]
     head.add_row("trials", Text(", ").join(states))
     head.add_row("epochs", describe_epochs(**epochs))
-    value = Text("no completed trial yet")
+    value = Text(describe_best(best), style="bold green" if best else "")
     if best:
-        value = Text(f"{best['value']:.4f} (trial {best['number']})", style="bold green")
         value.append(f"  {join_params(best['params'])}", style="not bold default")
     head.add_row("best", value)
     return Group(top, head)
@@ -241,26 +251,24 @@ def _format_range(low: float, high: float) -> str:
 
 def _render_workers(snapshot: Snapshot, n_shown: int, blocks: str, cut: OverflowMethod, *, is_wide: bool) -> Table:
     epochs, workers = snapshot.status["budget"]["epochs"], snapshot.workers
-    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), expand=is_wide)
-    table.add_column("worker", no_wrap=True)
-    for heading in ("trial", "epoch", "val. acc."):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("curve", min_width=_CURVE_WIDTH, no_wrap=True)
-    table.add_column("images/s", justify="right", no_wrap=True)
-    if is_wide:
-        table.add_column("params", ratio=1, no_wrap=True, overflow=cut)
+    columns: dict[str, dict[str, Any]] = {"worker": {}, "trial": _RIGHT, "epoch": _RIGHT, "val. acc.": _RIGHT}
+    columns |= {"curve": {"min_width": _CURVE_WIDTH}, "images/s": _RIGHT}
+    columns |= {"params": {"ratio": 1, "overflow": cut}} if is_wide else {}
+    table = _new_table(columns, expand=is_wide)
     values = [value for worker in workers for value in worker["curve"]]
     ends = (min(values), max(values)) if values else (0.0, 1.0)
     for worker in workers[:n_shown]:
-        accuracy = "" if worker["accuracy"] is None else f"{worker['accuracy']:.4f}"
+        name, epoch = printable(worker["worker"][-_NAME_WIDTH:]), f"{worker['epoch']}/{epochs}"
+        curve = "not responding" if worker["is_lost"] else draw_curve(worker["curve"], ends, blocks)
         speed = "" if worker["images_per_second"] is None else f"{worker['images_per_second']:,}"
         row: list[str | Text] = [
-            Text(printable(worker["worker"][-_NAME_WIDTH:])),
+            Text(name),
             str(worker["trial"]),
-            f"{worker['epoch']}/{epochs}",
-            accuracy,
+            epoch,
+            format_cell(worker["accuracy"], "value"),
+            curve,
+            speed,
         ]
-        row += ["not responding" if worker["is_lost"] else draw_curve(worker["curve"], ends, blocks), speed]
         table.add_row(*row, *([Text(join_params(worker["params"]), style="dim")] if is_wide else []))
     if len(workers) > n_shown:
         table.add_row(f"and {len(workers) - n_shown} more", style="dim")
@@ -278,19 +286,22 @@ def draw_curve(values: Sequence[float], ends: tuple[float, float], blocks: str =
 
 
 def _render_finished(rows: Sequence[Mapping[str, Any]], cut: OverflowMethod, *, is_wide: bool) -> Table:
-    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), expand=True)
-    table.add_column("trial", justify="right", no_wrap=True)
-    table.add_column("state", no_wrap=True)
-    for heading in ("val. acc.", "epochs", *(["time (s)"] if is_wide else [])):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("", ratio=1, no_wrap=True, overflow=cut)
+    columns: dict[str, dict[str, Any]] = {"trial": _RIGHT, "state": {}, "val. acc.": _RIGHT, "epochs": _RIGHT}
+    columns |= {"time (s)": _RIGHT} if is_wide else {}
+    table = _new_table(columns | {"": {"ratio": 1, "overflow": cut}}, expand=True)
     for row in rows:
-        cells = ["" if row["value"] is None else f"{row['value']:.4f}", str(row["epoch"])]
-        if is_wide:
-            cells.append("" if row["seconds"] is None else f"{row['seconds']:.1f}")
-        note = row["note"]
-        remark = Text(printable(note)) if note else Text(join_params(row["params"]), style="dim")
-        table.add_row(str(row["number"]), Text(row["state"], style=_STYLES[row["state"]]), *cells, remark)
+        names = ("value", "epoch", *(["seconds"] if is_wide else []))
+        note = Text(printable(row["note"])) if row["note"] else Text(join_params(row["params"]), style="dim")
+        state = Text(row["state"], style=_STYLES[row["state"]])
+        table.add_row(str(row["number"]), state, *(format_cell(row[name], name) for name in names), note)
+    return table
+
+
+def _new_table(columns: Mapping[str, dict[str, Any]], *, expand: bool) -> Table:
+    """Return a table without rows; `columns` maps each heading to the options of its column."""
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), expand=expand)
+    for heading, settings in columns.items():
+        table.add_column(heading, no_wrap=True, **settings)
     return table
 
 

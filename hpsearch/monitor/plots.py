@@ -1,32 +1,47 @@
-"""The plots of a report: Optuna's plots and the learning curves, each in a light and a dark version."""
+"""The plots of a report, each in a light and a dark version."""
 
 import base64
 import io
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
+import matplotlib as mpl
 import numpy as np
 import optuna
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.text import Text
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.tri import Triangulation
+from numpy.typing import NDArray
+from optuna.distributions import CategoricalDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from PIL import Image
 
 BLUE, ORANGE, GREY = "#3f83c9", "#e0802b", "#98a2ae"
 COLORS = {TrialState.COMPLETE: BLUE, TrialState.PRUNED: "#9a7bd0"}  # orange marks the best trial
 THEMES = {"light": ("#39434f", "#dfe4ea"), "dark": ("#c3cbd5", "#39424e")}  # text, lines
+AGES = LinearSegmentedColormap.from_list("age", [GREY, BLUE])
 SETTINGS: Any = {
-    "figure.constrained_layout.use": True,
     "text.parse_math": False,  # otherwise a name with dollar signs is parsed as a formula
-    "figure.dpi": 170,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.linewidth": 0.8,
+    "grid.linewidth": 0.7,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "legend.frameon": False,
 }
 MAX_JITTERED = 10  # jitter the points of integers and choices up to this span
 MAX_CURVES = 120
 N_BEST_CURVES = 20
-MANY = 200  # above this number of points, the contour plot has lighter lines and points
+N_LEVELS = 12  # of the contour plot
 
 
 @dataclass(frozen=True)
@@ -40,16 +55,11 @@ class Picture:
 
 
 @contextmanager
-def _pyplot(figsize: tuple[float, float] = (5.4, 3.4)) -> Iterator[None]:
-    """Undo what Optuna's plots change in pyplot's style, and silence their warnings about being experimental."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    with plt.rc_context(SETTINGS | {"figure.figsize": figsize}), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+def _new_axes(width: float = 5.4, height: float = 3.4) -> Iterator[Axes]:
+    with mpl.rc_context(SETTINGS):
+        figure = Figure(figsize=(width, height), dpi=170, layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure.subplots()
 
 
 def rank_hyperparameters(study: optuna.Study, names: Sequence[str]) -> dict[str, float]:
@@ -59,98 +69,78 @@ def rank_hyperparameters(study: optuna.Study, names: Sequence[str]) -> dict[str,
         return optuna.importance.get_param_importances(study, params=list(names))
 
 
-def draw_history(study: optuna.Study, values: Sequence[float]) -> Picture:
+def draw_history(complete: Sequence[FrozenTrial]) -> Picture:
     """Plot the value of each completed trial, and the best so far."""
-    from matplotlib.lines import Line2D
-    from matplotlib.ticker import MaxNLocator
-
-    with _pyplot():
-        axes = optuna.visualization.matplotlib.plot_optimization_history(study)
-        for points in axes.collections:
-            points.set(sizes=[_size(len(values))], facecolor=BLUE, alpha=0.55, linewidth=0)
-        for line in axes.lines:
-            line.set(color=ORANGE, linewidth=2, alpha=1, drawstyle="steps-post")
-        dot = Line2D([], [], color=BLUE, marker="o", markersize=5, linestyle="none")
-        axes.legend([dot, axes.lines[0]], ["completed trial", "best so far"], loc="lower right", frameon=False)
+    numbers, values = [trial.number for trial in complete], _values_of(complete)
+    with _new_axes() as axes:
+        axes.scatter(numbers, values, _size(len(values)), BLUE, alpha=0.55, linewidth=0, label="completed trial")
+        best = np.maximum.accumulate(values)
+        axes.step(numbers, best, ORANGE, where="post", linewidth=2, label="best so far")
+        axes.legend(loc="lower right")
         axes.set(xlabel="trial", ylabel="validation accuracy")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         note = _focus(axes, values)
         return _picture(axes, f"Validation accuracy of {len(values)} completed trials in order.", note)
 
 
-def draw_importances(study: optuna.Study, names: Sequence[str]) -> Picture:
-    """Plot the importance of each hyperparameter as a bar chart."""
-    with _pyplot():
-        axes = optuna.visualization.matplotlib.plot_param_importances(study, params=list(names))
-        for bar in axes.patches:
-            bar.set(color=BLUE)
-        for label in axes.texts:
-            label.set_text(f" {label.get_text()}")
-        axes.set(xlabel="importance", ylabel="")
+def draw_importances(importances: Mapping[str, float]) -> Picture:
+    """Plot the importance of each hyperparameter, largest first, as a bar chart."""
+    with _new_axes() as axes:
+        bars = axes.barh([*importances], [*importances.values()], color=BLUE)
+        axes.bar_label(bars, fmt="{:.2f}", padding=3, fontsize=9)
+        axes.invert_yaxis()
+        axes.margins(x=0.1)
         axes.grid(visible=False, axis="y")
-        if legend := axes.get_legend():
-            legend.remove()
+        axes.set_xlabel("importance")
         return _picture(axes, "Importance of each hyperparameter as a bar chart.")
 
 
-def draw_slice(study: optuna.Study, name: str, best: FrozenTrial, values: Sequence[float]) -> Picture:
+def draw_slice(name: str, complete: Sequence[FrozenTrial], best: FrozenTrial) -> Picture:
     """Plot the validation accuracy against one hyperparameter; a ring marks the best trial."""
-    from matplotlib.colors import LinearSegmentedColormap
-    from matplotlib.ticker import MaxNLocator
-
-    with _pyplot(figsize=(4.2, 3)):
-        axes: Any = optuna.visualization.matplotlib.plot_slice(study, params=[name])
-        points = axes.collections[0]
-        points.colorbar.remove()
-        points.set(sizes=[_size(len(values))], linewidth=0, alpha=0.8)
-        points.set_cmap(LinearSegmentedColormap.from_list("age", [GREY, BLUE]))
-        where = points.get_offsets()
-        distinct = np.unique(where[:, 0])
-        is_integer = axes.get_xscale() == "linear" and (distinct == distinct.round()).all()
-        if is_integer and np.ptp(distinct) < MAX_JITTERED:
-            where[:, 0] += np.random.default_rng(0).uniform(-0.15, 0.15, len(where))
-            points.set_offsets(where)
-            axes.set_xlim(distinct[0] - 0.5, distinct[-1] + 0.5)
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=len(distinct)))
-        ticks = axes.get_xticks()
-        labels = zip(ticks, axes.xaxis.get_major_formatter().format_ticks(ticks), strict=True)
-        choices = {tick: label.strip("'") for tick, label in labels if label.startswith("'")}
-        if choices:
-            axes.set_xticks([*choices], [*choices.values()])
-        ring = where[points.get_array() == best.number]
-        axes.scatter(*ring.T, s=110, facecolor="none", edgecolor=ORANGE, linewidth=2, zorder=3, clip_on=False)
-        axes.set(xlabel=name, ylabel="validation accuracy")
-        _focus(axes, values)
+    shown = [trial for trial in complete if name in trial.params]
+    values, numbers = _values_of(shown), np.array([trial.number for trial in shown])
+    with _new_axes(4.2, 3) as axes:
+        where = _place(axes, "x", name, shown)
+        is_discrete = axes.get_xscale() == "linear" and (where == where.round()).all()
+        if is_discrete and np.ptp(where) < MAX_JITTERED:
+            axes.set_xlim(where.min() - 0.5, where.max() + 0.5)
+            where += np.random.default_rng(0).uniform(-0.15, 0.15, len(where))
+        axes.scatter(where, values, _size(len(values)), numbers, cmap=AGES, alpha=0.8, linewidth=0)
+        ring = numbers == best.number
+        axes.plot(where[ring], values[ring], "o", ms=11, mfc="none", mec=ORANGE, mew=2, clip_on=False)
+        axes.set_ylabel("validation accuracy")
+        _focus(axes, _values_of(complete))
         return _picture(axes, f"Validation accuracy of the completed trials against {name}.")
 
 
-def draw_contour(study: optuna.Study, names: Sequence[str], n_trials: int) -> Picture:
-    """Plot the validation accuracy as a contour plot of two hyperparameters, interpolated between the trials."""
-    from matplotlib.contour import ContourSet
+def draw_contour(names: Sequence[str], complete: Sequence[FrozenTrial]) -> Picture | None:
+    """Plot the validation accuracy over two hyperparameters, interpolated in triangles between the trials.
 
-    with _pyplot():
-        axes: Any = optuna.visualization.matplotlib.plot_contour(
-            study, params=list(names), target_name="validation accuracy"
-        )
-        for collection in axes.collections:
-            if isinstance(collection, ContourSet):
-                collection.set(linewidth=0 if n_trials > MANY else 0.4)
-            else:
-                collection.set(sizes=[_size(n_trials) / 3], linewidth=0, alpha=0.3 if n_trials > MANY else 0.6)
+    Returns None if all trials lie on one line, which gives no triangle.
+    """
+    shown = [trial for trial in complete if set(names) <= trial.params.keys()]
+    values = _values_of(shown)
+    with _new_axes() as axes:
+        x, y = _place(axes, "x", names[0], shown), _place(axes, "y", names[1], shown)
+        points = axes.transScale.transform(np.column_stack([x, y]))
+        points = (points - points[0]) / np.ptp(points, axis=0)
+        if np.linalg.matrix_rank(points, tol=1e-6) < 2:
+            return None
+        triangles = Triangulation(x, y, Triangulation(*points.T).triangles)
+        levels = np.linspace(*_range(values), N_LEVELS)
+        drawn = axes.tricontourf(triangles, values, levels=levels, cmap="Blues", extend="min")
+        axes.figure.colorbar(drawn, ax=axes, label="validation accuracy", format="%.3f")
+        axes.scatter(x, y, _size(len(shown)) / 3, "black", linewidth=0, alpha=0.5)
+        axes.use_sticky_edges = False  # leaves a margin
+        axes.autoscale_view()
         return _picture(axes, f"Contour plot of the validation accuracy over {names[0]} and {names[1]}.")
 
 
 def draw_curves(trials: Sequence[FrozenTrial], best: FrozenTrial | None) -> Picture:
     """Plot the validation accuracy per epoch of at most `MAX_CURVES` trials."""
-    from matplotlib.lines import Line2D
-    from matplotlib.ticker import MaxNLocator
-
     shown = _thin(trials)
     legend = {"complete": BLUE, "pruned": COLORS[TrialState.PRUNED], "failed or running": GREY}
-    with _pyplot():
-        import matplotlib.pyplot as plt
-
-        _, axes = plt.subplots()
+    with _new_axes() as axes:
         for trial in shown:
             epochs, values = zip(*sorted(trial.intermediate_values.items()), strict=True)
             color = COLORS.get(trial.state, GREY)
@@ -163,11 +153,11 @@ def draw_curves(trials: Sequence[FrozenTrial], best: FrozenTrial | None) -> Pict
                 axes.plot(epochs[-1], values[-1], "o", markersize=3, color=color)
         used = {ORANGE, *(COLORS.get(trial.state, GREY) for trial in shown)}
         lines = {name: Line2D([], [], color=color) for name, color in legend.items() if color in used}
-        axes.legend(lines.values(), lines.keys(), loc="lower right", frameon=False)
+        axes.legend(lines.values(), lines.keys(), loc="lower right")
         axes.set(xlabel="epoch", ylabel="validation accuracy")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(visible=True)
-        note = _focus(axes, [value for trial in shown for value in trial.intermediate_values.values()], share=0.05)
+        reports = np.array([value for trial in shown for value in trial.intermediate_values.values()])
+        note = _focus(axes, reports, share=0.05)
         if len(shown) < len(trials):
             which = f"the {N_BEST_CURVES} best and an even sample of the rest"
             note += f" Showing {len(shown)} of {len(trials):,} curves: {which}."
@@ -185,33 +175,51 @@ def _thin(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     return [trial for trial in trials if trial.number in kept]
 
 
+def _values_of(trials: Sequence[FrozenTrial]) -> NDArray[np.float64]:
+    return np.array([trial.value or 0.0 for trial in trials])
+
+
+def _place(axes: Axes, x_or_y: Literal["x", "y"], name: str, trials: Sequence[FrozenTrial]) -> NDArray[np.float64]:
+    """Return the trials' places on the x or y axis for a hyperparameter, and set up that axis."""
+    distribution: Any = trials[0].distributions[name]
+    settings: dict[str, Any] = {"label": name}
+    if isinstance(distribution, CategoricalDistribution):
+        settings |= {"ticks": range(len(distribution.choices)), "ticklabels": map(str, distribution.choices)}
+    elif distribution.log:
+        settings["scale"] = "log"
+    elif isinstance(distribution, IntDistribution):
+        axes.locator_params(x_or_y, integer=True)
+    axes.set(**{x_or_y + key: value for key, value in settings.items()})
+    return np.array([distribution.to_internal_repr(trial.params[name]) for trial in trials], dtype=float)
+
+
 def _size(n_points: int) -> float:
     return float(np.clip(6000 / n_points, 8, 40))
 
 
-def _focus(axes: "Axes", values: Iterable[float], share: float = 0.25) -> str:
-    """Crop the axis below a few very low values that would squeeze the rest. Returns a note with their number."""
-    finite = np.array([value for value in values if np.isfinite(value)])
-    if not len(finite):
-        return ""
+def _range(values: NDArray[np.float64], share: float = 0.25) -> tuple[float, float]:
+    """Return a range that leaves out a few very low values, which would squeeze the rest."""
+    finite = values[np.isfinite(values)]
     top, low = finite.max(), np.quantile(finite, share)
     bottom = max(finite.min(), low - (top - low))
     room = 0.08 * max(top - bottom, 0.005)
-    axes.set_ylim(bottom - room, top + room)
-    n_below = int((finite < bottom - room).sum())
+    return bottom - room, top + room
+
+
+def _focus(axes: Axes, values: NDArray[np.float64], share: float = 0.25) -> str:
+    """Crop the vertical axis to the range of the values. Returns a note with the number of points below it."""
+    if not np.isfinite(values).any():
+        return ""
+    bottom, top = _range(values, share)
+    axes.set_ylim(bottom, top)
+    n_below = int((values[np.isfinite(values)] < bottom).sum())
     are = "point below the axis range is" if n_below == 1 else "points below the axis range are"
     return f"{n_below} {are} not shown." if n_below else ""
 
 
-def _picture(axes: "Axes", alt: str, note: str = "") -> Picture:
+def _picture(axes: Axes, alt: str, note: str = "") -> Picture:
     """Return the figure of the axes, rendered once per theme."""
-    import matplotlib.pyplot as plt
-    from matplotlib.text import Text
-    from matplotlib.ticker import FuncFormatter
-
     figure: Any = axes.figure
-    axes.set_title("")
-    axes.set_title("", loc="left")
     for axis in (axes.xaxis, axes.yaxis):
         if axis.get_scale() == "log":
             low, high = axis.get_view_interval()
@@ -222,23 +230,16 @@ def _picture(axes: "Axes", alt: str, note: str = "") -> Picture:
     sources = {}
     for theme, (ink, line) in THEMES.items():
         for ax in figure.axes:
-            ax.tick_params(which="both", colors=ink, labelsize=9)
-            ax.xaxis.label.set_size(10)
-            ax.yaxis.label.set_size(10)
-            ax.spines[:].set(color=line, linewidth=0.8)
-            for grid_line in (*ax.get_xgridlines(), *ax.get_ygridlines()):
-                grid_line.set(color=line, linewidth=0.7)
+            ax.tick_params(which="both", color=ink, grid_color=line)
+            ax.spines[:].set_color(line)
         for text in figure.findobj(Text):
             text.set_color(ink)
         sources[theme] = _to_png(figure)
-    plt.close(figure)
     return Picture(alt, note=note.strip(), **sources)
 
 
 def _to_png(figure: Any) -> str:
     """Return the figure on a transparent background with 256 colors, a third of the size."""
-    from PIL import Image
-
     figure.patch.set_alpha(0)
     for axes in figure.axes:
         axes.patch.set_alpha(0)

@@ -22,6 +22,7 @@ from hpsearch.config.space import IntRange, Range
 from hpsearch.config.validation import check_values
 from hpsearch.errors import BundleError, UsageError
 from hpsearch.monitor import plots
+from hpsearch.monitor.text import count, format_cell, format_duration, format_percent, shorten
 from hpsearch.monitor.trials import list_trials
 from hpsearch.search.trials import read_status
 from hpsearch.storage.artifacts import replace_file
@@ -47,7 +48,7 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "duration": _duration, "short": _short, "count": _count}
+    environment.filters |= {"percent": format_percent, "duration": format_duration, "count": count, "cell": format_cell}
     text = environment.get_template("report.html.jinja").render(_collect(definition, study, bundle, command))
     try:
         with replace_file(file) as temporary:
@@ -81,7 +82,7 @@ def _collect(definition: StudyDefinition, study: optuna.Study, folder: Path | No
         "summary": read_status(definition, study),
         "best": best,
         "chosen": chosen,
-        "interval": chosen and _interval(chosen.value or 0.0, definition.data.validation),
+        "interval": chosen and wilson_interval(chosen.value or 0.0, definition.data.validation),
         "confirmation": confirmation,
         "is_best_compared": bool(best and best.number in compared),
         "bundle": exported,
@@ -118,10 +119,10 @@ def _draw(
     curves = [trial for trial in trials if trial.intermediate_values]
     return {
         "importances": ranked,
-        "history": plots.draw_history(study, values) if complete else None,
-        "importance_picture": plots.draw_importances(study, names) if ranked else None,
-        "slices": [plots.draw_slice(study, name, chosen, values) for name in ranked or names] if chosen else [],
-        "contour": plots.draw_contour(study, pair, len(complete)) if pair else None,
+        "history": plots.draw_history(complete) if complete else None,
+        "importance_picture": plots.draw_importances(ranked) if ranked else None,
+        "slices": [plots.draw_slice(name, complete, chosen) for name in ranked or names] if chosen else [],
+        "contour": plots.draw_contour(pair, complete) if pair else None,
         "pair": pair,
         "curves": plots.draw_curves(curves, chosen) if curves else None,
     }
@@ -166,7 +167,8 @@ def _describe_bundle(folder: Path, config: bundles.Config, metrics: dict[str, An
         "folder": str(folder),
         "metrics": metrics,
         "config": config,
-        "interval": metrics.get("test_interval") or _interval(metrics["test_accuracy"], metrics["n_images"]["test"]),
+        "interval": metrics.get("test_interval")
+        or wilson_interval(metrics["test_accuracy"], metrics["n_images"]["test"]),
         "confusions": sorted(confusions, key=lambda confusion: -confusion[0])[:5],
         "pictures": {name: base64.b64encode(file.read_bytes()).decode() for name, file in pictures.items()},
     }
@@ -237,7 +239,7 @@ def advise(definition: StudyDefinition, trial: FrozenTrial) -> Iterator[dict[str
         if ends[end] is not None:
             wider = dimension.model_copy(update={"range": ends})
             lines = [_toml_line(definition, name, table) for table in (dimension, wider)]
-            yield {"name": name, "value": _short(value), "end": ("lower", "upper")[end]} | dict(
+            yield {"name": name, "value": shorten(value), "end": ("lower", "upper")[end]} | dict(
                 zip(("now", "then"), lines, strict=True)
             )
 
@@ -263,26 +265,3 @@ def _find_wider(name: str, dimension: Range, end: int) -> int | float | None:
 def _toml_line(definition: StudyDefinition, name: str, dimension: Range) -> str:
     toml = definition.model_copy(update={"search": {name: dimension}}).to_toml()
     return next(line for line in toml.splitlines() if line.startswith(f"{name} = {{"))
-
-
-def _interval(accuracy: float, n: int) -> list[float]:
-    return wilson_interval(round(accuracy * n), n)
-
-
-def _percent(value: float, digits: int = 2) -> str:
-    return f"{100 * value:.{digits}f}%"
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n:,} {noun}" + ("" if n == 1 else "s")
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("h", 3600), ("min", 60)):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -11,6 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpsearch.bundle.evaluation import wilson_interval
 from hpsearch.config.definition import StudyDefinition
+from hpsearch.monitor.text import describe_best
 from hpsearch.search.selection import explain_choice, find_best
 from hpsearch.search.study import load_study
 from hpsearch.search.trials import TrialEvent, describe_trial, explain_end, read_status
@@ -65,8 +66,7 @@ class Snapshot:
 
     def describe_progress(self) -> str:
         """Return the progress in one line, such as `12 of 40 trials done, best 0.9812 (trial 7)`."""
-        best = self.status["best"]
-        found = f", best {best['value']:.4f} (trial {best['number']})" if best else ""
+        found = f", best {describe_best(self.status['best'])}" if self.status["best"] else ""
         return f"{self.n_finished} of {self.status['budget']['trials']} trials done{found}"
 
     def suggest_next(self, command: str) -> str:
@@ -150,7 +150,7 @@ def summarize_search(watch: Watch, command: str) -> list[str]:
     if not complete:
         return [f"result: no trial completed; see: hpsearch trials {command}"]
     best, n_images = find_best(study), definition.data.validation
-    low, high = wilson_interval(round((best.value or 0.0) * n_images), n_images)
+    low, high = wilson_interval(best.value or 0.0, n_images)
     n_alike, n_others = sum((trial.value or 0.0) >= low for trial in complete) - 1, len(complete) - 1
     note = f"{n_alike} of the other {n_others} completed trials are within that interval"
     if not n_others:
@@ -181,13 +181,13 @@ def _is_retried(trial: FrozenTrial) -> bool:
 
 
 def _describe_worker(trial: FrozenTrial, *, is_lost: bool) -> dict[str, Any]:
-    reports = trial.intermediate_values
+    curve = [value for _, value in sorted(trial.intermediate_values.items())]
     return {
         "worker": trial.user_attrs.get("worker", "unknown"),
         "trial": trial.number,
         "epoch": trial.last_step or 0,
-        "accuracy": reports[max(reports)] if reports else None,
-        "curve": [reports[epoch] for epoch in sorted(reports)],
+        "accuracy": curve[-1] if curve else None,
+        "curve": curve,
         "images_per_second": trial.user_attrs.get("images_per_second"),
         "params": trial.params,
         "is_lost": is_lost,

@@ -56,9 +56,19 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def count(n: int, noun: str) -> str:
+    """Return a text such as `1 trial` or `1,200 trials`."""
+    return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
+def describe_best(best: Mapping[str, Any] | None) -> str:
+    """Return a text such as `0.9861 (trial 17)`; `best` is that of `status --json`."""
+    return f"{best['value']:.4f} (trial {best['number']})" if best else "no completed trial yet"
+
+
 def describe_epochs(run: int, saved: int) -> str:
     """Return a text such as `318 trained, 132 saved by pruning (29%)`."""
-    return f"{run:,} trained, {saved:,} saved by pruning ({saved / max(run + saved, 1):.0%})"
+    return f"{run:,} trained, {saved:,} saved by pruning ({format_percent(saved / max(run + saved, 1), 0)})"
 
 
 def join_params(params: Mapping[str, Any]) -> str:
@@ -69,6 +79,19 @@ def join_params(params: Mapping[str, Any]) -> str:
 def shorten(value: Any) -> str:
     """Return a float with three significant digits; other values unchanged."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def format_cell(value: Any, column: str = "") -> str:
+    """Return a value of that column of the trials as text: accuracies with 4 digits, seconds with 1, None as ""."""
+    if value is None:
+        return ""
+    digits = {"value": 4, "seconds": 1}.get(column)
+    return shorten(value) if digits is None else f"{value:.{digits}f}"
+
+
+def format_percent(share: float, digits: int = 2) -> str:
+    """Return a text such as `98.61%`."""
+    return f"{share:.{digits}%}"
 
 
 def format_duration(seconds: float) -> str:

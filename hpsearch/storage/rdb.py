@@ -395,14 +395,6 @@ def cache_of(study: optuna.Study) -> Any:
     return study._storage
 
 
-def clear_cache(study: optuna.Study) -> None:
-    """Clear the study's cache, because a new study may have the id of a deleted one."""
-    cache = cache_of(study)
-    with cache._lock:
-        for name in ("_studies", "_trial_id_to_study_id_and_number", "_study_id_and_number_to_trial_id"):
-            getattr(cache, name).clear()
-
-
 def open_storage(
     url: str,
     *,

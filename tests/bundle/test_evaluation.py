@@ -41,7 +41,7 @@ def test_the_interval_is_wilsons_formula(n: int, share: float) -> None:
     p, z = n_right / n, 1.959963984540054
     centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    assert wilson_interval(n_right, n) == pytest.approx([max(centre - half, 0), min(centre + half, 1)], abs=1e-9)
+    assert wilson_interval(n_right / n, n) == pytest.approx([max(centre - half, 0), min(centre + half, 1)], abs=1e-9)
 
 
 def test_the_evaluation_has_the_interval_of_its_accuracy() -> None:

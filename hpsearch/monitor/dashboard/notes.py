@@ -1,13 +1,12 @@
 """The dashboard's notes about a study and its trials, in Markdown."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from optuna.trial import FrozenTrial
 
-from hpsearch.config.definition import N_TRAINING_IMAGES, StudyDefinition
-from hpsearch.config.urls import show_url
+from hpsearch.config.definition import StudyDefinition, evolve
 from hpsearch.search.trials import explain_end, name_state
 
 _COMMANDS = {
@@ -20,33 +19,19 @@ _COMMANDS = {
 
 
 def describe_study(definition: StudyDefinition, budget: Mapping[str, Any], arguments: str) -> str:
-    """Return the note of a study: settings, search space and commands; `arguments` follow the name of each command."""
-    data, tables = definition.data, definition.to_tables()
-    n_train = data.train or N_TRAINING_IMAGES[data.name] - data.validation
-    limits = {"minutes": "{} minutes", "target": "an accuracy of {}", "failures": "{} failures"}
-    ends = [text.format(budget[key]) for key, text in limits.items() if key in budget]
-    epochs = f"{definition.budget.epochs} epochs"
-    about = {
-        "network": definition.network.kind,
-        "data": f"{data.name}: {n_train:,} training and {data.validation:,} validation images",
-        "budget": f"{budget['trials']} trials of {epochs}; also ends after {' or '.join(ends)}",
-        "sampler / pruner": f"{definition.sampler.kind}, {definition.pruner.kind}",
-        "seed": f"{definition.study.seed} (data split: {data.split_seed})",
-        "database": show_url(definition.study.storage),
-        "fixed": ", ".join(f"{name} {value}" for name, value in tables["fixed"].items()) or "nothing",
-    }
-    searched = [[name, *_describe_range(table)] for name, table in tables["search"].items()]
+    """Return the note of a study: the commands, and the study file with all defaults and the `budget` of today.
+
+    `arguments` follow the name of each command.
+    """
+    today = evolve(definition, "budget", **budget)
     commands = [(f"hpsearch {command} {arguments}", what) for command, what in _COMMANDS.items()]
     width = max(len(line) for line, _ in commands)
     parts = [
-        f"## {_escape(definition.study.name)}",
-        f"The value of a trial is its **validation accuracy** after {epochs} (for a pruned trial: when it was pruned). "
-        "The search never uses the test set; `hpsearch export` evaluates on it once.",
-        *_table(["", ""], list(about.items())),
-        "### Search space",
-        *_table(["hyperparameter", "range", "condition"], searched),
-        "### Commands",
+        f"The value of a trial is its **validation accuracy** after {today.budget.epochs} epochs (for a pruned trial: "
+        "when it was pruned). The search never uses the test set; `hpsearch export` evaluates on it once.",
         _fence("\n".join(f"{line:{width}}  # {what}" for line, what in commands)),
+        "What is searched, as a study file:",
+        _fence(today.to_toml().strip()),
     ]
     return "\n\n".join(parts)
 
@@ -67,28 +52,6 @@ def _describe_trial(trial: FrozenTrial) -> Iterator[str]:
     if attempts:
         numbers, several = ", ".join(map(str, attempts)), len(attempts) > 1
         yield f"Resumes trial{'s' * several} {numbers}, which {'were' if several else 'was'} interrupted."
-
-
-def _describe_range(table: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the range of a hyperparameter and its condition, as text."""
-    condition = ", and ".join(
-        f"{name} is {' or '.join(map(str, values))}" for name, values in table.get("when", {}).items()
-    )
-    if "choice" in table:
-        return ", ".join(map(str, table["choice"])), condition
-    low, high = table.get("int") or table["float"]
-    spread = ", log" if table.get("log") else f", in steps of {table['step']}" if "step" in table else ""
-    return f"{low} to {high}{spread}", condition
-
-
-def _table(heading: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    lines = [heading, ["---"] * len(heading), *([_escape(str(cell)) for cell in row] for row in rows)]
-    return ["\n".join(f"| {' | '.join(line)} |" for line in lines)]
-
-
-def _escape(text: str) -> str:
-    """Return the text with all special characters of Markdown and HTML escaped by a backslash."""
-    return re.sub(r"([\\`*_{}\[\]<>()#+!|~$&-])", r"\\\1", text)
 
 
 def _fence(text: str) -> str:

@@ -19,17 +19,18 @@ LOOPBACK = "127.0.0.1"
 _N_THREADS = 4
 _N_CONNECTIONS = 500
 _IDLE_TIMEOUT = 20  # seconds
+_LARGEST_REQUEST = 2**16  # bytes
 
 
 @contextmanager
-def serve_in_threads(application: Application, listener: socket.socket, largest_request: int) -> Iterator[None]:
-    """Serve the application on the listener in threads; requests are limited to `largest_request` bytes."""
+def serve_in_threads(application: Application, listener: socket.socket) -> Iterator[None]:
+    """Serve the application on the listener in threads."""
     server = create_server(
         application,
         sockets=[listener],
         threads=_N_THREADS,
         ident=None,
-        max_request_body_size=largest_request,
+        max_request_body_size=_LARGEST_REQUEST,
         clear_untrusted_proxy_headers=True,
         channel_timeout=_IDLE_TIMEOUT,
         connection_limit=_N_CONNECTIONS,
