@@ -18,6 +18,7 @@ HpsearchError                 1
 ├── CheckpointError           1
 ├── ImageError                1
 ├── BundleError               1
+├── TrialLost                 1
 ├── Drained                  75
 │   ├── Interrupted         130
 │   └── Stopped              75
@@ -116,6 +117,10 @@ class ImageError(HpsearchError):
 
 class BundleError(HpsearchError):
     """The model folder is corrupt or not a model folder of hpsearch."""
+
+
+class TrialLost(HpsearchError):
+    """Another worker has taken over the trial, or the trial was ended."""
 
 
 class Drained(HpsearchError):

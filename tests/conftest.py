@@ -89,7 +89,7 @@ def fill(storage: Storage, study: optuna.Study, n_trials: int, *, epochs: int = 
             buffered.write(connection)
             if trial.state.is_finished():
                 trial.datetime_complete = begun + timedelta(seconds=1.5)
-                tables.change_state(connection, trial, before=TrialState.RUNNING)
+                tables.write_state(connection, trial)
                 if trial.state != TrialState.FAIL:
                     tables.write_values(connection, trial._trial_id, [float(curve[n_reports - 1])])
 

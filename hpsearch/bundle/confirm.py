@@ -25,7 +25,7 @@ from hpsearch.config.space import suggest
 from hpsearch.data.dataset import ImageData
 from hpsearch.errors import Diverged, UsageError, WorkerError
 from hpsearch.search.selection import find_best_few
-from hpsearch.search.study import change_attribute
+from hpsearch.search.study import change_attributes
 from hpsearch.training.devices import tune_malloc
 from hpsearch.training.networks import describe_layers, from_layers
 from hpsearch.training.run import build_trainer, load_study_data, trial_seed
@@ -65,7 +65,7 @@ def confirm(
     missing = [(trial, i) for i in range(seeds) for trial in trials if f"{trial.number}/{i}" not in done]
     for (trial, i), accuracy in _train_all(definition, data, missing, n_workers, devices):
         new = {f"{trial.number}/{i}": accuracy}
-        done |= change_attribute(study, "confirmed_runs", partial(_merge, new))
+        done |= change_attributes(study, partial(_add_runs, new))["confirmed_runs"]
         on_run(trial.number, i, accuracy)
     accuracies = {trial.number: [done[f"{trial.number}/{i}"] for i in range(seeds)] for trial in trials}
     sizes = {trial.number: _count_parameters(definition, data, trial) for trial in trials}
@@ -94,8 +94,8 @@ def confirm(
     return confirmation
 
 
-def _merge(new: dict[str, float], stored: dict[str, float] | None) -> dict[str, float]:
-    return {**(stored or {}), **new}
+def _add_runs(new: dict[str, float], attributes: dict[str, Any]) -> dict[str, Any]:
+    return {"confirmed_runs": attributes.get("confirmed_runs", {}) | new}
 
 
 def choose_winner(accuracies: Mapping[int, list[float]], sizes: Mapping[int, int]) -> tuple[int, bool]:

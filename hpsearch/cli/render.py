@@ -18,6 +18,7 @@ from hpsearch.monitor.text import (
     shorten,
 )
 from hpsearch.monitor.trials import flatten, list_columns
+from hpsearch.search.trials import describe_interruption
 
 _N_ERRORS = 5  # shown by `evaluate`
 
@@ -76,10 +77,10 @@ def render_trial(trial: Mapping[str, Any]) -> RenderableType:
         table.add_row("worker", Text(printable(str(trial["worker"]))))
     if trial["images_per_second"]:
         table.add_row("speed", f"{trial['images_per_second']:,} images/s")
-    if trial["attempts"]:
-        after, numbers = trial["resumed_after"], ", ".join(map(str, trial["attempts"]))
-        how = f"resumed from trial {numbers}, at epoch {after}" if after else f"restarted trial {numbers} from scratch"
-        table.add_row("attempts", how)
+    for i, interruption in enumerate(trial["interruptions"]):
+        table.add_row("" if i else "interrupted", Text(printable(describe_interruption(interruption)), overflow="fold"))
+    if trial["resumed_after"]:
+        table.add_row("resumed", f"after epoch {trial['resumed_after']}")
     if trial["environment"]:
         environment = ", ".join(f"{name} {value}" for name, value in trial["environment"].items())
         table.add_row("environment", Text(printable(environment)))

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import optuna
 import psutil
-import sqlalchemy
 import torch
 from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
@@ -26,6 +25,7 @@ from hpsearch.data.mnist import TORCHVISION_NAMES, data_folder, inspect_files
 from hpsearch.errors import HpsearchError, StorageUnavailable
 from hpsearch.search.checkpoints import artifact_folder, checkpoint_folder, find_unneeded_checkpoints, sweep_checkpoints
 from hpsearch.search.study import load_study
+from hpsearch.storage import tables
 from hpsearch.storage.artifacts import Folder
 from hpsearch.storage.backup import check_integrity
 from hpsearch.storage.engine import network_file_system, safe_journal
@@ -124,7 +124,7 @@ def _check_file(file: Path, fix: bool) -> Iterator[Finding]:
 def _check_latency(storage: Storage) -> Finding:
     def lock() -> None:
         with storage.engine.begin() as connection:
-            connection.execute(sqlalchemy.text("SELECT 1"))
+            tables.read_clock(connection)
 
     seconds = statistics.median(timeit.repeat(lock, number=1, repeat=5))
     message = f"{seconds * 1000:.1f} ms to acquire the database lock"
@@ -134,10 +134,8 @@ def _check_latency(storage: Storage) -> Finding:
 
 def _check_clock(storage: Storage) -> Finding:
     with storage.engine.begin() as connection:
-        time_there = connection.execute(sqlalchemy.text("SELECT CURRENT_TIMESTAMP")).scalar_one()
-    if not isinstance(time_there, datetime):
-        time_there = datetime.fromisoformat(time_there)  # SQLite returns whole seconds, in UTC
-    time_there = time_there if time_there.tzinfo else time_there.replace(tzinfo=UTC)
+        time_there = tables.read_clock(connection)
+    time_there = time_there if time_there.tzinfo else time_there.replace(tzinfo=UTC)  # SQLite's is in UTC
     difference = abs((datetime.now(UTC) - time_there).total_seconds())
     message = f"clock difference to the database: {difference:.0f} s"
     return _judge("clock", difference <= _MAX_CLOCK_DIFFERENCE, message, "synchronize both clocks with NTP")

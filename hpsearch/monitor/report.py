@@ -187,13 +187,7 @@ def _check_origin(
 
 def _sum_time(rows: Sequence[dict[str, Any]], full: int, trials: Sequence[FrozenTrial]) -> dict[str, Any]:
     """Return trials, epochs and seconds by state and by worker, and the seconds saved by pruning."""
-    # A retried trial includes the epochs of its earlier attempts.
-    superseded = {number for trial in trials for number in trial.user_attrs.get("attempts", ())}
-    started = [
-        row | {"seconds": row["seconds"] or 0.0, "epoch": 0 if row["number"] in superseded else row["epoch"]}
-        for row in rows
-        if row["state"] != "waiting"
-    ]
+    started = [row | {"seconds": row["seconds"] or 0.0} for row in rows if row["state"] != "waiting"]
     pruned = [row for row in started if row["state"] == "pruned" and row["epoch"]]
     starts = [trial.datetime_start for trial in trials if trial.datetime_start]
     ends = [trial.datetime_complete for trial in trials if trial.datetime_complete]

@@ -14,9 +14,10 @@ from hpsearch.config.definition import StudyDefinition
 from hpsearch.monitor.text import describe_best
 from hpsearch.search.selection import explain_choice, find_best
 from hpsearch.search.study import load_study
-from hpsearch.search.trials import TrialEvent, describe_trial, explain_end, read_status
+from hpsearch.search.trials import TrialEvent, describe_trial, make_event, read_status
 from hpsearch.storage.budget import SEARCHING_STATES, seconds_searched
 from hpsearch.storage.rdb import Storage, open_storage
+from hpsearch.storage.tables import count_interruptions
 
 _N_RECENT = 40  # finished trials used to estimate the remaining time
 _N_DRAWS = 200
@@ -86,7 +87,7 @@ class Watch:
     def __init__(self, definition: StudyDefinition, storage: Storage) -> None:
         self.definition, self.storage = definition, storage
         self.study = load_study(definition, storage)
-        self._known: set[int] | None = None  # numbers of the trials that have ended
+        self._known: set[tuple[Any, ...]] | None = None  # the attempts that have ended
 
     def poll(self) -> Snapshot:
         """Return the current snapshot. Raises `StorageError`."""
@@ -97,7 +98,7 @@ class Watch:
         ended = [trial for trial in trials if trial.state.is_finished() and trial.datetime_complete]
         ended.sort(key=lambda trial: (trial.datetime_complete, trial.number), reverse=True)
         finished = [trial for trial in ended if trial.state != TrialState.FAIL]
-        failed = [trial for trial in ended if trial.state == TrialState.FAIL and not _is_retried(trial)]
+        failed = [trial for trial in ended if trial.state == TrialState.FAIL]
         now = datetime.now()
         spans = [
             (trial.datetime_start, trial.datetime_complete)
@@ -114,8 +115,10 @@ class Watch:
         if seconds_left and "minutes" in status["budget"]:
             most = max(status["budget"]["minutes"] * 60 - seconds, 0.0)
             seconds_left = min(seconds_left[0], most), min(seconds_left[1], most)
-        news = [] if self._known is None else [trial for trial in ended if trial.number not in self._known]
-        self._known = {trial.number for trial in ended}
+        requeued = [trial for trial in trials if trial.state == TrialState.WAITING and count_interruptions(trial)]
+        attempts = {(trial.number, count_interruptions(trial), trial.state): trial for trial in [*ended, *requeued]}
+        news = [] if self._known is None else [trial for key, trial in attempts.items() if key not in self._known]
+        self._known = {*attempts}
         return Snapshot(
             status=status,
             workers=sorted(
@@ -125,7 +128,7 @@ class Watch:
             finished=[describe_trial(trial) for trial in finished[:_N_LISTED]],
             failed=[describe_trial(trial) for trial in failed[:_N_LISTED]],
             n_failed=len(failed),
-            news=[_make_event(trial) for trial in reversed(news)],
+            news=[make_event(trial) for trial in reversed(news)],
             seconds=seconds,
             seconds_left=seconds_left,
             is_stopped=bool(self.study.user_attrs.get("stopped")),
@@ -165,19 +168,6 @@ def summarize_search(watch: Watch, command: str) -> list[str]:
         f"note:  {note}",
         f"next:  hpsearch confirm {command}  |  hpsearch export {command}",
     ]
-
-
-def _make_event(trial: FrozenTrial) -> TrialEvent:
-    worker, epoch = trial.user_attrs.get("worker", "unknown"), trial.last_step or 0
-    if trial.state == TrialState.FAIL:
-        return TrialEvent(worker, trial.number, "failed", epoch, message=explain_end(trial))
-    if trial.state == TrialState.COMPLETE:
-        return TrialEvent(worker, trial.number, "complete", epoch, trial.value)
-    return TrialEvent(worker, trial.number, "pruned", epoch, trial.value, trial.user_attrs.get("diverged", ""))
-
-
-def _is_retried(trial: FrozenTrial) -> bool:
-    return bool(trial.user_attrs.get("failure", {}).get("retried"))
 
 
 def _describe_worker(trial: FrozenTrial, *, is_lost: bool) -> dict[str, Any]:

@@ -7,9 +7,11 @@ import optuna
 from optuna.trial import TrialState
 
 from hpsearch.config.definition import StudyDefinition
+from hpsearch.config.space import Suggests
 from hpsearch.search.selection import by_value
 from hpsearch.storage.artifacts import Folder
-from hpsearch.storage.checkpoints import find_checkpoints
+from hpsearch.storage.checkpoints import checkpoint_name, find_checkpoints
+from hpsearch.storage.tables import count_interruptions
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +39,19 @@ def find_unneeded_checkpoints(definition: StudyDefinition, study: optuna.Study) 
     trials = study.get_trials(deepcopy=False)
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     best = sorted(complete, key=by_value)[: definition.recovery.keep]
-    needed = set[int]()
-    for trial in (*best, *(trial for trial in trials if not trial.state.is_finished())):
-        needed |= {trial.number, *trial.user_attrs.get("attempts", ())}
-    return [name for name, number in files.items() if number not in needed]
+    needed = {name for trial in trials if not trial.state.is_finished() for name in checkpoints_of(trial)}
+    for trial in best:
+        needed |= {*[name for name in checkpoints_of(trial) if name in files][-1:]}
+    return [name for name in files if name.removesuffix(".tmp") not in needed]
+
+
+def checkpoints_of(trial: Suggests) -> list[str]:
+    """Return the file names of the checkpoints of a trial's attempts, the current one last.
+
+    In older studies an attempt has a trial number of its own, which the trial lists in `attempts`.
+    """
+    earlier = [checkpoint_name(number) for number in trial.user_attrs.get("attempts", ())]
+    return earlier + [checkpoint_name(trial.number, i) for i in range(count_interruptions(trial) + 1)]
 
 
 def sweep_checkpoints(definition: StudyDefinition, study: optuna.Study) -> None:

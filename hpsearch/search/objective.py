@@ -12,6 +12,7 @@ from hpsearch.config.definition import StudyDefinition
 from hpsearch.config.space import Hyperparameters, suggest
 from hpsearch.data.dataset import ImageData
 from hpsearch.errors import Diverged, Drained, StorageUnavailable
+from hpsearch.search.checkpoints import checkpoints_of
 from hpsearch.search.pruning import PruningCallback
 from hpsearch.search.selection import by_value
 from hpsearch.storage.artifacts import Folder
@@ -100,8 +101,7 @@ class Objective:
             "seed": trial_seed(self.definition.study.seed, trial),
             "hyperparameters": hyperparameters.model_dump(),
         }
-        earlier = trial.user_attrs.get("attempts", ())
-        return Checkpoint(self.checkpoints, trial.number, identity, earlier, self.definition.recovery.checkpoint)
+        return Checkpoint(self.checkpoints, checkpoints_of(trial), identity, self.definition.recovery.checkpoint)
 
     def _is_among_best(self, trial: optuna.Trial, result: EpochResult) -> bool:
         """Return whether the finished trial ranks among the `recovery.keep` best."""

@@ -6,7 +6,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from hpsearch.errors import NoCompletedTrial
-from hpsearch.search.study import change_attribute
+from hpsearch.search.study import change_attributes
 
 
 def find_best(study: optuna.Study, number: int | None = None) -> FrozenTrial:
@@ -52,7 +52,8 @@ def explain_choice(study: optuna.Study, command: str) -> str:
 def record_test_use(study: optuna.Study, trial: FrozenTrial) -> int:
     """Record a use of the test set, and return how many exports of this study have used it."""
     use = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "trial": trial.number}
-    return len(change_attribute(study, "test_reads", lambda uses: [*(uses or ()), use]))
+    changed = change_attributes(study, lambda attributes: {"test_reads": [*attributes.get("test_reads", ()), use]})
+    return len(changed["test_reads"])
 
 
 def by_value(trial: FrozenTrial) -> tuple[float, int]:

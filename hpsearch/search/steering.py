@@ -10,9 +10,9 @@ from optuna.trial import TrialState
 from hpsearch.config.definition import StudyDefinition
 from hpsearch.config.validation import check_try
 from hpsearch.errors import StudyNotFound, UsageError
-from hpsearch.search.study import change_attribute, load_study, open_study
+from hpsearch.search.study import change_attributes, load_study, open_study
 from hpsearch.storage.artifacts import Folder
-from hpsearch.storage.rdb import cache_of, open_storage
+from hpsearch.storage.rdb import open_storage, storage_of
 
 
 def start_study(definition: StudyDefinition, *, keeps_extension: bool = True, resumes: bool = True) -> None:
@@ -52,12 +52,15 @@ def extend_study(study: optuna.Study, n_trials: int) -> int:
     The extension is dropped when the study is run with a different number of trials.
     """
 
-    def extend(budget: dict[str, Any]) -> dict[str, Any]:
-        extension = study.user_attrs.get("extension", {"of": budget["trials"], "by": 0})
-        study.set_user_attr("extension", extension | {"by": extension["by"] + n_trials})
-        return budget | {"trials": budget["trials"] + n_trials}
+    def extend(attributes: dict[str, Any]) -> dict[str, Any]:
+        budget = attributes["budget"]
+        extension = attributes.get("extension", {"of": budget["trials"], "by": 0})
+        return {
+            "budget": budget | {"trials": budget["trials"] + n_trials},
+            "extension": extension | {"by": extension["by"] + n_trials},
+        }
 
-    return int(change_attribute(study, "budget", extend)["trials"])
+    return int(change_attributes(study, extend)["budget"]["trials"])
 
 
 def enqueue_trial(definition: StudyDefinition, study: optuna.Study, settings: Iterable[str]) -> int:
@@ -81,8 +84,8 @@ def enqueue_trial(definition: StudyDefinition, study: optuna.Study, settings: It
     if problems:
         raise UsageError("\n".join(problems))
     trial = optuna.trial.create_trial(state=TrialState.WAITING, system_attrs={"fixed_params": values})
-    storage: Any = cache_of(study)
-    return int(storage.get_trial_number_from_id(storage.create_new_trial(study._study_id, template_trial=trial)))
+    storage = storage_of(study)
+    return storage.get_trial_number_from_id(storage.create_new_trial(study._study_id, template_trial=trial))
 
 
 def _parse(text: str) -> Any:

@@ -4,7 +4,6 @@ import json
 import uuid
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import optuna
@@ -36,12 +35,15 @@ def open_study(definition: StudyDefinition, storage: Storage, *, keeps_extension
             study.set_user_attr("identity", definition.identity)
         if "id" not in study.user_attrs:
             study.set_user_attr("id", uuid.uuid4().hex[:8])
-        budget = definition.budget.model_dump(exclude_none=True)
-        extension = study.user_attrs.get("extension", {})
-        if extension.get("of") != budget["trials"] or not keeps_extension:
-            extension = {"of": budget["trials"], "by": 0}
-            study.set_user_attr("extension", extension)
-        study.set_user_attr("budget", budget | {"trials": budget["trials"] + extension["by"]})
+
+        def set_budget(attributes: dict[str, Any]) -> dict[str, Any]:
+            budget = definition.budget.model_dump(exclude_none=True)
+            extension = attributes.get("extension", {})
+            if extension.get("of") != budget["trials"] or not keeps_extension:
+                extension = {"of": budget["trials"], "by": 0}
+            return {"extension": extension, "budget": budget | {"trials": budget["trials"] + extension["by"]}}
+
+        change_attributes(study, set_budget)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             study.set_metric_names(["validation accuracy"])
@@ -64,13 +66,10 @@ def load_study(definition: StudyDefinition, storage: Storage) -> optuna.Study:
     return study
 
 
-def change_attribute(study: optuna.Study, key: str, change: Callable[[Any], Any]) -> Any:
-    """Replace a study's attribute by `change(old value or None)` under a lock, and return the new value."""
-    storage = storage_of(study)
-    with creation_lock(storage.engine.url) if storage else nullcontext():
-        value = change(study.user_attrs.get(key))
-        study.set_user_attr(key, value)
-    return value
+def change_attributes(study: optuna.Study, change: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+    """Change attributes of a study in one transaction: see `Storage.change_study_attrs`."""
+    changed: dict[str, Any] = storage_of(study).change_study_attrs(study._study_id, change)
+    return changed
 
 
 def _check_identity(definition: StudyDefinition, study: optuna.Study) -> None:

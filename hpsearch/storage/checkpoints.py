@@ -21,23 +21,21 @@ logger = logging.getLogger(__name__)
 State = dict[str, Any]
 _LONGEST_PAUSE = 300.0  # seconds between attempts while writing fails
 _DIGEST_SIZE = hashlib.sha256().digest_size
-_NAME = re.compile(r"trial-(\d+)\.ckpt(\.tmp)?")
+_NAME = re.compile(r"trial-\d+(-\d+)?\.ckpt(\.tmp)?")
 
 
 class Checkpoint:
-    """The checkpoint of a trial, written every few seconds during training, and loaded when the trial is retried.
+    """The checkpoint of an attempt at a trial, written every few seconds during training.
 
-    `earlier` are the numbers of the trial's earlier attempts; their files are resumed from, and removed once there is a
-    newer one. `identity` describes the training; a file with another identity is ignored. `interval` is the minimum
-    number of seconds between two writes. If a write fails, a warning is logged, the trial continues, and attempts are
-    made less and less often until one succeeds.
+    `names` are the file names of the trial's attempts, the current one last. Only that file is written; the others are
+    resumed from, and removed once there is a newer one. `identity` describes the training; a file with another identity
+    is ignored. `interval` is the minimum number of seconds between two writes. If a write fails, a warning is logged,
+    the trial continues, and attempts are made less and less often until one succeeds.
     """
 
-    def __init__(
-        self, folder: Folder, number: int, identity: Mapping[str, Any], earlier: Sequence[int] = (), interval: float = 0
-    ) -> None:
-        self.folder, self.name = folder, checkpoint_name(number)
-        self.earlier = [checkpoint_name(attempt) for attempt in earlier]
+    def __init__(self, folder: Folder, names: Sequence[str], identity: Mapping[str, Any], interval: float = 0) -> None:
+        self.folder = folder
+        *self.earlier, self.name = names
         self.identity = json.dumps(identity, sort_keys=True)
         self.interval = interval
         self._pause = 0.0  # seconds, after failures
@@ -85,15 +83,14 @@ class Checkpoint:
         self._written = time.monotonic()
 
 
-def checkpoint_name(number: int) -> str:
-    """Return the file name of a trial's checkpoint."""
-    return f"trial-{number}.ckpt"
+def checkpoint_name(number: int, attempt: int = 0) -> str:
+    """Return the file name of the checkpoint of an attempt at a trial."""
+    return f"trial-{number}-{attempt}.ckpt" if attempt else f"trial-{number}.ckpt"
 
 
-def find_checkpoints(folder: Folder) -> dict[str, int]:
-    """Return the file names of all checkpoints in a folder, partial ones included, with their trial numbers."""
-    matches = {name: _NAME.fullmatch(name) for name in folder.find()}
-    return {name: int(match[1]) for name, match in matches.items() if match}
+def find_checkpoints(folder: Folder) -> list[str]:
+    """Return the file names of all checkpoints in a folder, partial ones included."""
+    return [name for name in folder.find() if _NAME.fullmatch(name)]
 
 
 def write(folder: Folder, name: str, content: Mapping[str, Any]) -> None:

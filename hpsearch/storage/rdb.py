@@ -1,65 +1,69 @@
 """Optuna's RDBStorage, made safe and fast for parallel workers.
 
-It differs in three ways: every SQLite transaction starts with `BEGIN IMMEDIATE`; the transaction that starts a trial
-also checks the budget, assigns the worker and writes the first heartbeat; and the reports of a running trial are
-buffered and flushed at most every 0.5 s.
+It differs in four ways: every SQLite transaction starts with `BEGIN IMMEDIATE`; the transaction that starts a trial
+also checks the budget, assigns the worker and writes the first heartbeat; the reports of a running trial are buffered
+and flushed at most every 0.5 s; and an interrupted trial waits on its own row, where only its latest attempt may write.
 """
 
 import threading
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import optuna
 import sqlalchemy
 from optuna.distributions import BaseDistribution, check_distribution_compatibility
-from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import RDBStorage
-from optuna.storages._rdb import models
-from optuna.storages._rdb.storage import _create_scoped_session
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import Connection
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
-from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
 from hpsearch.config.urls import parse_url, show_url
-from hpsearch.errors import StorageError, StudyNotFound, UsageError
+from hpsearch.errors import StorageError, StudyNotFound, TrialLost, UsageError
 from hpsearch.storage import tables
-from hpsearch.storage.budget import INDEXES, SearchTime, admit, is_stopped, lock_study
+from hpsearch.storage.budget import SearchTime, admit
 from hpsearch.storage.engine import check_location, check_tables, connect_arguments, creation_lock, harden, pool_options
 from hpsearch.storage.retry import build_retrier, describe_cause, make_error, retry_on_outage
-from hpsearch.storage.tables import BufferedTrial, Counts, read_counts
-
-_TRIAL: Any = models.TrialModel
+from hpsearch.storage.tables import BufferedTrial
 
 
-class _RetryingStorage(RDBStorage):
-    """RDBStorage that retries its calls during an outage."""
-
-
-# These are the methods of RDBStorage that Optuna calls directly.
-for _name in (
-    *("create_new_study", "delete_study", "get_all_studies", "get_study_id_from_name", "get_study_name_from_id"),
-    *("get_study_directions", "get_study_user_attrs", "get_study_system_attrs", "set_study_user_attr"),
-    *("set_study_system_attr", "_create_new_trial", "_set_trial_param", "set_trial_state_values"),
-    *("set_trial_intermediate_value", "set_trial_user_attr", "set_trial_system_attr"),
-    *("_get_best_trial_id", "record_heartbeat"),
-):
-    setattr(_RetryingStorage, _name, retry_on_outage(getattr(RDBStorage, _name)))
-
-
-class Storage(_RetryingStorage):
+class Storage(RDBStorage):
     """Optuna's RDBStorage that checks the budget before it starts a trial, and buffers the trials of its `worker`.
 
-    Buffered reports and attributes are written by `flush` when due, and in the transaction that ends the trial. In an
-    outage, calls are retried for `patience` seconds or until `giving_up` is set; then they raise `StorageUnavailable`.
+    Buffered reports and attributes are written by `flush` when due, and in the transaction that ends the trial. With a
+    `worker`, every write to a trial raises `TrialLost` once the trial is not running any more, or in another attempt.
+    In an outage, calls are retried for `patience` seconds or until `giving_up` is set; then they raise
+    `StorageUnavailable`.
     """
+
+    # What Optuna calls, retried in an outage.
+    create_new_study = retry_on_outage(RDBStorage.create_new_study)
+    delete_study = retry_on_outage(RDBStorage.delete_study)
+    get_all_studies = retry_on_outage(RDBStorage.get_all_studies)
+    get_study_id_from_name = retry_on_outage(RDBStorage.get_study_id_from_name)
+    get_study_name_from_id = retry_on_outage(RDBStorage.get_study_name_from_id)
+    get_study_directions = retry_on_outage(RDBStorage.get_study_directions)
+    get_study_user_attrs = retry_on_outage(RDBStorage.get_study_user_attrs)
+    get_study_system_attrs = retry_on_outage(RDBStorage.get_study_system_attrs)
+    set_study_user_attr = retry_on_outage(RDBStorage.set_study_user_attr)
+    set_study_system_attr = retry_on_outage(RDBStorage.set_study_system_attr)
+    _get_best_trial_id = retry_on_outage(RDBStorage._get_best_trial_id)
+    record_heartbeat = retry_on_outage(RDBStorage.record_heartbeat)
+    # The same for trials that are not buffered.
+    _add_trial = retry_on_outage(RDBStorage._create_new_trial)
+    _write_param = retry_on_outage(RDBStorage._set_trial_param)
+    _write_state = retry_on_outage(RDBStorage.set_trial_state_values)
+    _write_report = retry_on_outage(RDBStorage.set_trial_intermediate_value)
+    _write_user_attr = retry_on_outage(RDBStorage.set_trial_user_attr)
+    _write_system_attr = retry_on_outage(RDBStorage.set_trial_system_attr)
 
     def __init__(self, url: URL, *, heartbeat: int, grace: int, creates: bool, reads_only: bool = False) -> None:
         self.worker: str | None = None
@@ -88,7 +92,7 @@ class Storage(_RetryingStorage):
         versions = self._version_manager
         if versions.get_current_version() != versions.get_head_version():
             versions.check_table_schema_compatibility()  # needs two connections
-        for index in INDEXES if creates else ():
+        for index in tables.INDEXES if creates else ():
             index.create(self.engine, checkfirst=True)  # also in tables that Optuna created
         # Optuna needs two connections to create tables; from now on one is enough.
         is_sqlite = url.get_backend_name() == "sqlite"
@@ -102,70 +106,76 @@ class Storage(_RetryingStorage):
         raise TypeError("a storage cannot be pickled; open a new one in the other process")
 
     @retry_on_outage
+    def change_study_attrs(self, study_id: int, change: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+        """Change user attributes of a study in one transaction.
+
+        `change` gets all attributes and returns the new values of some; they are written and returned.
+        """
+        with self.engine.begin() as connection:
+            tables.lock_study(connection, study_id)
+            changed = change(tables.read_study_attrs(connection, study_id))
+            for key, value in changed.items():
+                tables.write_study_attr(connection, study_id, key, value)
+        return changed
+
     def join(self, study_id: int) -> int:
         """Register a worker and return its number in the study, from 0."""
-        with _create_scoped_session(self.scoped_session) as session:
-            study = models.StudyModel.find_or_raise_by_id(study_id, session, for_update=True)
-            attribute = models.StudyUserAttributeModel.find_by_study_and_key(study, "workers", session)
-            if attribute is None:
-                attribute = models.StudyUserAttributeModel(study_id=study_id, key="workers", value_json="0")
-                session.add(attribute)
-            n_before = int(attribute.value_json)
-            attribute.value_json = str(n_before + 1)
-            return n_before
+        changed = self.change_study_attrs(study_id, lambda attrs: {"workers": attrs.get("workers", 0) + 1})
+        return int(changed["workers"]) - 1
 
-    def fail(self, trial_id: int, kind: str, message: str, *, retries: int = 0) -> bool:
-        """Fail a running trial, with the reason in its user attribute `failure`; return whether it was running.
+    def end_attempt(
+        self, trial_id: int, attempt: int, kind: str, message: str, *, retries: int = 0
+    ) -> FrozenTrial | None:
+        """End an attempt at a trial; return the trial, or None if the attempt has already ended.
 
-        The same transaction re-queues the parameters of a trial that was "interrupted", or "killed" at most `retries`
-        times.
+        A trial that was "interrupted", or "killed" at most `retries` times, waits for another attempt on its own row:
+        it keeps its number, parameters and reports, and the reason is added to its user attribute `interruptions`.
+        Otherwise it fails, with the reason in its user attribute `failure`.
         """
-        has_failed: bool = self._fail(trial_id, kind, message, retries)
+        trial: FrozenTrial | None = self._end_attempt(trial_id, attempt, kind, message, retries)
         self._fresh_until = 0.0
         self.release(trial_id)
-        return has_failed
+        return trial
 
     @retry_on_outage
-    def _fail(self, trial_id: int, kind: str, message: str, retries: int) -> bool:
-        with _create_scoped_session(self.scoped_session) as session:
-            study_id = _TRIAL.find_or_raise_by_id(trial_id, session).study_id
-            # Locking the study keeps trial numbers unique; it is always locked before a trial.
-            models.StudyModel.find_or_raise_by_id(study_id, session, for_update=True)
-            trial: Any = _TRIAL.find_or_raise_by_id(trial_id, session, for_update=True)
-            session.refresh(trial)
-            if trial.state != TrialState.RUNNING:
-                return False
+    def _end_attempt(self, trial_id: int, attempt: int, kind: str, message: str, retries: int) -> FrozenTrial | None:
+        with self.engine.begin() as connection:
+            if tables.lock_trial(connection, trial_id)[:2] != (TrialState.RUNNING, attempt):
+                return None
             if buffered := self._buffered.get(trial_id):
-                buffered.write(session.connection())
-            frozen = self._build_frozen_trial_from_trial_model(trial)
-            kills = [*frozen.system_attrs.get("retry_history", []), *([frozen.number] if kind == "killed" else [])]
-            is_retried = kind == "interrupted" or (kind == "killed" and len(kills) <= retries)
-            failure = {"kind": kind, "message": message, "retried": is_retried}
-            self._set_user_attr(session, trial_id, "failure", failure)
-            trial.state = TrialState.FAIL
-            trial.datetime_complete = datetime.now()
-            if is_retried:
-                # Otherwise ASHA and Hyperband would count one training twice.
-                rungs = models.TrialSystemAttributeModel.key.startswith("completed_rung_")
-                session.query(models.TrialSystemAttributeModel).filter_by(trial_id=trial_id).filter(rungs).delete(False)
-                self._get_prepared_new_trial(study_id, _retry_of(frozen, kills), session)
-            return True
+                buffered.write(connection)
+            trial = tables.read_trial(connection, trial_id)
+            now, interruptions = datetime.now(), trial.user_attrs.get("interruptions", [])
+            n_kills = sum(earlier["kind"] == "killed" for earlier in interruptions)
+            n_kills += len(trial.system_attrs.get("retry_history", ()))  # of an older study
+            if kind == "interrupted" or (kind == "killed" and n_kills < retries):
+                reason = {"kind": kind, "message": message, "worker": trial.user_attrs.get("worker")}
+                reason |= {"epoch": trial.last_step or 0, "at": now.astimezone(UTC).isoformat(timespec="seconds")}
+                tables.write_user_attr(connection, trial, "interruptions", [*interruptions, reason])
+                trial.state, trial.datetime_start = TrialState.WAITING, None
+            else:
+                tables.write_user_attr(connection, trial, "failure", {"kind": kind, "message": message})
+                trial.state, trial.datetime_complete = TrialState.FAIL, now
+            tables.write_state(connection, trial)
+            return trial
 
     def retry_for(self, seconds: float) -> None:
         """From now on retry for `seconds`, even if `giving_up` was set, to re-queue trials before exiting."""
         self.patience, self.giving_up = seconds, threading.Event()
 
-    def reap(self, study_id: int, retries: int) -> list[int]:
-        """Fail running trials without a heartbeat for longer than the grace period; return their ids.
+    def reap(self, study_id: int, retries: int) -> list[FrozenTrial]:
+        """End the attempts without a heartbeat for longer than the grace period; return their trials.
 
-        After an outage of the database, or a suspend of this machine, no trial is failed for another grace period,
+        After an outage of the database, or a suspend of this machine, no attempt is ended for another grace period,
         because other workers could not send heartbeats either.
         """
+        self._adopt_orphans(study_id)
         message = f"no heartbeat for {self.grace_period} s"
-        stale = self._get_stale_trial_ids(study_id)
+        stale = self._find_stale(study_id)
         if time.time() < self.trusts_heartbeats_from:
             return []
-        return [trial_id for trial_id in stale if self.fail(trial_id, "killed", message, retries=retries)]
+        ended = [self.end_attempt(trial_id, attempt, "killed", message, retries=retries) for trial_id, attempt in stale]
+        return [trial for trial in ended if trial]
 
     def _note_answer(self) -> None:
         """After a long outage, declare no workers dead for one grace period (wall-clock time, so a suspend counts)."""
@@ -174,32 +184,25 @@ class Storage(_RetryingStorage):
             self.trusts_heartbeats_from = now + grace
         self._last_answer = now
 
-    def _set_user_attr(self, session: Session, trial_id: int, key: str, value: Any) -> None:
-        self._set_trial_attr_without_commit(session, models.TrialUserAttributeModel, trial_id, key, value)
-
-    @retry_on_outage
-    def _get_stale_trial_ids(self, study_id: int) -> list[int]:
-        self._adopt_orphans(study_id)
-        return super()._get_stale_trial_ids(study_id)
-
-    @retry_on_outage
     def find_stale(self, study_id: int) -> list[int]:
         """Return the ids of stale running trials, also of those that never had a heartbeat; changes nothing."""
-        with _create_scoped_session(self.scoped_session) as session:
-            orphans = self._find_orphans(study_id, session)
-        return [*super()._get_stale_trial_ids(study_id), *orphans]
+        return [trial_id for trial_id, _ in self._find_stale(study_id, orphans=True)]
 
+    @retry_on_outage
+    def _find_stale(self, study_id: int, *, orphans: bool = False) -> list[tuple[int, int]]:
+        """Return the id and attempt of each stale running trial."""
+        grace = timedelta(seconds=self.grace_period or 0)
+        with self.engine.begin() as connection:
+            running = tables.read_running(connection, study_id)
+        return [(trial_id, attempt) for trial_id, attempt, age in running if (orphans if age is None else age > grace)]
+
+    @retry_on_outage
     def _adopt_orphans(self, study_id: int) -> None:
         """Write a heartbeat for running trials that have none, so that they become stale after a grace period."""
-        with _create_scoped_session(self.scoped_session, ignore_integrity_error=True) as session:
-            orphans = self._find_orphans(study_id, session)
-            session.add_all([models.TrialHeartbeatModel(trial_id=trial_id) for trial_id in orphans])
-
-    def _find_orphans(self, study_id: int, session: Session) -> list[int]:
-        query = session.query(_TRIAL.trial_id).filter(
-            _TRIAL.study_id == study_id, _TRIAL.state == TrialState.RUNNING, ~_TRIAL.heartbeats.any()
-        )
-        return [trial_id for (trial_id,) in query]
+        with self.engine.begin() as connection:
+            for trial_id, _, age in tables.read_running(connection, study_id):
+                if age is None:
+                    tables.beat(connection, trial_id)
 
     def flush(self, trial_id: int) -> None:
         """Write a trial's buffered reports if due. Raises `UpdateFinishedTrialError` if another worker failed it."""
@@ -209,17 +212,31 @@ class Storage(_RetryingStorage):
 
     @retry_on_outage
     def beat(self, trial_id: int) -> bool:
-        """Write a heartbeat if the trial is still running; return whether it is."""
-        with _create_scoped_session(self.scoped_session) as session:
-            is_running = tables.lock_trial(session.connection(), trial_id) == TrialState.RUNNING
-            self.is_stopped = is_stopped(session, trial_id)
-            if is_running:
-                tables.beat(session.connection(), trial_id)
-            return is_running
+        """Write a heartbeat if the buffered trial is still this worker's; return whether it is."""
+        buffered = self._buffered.get(trial_id)
+        if buffered is None:
+            return False
+        with self.engine.begin() as connection:
+            is_own = self._owns(connection, buffered)
+            if is_own:
+                tables.beat(connection, trial_id)
+        return is_own
+
+    def _owns(self, connection: Connection, buffered: BufferedTrial) -> bool:
+        """Lock a trial; return whether it is running in the attempt of this worker. Also notes `is_stopped`."""
+        state, attempt, self.is_stopped = tables.lock_trial(connection, buffered.trial._trial_id)
+        return state == TrialState.RUNNING and attempt == buffered.attempt
 
     def release(self, trial_id: int) -> None:
         """Discard a buffered trial and its unwritten rows."""
         self._buffered.pop(trial_id, None)
+
+    def _find_buffered(self, trial_id: int) -> BufferedTrial | None:
+        """Return the buffered trial to write to; None without a worker. Raises `TrialLost` if it was released."""
+        buffered = self._buffered.get(trial_id)
+        if self.worker and buffered is None:
+            raise TrialLost
+        return buffered
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
         if buffered := self._buffered.get(trial_id) or self._ended.get(trial_id):
@@ -230,26 +247,29 @@ class Storage(_RetryingStorage):
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Any = None) -> bool:
         if state == TrialState.RUNNING and self.worker:
             return bool(self._claim(trial_id))
-        if buffered := self._buffered.get(trial_id):
+        if buffered := self._find_buffered(trial_id):
             self._end(buffered, state, values)
             return True
-        return super().set_trial_state_values(trial_id, state, values)
+        return bool(self._write_state(trial_id, state, values))
 
     def set_trial_intermediate_value(self, trial_id: int, step: int, intermediate_value: float) -> None:
-        if buffered := self._buffered.get(trial_id):
+        if buffered := self._find_buffered(trial_id):
             buffered.report(step, intermediate_value)
-            return self.flush(trial_id)
-        return super().set_trial_intermediate_value(trial_id, step, intermediate_value)
+            self.flush(trial_id)
+        else:
+            self._write_report(trial_id, step, intermediate_value)
 
     def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
-        if buffered := self._buffered.get(trial_id):
-            return buffered.set_user_attr(key, value)
-        return super().set_trial_user_attr(trial_id, key, value)
+        if buffered := self._find_buffered(trial_id):
+            buffered.set_user_attr(key, value)
+        else:
+            self._write_user_attr(trial_id, key, value)
 
     def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
-        if buffered := self._buffered.get(trial_id):
-            return buffered.set_system_attr(key, value)
-        return super().set_trial_system_attr(trial_id, key, value)
+        if buffered := self._find_buffered(trial_id):
+            buffered.set_system_attr(key, value)
+        else:
+            self._write_system_attr(trial_id, key, value)
 
     def _set_trial_param(
         self,
@@ -259,17 +279,17 @@ class Storage(_RetryingStorage):
         distribution: BaseDistribution,
         previous_distribution: BaseDistribution | None,
     ) -> None:
-        if buffered := self._buffered.get(trial_id):
+        if buffered := self._find_buffered(trial_id):
             if previous_distribution is not None:
                 check_distribution_compatibility(previous_distribution, distribution)
-            return buffered.set_param(param_name, param_value_internal, distribution)
-        return super()._set_trial_param(trial_id, param_name, param_value_internal, distribution, previous_distribution)
+            buffered.set_param(param_name, param_value_internal, distribution)
+        else:
+            self._write_param(trial_id, param_name, param_value_internal, distribution, previous_distribution)
 
     def _create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> FrozenTrial:
-        if template_trial is None and self.worker:
-            trial: FrozenTrial = self._start(study_id)
-            return trial
-        return super()._create_new_trial(study_id, template_trial)
+        is_own = template_trial is None and self.worker
+        trial: FrozenTrial = self._start(study_id) if is_own else self._add_trial(study_id, template_trial)
+        return trial
 
     @retry_on_outage
     def _get_trials(
@@ -279,29 +299,23 @@ class Storage(_RetryingStorage):
         if self._buffered and time.monotonic() < self._fresh_until:  # other workers flush no more often
             return [buffered.snapshot() for buffered in self._buffered.values()]
         known = self._buffered | self._ended
-        with _create_scoped_session(self.scoped_session) as session:
+        with self.engine.begin() as connection:
             trials = tables.read_trials(
-                session.connection(), study_id=study_id, above=trial_id_greater_than, ids=ids, known=known
+                connection, study_id=study_id, above=trial_id_greater_than, ids=ids, known=known
             )
         self._fresh_until = time.monotonic() + tables.WRITE_INTERVAL
         return [trial for trial in trials if states is None or trial.state in states]
 
     @retry_on_outage
-    def read_counts(self, study_id: int) -> Counts:
-        """Return the counts that `status` shows."""
-        with _create_scoped_session(self.scoped_session) as session:
-            return read_counts(session.connection(), study_id)
-
-    @retry_on_outage
     def _read_trial(self, trial_id: int) -> FrozenTrial:
-        with _create_scoped_session(self.scoped_session) as session:
-            return tables.read_trial(session.connection(), trial_id)
+        with self.engine.begin() as connection:
+            return tables.read_trial(connection, trial_id)
 
     @retry_on_outage
     def _start(self, study_id: int) -> FrozenTrial:
         """Start a new buffered trial: check the budget, assign the worker, write a heartbeat."""
-        with _create_scoped_session(self.scoped_session) as session:
-            number, connection = admit(session, study_id, self._searched[study_id]), session.connection()
+        with self.engine.begin() as connection:
+            number = admit(connection, study_id, self._searched[study_id])
             buffered = BufferedTrial(tables.insert_trial(connection, study_id, number, datetime.now(), self.worker))
         self._buffer(buffered)
         return buffered.snapshot()
@@ -309,23 +323,19 @@ class Storage(_RetryingStorage):
     @retry_on_outage
     def _claim(self, trial_id: int) -> bool:
         """Start a waiting trial like a new one; return False if another worker has it."""
-        with _create_scoped_session(self.scoped_session) as session:
-            connection = session.connection()
+        with self.engine.begin() as connection:
             study_id = tables.find_study(connection, trial_id)
-            lock_study(session, study_id)
-            buffered = BufferedTrial(tables.read_trial(connection, trial_id))
-            trial = buffered.trial
-            self.check_trial_is_updatable(trial_id, trial.state)
+            tables.lock_study(connection, study_id)
+            trial = tables.read_trial(connection, trial_id)
             if trial.state == TrialState.WAITING:
-                admit(session, study_id, self._searched[study_id])
+                admit(connection, study_id, self._searched[study_id])
                 trial.state, trial.datetime_start = TrialState.RUNNING, datetime.now()
-                tables.change_state(connection, trial, before=TrialState.WAITING)
-                tables.assign_worker(connection, trial_id, str(self.worker))
-                trial.user_attrs["worker"] = self.worker
-            elif trial.user_attrs.get("worker") != self.worker:
+                tables.write_state(connection, trial)
+                tables.assign_worker(connection, trial, str(self.worker))
+            elif trial.state != TrialState.RUNNING or trial.user_attrs.get("worker") != self.worker:
                 return False
-            # Otherwise an earlier attempt to claim it succeeded, but its response was lost.
-        self._buffer(buffered)
+            # Otherwise an earlier call has claimed it, but its response was lost.
+        self._buffer(BufferedTrial(trial))
         return True
 
     def _buffer(self, buffered: BufferedTrial) -> None:
@@ -336,63 +346,46 @@ class Storage(_RetryingStorage):
 
     @retry_on_outage
     def _flush(self, buffered: BufferedTrial) -> None:
-        with self._writing(buffered) as session:
-            state = tables.lock_trial(session.connection(), buffered.trial._trial_id)
-            self.check_trial_is_updatable(buffered.trial._trial_id, state)
-            buffered.write(session.connection())
-            self.is_stopped = is_stopped(session, buffered.trial._trial_id)
+        with self._writing(buffered) as connection:
+            if not self._owns(connection, buffered):
+                raise TrialLost
+            buffered.write(connection)
 
     @retry_on_outage
     def _end(self, buffered: BufferedTrial, state: TrialState, values: Any) -> None:
         """Write the trial's buffered rows, its values and its final state."""
         ended = buffered.snapshot()
         ended.state, ended.values, ended.datetime_complete = state, values, datetime.now()
-        with self._writing(buffered) as session:
-            connection = session.connection()
-            if not tables.change_state(connection, ended, before=TrialState.RUNNING):
-                self.check_trial_is_updatable(ended._trial_id, tables.lock_trial(connection, ended._trial_id))
-            buffered.write(connection)
-            tables.write_values(connection, ended._trial_id, values or ())
+        with self._writing(buffered) as connection:
+            stored, attempt, _ = tables.lock_trial(connection, ended._trial_id)
+            if attempt != buffered.attempt or stored not in (TrialState.RUNNING, state):
+                raise TrialLost
+            if stored == TrialState.RUNNING:  # otherwise it was ended by a call whose response was lost
+                tables.write_state(connection, ended)
+                buffered.write(connection)
+                tables.write_values(connection, ended._trial_id, values or ())
         buffered.trial = ended
         del self._buffered[ended._trial_id]
         self._ended = {ended._trial_id: buffered}
 
     @contextmanager
-    def _writing(self, buffered: BufferedTrial) -> Iterator[Session]:
-        """Open a transaction that writes a buffered trial; discard the trial if another worker has failed it."""
+    def _writing(self, buffered: BufferedTrial) -> Iterator[Connection]:
+        """Open a transaction that writes a buffered trial; discard the trial if it is lost."""
         try:
-            with _create_scoped_session(self.scoped_session) as session:
-                yield session
-        except UpdateFinishedTrialError:
+            with self.engine.begin() as connection:
+                yield connection
+        except TrialLost:
             self.release(buffered.trial._trial_id)
             raise
         buffered.clear_rows()
 
 
-def _retry_of(trial: FrozenTrial, kills: list[int]) -> FrozenTrial:
-    """Return a waiting trial with the parameters of a killed or interrupted one, linked to it as in Optuna."""
-    attempts = [*trial.user_attrs.get("attempts", []), trial.number]
-    system_attrs: dict[str, Any] = {"failed_trial": attempts[0], "retry_history": kills}
-    if "fixed_params" in trial.system_attrs:
-        system_attrs["fixed_params"] = trial.system_attrs["fixed_params"]
-    return optuna.trial.create_trial(
-        state=TrialState.WAITING,
-        params=trial.params,
-        distributions=trial.distributions,
-        user_attrs={"attempts": attempts},
-        system_attrs=system_attrs,
-    )
-
-
-def storage_of(study: optuna.Study) -> Storage | None:
-    """Return the `Storage` of a study, or None if its storage is of another class."""
-    storage = getattr(cache_of(study), "_backend", None)
-    return storage if isinstance(storage, Storage) else None
-
-
-def cache_of(study: optuna.Study) -> Any:
-    """Return Optuna's cache around the study's storage, which reads only new trials from the database."""
-    return study._storage
+def storage_of(study: optuna.Study) -> Storage:
+    """Return the `Storage` of a study. Raises `UsageError` if it was opened otherwise than with `open_storage`."""
+    storage = getattr(study._storage, "_backend", None)
+    if not isinstance(storage, Storage):
+        raise UsageError(f"study '{study.study_name}' must be opened with hpsearch.open_storage and open_study")
+    return storage
 
 
 def open_storage(

@@ -1,7 +1,8 @@
-"""Reads, writes and counts trials in Optuna's tables, in few statements.
+"""Every SQL statement on Optuna's tables, and the buffered trial whose rows they write.
 
 Optuna's RDBStorage writes each row in a separate transaction, about 20 per trial, and each waits for the disk. Here a
-running trial is a `BufferedTrial` in memory: its reports are buffered and flushed at most every 0.5 s.
+running trial is a `BufferedTrial` in memory: its reports are buffered and flushed at most every 0.5 s. The functions
+take the connection of an open transaction.
 """
 
 import copy
@@ -9,8 +10,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
@@ -22,9 +22,13 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import Connection
 from sqlalchemy.dialects import postgresql, sqlite
 
+from hpsearch.config.space import Suggests
+
 WRITE_INTERVAL = 0.5  # minimum seconds between two flushes of reports
 _TABLES = ("params", "distributions", "user_attrs", "system_attrs", "intermediate_values")  # of a FrozenTrial
 _MAX_VARIABLES = 500  # per statement; SQLite's default limit is higher
+STUDIES: Any = models.StudyModel.__table__
+STUDY_ATTRS: Any = models.StudyUserAttributeModel.__table__
 TRIALS: Any = models.TrialModel.__table__
 VALUES: Any = models.TrialValueModel.__table__
 PARAMS: Any = models.TrialParamModel.__table__
@@ -32,14 +36,31 @@ REPORTS: Any = models.TrialIntermediateValueModel.__table__
 USER_ATTRS: Any = models.TrialUserAttributeModel.__table__
 SYSTEM_ATTRS: Any = models.TrialSystemAttributeModel.__table__
 HEARTBEATS: Any = models.TrialHeartbeatModel.__table__
-_KEYS = {VALUES: "objective", PARAMS: "param_name", REPORTS: "step", USER_ATTRS: "key", SYSTEM_ATTRS: "key"}
+_KEYS: dict[Any, tuple[str, ...]] = {  # of which each table has one row
+    STUDY_ATTRS: ("study_id", "key"),
+    VALUES: ("trial_id", "objective"),
+    PARAMS: ("trial_id", "param_name"),
+    REPORTS: ("trial_id", "step"),
+    USER_ATTRS: ("trial_id", "key"),
+    SYSTEM_ATTRS: ("trial_id", "key"),
+    HEARTBEATS: ("trial_id",),
+}
+# Indexes that Optuna's tables lack; without them the queries of each trial slow down as trials accumulate.
+INDEXES = (
+    sqlalchemy.Index("ix_hpsearch_trials_state", TRIALS.c.study_id, TRIALS.c.state),
+    sqlalchemy.Index("ix_hpsearch_trials_number", TRIALS.c.study_id, TRIALS.c.number),
+    sqlalchemy.Index("ix_hpsearch_values", VALUES.c.value),
+)
 
 
 class BufferedTrial:
-    """A running trial in the memory of its worker, with its unwritten rows."""
+    """A running trial in the memory of its worker, with its unwritten rows.
+
+    `attempt` is the worker's fencing token: the trial is lost as soon as its row is of a later attempt.
+    """
 
     def __init__(self, trial: FrozenTrial) -> None:
-        self.trial = trial
+        self.trial, self.attempt = trial, count_interruptions(trial)
         self.rows: dict[Any, list[dict[str, Any]]] = defaultdict(list)
         self.is_due_at, self.written_at = float("inf"), time.monotonic()
 
@@ -83,12 +104,42 @@ class BufferedTrial:
         self.is_due_at = min(self.is_due_at, self.written_at + delay)
 
 
-def lock_trial(connection: Connection, trial_id: int) -> TrialState:
-    """Lock the trial against changes by other transactions, and return its state. Raises `KeyError` if unknown."""
-    state: TrialState | None = connection.execute(_SELECT_STATE, {"trial_id": trial_id}).scalar()
+def count_interruptions(trial: Suggests) -> int:
+    """Return how many attempts at the trial ended early; the current attempt has this number, from 0."""
+    return len(trial.user_attrs.get("interruptions", ()))
+
+
+def lock_study(connection: Connection, study_id: int) -> None:
+    """Make other transactions that start trials of the study wait. Raises `KeyError` if there is no such study.
+
+    It is always locked before a trial.
+    """
+    if connection.execute(_LOCK_STUDY, {"study_id": study_id}).scalar() is None:
+        raise KeyError(f"no study with id {study_id}")
+
+
+def read_study_attrs(connection: Connection, study_id: int) -> dict[str, Any]:
+    """Return the user attributes of a study."""
+    rows = connection.execute(sqlalchemy.select(STUDY_ATTRS).where(STUDY_ATTRS.c.study_id == study_id))
+    return {row.key: json.loads(row.value_json) for row in rows}
+
+
+def write_study_attr(connection: Connection, study_id: int, key: str, value: Any) -> None:
+    """Write a user attribute of a study."""
+    columns = {"study_id": study_id, "key": key, "value_json": json.dumps(value)}
+    connection.execute(_upsert(STUDY_ATTRS, connection.dialect.name), columns)
+
+
+def lock_trial(connection: Connection, trial_id: int) -> tuple[TrialState, int, bool]:
+    """Lock a trial; return its state, its attempt, and whether its study is stopped. Raises `KeyError` if unknown.
+
+    The attempt needs a statement of its own: PostgreSQL does not read other rows again when it has waited for a lock.
+    """
+    state: TrialState | None = connection.execute(_LOCK_TRIAL, {"id": trial_id}).scalar()
     if state is None:
         raise KeyError(f"no trial with id {trial_id}")
-    return state
+    row = connection.execute(_SELECT_ATTEMPT, {"id": trial_id}).one()
+    return state, len(json.loads(row.interruptions or "[]")), json.loads(row.stopped or "false")
 
 
 def find_study(connection: Connection, trial_id: int) -> int:
@@ -105,33 +156,35 @@ def insert_trial(
     columns = {"study_id": study_id, "number": number, "state": TrialState.RUNNING, "datetime_start": _to_utc(start)}
     if worker and connection.dialect.name == "postgresql":  # in one statement, because other workers wait for the lock
         trial_id = connection.execute(_insert_assigned(), columns | {"worker": json.dumps(worker)}).scalar_one()
-    else:
-        result: Any = connection.execute(sqlalchemy.insert(TRIALS), columns)
-        trial_id = result.inserted_primary_key[0]
-        if worker:
-            assign_worker(connection, trial_id, worker)
+        trial = _new_trial(trial_id, number, TrialState.RUNNING, start)
+        trial.user_attrs["worker"] = worker
+        return trial
+    result: Any = connection.execute(sqlalchemy.insert(TRIALS), columns)
+    [trial_id] = result.inserted_primary_key
     trial = _new_trial(trial_id, number, TrialState.RUNNING, start)
-    trial.user_attrs |= {"worker": worker} if worker else {}
+    if worker:
+        assign_worker(connection, trial, worker)
     return trial
 
 
-def assign_worker(connection: Connection, trial_id: int, worker: str) -> None:
+def assign_worker(connection: Connection, trial: FrozenTrial, worker: str) -> None:
     """Write the trial's worker and its first heartbeat, so that the trial is never without one."""
-    columns = {"trial_id": trial_id, "key": "worker", "value_json": json.dumps(worker)}
+    write_user_attr(connection, trial, "worker", worker)
+    beat(connection, trial._trial_id)
+
+
+def write_state(connection: Connection, trial: FrozenTrial) -> None:
+    """Write the state, start and end of a trial, which must be locked."""
+    values = {"state": trial.state, "datetime_start": _to_utc(trial.datetime_start)}
+    values["datetime_complete"] = _to_utc(trial.datetime_complete)
+    connection.execute(sqlalchemy.update(TRIALS).where(TRIALS.c.trial_id == trial._trial_id).values(values))
+
+
+def write_user_attr(connection: Connection, trial: FrozenTrial, key: str, value: Any) -> None:
+    """Write a user attribute of a trial."""
+    columns = {"trial_id": trial._trial_id, "key": key, "value_json": json.dumps(value)}
     connection.execute(_upsert(USER_ATTRS, connection.dialect.name), columns)
-    beat(connection, trial_id)
-
-
-def change_state(connection: Connection, trial: FrozenTrial, before: TrialState) -> bool:
-    """Write the trial's state, start and end if it was in the state `before`; return whether it was."""
-    values = {
-        "id": trial._trial_id,
-        "before": before,
-        "after": trial.state,
-        "start": _to_utc(trial.datetime_start),
-        "complete": _to_utc(trial.datetime_complete),
-    }
-    return connection.execute(_CHANGE_STATE, values).rowcount == 1
+    trial.user_attrs[key] = value
 
 
 def write_values(connection: Connection, trial_id: int, values: Sequence[float]) -> None:
@@ -145,6 +198,52 @@ def write_values(connection: Connection, trial_id: int, values: Sequence[float])
 def beat(connection: Connection, trial_id: int) -> None:
     """Set the trial's heartbeat to the current time."""
     connection.execute(_upsert(HEARTBEATS, connection.dialect.name), {"trial_id": trial_id})
+
+
+def read_clock(connection: Connection) -> datetime:
+    """Return the database's time: SQLite's in UTC without a time zone, PostgreSQL's with the session's."""
+    now: datetime = connection.execute(sqlalchemy.select(sqlalchemy.func.now())).scalar_one()
+    return now
+
+
+def read_running(connection: Connection, study_id: int) -> list[tuple[int, int, timedelta | None]]:
+    """Return the id, attempt, and age of the heartbeat of each running trial; the age is None if it has none."""
+    query = _WITH_HEARTBEATS.where(TRIALS.c.study_id == study_id, TRIALS.c.state == TrialState.RUNNING)
+    rows = connection.execute(query.order_by(TRIALS.c.trial_id)).all()
+    now = read_clock(connection).replace(tzinfo=None)  # heartbeats are in the session's time zone
+    return [
+        (row.trial_id, len(json.loads(row.interruptions or "[]")), row.heartbeat and now - row.heartbeat)
+        for row in rows
+    ]
+
+
+def read_spent(connection: Connection, study_id: int) -> Any:
+    """Return the study's budget and whether it is stopped, as JSON, and its numbers of trials: see `_SELECT_SPENT`."""
+    return connection.execute(_SELECT_SPENT, {"study_id": study_id}).one()
+
+
+def read_best_value(connection: Connection, study_id: int, target: float) -> float | None:
+    """Return the best value of the completed trials if it reaches the target, else None."""
+    is_complete = sqlalchemy.exists().where(
+        TRIALS.c.trial_id == VALUES.c.trial_id, TRIALS.c.study_id == study_id, TRIALS.c.state == TrialState.COMPLETE
+    )
+    query = sqlalchemy.select(sqlalchemy.func.max(VALUES.c.value)).where(VALUES.c.value >= target, is_complete)
+    best: float | None = connection.execute(query).scalar()
+    return best
+
+
+def read_times(connection: Connection, study_id: int, states: Collection[TrialState], above: int) -> Sequence[Any]:
+    """Return id, state, start, end and heartbeat of the study's trials in the states, with ids above `above`."""
+    query = _WITH_HEARTBEATS.where(TRIALS.c.study_id == study_id, TRIALS.c.state.in_(states), TRIALS.c.trial_id > above)
+    return connection.execute(query.order_by(TRIALS.c.trial_id)).all()
+
+
+def read_failures(connection: Connection, study_id: int) -> list[dict[str, Any]]:
+    """Return the user attribute `failure` of each failed trial, in the order of trials."""
+    is_failure = (USER_ATTRS.c.trial_id == TRIALS.c.trial_id) & (USER_ATTRS.c.key == "failure")
+    query = sqlalchemy.select(USER_ATTRS.c.value_json).select_from(TRIALS.outerjoin(USER_ATTRS, is_failure))
+    query = query.where(TRIALS.c.study_id == study_id, TRIALS.c.state == TrialState.FAIL).order_by(TRIALS.c.trial_id)
+    return [json.loads(text or "{}") for text in connection.execute(query).scalars()]
 
 
 def read_trials(
@@ -222,20 +321,40 @@ def _batches(ids: list[int]) -> Iterable[list[int]]:
     return (ids[i : i + _MAX_VARIABLES] for i in range(0, len(ids), _MAX_VARIABLES))
 
 
-_SELECT_STATE = (
-    sqlalchemy.select(TRIALS.c.state).where(TRIALS.c.trial_id == sqlalchemy.bindparam("trial_id")).with_for_update()
-)
-_CHANGE_STATE = (
-    sqlalchemy.update(TRIALS)
-    .where(TRIALS.c.trial_id == sqlalchemy.bindparam("id"), TRIALS.c.state == sqlalchemy.bindparam("before"))
-    .values(
-        state=sqlalchemy.bindparam("after"),
-        datetime_start=sqlalchemy.bindparam("start"),
-        datetime_complete=sqlalchemy.bindparam("complete"),
+def _study_attr(key: str, study_id: Any) -> Any:
+    """Select a user attribute of a study, as JSON text."""
+    query = sqlalchemy.select(STUDY_ATTRS.c.value_json).where(
+        STUDY_ATTRS.c.study_id == study_id, STUDY_ATTRS.c.key == key
     )
+    return query.scalar_subquery().label(key)
+
+
+_INTERRUPTIONS = (
+    sqlalchemy.select(USER_ATTRS.c.value_json)
+    .where(USER_ATTRS.c.trial_id == TRIALS.c.trial_id, USER_ATTRS.c.key == "interruptions")
+    .scalar_subquery()
+    .label("interruptions")
 )
+_STUDY: Any = sqlalchemy.bindparam("study_id")
+_IS_TRIAL = TRIALS.c.trial_id == sqlalchemy.bindparam("id")
+_LOCK_STUDY = sqlalchemy.select(STUDIES.c.study_id).where(STUDIES.c.study_id == _STUDY).with_for_update()
+_LOCK_TRIAL = sqlalchemy.select(TRIALS.c.state).where(_IS_TRIAL).with_for_update()
+_SELECT_ATTEMPT = sqlalchemy.select(_INTERRUPTIONS, _study_attr("stopped", TRIALS.c.study_id)).where(_IS_TRIAL)
 _SELECT_ABOVE = sqlalchemy.select(TRIALS).where(
     TRIALS.c.study_id == sqlalchemy.bindparam("study_id"), TRIALS.c.trial_id > sqlalchemy.bindparam("above")
+)
+
+
+# Trials are never deleted, so the highest number gives their total. COMPLETE and PRUNED trials, whose number keeps
+# growing, are not counted but derived from it.
+_UNFINISHED = (TrialState.RUNNING, TrialState.WAITING, TrialState.FAIL)
+_N_TRIALS = sqlalchemy.select(sqlalchemy.func.max(TRIALS.c.number) + 1).where(TRIALS.c.study_id == _STUDY)
+_SELECT_SPENT = sqlalchemy.select(
+    *(_study_attr("budget", _STUDY), _study_attr("stopped", _STUDY), _N_TRIALS.scalar_subquery().label("n_trials")),
+    *(sqlalchemy.func.count().filter(TRIALS.c.state == state).label(state.name.lower()) for state in _UNFINISHED),
+).where(TRIALS.c.study_id == _STUDY, TRIALS.c.state.in_(_UNFINISHED))
+_WITH_HEARTBEATS = sqlalchemy.select(TRIALS, HEARTBEATS.c.heartbeat, _INTERRUPTIONS).outerjoin(
+    HEARTBEATS, HEARTBEATS.c.trial_id == TRIALS.c.trial_id
 )
 
 
@@ -265,7 +384,7 @@ def _select_among(table: Any, dialect: str) -> Any:
 @lru_cache
 def _upsert(table: Any, dialect: str) -> Any:
     insert: Any = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}[dialect](table)
-    keys = ["trial_id", *([_KEYS[table]] if table in _KEYS else [])]
+    keys = _KEYS[table]
     columns = [column.name for column in table.c if not column.primary_key and column.name not in keys]
     return insert.on_conflict_do_update(index_elements=keys, set_={name: insert.excluded[name] for name in columns})
 
@@ -281,71 +400,3 @@ def _to_utc(local: datetime | None) -> datetime | None:
 
 def _to_local(utc: datetime | None) -> datetime | None:
     return utc and utc.replace(tzinfo=UTC).astimezone().replace(tzinfo=None)
-
-
-@dataclass(frozen=True)
-class Counts:
-    """The number of trials in each state, the running trials, the best completed trial, and the epochs run.
-
-    A retried trial includes the epochs of its earlier attempts, which `n_epochs` counts only once.
-    """
-
-    by_state: dict[TrialState, int]
-    running: Sequence[FrozenTrial]
-    best: FrozenTrial | None
-    n_epochs: int
-    n_epochs_of_pruned: int
-
-
-def read_counts(connection: Connection, study_id: int) -> Counts:
-    """Count the trials of a study; of equally good trials, the earliest is the best."""
-    in_study = TRIALS.c.study_id == study_id
-    by_state = sqlalchemy.select(TRIALS.c.state, sqlalchemy.func.count()).where(in_study).group_by(TRIALS.c.state)
-    n_trials: dict[TrialState, int] = dict(_rows(connection, by_state))
-    is_running = sqlalchemy.select(TRIALS.c.trial_id).where(in_study, TRIALS.c.state == TrialState.RUNNING)
-    complete = sqlalchemy.select(TRIALS.c.trial_id).where(in_study, TRIALS.c.state == TrialState.COMPLETE)
-    by_value = complete.join(VALUES).order_by(VALUES.c.value.desc().nulls_last(), TRIALS.c.number).limit(1)
-    best = connection.execute(by_value).scalar()
-    attempts = (
-        sqlalchemy.select(USER_ATTRS.c.value_json)
-        .join(TRIALS)
-        .where(in_study, TRIALS.c.state != TrialState.WAITING, USER_ATTRS.c.key == "attempts")
-    )
-    superseded = {number for text in connection.execute(attempts).scalars() for number in json.loads(text)}
-    steps = sqlalchemy.select(REPORTS.c.trial_id, sqlalchemy.func.max(REPORTS.c.step).label("last"))
-    last = steps.join(TRIALS).where(in_study).group_by(REPORTS.c.trial_id).subquery()
-    total: Any = sqlalchemy.select(TRIALS.c.state, sqlalchemy.func.sum(last.c.last)).join(last)
-    epochs: dict[TrialState, int] = dict(_rows(connection, total.group_by(TRIALS.c.state)))
-    n_repeated = 0
-    if superseded:
-        earlier = sqlalchemy.select(sqlalchemy.func.sum(last.c.last)).join(TRIALS)
-        n_repeated = connection.execute(earlier.where(TRIALS.c.number.in_(superseded))).scalar() or 0
-    found = read_trials(connection, ids=[*connection.execute(is_running).scalars(), *([best] if best else [])])
-    return Counts(
-        by_state=n_trials,
-        running=[trial for trial in found if trial._trial_id != best],
-        best=next((trial for trial in found if trial._trial_id == best), None),
-        n_epochs=int(sum(epochs.values()) - n_repeated),
-        n_epochs_of_pruned=int(epochs.get(TrialState.PRUNED, 0)),
-    )
-
-
-def _rows(connection: Connection, query: Any) -> Any:
-    return connection.execute(query).all()
-
-
-def count_trials(trials: Sequence[FrozenTrial]) -> Counts:
-    """Count trials that are already in memory."""
-    n_trials: dict[TrialState, int] = {}
-    for trial in trials:
-        n_trials[trial.state] = n_trials.get(trial.state, 0) + 1
-    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-    begun = [trial for trial in trials if trial.state != TrialState.WAITING]
-    superseded = {number for trial in begun for number in trial.user_attrs.get("attempts", ())}
-    return Counts(
-        by_state=n_trials,
-        running=[trial for trial in trials if trial.state == TrialState.RUNNING],
-        best=min(complete, key=lambda trial: (-(trial.value or 0.0), trial.number), default=None),
-        n_epochs=sum(trial.last_step or 0 for trial in trials if trial.number not in superseded),
-        n_epochs_of_pruned=sum(trial.last_step or 0 for trial in trials if trial.state == TrialState.PRUNED),
-    )

@@ -20,8 +20,9 @@ from hpsearch.config.definition import StudyDefinition, evolve
 from hpsearch.data.dataset import ImageData
 from hpsearch.errors import Drained, RepeatedFailures, Stopped, StorageUnavailable, WorkerError
 from hpsearch.search.study import load_study
-from hpsearch.search.trials import Emit, TrialEvent
+from hpsearch.search.trials import Emit, TrialEvent, make_event
 from hpsearch.storage.rdb import Storage
+from hpsearch.storage.tables import count_interruptions
 from hpsearch.training.devices import count_cores, default_workers, list_devices
 from hpsearch.training.run import load_study_data
 from hpsearch.workers.forkserver import start_fork_server
@@ -196,19 +197,21 @@ class _Pool:
     def _requeue_own(self) -> None:
         self.storage.retry_for(REQUEUE_SECONDS)
         try:
-            self._requeue([*self.workers, *self.not_requeued], "interrupted", "worker stopped; trial re-queued")
+            self._requeue([*self.workers, *self.not_requeued], "interrupted", "worker stopped")
         except StorageUnavailable as error:
             logger.warning("could not re-queue trials now (%s); it will happen after the grace period", error)
 
     def _requeue(self, workers: list[WorkerProcess], kind: str, message: str) -> None:
-        """Fail and re-queue the running trials of workers that have exited."""
+        """Re-queue or fail the running trials of workers that have exited."""
         names, retries = {worker.name for worker in workers}, self.definition.recovery.retries
         running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)) if names else []
         theirs = [trial for trial in running if trial.user_attrs.get("worker") in names]
-        failed = [trial for trial in theirs if self.storage.fail(trial._trial_id, kind, message, retries=retries)]
-        for trial in failed:  # only after all are re-queued, since emitting may raise
-            worker = trial.user_attrs["worker"]
-            self.emit(TrialEvent(worker, trial.number, "failed", message=f"{kind}: {message}"))
+        ended = [
+            self.storage.end_attempt(trial._trial_id, count_interruptions(trial), kind, message, retries=retries)
+            for trial in theirs
+        ]
+        for trial in filter(None, ended):  # only after all are re-queued, since emitting may raise
+            self.emit(make_event(trial))
 
 
 def _share(data: ImageData) -> ImageData | None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from optuna.trial import TrialState
 
 from hpsearch.config.definition import StudyDefinition, load_definition
 from hpsearch.config.urls import find_secrets, parse_url, show_url
@@ -240,11 +241,12 @@ class Tasks:
             return False
         try:
             storage = open_storage(self.definition.study.storage, reads_only=True)
-            counts = storage.read_counts(load_study(self.definition, storage)._study_id)
+            study = load_study(self.definition, storage)
+            running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
             storage.engine.dispose()
         except StorageError:  # the workers retry as well
             return False
-        return not counts.running
+        return not running
 
     def _read_exit(self, task: Any) -> WorkerExit:
         """Record and return how the task ended; log each distinct error once."""

@@ -9,11 +9,10 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
 import optuna
 import torch
-from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from hpsearch.config.definition import StudyDefinition
@@ -26,6 +25,7 @@ from hpsearch.errors import (
     RepeatedFailures,
     Stopped,
     StorageError,
+    TrialLost,
     WorkerError,
 )
 from hpsearch.search.checkpoints import artifact_folder, checkpoint_folder, sweep_checkpoints
@@ -33,9 +33,10 @@ from hpsearch.search.objective import Objective
 from hpsearch.search.pruning import build_pruner
 from hpsearch.search.samplers import build_sampler
 from hpsearch.search.study import load_study
-from hpsearch.search.trials import Emit, TrialEvent
+from hpsearch.search.trials import Emit, TrialEvent, make_event
 from hpsearch.storage.artifacts import Folder
 from hpsearch.storage.rdb import Storage, open_storage
+from hpsearch.storage.tables import count_interruptions
 from hpsearch.training.devices import count_cores, list_devices, tune_malloc
 from hpsearch.training.run import load_study_data
 from hpsearch.workers.shutdown import Drain
@@ -128,7 +129,7 @@ class Worker:
                 value = self.objective(trial, heartbeat.check)
             except optuna.TrialPruned:
                 state = TrialState.PRUNED
-            except (TrialLost, UpdateFinishedTrialError):
+            except TrialLost:
                 return self._drop(trial)
             except (Drained, StorageError):
                 raise
@@ -138,24 +139,22 @@ class Worker:
         return self._tell(trial, value, state)
 
     def _requeue_own(self) -> None:
-        """Re-queue this worker's running trial, if any."""
+        """Hand back this worker's running trial, if any."""
         self.drain.ignore_signals()
         self.storage.retry_for(REQUEUE_SECONDS)
         try:
             for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
                 if trial.user_attrs.get("worker") == self.name:
-                    self._fail(trial, "interrupted", "worker stopped; trial re-queued")
+                    self._end_attempt(trial, "interrupted", "worker stopped")
         except StorageError as error:
             logger.warning("could not re-queue the trial now (%s); it will happen after the grace period", error)
 
     def reap(self) -> None:
-        """Fail and re-queue the trials whose workers are not responding."""
+        """Re-queue or fail the trials whose workers are not responding."""
         recovery = self.definition.recovery
         self._next_reap = time.monotonic() + recovery.heartbeat
-        for trial_id in self.storage.reap(self.study._study_id, recovery.retries):
-            trial = self.storage.get_trial(trial_id)
-            owner, failure = trial.user_attrs.get("worker", "unknown"), trial.user_attrs["failure"]
-            self.emit(TrialEvent(owner, trial.number, "failed", message=f"killed: {failure['message']}"))
+        for trial in self.storage.reap(self.study._study_id, recovery.retries):
+            self.emit(make_event(trial))
 
     def _ask(self) -> optuna.Trial:
         with warnings.catch_warnings():
@@ -167,23 +166,21 @@ class Worker:
 
     def _tell(self, trial: optuna.Trial, value: float | None, state: TrialState) -> None:
         try:
-            told = self.study.tell(trial, value, state, skip_if_finished=True)
-        except UpdateFinishedTrialError:
-            # The storage repeats a call without a response, so the trial may already have this worker's result.
-            told = self.storage.get_trial(trial._trial_id)
-        if told.state != state or (value is not None and told.value != value):
+            told = self.study.tell(trial, value, state)
+        except TrialLost:
             return self._drop(trial)
-        name: Literal["complete", "pruned"] = "complete" if state == TrialState.COMPLETE else "pruned"
-        message = str(told.user_attrs.get("diverged", ""))
         self._failures.clear()
-        self.emit(TrialEvent(self.name, trial.number, name, told.last_step or 0, told.value, message))
+        self.emit(make_event(told))
         return sweep_checkpoints(self.definition, self.study)
 
-    def _fail(self, trial: optuna.Trial | FrozenTrial, kind: str, message: str) -> None:
-        if kind in ("exception", "out-of-memory"):
-            self._failures.append(" ".join(f"{kind}: {message}".split()))
-        if self.storage.fail(trial._trial_id, kind, message, retries=self.definition.recovery.retries):
-            self.emit(TrialEvent(self.name, trial.number, "failed", message=f"{kind}: {message}"))
+    def _fail(self, trial: optuna.Trial, kind: str, message: str) -> None:
+        self._failures.append(" ".join(f"{kind}: {message}".split()))
+        self._end_attempt(trial, kind, message)
+
+    def _end_attempt(self, trial: optuna.Trial | FrozenTrial, kind: str, message: str) -> None:
+        attempt = count_interruptions(trial)
+        if ended := self.storage.end_attempt(trial._trial_id, attempt, kind, message):
+            self.emit(make_event(ended))
 
     def _keep_traceback(self, trial: optuna.Trial) -> str:
         """Write the traceback of the current exception to the artifact store; return where it is."""
@@ -196,11 +193,7 @@ class Worker:
 
     def _drop(self, trial: optuna.Trial) -> None:
         self.storage.release(trial._trial_id)
-        self.emit(TrialEvent(self.name, trial.number, "dropped", message="failed and re-queued by another worker"))
-
-
-class TrialLost(Exception):
-    """The trial was failed and re-queued by another worker."""
+        self.emit(TrialEvent(self.name, trial.number, "dropped", message="taken over by another worker"))
 
 
 class Heartbeat(threading.Thread):

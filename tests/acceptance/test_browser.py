@@ -216,7 +216,7 @@ def test_a_trial_that_failed_says_why_and_runs_nothing(folder: Path, browser: Br
 
     storage = open_storage(f"sqlite:///{folder / 'small.db'}")
     trial_id = storage.create_new_trial(1)
-    storage.fail(trial_id, "exception", "RuntimeError: <img src=x onerror=alert(1)><script>alert(2)</script>")
+    storage.end_attempt(trial_id, 0, "exception", "RuntimeError: <img src=x onerror=alert(1)><script>alert(2)</script>")
     storage.engine.dispose()
     with served(folder, "dashboard", "small.toml") as (address, _):
         watched = Watched(browser.new_context())

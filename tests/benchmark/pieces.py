@@ -140,7 +140,7 @@ def _fill(storage: Storage, study_id: int, n_trials: int) -> None:
             buffered.write(connection)
             tables.write_values(connection, trial._trial_id, [value])
             trial.state, trial.datetime_complete = TrialState.COMPLETE, now
-            tables.change_state(connection, trial, TrialState.RUNNING)
+            tables.write_state(connection, trial)
 
 
 @contextmanager

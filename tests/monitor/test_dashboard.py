@@ -126,8 +126,8 @@ def search(url: str, tmp_path: Path) -> StudyDefinition:
     pruning = {"epoch": 1, "value": 0.8885, "threshold": 0.9412, "rule": "median of 12 trials"}
     pruned.set_user_attr("pruning", pruning)
     study.tell(pruned, state=TrialState.PRUNED)
-    storage.fail(add_trial(study, value=None)._trial_id, "exception", HOSTILE)
-    storage.fail(add_trial(study, value=None)._trial_id, "killed", "no heartbeat for 60 s", retries=2)
+    storage.end_attempt(add_trial(study, value=None)._trial_id, 0, "exception", HOSTILE)
+    storage.end_attempt(add_trial(study, value=None)._trial_id, 0, "killed", "no heartbeat for 60 s", retries=2)
     storage.engine.dispose()
     return definition
 
@@ -445,7 +445,7 @@ def test_no_request_fails_however_few_trials_there_are(values: tuple[float | Non
     for value in values:
         trial = add_trial(study, value)
         if value is None:
-            storage.fail(trial._trial_id, "exception", "why")
+            storage.end_attempt(trial._trial_id, 0, "exception", "why")
     site = make_site(definition)
     plots = ("contour", "slice", "parallel_coordinate", "rank", "edf", "timeline", "pareto_front")
     paths = ["/api/studies/1?after=0", "/api/studies/1/param_importances", "/csv/1", "/api/meta", "/favicon.ico"]

@@ -16,7 +16,7 @@ from hpsearch.monitor import doctor
 from hpsearch.monitor.doctor import run_checks
 from hpsearch.search.checkpoints import artifact_folder, checkpoint_folder
 from hpsearch.search.study import open_study
-from hpsearch.storage.checkpoints import Checkpoint
+from hpsearch.storage.checkpoints import Checkpoint, checkpoint_name
 from hpsearch.storage.rdb import open_storage
 
 from ..conftest import make_definition
@@ -63,7 +63,7 @@ def test_a_stuck_trial_is_found_and_queued_again_when_asked(url: str, tmp_path: 
     assert wrong(definition)["trials"].startswith(f"marked running but without a worker: trial {stuck.number}; any")
     assert study.trials[0].state == TrialState.RUNNING, "it only looked"
     assert "trials" not in wrong(definition, fix=True)
-    assert [trial.state for trial in study.trials] == [TrialState.FAIL, TrialState.WAITING]
+    assert [trial.state for trial in study.trials] == [TrialState.WAITING]
 
 
 def test_a_running_trial_without_a_heartbeat_is_given_a_grace_period(url: str, tmp_path: Path) -> None:
@@ -84,8 +84,8 @@ def test_checkpoints_that_no_trial_needs_are_found_and_removed_when_asked(url: s
     trial = study.ask()
     folder = checkpoint_folder(definition, study)
     for number in (trial.number, 7):
-        Checkpoint(folder, number, {}).write({})
-    Checkpoint(artifact_folder(definition) / "another", 0, {}).write({})
+        Checkpoint(folder, [checkpoint_name(number)], {}).write({})
+    Checkpoint(artifact_folder(definition) / "another", [checkpoint_name(0)], {}).write({})
     assert wrong(definition)["checkpoints"].startswith("1 leftover checkpoints")
     assert "checkpoints" not in wrong(definition, fix=True)
     assert folder.find() == ["trial-0.ckpt"]

@@ -106,12 +106,17 @@ def test_a_worker_without_a_heartbeat_is_shown_as_lost_and_not_counted_on(
 
 def test_a_trial_that_was_queued_again_is_no_failure_to_look_at(watch: Watch, definition: StudyDefinition) -> None:
     storage = open_storage(definition.study.storage)
+    watch.poll()
     for number, kind in ((36, "interrupted"), (37, "killed"), (38, "exception")):
-        assert storage.fail(watch.study.trials[number]._trial_id, kind, "gone", retries=1)
+        assert storage.end_attempt(watch.study.trials[number]._trial_id, 0, kind, "gone", retries=1)
     snapshot = watch.poll()
     assert [row["number"] for row in snapshot.failed[:2]] == [38, 33]
-    assert snapshot.n_failed == 6
-    assert snapshot.status["trials"]["failed"] == 8
+    assert (snapshot.n_failed, snapshot.status["trials"]["waiting"]) == (6, 2)
+    assert {(event.number, event.state, event.message) for event in snapshot.news} == {
+        (36, "requeued", "interrupted: gone"),
+        (37, "requeued", "killed: gone"),
+        (38, "failed", "exception: gone"),
+    }
 
 
 def test_watching_needs_no_lock_that_a_worker_holds(url: str) -> None:

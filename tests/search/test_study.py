@@ -26,7 +26,7 @@ def fill(storage: Storage) -> optuna.Study:
         trial.suggest_int("width", 8, 32)
         trial.set_user_attr("worker", "me-0")
         if state == "fail":
-            storage.fail(trial._trial_id, "exception", "broken")
+            storage.end_attempt(trial._trial_id, 0, "exception", "broken")
             continue
         trial.report(value, 1)
         if state == "complete":
@@ -137,7 +137,7 @@ def test_the_epochs_of_a_resumed_trial_count_once(storage: Storage) -> None:
     study = open_study(make_definition(), storage)
     killed = study.ask()
     killed.report(0.5, 1)
-    storage.fail(killed._trial_id, "interrupted", "Ctrl-C")
+    storage.end_attempt(killed._trial_id, 0, "interrupted", "Ctrl-C")
     assert read_status(make_definition("sqlite:///x"), study)["epochs"]["run"] == 1
     resumed = study.ask()
     for epoch in (1, 2):
@@ -165,7 +165,7 @@ def test_what_the_database_counts_is_what_reading_all_trials_gives(storage: Stor
     write_many(storage, study, 60)
     study.enqueue_trial({"width": 9})
     stopped = study.get_trials(deepcopy=False)[57]
-    storage.fail(stopped._trial_id, "interrupted", "Ctrl-C")
+    storage.end_attempt(stopped._trial_id, 0, "interrupted", "Ctrl-C")
     storage.worker = "me-0"
     for _ in range(2):  # one of them goes on with the interrupted trial
         study.ask()

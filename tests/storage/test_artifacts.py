@@ -14,7 +14,7 @@ import pytest
 from hpsearch.errors import CheckpointError, UsageError
 from hpsearch.storage import checkpoints
 from hpsearch.storage.artifacts import Folder
-from hpsearch.storage.checkpoints import Checkpoint
+from hpsearch.storage.checkpoints import Checkpoint, checkpoint_name
 
 
 @pytest.fixture(params=["disk", "memory", "s3"])
@@ -54,9 +54,9 @@ def test_files_of_another_process_are_seen_at_once(bucket: str, tmp_path: Path) 
 
 
 def test_a_trial_resumes_elsewhere_from_its_checkpoint(folder: Folder) -> None:
-    Checkpoint(folder, 0, {"lr": 0.1}).write({"epoch": 3})
+    Checkpoint(folder, [checkpoint_name(0)], {"lr": 0.1}).write({"epoch": 3})
     elsewhere = pickle.loads(pickle.dumps(folder))
-    retry = Checkpoint(elsewhere, 4, {"lr": 0.1}, earlier=[0])
+    retry = Checkpoint(elsewhere, [checkpoint_name(0), checkpoint_name(4)], {"lr": 0.1})
     assert retry.load() == {"epoch": 3}
     retry.write({"epoch": 4})
     assert folder.find() == ["trial-4.ckpt"]
@@ -68,11 +68,11 @@ def test_a_trial_resumes_elsewhere_from_its_checkpoint(folder: Folder) -> None:
 def test_a_partial_upload_is_detected(
     folder: Folder, damage: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
-    Checkpoint(folder, 0, {}).write({"epoch": 3})
+    Checkpoint(folder, [checkpoint_name(0)], {}).write({"epoch": 3})
     folder.write("trial-0.ckpt", damage(folder.read("trial-0.ckpt")))
     with pytest.raises(CheckpointError, match="is corrupt"):
         checkpoints.read(folder, "trial-0.ckpt")
-    assert Checkpoint(folder, 4, {}, earlier=[0]).load() is None
+    assert Checkpoint(folder, [checkpoint_name(0), checkpoint_name(4)], {}).load() is None
     assert f"{folder}/trial-0.ckpt is corrupt" in caplog.text
 
 
@@ -101,7 +101,7 @@ def test_an_unusable_store_is_reported_with_the_reason(
     }.items():
         with pytest.raises(UsageError, match=reason):
             Folder(url).check()
-    Checkpoint(Folder("s3://no-such-bucket/x"), 0, {}).write({})
+    Checkpoint(Folder("s3://no-such-bucket/x"), [checkpoint_name(0)], {}).write({})
     assert "cannot write a checkpoint to s3://no-such-bucket/x/trial-0.ckpt (The specified bucket" in caplog.text
 
 
@@ -124,7 +124,7 @@ def test_a_store_that_does_not_respond_times_out(bucket: str, monkeypatch: pytes
 
 
 def test_a_failing_store_is_retried_less_and_less_often_until_it_works_again(bucket: str, tmp_path: Path) -> None:
-    kept = Checkpoint(Folder("s3://no-such-bucket/x"), 0, {}, interval=5)
+    kept = Checkpoint(Folder("s3://no-such-bucket/x"), [checkpoint_name(0)], {}, interval=5)
 
     def tries_after(seconds: float) -> bool:
         kept._written = time.monotonic() - seconds

@@ -46,7 +46,7 @@ def stop_after(n_batches: int) -> Callable[..., None]:
 
 
 def retry_of(kept: Checkpoint) -> Checkpoint:
-    return Checkpoint(kept.folder, 9, json.loads(kept.identity), earlier=[0])
+    return Checkpoint(kept.folder, [checkpoint_name(0), checkpoint_name(9)], json.loads(kept.identity))
 
 
 @pytest.mark.parametrize(("kind", "width"), [("cnn", 2), ("mlp", 256)])  # the larger with the quick matrix products
@@ -64,7 +64,7 @@ def test_training_continues_bit_for_bit_from_a_file(blobs: Split, tmp_path: Path
     interrupted.run_epoch()
     with pytest.raises(Drained):
         interrupted.run_epoch(stop_after(4))
-    kept = Checkpoint(Folder(tmp_path), 0, {})
+    kept = Checkpoint(Folder(tmp_path), [checkpoint_name(0)], {})
     kept.write(interrupted.state_dict())
     state = retry_of(kept).load()
     assert state is not None
@@ -117,7 +117,7 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path, content: bytes) -> 
 
 
 def test_torch_reads_a_checkpoint_as_well(tmp_path: Path) -> None:
-    Checkpoint(Folder(tmp_path), 3, {"seed": 1}).write({"epoch": 2})
+    Checkpoint(Folder(tmp_path), [checkpoint_name(3)], {"seed": 1}).write({"epoch": 2})
     assert torch.load(tmp_path / "trial-3.ckpt", weights_only=True)["state"] == {"epoch": 2}
 
 
@@ -125,8 +125,8 @@ def test_a_corrupt_checkpoint_is_reported_and_the_previous_one_is_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for number in (0, 4):
-        Checkpoint(Folder(tmp_path), number, {}).write({"number": number})
-    retry = Checkpoint(Folder(tmp_path), 7, {}, earlier=[0, 4])
+        Checkpoint(Folder(tmp_path), [checkpoint_name(number)], {}).write({"number": number})
+    retry = Checkpoint(Folder(tmp_path), [checkpoint_name(0), checkpoint_name(4), checkpoint_name(7)], {})
     assert retry.load() == {"number": 4}
     with (tmp_path / checkpoint_name(4)).open("r+b") as stream:
         stream.seek(100)
@@ -136,16 +136,16 @@ def test_a_corrupt_checkpoint_is_reported_and_the_previous_one_is_used(
 
 
 def test_earlier_attempts_go_once_there_is_a_newer_checkpoint(tmp_path: Path) -> None:
-    Checkpoint(Folder(tmp_path), 0, {}).write({})
-    Checkpoint(Folder(tmp_path), 4, {}, earlier=[0]).write({})
-    assert find_checkpoints(Folder(tmp_path)) == {"trial-4.ckpt": 4}
+    Checkpoint(Folder(tmp_path), [checkpoint_name(0)], {}).write({})
+    Checkpoint(Folder(tmp_path), [checkpoint_name(0), checkpoint_name(4)], {}).write({})
+    assert find_checkpoints(Folder(tmp_path)) == ["trial-4.ckpt"]
 
 
 def test_the_checkpoint_of_another_training_is_not_resumed_from(tmp_path: Path) -> None:
-    Checkpoint(Folder(tmp_path), 0, {"lr": 0.1}).write({})
-    assert Checkpoint(Folder(tmp_path), 1, {"lr": 0.2}, earlier=[0]).load() is None
-    assert Checkpoint(Folder(tmp_path), 1, {"lr": 0.1}, earlier=[0]).load() == {}
-    assert Checkpoint(Folder(tmp_path), 0, {"lr": 0.1}).load() is None, (
+    Checkpoint(Folder(tmp_path), [checkpoint_name(0)], {"lr": 0.1}).write({})
+    assert Checkpoint(Folder(tmp_path), [checkpoint_name(0), checkpoint_name(1)], {"lr": 0.2}).load() is None
+    assert Checkpoint(Folder(tmp_path), [checkpoint_name(0), checkpoint_name(1)], {"lr": 0.1}).load() == {}
+    assert Checkpoint(Folder(tmp_path), [checkpoint_name(0)], {"lr": 0.1}).load() is None, (
         "what is there before the first attempt is not its own"
     )
 
@@ -153,7 +153,7 @@ def test_the_checkpoint_of_another_training_is_not_resumed_from(tmp_path: Path) 
 def test_a_full_disk_costs_a_warning_and_leaves_the_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    kept = Checkpoint(Folder(tmp_path), 0, {})
+    kept = Checkpoint(Folder(tmp_path), [checkpoint_name(0)], {})
     kept.write({"epoch": 1})
 
     def refuse(_: int) -> None:
@@ -206,12 +206,14 @@ def test_the_checkpoints_of_the_best_stay_and_those_that_will_be_resumed(digits:
     study.tell(retried, state=TrialState.FAIL)
     study.enqueue_trial({}, user_attrs={"attempts": [retried.number]})
     for number in (running.number, retried.number, 17):
-        Checkpoint(folder, number, {}).write({})
+        Checkpoint(folder, [checkpoint_name(number)], {}).write({})
     folder.write("trial-1.ckpt.tmp", b"")
     sweep_checkpoints(definition, study)
     best = sorted(study.trials[:5], key=lambda trial: (-(trial.value or 0), trial.number))[:2]
     kept = {*(trial.number for trial in best), running.number, retried.number}
-    assert {*find_checkpoints(folder).values()} == kept
+    assert {name.removesuffix(".tmp") for name in find_checkpoints(folder)} == {
+        checkpoint_name(number) for number in kept
+    }
     final = checkpoints.read(folder, checkpoint_name(best[0].number))["state"]
     assert len(final["results"]) == 2
     assert final["results"][-1][2] == best[0].value
@@ -222,10 +224,10 @@ def test_of_equal_trials_the_earlier_ones_keep_their_checkpoints(tmp_path: Path)
     study = optuna.create_study(direction="maximize", study_name="small")
     trials = [study.ask() for _ in range(4)]
     for trial in trials:
-        Checkpoint(checkpoint_folder(definition, study), trial.number, {}).write({})
+        Checkpoint(checkpoint_folder(definition, study), [checkpoint_name(trial.number)], {}).write({})
         study.tell(trial, 0.5)
     sweep_checkpoints(definition, study)
-    assert [*find_checkpoints(checkpoint_folder(definition, study)).values()] == [0, 1]
+    assert find_checkpoints(checkpoint_folder(definition, study)) == ["trial-0.ckpt", "trial-1.ckpt"]
 
 
 def test_a_kept_trial_keeps_the_file_that_it_was_resumed_from(tmp_path: Path) -> None:
@@ -233,10 +235,11 @@ def test_a_kept_trial_keeps_the_file_that_it_was_resumed_from(tmp_path: Path) ->
     study = optuna.create_study(direction="maximize", study_name="small")
     study.tell(study.ask(), state=TrialState.FAIL)
     study.enqueue_trial({}, user_attrs={"attempts": [0]})
-    Checkpoint(checkpoint_folder(definition, study), 0, {}).write({})  # killed between its last epoch and its result
+    # It was killed between its last epoch and its result.
+    Checkpoint(checkpoint_folder(definition, study), [checkpoint_name(0)], {}).write({})
     study.tell(study.ask(), 0.5)
     sweep_checkpoints(definition, study)
-    assert [*find_checkpoints(checkpoint_folder(definition, study)).values()] == [0]
+    assert find_checkpoints(checkpoint_folder(definition, study)) == ["trial-0.ckpt"]
 
 
 def test_studies_of_one_name_in_two_databases_have_checkpoints_of_their_own(tmp_path: Path) -> None:
@@ -252,7 +255,7 @@ def test_a_checkpoint_that_cannot_be_removed_costs_a_warning(
 ) -> None:
     definition = make_definition(study={"artifacts": str(tmp_path)})
     study = optuna.create_study(direction="maximize", study_name="small")
-    Checkpoint(checkpoint_folder(definition, study), 7, {}).write({})
+    Checkpoint(checkpoint_folder(definition, study), [checkpoint_name(7)], {}).write({})
 
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")

@@ -130,7 +130,7 @@ def run_trial(study: optuna.Study, storage: Storage, state: TrialState) -> None:
     elif state == TrialState.PRUNED:
         study.tell(trial, state=state)  # the last report becomes its value
     elif state == TrialState.FAIL:
-        storage.fail(trial._trial_id, "exception", "ValueError: no")
+        storage.end_attempt(trial._trial_id, 0, "exception", "ValueError: no")
     else:
         storage._buffered[trial._trial_id].is_due_at = 0.0
         storage.flush(trial._trial_id)

@@ -6,6 +6,7 @@ import sqlite3
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,14 @@ from hpsearch.errors import (
     StorageUnavailable,
     StudyNotFound,
     TooManyFailures,
+    TrialLost,
     UsageError,
 )
 from hpsearch.search.steering import resume_study, stop_study
 from hpsearch.search.study import open_study
 from hpsearch.storage import retry, tables
-from hpsearch.storage.budget import INDEXES
 from hpsearch.storage.rdb import Storage, open_storage
+from hpsearch.storage.tables import INDEXES, BufferedTrial
 
 from ..conftest import make_definition
 
@@ -61,7 +63,7 @@ def test_the_budget_counts_complete_and_pruned_trials_and_those_that_run(storage
     study.tell(first, 0.5)
     with pytest.raises(BudgetInFlight):
         study.ask()
-    storage.fail(second._trial_id, "exception", "broken")
+    storage.end_attempt(second._trial_id, 0, "exception", "broken")
     fourth = study.ask()
     study.tell(third, state=TrialState.PRUNED)
     study.tell(fourth, 0.6)
@@ -242,36 +244,74 @@ def test_a_storage_that_only_reads_cannot_be_written_to(url: str) -> None:
     reading.engine.dispose()
 
 
-def test_failures_that_are_not_retried_end_the_search(storage: Storage) -> None:
+def test_failures_end_the_search_and_trials_that_wait_for_another_attempt_are_none(storage: Storage) -> None:
     study = start_study(storage, failures=2, trials=9)
-    storage.fail(study.ask()._trial_id, "killed", "gone", retries=1)
-    storage.fail(study.ask()._trial_id, "exception", "broken")
     trial = study.ask()
-    storage.fail(trial._trial_id, "exception", "broken again")
+    storage.end_attempt(trial._trial_id, 0, "killed", "gone", retries=1)
+    trial = study.ask()
+    storage.end_attempt(trial._trial_id, 1, "exception", "broken")
+    trial = study.ask()
+    storage.end_attempt(trial._trial_id, 0, "exception", "broken again")
     with pytest.raises(TooManyFailures, match="2 trials failed, most recently: exception: broken again"):
         study.ask()
 
 
-def test_a_killed_trial_is_queued_again_with_its_parameters_at_most_retries_times(storage: Storage) -> None:
+def test_a_killed_trial_waits_on_its_own_row_at_most_retries_times_and_then_fails(storage: Storage) -> None:
     study = start_study(storage, trials=9)
-    first = study.ask()
-    width = first.suggest_int("width", 8, 32)
+    trial = study.ask()
+    width = trial.suggest_int("width", 8, 32)
+    trial.report(0.5, 1)
     for attempt in range(3):
-        number = study.trials[-1].number
-        trial_id = study.trials[-1]._trial_id
-        assert storage.fail(trial_id, "killed", "gone", retries=2)
-        assert not storage.fail(trial_id, "killed", "gone", retries=2), "a second failure changes nothing"
-        assert study.trials[number].user_attrs["failure"] == {
-            "kind": "killed",
-            "message": "gone",
-            "retried": attempt < 2,
-        }
+        ended = storage.end_attempt(trial._trial_id, attempt, "killed", "gone", retries=2)
+        assert not storage.end_attempt(trial._trial_id, attempt, "killed", "gone", retries=2), "it has ended already"
+        [stored] = study.trials
+        assert ended == stored
+        assert (stored.params, stored.intermediate_values) == ({"width": width}, {1: 0.5})
         if attempt < 2:
-            retry = study.ask()
-            assert retry.suggest_int("width", 8, 32) == width
-            assert retry.user_attrs["attempts"] == [*range(attempt + 1)]
-    assert len(study.trials) == 3
-    assert study.trials[2].system_attrs["retry_history"] == [0, 1]  # as Optuna's own callback writes it
+            assert (stored.state, stored.datetime_start) == (TrialState.WAITING, None)
+            trial = study.ask()
+            assert trial.suggest_int("width", 8, 32) == width
+    assert stored.state == TrialState.FAIL
+    assert stored.user_attrs["failure"] == {"kind": "killed", "message": "gone"}
+    assert [each["epoch"] for each in stored.user_attrs["interruptions"]] == [1, 1]
+
+
+def test_only_the_latest_attempt_may_write_to_a_trial(url: str) -> None:
+    first, second = open_storage(url), open_storage(url)
+    study = start_study(first)
+    trial = study.ask()
+    second.worker = "thief-1"
+    second.end_attempt(trial._trial_id, 0, "killed", "gone", retries=1)
+    for is_taken in (False, True):  # it waits; then it runs elsewhere
+        if is_taken:
+            assert second.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
+        assert not first.beat(trial._trial_id)
+        buffered = BufferedTrial(first.get_trial(trial._trial_id))
+        buffered.attempt = 0
+        first._buffered[trial._trial_id] = buffered
+        trial.report(0.25, is_taken)
+        for write in (
+            partial(first._flush, buffered),
+            lambda: first.set_trial_state_values(trial._trial_id, TrialState.COMPLETE, [0.25]),
+            lambda: first.set_trial_user_attr(trial._trial_id, "late", 1),
+        ):
+            with pytest.raises(TrialLost):
+                write()
+        assert first.end_attempt(trial._trial_id, 0, "interrupted", "late") is None
+    second.set_trial_intermediate_value(trial._trial_id, 7, 0.75)
+    second.set_trial_state_values(trial._trial_id, TrialState.COMPLETE, [0.75])
+    stored = open_storage(url).get_trial(trial._trial_id)
+    assert (stored.state, stored.value, stored.intermediate_values) == (TrialState.COMPLETE, 0.75, {7: 0.75})
+    assert stored.user_attrs["worker"] == "thief-1"
+    assert "late" not in stored.user_attrs
+
+
+def test_a_trial_of_an_older_study_counts_the_kills_of_its_earlier_rows(storage: Storage) -> None:
+    study = start_study(storage, trials=9)
+    earlier = {"failed_trial": 0, "retry_history": [0, 1]}
+    study.add_trial(optuna.trial.create_trial(state=TrialState.WAITING, system_attrs=earlier))
+    storage.end_attempt(study.ask()._trial_id, 0, "killed", "gone", retries=2)
+    assert study.trials[0].state == TrialState.FAIL
 
 
 def test_a_claim_whose_acknowledgement_was_lost_is_this_workers(storage: Storage) -> None:
@@ -286,9 +326,9 @@ def test_a_claim_whose_acknowledgement_was_lost_is_this_workers(storage: Storage
 
 def test_an_interruption_uses_up_no_retry(storage: Storage) -> None:
     study = start_study(storage, trials=9)
-    for _ in range(4):
-        storage.fail(study.ask()._trial_id, "interrupted", "Ctrl-C", retries=0)
-    assert [trial.state.name for trial in study.trials] == ["FAIL"] * 4 + ["WAITING"]
+    for attempt in range(4):
+        storage.end_attempt(study.ask()._trial_id, attempt, "interrupted", "Ctrl-C", retries=0)
+    assert [trial.state.name for trial in study.trials] == ["WAITING"]
 
 
 def test_stale_trials_are_reaped_and_orphans_a_grace_period_later(storage: Storage) -> None:
@@ -299,13 +339,13 @@ def test_stale_trials_are_reaped_and_orphans_a_grace_period_later(storage: Stora
     with storage.engine.begin() as connection:
         connection.execute(sqlalchemy.text("UPDATE trial_heartbeats SET heartbeat = '2026-01-01' WHERE trial_id = 1"))
         connection.execute(sqlalchemy.text(f"DELETE FROM trial_heartbeats WHERE trial_id = {orphan}"))
-    assert storage.reap(study._study_id, retries=2) == [stale._trial_id]
+    assert [trial.number for trial in storage.reap(study._study_id, retries=2)] == [stale.number]
     assert storage.reap(study._study_id, retries=2) == []
     with storage.engine.begin() as connection:
         connection.execute(
             sqlalchemy.text(f"UPDATE trial_heartbeats SET heartbeat = '2026-01-01' WHERE trial_id = {orphan}")
         )
-    assert storage.reap(study._study_id, retries=2) == [orphan]
+    assert [trial._trial_id for trial in storage.reap(study._study_id, retries=2)] == [orphan]
     assert storage.get_trial(live._trial_id).state == TrialState.RUNNING
 
 
@@ -346,51 +386,51 @@ def test_sqlite_takes_the_lock_at_the_start_of_every_transaction(tmp_path: Path)
         assert connection.execute(sqlalchemy.text("PRAGMA busy_timeout")).scalar() == 15_000
 
 
+@pytest.fixture
+def failures(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Each entry makes one transaction fail after it was committed."""
+    left: list[int] = []
+    original = sqlalchemy.Connection.close
+
+    def close(connection: sqlalchemy.Connection) -> None:
+        original(connection)
+        if left:
+            left.pop()
+            raise OperationalError("SELECT", {}, Exception("database is locked"))
+
+    monkeypatch.setattr(sqlalchemy.Connection, "close", close)
+    return left
+
+
 def test_calls_are_retried_until_patience_ends(
-    url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    url: str, failures: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     storage = open_storage(url, patience=60)
     study = open_study(make_definition(), storage)
-    failures = [OperationalError("SELECT", {}, Exception("database is locked"))] * 2
-    original = sqlalchemy.orm.Session.close
-
-    def fail_twice(session: sqlalchemy.orm.Session) -> None:
-        original(session)
-        if failures:
-            raise failures.pop()
-
-    monkeypatch.setattr(sqlalchemy.orm.Session, "close", fail_twice)
     monkeypatch.setattr(retry, "_next_message", 0.0)  # another test may just have been told
+    failures += [1, 2]
     assert storage.get_all_trials(study._study_id) == []
     assert failures == []
     assert "database is locked" in caplog.text
 
 
-def test_giving_up_ends_the_patience_at_once(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_giving_up_ends_the_patience_at_once(url: str, failures: list[int]) -> None:
     storage = open_storage(url, patience=600)
     study = open_study(make_definition(), storage)
-
-    def fail(_: sqlalchemy.orm.Session) -> None:
-        raise OperationalError("SELECT", {}, Exception("database is locked"))
-
-    monkeypatch.setattr(sqlalchemy.orm.Session, "close", fail)
+    failures += range(1000)
     threading.Timer(0.3, storage.giving_up.set).start()
     with pytest.raises(StorageUnavailable, match="database is locked"):
         storage.get_all_trials(study._study_id)
 
 
 @pytest.mark.parametrize(
-    "name", ["get_all_trials", "get_trial", "record_heartbeat", "beat", "join", "fail", "find_stale", "reap"]
+    "name", ["get_all_trials", "get_trial", "record_heartbeat", "join", "end_attempt", "find_stale", "reap"]
 )
-def test_every_call_reports_an_outage(url: str, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_every_call_reports_an_outage(url: str, failures: list[int], name: str) -> None:
     storage = open_storage(url)
     open_study(make_definition(), storage).ask()
-
-    def fail(_: sqlalchemy.orm.Session) -> None:
-        raise OperationalError("SELECT", {}, Exception("database is locked"))
-
-    monkeypatch.setattr(sqlalchemy.orm.Session, "close", fail)
-    details = {"fail": ("killed", "gone"), "reap": (2,)}.get(name, ())
+    failures += range(1000)
+    details = {"end_attempt": (0, "killed", "gone"), "reap": (2,)}.get(name, ())
     with pytest.raises(StorageUnavailable, match="database is locked"):
         getattr(storage, name)(1, *details)
 
@@ -492,13 +532,3 @@ def test_opening_retries_for_the_given_patience(
         open_storage("postgresql://me:secret@127.0.0.1:9/db", patience=1)
     assert "database not responding" in caplog.text
     assert "secret" not in caplog.text
-
-
-def test_the_rungs_of_an_attempt_that_is_retried_are_not_counted_twice(storage: Storage) -> None:
-    study = start_study(storage)
-    trial = study.ask()
-    for key in ("completed_rung_0", "another"):
-        storage.set_trial_system_attr(trial._trial_id, key, 0.9)
-    storage.fail(trial._trial_id, "interrupted", "Ctrl-C")
-    assert "completed_rung_0" not in study.trials[0].system_attrs
-    assert "another" in study.trials[0].system_attrs

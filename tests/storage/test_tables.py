@@ -8,10 +8,10 @@ import optuna
 import pytest
 import sqlalchemy
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from hpsearch.errors import TrialLost
 from hpsearch.search.study import open_study
 from hpsearch.storage import tables
 from hpsearch.storage.rdb import Storage, open_storage
@@ -133,12 +133,12 @@ def test_nothing_is_written_to_a_trial_that_another_worker_failed(url: str, late
     study, storage = open_worker(url)
     trial = study.ask()
     trial.suggest_int("width", 8, 32)
-    open_storage(url).fail(trial._trial_id, "killed", "gone")
+    assert open_storage(url).end_attempt(trial._trial_id, 0, "killed", "gone")
     write: dict[str, Callable[[], object]] = {
         "store": lambda: storage.flush(trial._trial_id),
         "tell": lambda: study.tell(trial, 1.0),
     }
-    with pytest.raises(UpdateFinishedTrialError):
+    with pytest.raises(TrialLost):
         write[late]()
     assert not storage.beat(trial._trial_id)
     taken = seen_by_others(url, trial)
@@ -151,10 +151,13 @@ def test_a_re_queued_trial_keeps_its_buffered_reports(url: str) -> None:
     trial = study.ask()
     width = trial.suggest_int("width", 8, 32)
     trial.report(0.5, 1)
-    storage.fail(trial._trial_id, "interrupted", "Ctrl-C")
-    failed, retry = study.trials
-    assert (failed.params, failed.intermediate_values) == ({"width": width}, {1: 0.5})
-    assert (retry.params, retry.state) == ({"width": width}, TrialState.WAITING)
+    storage.end_attempt(trial._trial_id, 0, "interrupted", "Ctrl-C")
+    [waiting] = study.trials
+    assert (waiting.params, waiting.intermediate_values, waiting.state) == (
+        {"width": width},
+        {1: 0.5},
+        TrialState.WAITING,
+    )
 
 
 def test_a_claimed_trial_draws_the_values_that_it_was_queued_with(url: str) -> None:
@@ -176,18 +179,18 @@ def test_a_trial_that_is_pruned_before_its_first_report_has_no_value(url: str) -
     assert text_of(told) == text_of(seen_by_others(url, trial))
 
 
-def test_a_result_that_could_not_be_written_leaves_no_value_with_the_failed_trial(
+def test_a_result_that_could_not_be_written_leaves_no_value_with_the_trial(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study, storage = open_worker(url)
     trial = study.ask()
     with monkeypatch.context() as broken:
-        broken.setattr(tables, "change_state", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("gone")))
+        broken.setattr(tables, "write_values", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("gone")))
         with pytest.raises(ConnectionError):
             study.tell(trial, 0.7)
-    storage.fail(trial._trial_id, "interrupted", "Ctrl-C")
-    failed = seen_by_others(url, trial)
-    assert (failed.state, failed.values) == (TrialState.FAIL, None)
+    storage.end_attempt(trial._trial_id, 0, "interrupted", "Ctrl-C")
+    waiting = seen_by_others(url, trial)
+    assert (waiting.state, waiting.values) == (TrialState.WAITING, None)
 
 
 def test_no_trial_starts_in_a_study_that_was_deleted(url: str) -> None:

@@ -14,8 +14,8 @@ import pytest
 import sqlalchemy
 import torch
 from optuna.trial import TrialState
+from sqlalchemy import Connection
 from sqlalchemy.exc import OperationalError
-from sqlalchemy.orm import Session
 
 from hpsearch.data.dataset import ImageData
 from hpsearch.errors import Drained, Interrupted, RepeatedFailures, Stopped, StorageUnavailable, TooManyFailures
@@ -158,15 +158,16 @@ def test_a_trial_that_was_taken_away_is_dropped_and_not_overwritten(
     check = Heartbeat.check
 
     def steal(heartbeat: Heartbeat, *, between_epochs: bool = False) -> None:
-        if between_epochs and len(b.study.trials) == 1:
-            assert thief.fail(heartbeat.trial_id, "killed", "no heartbeat", retries=2)
+        if between_epochs and thief.end_attempt(heartbeat.trial_id, 0, "killed", "no heartbeat", retries=2):
+            assert b.study.trials[0].state == TrialState.WAITING
         check(heartbeat, between_epochs=between_epochs)
 
     monkeypatch.setattr(Heartbeat, "check", steal)
     b.worker().run()
     assert b.ends() == ["dropped", "complete"]
-    assert [trial.state for trial in b.study.trials] == [TrialState.FAIL, TrialState.COMPLETE]
-    assert b.study.trials[1].params == b.study.trials[0].params
+    [trial] = b.study.trials
+    assert trial.state == TrialState.COMPLETE
+    assert [each["message"] for each in trial.user_attrs["interruptions"]] == ["no heartbeat"]
 
 
 def test_a_worker_beats_and_notices_that_its_trial_was_taken(
@@ -177,7 +178,7 @@ def test_a_worker_beats_and_notices_that_its_trial_was_taken(
     thief = open_storage(b.definition.study.storage)
 
     def train_for_ever(trial: optuna.Trial, check: Callable[..., None]) -> float:
-        assert thief.fail(trial._trial_id, "killed", "gone")
+        assert thief.end_attempt(trial._trial_id, 0, "killed", "gone")
         while True:  # no report, so that only the heartbeat can notice
             check()
             time.sleep(0.01)
@@ -202,9 +203,10 @@ def test_a_signal_finishes_the_batch_and_hands_the_trial_back(
     finally:
         signal.signal(number, before)
     assert type(caught.value) is error
-    assert [trial.state for trial in b.study.trials] == [TrialState.FAIL, TrialState.WAITING]
-    assert b.study.trials[0].user_attrs["failure"]["kind"] == "interrupted"
-    assert b.study.trials[1].params == b.study.trials[0].params
+    [trial] = b.study.trials
+    assert trial.state == TrialState.WAITING
+    assert [each["kind"] for each in trial.user_attrs["interruptions"]] == ["interrupted"]
+    assert trial.params
 
 
 def test_a_second_signal_stops_at_once_and_still_hands_the_trial_back(
@@ -224,7 +226,7 @@ def test_a_second_signal_stops_at_once_and_still_hands_the_trial_back(
     with pytest.raises(Interrupted):
         b.worker().run()
     b.drain._receive(signal.SIGINT, None)  # handing back is not interrupted
-    assert [trial.state for trial in b.study.trials] == [TrialState.FAIL, TrialState.WAITING]
+    assert [trial.state for trial in b.study.trials] == [TrialState.WAITING]
 
 
 def test_a_stopped_study_ends_its_workers_after_a_whole_epoch_until_it_is_resumed(bench: Callable[..., Bench]) -> None:
@@ -241,24 +243,24 @@ def test_a_stopped_study_ends_its_workers_after_a_whole_epoch_until_it_is_resume
     threading.Thread(target=stop_after_epoch, args=[0]).start()
     with pytest.raises(Stopped, match="resume it with: hpsearch run"):
         b.worker().run()
-    failed, waiting = b.study.trials
-    assert (failed.state, waiting.state) == (TrialState.FAIL, TrialState.WAITING)
-    assert failed.user_attrs["failure"]["kind"] == "interrupted"
+    [waiting] = b.study.trials
+    assert waiting.state == TrialState.WAITING
+    assert [each["kind"] for each in waiting.user_attrs["interruptions"]] == ["interrupted"]
     folder = checkpoint_folder(b.definition, b.study)
     [name] = find_checkpoints(folder)
     state = read(folder, name)["state"]
     assert state["n_batches"] == 0
-    assert [epoch for epoch, *_ in state["results"]] == list(failed.intermediate_values)
+    assert [epoch for epoch, *_ in state["results"]] == list(waiting.intermediate_values)
     with pytest.raises(Stopped):
         b.worker().run()
-    assert len(b.study.trials) == 2
+    assert len(b.study.trials) == 1
     resume_study(b.study)
-    threading.Thread(target=stop_after_epoch, args=[failed.last_step]).start()
+    threading.Thread(target=stop_after_epoch, args=[waiting.last_step]).start()
     with pytest.raises(Stopped):
         b.worker().run()
-    resumed = b.study.trials[1]
-    assert resumed.user_attrs["attempts"] == [0]
-    assert (resumed.last_step or 0) > (failed.last_step or 0) > 0
+    [resumed] = b.study.trials
+    assert len(resumed.user_attrs["interruptions"]) == 2
+    assert (resumed.last_step or 0) > (waiting.last_step or 0) > 0
 
 
 @pytest.mark.parametrize("error", [Drained, Interrupted])
@@ -279,7 +281,7 @@ def test_a_worker_that_is_stopped_in_an_outage_hands_its_trial_back_with_a_check
     with pytest.raises(error) as caught:
         worker.run()
     assert type(caught.value) is error
-    assert [trial.state for trial in b.study.trials] == [TrialState.FAIL, TrialState.WAITING]
+    assert [trial.state for trial in b.study.trials] == [TrialState.WAITING]
     folder = checkpoint_folder(b.definition, b.study)
     [name] = find_checkpoints(folder)
     assert len(read(folder, name)["state"]["results"]) == 2
@@ -314,7 +316,7 @@ def test_nobody_is_judged_right_after_a_silence_of_the_storage(
     for seconds in (4, 5, 6, 7):
         monkeypatch.setattr("hpsearch.storage.rdb.time.time", lambda seconds=seconds: now + seconds)
         storage.get_all_trials(b.study._study_id)
-    assert storage.reap(b.study._study_id, 2) == [1]
+    assert [trial.number for trial in storage.reap(b.study._study_id, 2)] == [0]
 
 
 def test_a_result_whose_acknowledgement_was_lost_counts_once(
@@ -326,9 +328,9 @@ def test_a_result_whose_acknowledgement_was_lost_counts_once(
     lost: list[int] = []
 
     @contextmanager
-    def lose_the_answer(storage: Storage, buffered: BufferedTrial) -> Iterator[Session]:
-        with original(storage, buffered) as session:
-            yield session
+    def lose_the_answer(storage: Storage, buffered: BufferedTrial) -> Iterator[Connection]:
+        with original(storage, buffered) as connection:
+            yield connection
         if not lost and storage._read_trial(buffered.trial._trial_id).state == TrialState.COMPLETE:
             lost.append(buffered.trial._trial_id)
             raise OperationalError("COMMIT", {}, Exception("server closed the connection"))
@@ -352,14 +354,14 @@ def test_a_worker_reaps_the_trials_of_the_dead_and_runs_them_again(bench: Callab
     dead = open_storage(b.definition.study.storage)
     dead.worker = "dead-0"
     with pytest.warns(UserWarning, match="Heartbeat"):
-        trial = optuna.load_study(study_name="small", storage=dead).ask()
-    width = trial.suggest_int("width", 8, 32)
-    dead.flush(trial._trial_id)  # as a worker does before the first batch
+        asked = optuna.load_study(study_name="small", storage=dead).ask()
+    width = asked.suggest_int("width", 8, 32)
+    dead.flush(asked._trial_id)  # as a worker does before the first batch
     b.worker().run()  # waits until the grace of 2 s is over
-    assert b.study.trials[0].user_attrs["failure"]["message"] == "no heartbeat for 2 s"
-    assert b.study.trials[1].state == TrialState.COMPLETE
-    assert b.study.trials[1].params["width"] == width
-    assert b.ends() == ["failed", "complete"]
+    [trial] = b.study.trials
+    assert [each["message"] for each in trial.user_attrs["interruptions"]] == ["no heartbeat for 2 s"]
+    assert (trial.state, trial.params["width"]) == (TrialState.COMPLETE, width)
+    assert b.ends() == ["requeued", "complete"]
 
 
 def test_a_storage_that_is_gone_ends_the_worker_without_failing_the_trial(

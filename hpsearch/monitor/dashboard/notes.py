@@ -7,7 +7,7 @@ from typing import Any
 from optuna.trial import FrozenTrial
 
 from hpsearch.config.definition import StudyDefinition, evolve
-from hpsearch.search.trials import explain_end, name_state
+from hpsearch.search.trials import describe_interruption, explain_end, name_state
 
 _COMMANDS = {
     "run": "start or resume the search",
@@ -37,21 +37,19 @@ def describe_study(definition: StudyDefinition, budget: Mapping[str, Any], argum
 
 
 def describe_trial(trial: FrozenTrial) -> str:
-    """Return the note of a trial: why it failed or was pruned, and which trials it resumes. Often empty."""
+    """Return the note of a trial: why it failed or was pruned, and what interrupted it. Often empty."""
     return "\n\n".join(_describe_trial(trial))
 
 
 def _describe_trial(trial: FrozenTrial) -> Iterator[str]:
-    reason, attempts = explain_end(trial), trial.user_attrs.get("attempts", ())
-    if reason:
+    reason = explain_end(trial)
+    if trial.state.is_finished() and reason:
         worker = f", on worker {trial.user_attrs['worker']}" if "worker" in trial.user_attrs else ""
         yield f"**{name_state(trial).capitalize()}**{worker}:"
         yield _fence(reason)
-    if trial.user_attrs.get("failure", {}).get("retried"):
-        yield "Re-queued with the same hyperparameters."
-    if attempts:
-        numbers, several = ", ".join(map(str, attempts)), len(attempts) > 1
-        yield f"Resumes trial{'s' * several} {numbers}, which {'were' if several else 'was'} interrupted."
+    if interruptions := trial.user_attrs.get("interruptions"):
+        yield "**Interrupted**, and then continued by another worker:"
+        yield _fence("\n".join(describe_interruption(each) for each in interruptions))
 
 
 def _fence(text: str) -> str:
