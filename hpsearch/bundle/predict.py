@@ -36,13 +36,13 @@ def predict_files(
 def find_images(argument: str) -> Iterator[Found]:
     """Yield the files that an argument stands for, sorted, or an error; opens no file."""
     if os.path.isdir(argument):
-        return _search_folder(argument)
-    return iter([(argument, None)] if os.path.lexists(argument) or not glob.has_magic(argument) else _match(argument))
-
-
-def _match(pattern: str) -> Sequence[Found]:
-    files = sorted(file for file in glob.glob(pattern, recursive=True) if not os.path.isdir(file))
-    return [(file, None) for file in files] or [(pattern, "no matching files")]
+        yield from _search_folder(argument)
+    elif os.path.lexists(argument) or not glob.has_magic(argument):
+        yield argument, None
+    else:
+        files = sorted(file for file in glob.glob(argument, recursive=True) if not os.path.isdir(file))
+        found: list[Found] = [(file, None) for file in files]
+        yield from found or [(argument, "no matching files")]
 
 
 def _search_folder(folder: str) -> Iterator[Found]:
