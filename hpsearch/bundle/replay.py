@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,16 @@ def replay(
     torch.set_num_threads(then.get("threads", before))
     tune_malloc()
     try:
-        curve, now = _rerun(definition, trial, folder, device, on_epoch), describe_environment(device)
+        data = load_study_data(definition, folder).to(device)
+        seed, hyperparameters = trial_seed(definition.study.seed, trial), suggest(trial, definition.space)
+        trainer = build_trainer(definition, data, hyperparameters, seed, validation=data.validation)
+        with suppress(Diverged):
+            for result in islice(trainer, trial.last_step):
+                on_epoch(result)
+        now = describe_environment(device)
     finally:
         torch.set_num_threads(before)
+    curve = {result.epoch: result.value for result in trainer.results}
     wanted = dict(sorted(trial.intermediate_values.items()))
     differences = {epoch: abs(curve[epoch] - value) for epoch, value in wanted.items() if epoch in curve}
     epoch, largest = max(differences.items(), key=lambda item: item[1], default=(None, None))
@@ -61,33 +69,13 @@ def replay(
 
 
 def _find_finished(study: optuna.Study, number: int) -> FrozenTrial:
-    found = [trial for trial in study.get_trials(deepcopy=False) if trial.number == number]
-    if not found:
+    trials = study.get_trials(deepcopy=False)
+    if not 0 <= number < len(trials):
         raise NoCompletedTrial(f"study '{study.study_name}' has no trial {number}; see: hpsearch trials STUDY")
-    [trial] = found
+    trial = trials[number]
     if not trial.state.is_finished() or not trial.intermediate_values:
         raise NoCompletedTrial(f"trial {number} has no finished epoch, so there is nothing to reproduce")
     return trial
-
-
-def _rerun(
-    definition: StudyDefinition,
-    trial: FrozenTrial,
-    folder: Path | str | None,
-    device: torch.device | str,
-    on_epoch: Callable[[EpochResult], None],
-) -> dict[int, float]:
-    """Return the validation accuracy after each epoch that the trial reported, or until the training diverges."""
-    data = load_study_data(definition, folder).to(device)
-    seed, hyperparameters = trial_seed(definition.study.seed, trial), suggest(trial, definition.space)
-    curve: dict[int, float] = {}
-    with suppress(Diverged):
-        for result in build_trainer(definition, data, hyperparameters, seed, validation=data.validation):
-            on_epoch(result)
-            curve[result.epoch] = result.value
-            if result.epoch == trial.last_step:
-                break
-    return curve
 
 
 def _explain(then: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -202,19 +202,14 @@ def _sum_time(rows: Sequence[dict[str, Any]], full: int, trials: Sequence[Frozen
 
 
 def _group(rows: Sequence[dict[str, Any]], key: str) -> list[dict[str, Any]]:
-    groups: dict[Any, list[dict[str, Any]]] = {}
+    """Return the number of rows, epochs and seconds for each value of `key`, the longest time first."""
+    sums: dict[Any, dict[str, Any]] = {}
     for row in rows:
-        groups.setdefault(row[key], []).append(row)
-    sums = [
-        {
-            "name": name,
-            "n": len(group),
-            "epoch": sum(row["epoch"] for row in group),
-            "seconds": sum(row["seconds"] for row in group),
-        }
-        for name, group in groups.items()
-    ]
-    return sorted(sums, key=lambda group: -group["seconds"])
+        group = sums.setdefault(row[key], {"name": row[key], "n": 0, "epoch": 0, "seconds": 0.0})
+        group["n"] += 1
+        group["epoch"] += row["epoch"]
+        group["seconds"] += row["seconds"]
+    return sorted(sums.values(), key=lambda group: -group["seconds"])
 
 
 def advise(definition: StudyDefinition, trial: FrozenTrial) -> Iterator[dict[str, str]]:
@@ -232,10 +227,8 @@ def advise(definition: StudyDefinition, trial: FrozenTrial) -> Iterator[dict[str
         ends[end] = _find_wider(name, dimension, end)
         if ends[end] is not None:
             wider = dimension.model_copy(update={"range": ends})
-            lines = [_toml_line(definition, name, table) for table in (dimension, wider)]
-            yield {"name": name, "value": shorten(value), "end": ("lower", "upper")[end]} | dict(
-                zip(("now", "then"), lines, strict=True)
-            )
+            now, then = (_toml_line(definition, name, table) for table in (dimension, wider))
+            yield {"name": name, "value": shorten(value), "end": ("lower", "upper")[end], "now": now, "then": then}
 
 
 def _find_wider(name: str, dimension: Range, end: int) -> int | float | None:

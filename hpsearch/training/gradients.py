@@ -93,8 +93,10 @@ class PerceptronGradients:
 
     def __init__(self, network: Network, label_smoothing: float) -> None:
         self.layers = [_RULES[type(layer)](layer) for layer in network if type(layer) is not nn.Flatten]
-        self.label_smoothing = label_smoothing
-        self.targets: Tensor | None = None  # (classes, classes): the smoothed target probabilities, one row per label
+        last_weight = [layer.weight for layer in network if type(layer) is nn.Linear][-1]
+        one_hot = torch.eye(len(last_weight), device=last_weight.device)
+        # (classes, classes): the smoothed target probabilities, one row per label
+        self.targets = one_hot * (1 - label_smoothing) + label_smoothing / len(one_hot)
 
     @torch.no_grad()
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -102,7 +104,7 @@ class PerceptronGradients:
         for layer in self.layers:
             values = layer.forward(values)
         log_probabilities = values.log_softmax(1)
-        targets = self._targets_like(values).index_select(0, labels)
+        targets = self.targets.index_select(0, labels)
         loss = (log_probabilities * targets).sum().div_(-len(labels))
         # Gradient of the cross entropy w.r.t. the logits: Goodfellow, Bengio and Courville, Deep Learning, 6.2.2.3.
         gradient = log_probabilities.exp_().sub_(targets).div_(len(labels))
@@ -110,13 +112,6 @@ class PerceptronGradients:
             gradient = layer.backward(gradient)
         self.layers[0].backward_parameters(gradient)
         return loss
-
-    def _targets_like(self, logits: Tensor) -> Tensor:
-        if self.targets is None:
-            n_classes = logits.shape[1]
-            one_hot = torch.eye(n_classes, dtype=logits.dtype, device=logits.device)
-            self.targets = one_hot * (1 - self.label_smoothing) + self.label_smoothing / n_classes
-        return self.targets
 
 
 class _Linear:

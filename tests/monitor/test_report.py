@@ -204,6 +204,13 @@ def test_enough_trials_give_importances_and_a_map(report: Callable[..., Page]) -
     assert set(title.split(" and ")) == {"width", "lr"}, "the map should be of those that vary"
 
 
+def test_trials_on_one_line_have_importances_and_no_map(report: Callable[..., Page]) -> None:
+    widths = (8, 12, 16, 20, 24, 28)
+    page = report([make_trial(value=0.8 + n / 200, params={"width": n, "lr": n / 1000}) for n in widths])
+    assert "Importance of each hyperparameter as a bar chart." in page.values_of("img", "alt")
+    assert not [alt for alt in page.values_of("img", "alt") if alt.startswith("Contour plot")]
+
+
 def test_equal_trials_have_no_importances(report: Callable[..., Page]) -> None:
     assert "Not enough data for importances" in report([make_trial(value=0.9) for _ in range(9)]).text
 
