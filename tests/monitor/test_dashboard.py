@@ -387,14 +387,14 @@ def test_odd_attributes_cost_a_note_and_not_the_page(site: Site, attributes: dic
             trial.set_user_attr(key, value)
         study.tell(trial, state=TrialState.PRUNED)
     answer = site("/api/studies/1?after=0")
-    assert (answer.status, len(answer.json["trials"])) == (200, 5)
+    assert (answer.status, len(answer.json["trials"])) == (200, 4)
     assert "width" in answer.json["note"]["body"]
 
 
 @pytest.mark.parametrize("is_missed", [False, True])
 def test_a_study_made_anew_is_shown_without_notes_of_the_old(site: Site, is_missed: bool) -> None:
-    assert len(site("/api/studies/1?after=0").json["trials"]) == 5
-    assert len(site("/csv/1").body.splitlines()) > 5
+    assert len(site("/api/studies/1?after=0").json["trials"]) == 4
+    assert len(site("/csv/1").body.splitlines()) > 4
     with writing(site) as study:
         optuna.delete_study(study_name="small", storage=study._storage)
         if is_missed:
@@ -429,7 +429,7 @@ def test_polling_reads_only_what_is_new(searched_anywhere: StudyDefinition) -> N
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Storage, "_get_trials", count)
         site("/api/studies/1?after=0")
-        assert read[0] == 5
+        assert read[0] == 4
         read.clear()
         for _ in range(3):
             site("/api/studies/1?after=4")
