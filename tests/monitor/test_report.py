@@ -221,13 +221,6 @@ def test_what_pruning_saved_is_counted(report: Callable[..., Page]) -> None:
     assert "stopped 2 unpromising trials early and saved 2 epochs, about 2 s (33%" in page.text
 
 
-def test_a_retried_trial_counts_its_epochs_once(report: Callable[..., Page]) -> None:
-    retried = make_trial(TrialState.FAIL, epochs=1, failure={"kind": "lost", "message": "worker gone"})
-    page = report([retried, make_trial(attempts=[0])])
-    assert "2 epochs in 3 s" in page.text
-    assert "failed101 s" in page.text, "state, trials, epochs, time"
-
-
 HOSTILE = "<script>alert(1)</script><img src=https://x.org/a.png onerror=alert(1)>\"' $\\frac{$ \ud800 \0"
 
 
