@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from hpsearch.bundle.retrain import export as export
     from hpsearch.config.definition import StudyDefinition as StudyDefinition
     from hpsearch.config.definition import load_definition as load_definition
-    from hpsearch.config.space import Hyperparameters as Hyperparameters
     from hpsearch.config.space import suggest as suggest
     from hpsearch.data.dataset import ImageData as ImageData
     from hpsearch.data.dataset import Split as Split
@@ -44,6 +43,7 @@ if TYPE_CHECKING:
     from hpsearch.search.pruning import PruningCallback as PruningCallback
     from hpsearch.search.study import open_study as open_study
     from hpsearch.storage.rdb import open_storage as open_storage
+    from hpsearch.training.kinds import Hyperparameters as Hyperparameters
     from hpsearch.training.networks import build_network as build_network
     from hpsearch.training.trainer import Trainer as Trainer
 

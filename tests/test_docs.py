@@ -22,7 +22,7 @@ import hpsearch
 from hpsearch import errors
 from hpsearch.cli import app
 from hpsearch.config.definition import parse_definition
-from hpsearch.config.space import Hyperparameters
+from hpsearch.training.kinds import Hyperparameters
 from tests.acceptance.commands import Command, wait_for
 
 ROOT = Path(__file__).parent.parent

@@ -10,11 +10,11 @@ PACKAGE = Path(__file__).parent.parent / "hpsearch"
 ROOMS = {"config", "data", "training", "storage", "search", "workers", "bundle", "monitor", "cli"}
 
 
-def test_the_package_has_nine_rooms_five_files_and_its_documentation() -> None:
+def test_the_package_has_nine_rooms_six_files_and_its_documentation() -> None:
     entries = [entry for entry in PACKAGE.iterdir() if entry.name != "__pycache__"]
     assert {entry.name for entry in entries if entry.is_dir()} == ROOMS | {"docs"}
     files = {entry.name for entry in entries if entry.is_file()}
-    assert files == {"README.md", "__init__.py", "__main__.py", "errors.py", "py.typed"}
+    assert files == {"README.md", "__init__.py", "__main__.py", "errors.py", "plugins.py", "py.typed"}
 
 
 # Private attributes of others that are used outside `storage`, Optuna's two ids aside: each needs a reason.

@@ -18,14 +18,15 @@ from hpsearch.bundle import formats
 from hpsearch.bundle.evaluation import Evaluation, evaluate
 from hpsearch.bundle.figures import draw_evaluation
 from hpsearch.bundle.manifest import MAX_BYTES, VerifiedFolder, parse, replace_folder, write_manifest
-from hpsearch.config.space import Hyperparameters, Table
-from hpsearch.data.dataset import CLASS_NAMES, load_test, normalise
-from hpsearch.data.image_files import read_image
+from hpsearch.config.definition import DataName, NetworkName
+from hpsearch.config.space import Table
+from hpsearch.data.dataset import load_test, normalise
 from hpsearch.errors import BundleError, ImageError
+from hpsearch.plugins import DATA_SETS, NETWORKS, find
+from hpsearch.training.kinds import Hyperparameters
 from hpsearch.training.networks import Network, describe_layers, from_layers
 
 FORMAT_VERSION = 1
-DIGITS = ("mnist", "digits")  # data sets whose images are prepared like MNIST's
 REQUIRED = (
     *("model.safetensors", "model.pt", "config.json", "metrics.json", "study.toml", "confusion_matrix.png"),
     "README.md",
@@ -41,8 +42,8 @@ class Config(Table):
     """`config.json`: what is needed to rebuild the network. `layers` is for users without hpsearch."""
 
     format_version: Literal[1]
-    data: Literal["mnist", "fashion-mnist", "kmnist", "digits"]
-    kind: Literal["mlp", "cnn"]
+    data: DataName
+    kind: NetworkName
     hyperparameters: Hyperparameters
     image_shape: tuple[_Side, _Side, _Side]
     mean: float = Field(ge=0, le=1)
@@ -98,7 +99,8 @@ class Classifier:
 
     def read_image(self, file: Path | str) -> NDArray[np.uint8]:
         """Read an image file as raw pixels of the network's image shape; raises `ImageError`."""
-        return read_image(file, self.image_shape, is_digit=self.config.data in DIGITS)
+        pixels: NDArray[np.uint8] = find(DATA_SETS, self.config.data).read_image(file)
+        return pixels
 
     def rank(self, probabilities: NDArray[np.float32], top: int) -> list[tuple[str, float]]:
         """Return the `top` most likely classes of an image with their probabilities, the most likely first."""
@@ -150,7 +152,7 @@ def _load(folder: Path) -> Classifier:
 
 def _build(config: Config, file: Path) -> Network:
     """Return the network with meta tensors as weights, so that a malicious config cannot exhaust the memory."""
-    if tuple(config.class_names) != CLASS_NAMES[config.data]:
+    if tuple(config.class_names) != find(DATA_SETS, config.data).class_names:
         raise BundleError(f"{file}: class_names do not match {config.data}")
     layers = describe_layers(config.kind, config.hyperparameters, config.image_shape, len(config.class_names))
     if json.loads(json.dumps(layers)) != config.layers:
@@ -235,6 +237,7 @@ def _write_card(contents: Contents, verified: dict[str, dict[str, float]]) -> st
     return environment.get_template("model_card.md.jinja").render(
         m=contents.metrics,
         config=contents.config,
+        network=find(NETWORKS, contents.config["kind"]).title,
         confirmed=contents.metrics.get("confirmed"),
         verified=verified,
         formats=formats.FORMATS,

@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial
 from hpsearch.bundle import bundle, formats
 from hpsearch.bundle.evaluation import Evaluation, evaluate
 from hpsearch.config.definition import StudyDefinition
-from hpsearch.config.space import Hyperparameters, suggest
+from hpsearch.config.space import TrainingHyperparameters, suggest
 from hpsearch.data.dataset import ImageData, load_test
 from hpsearch.errors import Diverged
 from hpsearch.search.selection import find_best, find_winner, record_test_use
@@ -123,7 +123,9 @@ def _describe_search(study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
     }
 
 
-def _describe_network(definition: StudyDefinition, data: ImageData, hyperparameters: Hyperparameters) -> dict[str, Any]:
+def _describe_network(
+    definition: StudyDefinition, data: ImageData, hyperparameters: TrainingHyperparameters
+) -> dict[str, Any]:
     """Return the content of `config.json`."""
     layers = describe_layers(definition.network.kind, hyperparameters, data.image_shape, len(data.class_names))
     return {

@@ -1,7 +1,7 @@
 """The study file and the search space.
 
 urls         parses database and artifact URLs, and hides their passwords
-space        hyperparameters, the search space, and `suggest`, which samples one from the other
-validation   the errors in a study file, with their location
+space        the search space, hyperparameters of training, and `suggest`, which samples a trial's hyperparameters
+validation   the problems of a search space, and a sentence with its location for each problem of a study file
 definition   the study file as a frozen `StudyDefinition`
 """

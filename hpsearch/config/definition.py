@@ -5,21 +5,30 @@ import json
 import os
 import tomllib
 from collections.abc import Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import tomlkit
-from pydantic import Field, ValidationError, WithJsonSchema, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError, PydanticKnownError
 from tomlkit.items import InlineTable
 
-from hpsearch.config.space import AnyDimension, Hyperparameters, SearchSpace, Table
+from hpsearch.config.space import AnyDimension, SearchSpace, Table
 from hpsearch.config.urls import is_url, parse_url, remove_secrets, show_url
-from hpsearch.config.validation import check_tables, describe, did_you_mean
+from hpsearch.config.validation import check_first, check_fixed, describe, did_you_mean, read_search
 from hpsearch.errors import DefinitionError, UsageError
+from hpsearch.plugins import DATA_SETS, NETWORKS, find
 
-N_TRAINING_IMAGES = {"mnist": 60_000, "fashion-mnist": 60_000, "kmnist": 60_000, "digits": 1_437}
+
+def _check_name(registry: Mapping[str, str], name: Any) -> Any:
+    if name not in list(registry):
+        raise PydanticKnownError("literal_error", {"expected": " or ".join(map(repr, registry))})
+    return name
+
+
+DataName = Annotated[str, BeforeValidator(partial(_check_name, DATA_SETS))]
+NetworkName = Annotated[str, BeforeValidator(partial(_check_name, NETWORKS))]
 
 
 class Study(Table):
@@ -53,14 +62,14 @@ class Budget(Table):
 
 
 class Data(Table):
-    name: Literal["mnist", "fashion-mnist", "kmnist", "digits"] = "mnist"
+    name: DataName = Field("mnist", json_schema_extra={"enum": [*DATA_SETS]})
     validation: int = Field(0, ge=1, description="images held out for validation; default: one sixth")
     train: int | None = Field(None, ge=1, description="train on this many images only; default: all")
     split_seed: int = Field(0, ge=0, lt=2**32)
 
     @model_validator(mode="after")
     def _resolve(self) -> Self:
-        n_images = N_TRAINING_IMAGES[self.name]
+        n_images = find(DATA_SETS, self.name).n_train
         if "validation" not in self.model_fields_set:
             object.__setattr__(self, "validation", n_images // 6)
         wanted = self.validation + (self.train or 1)
@@ -71,7 +80,7 @@ class Data(Table):
 
 
 class Network(Table):
-    kind: Literal["mlp", "cnn"] = "mlp"
+    kind: NetworkName = Field("mlp", json_schema_extra={"enum": [*NETWORKS]})
 
 
 class Sampler(Table):
@@ -103,6 +112,15 @@ class Retrain(Table):
     seeds: int = Field(1, ge=1, le=100, description="number of models to train; the first is exported")
 
 
+class _HyperparameterSchema:
+    """Gives the [fixed] table the JSON Schema of the hyperparameters of all kinds of network."""
+
+    def __get_pydantic_json_schema__(self, _schema: Any, _handler: Any) -> Any:
+        schemas = [find(NETWORKS, kind).hyperparameters.model_json_schema() for kind in NETWORKS]
+        properties = {name: value for schema in schemas for name, value in schema["properties"].items()}
+        return schemas[0] | {"properties": properties}
+
+
 class StudyDefinition(Table):
     """A validated study file with all defaults filled in: search space, data, budget and settings."""
 
@@ -110,9 +128,9 @@ class StudyDefinition(Table):
     budget: Budget = Budget()
     data: Data = Data()
     network: Network = Network()
-    search: dict[str, AnyDimension] = Field(min_length=1)
-    fixed: Annotated[dict[str, Any], WithJsonSchema(Hyperparameters.model_json_schema())] = {}
-    first: list[dict[str, Any]] = Field([], alias="try")
+    search: Annotated[dict[str, AnyDimension], BeforeValidator(read_search)] = Field(min_length=1)
+    fixed: Annotated[dict[str, Any], AfterValidator(check_fixed), _HyperparameterSchema()] = {}
+    first: Annotated[list[dict[str, Any]], AfterValidator(check_first)] = Field([], alias="try")
     sampler: Sampler = Sampler()
     pruner: Pruner = Pruner()
     recovery: Recovery = Recovery()
@@ -120,7 +138,7 @@ class StudyDefinition(Table):
 
     @cached_property
     def space(self) -> SearchSpace:
-        return SearchSpace(self.search, self.fixed)
+        return SearchSpace(self.search, self.fixed, find(NETWORKS, self.network.kind).hyperparameters)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -144,7 +162,7 @@ class StudyDefinition(Table):
         tables = self.model_dump(by_alias=True, exclude_none=True)
         if self.study.storage:
             tables["study"]["storage"] = show_url(self.study.storage)
-        tables["fixed"] = Hyperparameters(**self.fixed).model_dump(include=set(self.fixed))
+        tables["fixed"] = self.space.hyperparameters(**self.fixed).model_dump(include=set(self.fixed))
         tables["search"] = {
             name: table.model_dump(by_alias=True, exclude_defaults=True) for name, table in self.search.items()
         }
@@ -188,7 +206,7 @@ def load_definition(path: Path | str, *, storage: str | None = None, artifacts: 
     try:
         resolved = Study.model_validate(study)
     except ValidationError as error:
-        problem = next(describe(error, StudyDefinition)).removeprefix("name: ")
+        problem = next(describe(error, Study)).removeprefix("name: ")
         problem = f"the file name cannot serve as study name: {problem}; set study.name in the file"
         raise DefinitionError(str(file), [problem]) from error
     return definition.model_copy(update={"study": resolved})
@@ -197,14 +215,9 @@ def load_definition(path: Path | str, *, storage: str | None = None, artifacts: 
 def parse_definition(raw: Mapping[str, Any], source: str = "study") -> StudyDefinition:
     """Validate the tables of a study file. Raises `DefinitionError` with all problems."""
     try:
-        definition = StudyDefinition.model_validate(raw)
-        problems: list[str] = []
+        return StudyDefinition.model_validate(raw, context=raw)
     except ValidationError as error:
-        problems = list(describe(error, StudyDefinition))
-    problems += [f"{path}: {message}" for path, message in check_tables(raw)]
-    if problems:
-        raise DefinitionError(source, list(dict.fromkeys(problems)))
-    return definition
+        raise DefinitionError(source, list(describe(error, StudyDefinition))) from error
 
 
 def evolve(definition: StudyDefinition, section: str, **values: Any) -> StudyDefinition:
@@ -213,7 +226,7 @@ def evolve(definition: StudyDefinition, section: str, **values: Any) -> StudyDef
     try:
         changed = type(table).model_validate(table.model_dump() | values)
     except ValidationError as error:
-        raise UsageError("; ".join(describe(error, StudyDefinition))) from error
+        raise UsageError("; ".join(describe(error, type(table)))) from error
     return definition.model_copy(update={section: changed})
 
 

@@ -1,16 +1,16 @@
 """The search space of a study file, and the hyperparameters that Optuna trials sample from it.
 
-Each hyperparameter is a field of `Hyperparameters`; the constraints of that field validate all of its values.
+A hyperparameter is a field of a table, and the constraints of the field validate all of its values. Those of training
+are here; a kind of network brings a table with its own.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Protocol, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
-
-Scalar = bool | int | float | str
 
 
 class Table(BaseModel):
@@ -19,14 +19,9 @@ class Table(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
-class Hyperparameters(Table):
-    """The hyperparameters of a network and its training; each can be searched or fixed."""
+class TrainingHyperparameters(Table):
+    """The hyperparameters of training. The table of a kind of network inherits them, so that it has all of a trial."""
 
-    depth: int = Field(2, ge=1, le=64, description="number of hidden layers (MLP) or blocks (CNN)")
-    width: int = Field(128, ge=1, le=65_536, description="units per layer (MLP) or channels of the first block (CNN)")
-    activation: Literal["relu", "gelu", "silu"] = "relu"
-    dropout: float = Field(0.0, ge=0, lt=1)
-    batch_norm: bool = True
     optimizer: Literal["adam", "adamw", "sgd", "rmsprop", "nadam"] = "adam"
     lr: float = Field(1e-3, gt=0, description="learning rate; the peak if a schedule is used")
     weight_decay: float = Field(0.0, ge=0)
@@ -55,15 +50,23 @@ class Suggests(Protocol):
     def suggest_categorical(self, name: str, choices: Any) -> Any: ...
 
 
+def _check_scalar(value: Any) -> Any:
+    if not isinstance(value, bool | int | float | str) or (isinstance(value, float) and not math.isfinite(value)):
+        raise PydanticCustomError("scalar", "must be a finite number, string or boolean")
+    return value
+
+
+Scalar = Annotated[bool | int | float | str, BeforeValidator(_check_scalar)]
+
+
 class Dimension(Table):
-    """A searched hyperparameter, suggested only if the hyperparameters in `when` have one of the listed values."""
+    """A searched hyperparameter, suggested only if the hyperparameters in `when` have one of the listed values.
+
+    `values` are the choices, or the two ends of a range; if they are valid, so are all values in between.
+    """
 
     when: dict[str, list[Scalar]] = {}
-
-    @property
-    @abstractmethod
-    def ends(self) -> list[Any]:
-        """Return the values to validate; if they are valid, so are all values in between."""
+    values: list[Any]
 
     @abstractmethod
     def suggest(self, trial: Suggests, name: str) -> Scalar:
@@ -80,13 +83,12 @@ class Dimension(Table):
 class Range(Dimension):
     """All values between two bounds, both inclusive."""
 
-    range: list[Any]
     log: bool = False
     step: Any
 
     @model_validator(mode="after")
     def _check_bounds(self) -> Self:
-        low, high = self.range
+        low, high = self.values
         bounds = {"low": low, "high": high}
         if low > high:
             raise PydanticCustomError("bounds", "lower bound {low} is greater than upper bound {high}", bounds)
@@ -94,98 +96,97 @@ class Range(Dimension):
             raise PydanticCustomError("bounds", "log = true needs a lower bound > 0, got {low}", bounds)
         if self.log and "step" in self.model_fields_set:
             raise PydanticCustomError("bounds", "log and step cannot be combined")
-        rest = (high - low) % self.step if "step" in self.model_fields_set else 0
-        if min(rest, self.step - rest if rest else 0) > 1e-9:
+        if not self.has(high):
             message = "step {step} does not divide the range from {low} to {high}"
             raise PydanticCustomError("bounds", message, bounds | {"step": self.step})
         return self
 
-    @property
-    def ends(self) -> list[Any]:
-        return self.range
-
-
-class IntRange(Range):
-    range: list[int] = Field(alias="int", min_length=2, max_length=2)
-    step: int = Field(1, ge=1)
-
-    def suggest(self, trial: Suggests, name: str) -> int:
-        return trial.suggest_int(name, *self.range, log=self.log, step=self.step)
-
     def has(self, value: Any) -> bool:
-        low, high = self.range
-        is_int = isinstance(value, int) and not isinstance(value, bool)
-        return is_int and low <= value <= high and (value - low) % self.step == 0
-
-
-class FloatRange(Range):
-    range: list[float] = Field(alias="float", min_length=2, max_length=2)
-    step: float | None = Field(None, gt=0)
-
-    def suggest(self, trial: Suggests, name: str) -> float:
-        return trial.suggest_float(name, *self.range, log=self.log, step=self.step)
-
-    def has(self, value: Any) -> bool:
-        low, high = self.range
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not low <= value <= high:
+        low, high = self.values  # both int or both float
+        if not isinstance(value, int | type(low)) or isinstance(value, bool) or not low <= value <= high:
             return False
         steps = (value - low) / self.step if self.step else 0.0
         return bool(abs(steps - round(steps)) < 1e-8)  # as Optuna's FloatDistribution allows
 
 
+class IntRange(Range):
+    values: list[int] = Field(alias="int", min_length=2, max_length=2)
+    step: int = Field(1, ge=1)
+
+    def suggest(self, trial: Suggests, name: str) -> int:
+        return trial.suggest_int(name, *self.values, log=self.log, step=self.step)
+
+
+class FloatRange(Range):
+    values: list[float] = Field(alias="float", min_length=2, max_length=2)
+    step: float | None = Field(None, gt=0)
+
+    def suggest(self, trial: Suggests, name: str) -> float:
+        return trial.suggest_float(name, *self.values, log=self.log, step=self.step)
+
+
 class Choice(Dimension):
-    choice: list[Scalar] = Field(min_length=1)
+    values: list[Scalar] = Field(alias="choice", min_length=1)
 
     @model_validator(mode="after")
     def _check_choices(self) -> Self:
-        if len({(isinstance(value, bool), value) for value in self.choice}) < len(self.choice):
-            raise PydanticCustomError("choices", "duplicate values in {choices}", {"choices": self.choice})
+        if len({(isinstance(value, bool), value) for value in self.values}) < len(self.values):
+            raise PydanticCustomError("choices", "duplicate values in {choices}", {"choices": self.values})
         return self
 
-    @property
-    def ends(self) -> list[Any]:
-        return self.choice
-
     def suggest(self, trial: Suggests, name: str) -> Scalar:
-        value: Scalar = trial.suggest_categorical(name, self.choice)
+        value: Scalar = trial.suggest_categorical(name, self.values)
         return value
 
     def has(self, value: Any) -> bool:
-        return is_among(value, self.choice)
+        return is_among(value, self.values)
 
 
-def _kind_of_dimension(value: Any) -> str | None:
+_DIMENSIONS: dict[str, type[Dimension]] = {"int": IntRange, "float": FloatRange, "choice": Choice}
+
+
+def _read_dimension(value: Any) -> Dimension:
+    """Read the table of a dimension by the one key that says its kind, so that errors are about this kind only."""
     if isinstance(value, Dimension):
-        return {IntRange: "int", FloatRange: "float", Choice: "choice"}.get(type(value))
-    keys = [key for key in ("int", "float", "choice") if isinstance(value, Mapping) and key in value]
-    return keys[0] if len(keys) == 1 else None
+        return value
+    keys = [key for key in _DIMENSIONS if isinstance(value, Mapping) and key in value]
+    if len(keys) != 1:
+        expected = "{ int = [low, high] }, { float = [low, high] } or { choice = [...] }"
+        raise PydanticCustomError("dimension", f"expected a range or a choice: {expected}")
+    return _DIMENSIONS[keys[0]].model_validate(value)
 
 
-AnyDimension = Annotated[
-    Annotated[IntRange, Tag("int")] | Annotated[FloatRange, Tag("float")] | Annotated[Choice, Tag("choice")],
-    Discriminator(
-        _kind_of_dimension,
-        custom_error_type="dimension",
-        custom_error_message="expected a range or a choice: { int = [low, high] }, { float = [low, high] } or "
-        "{ choice = [...] }",
-    ),
-]
+AnyDimension = Annotated[IntRange | FloatRange | Choice, BeforeValidator(_read_dimension)]
 
 
 class SearchSpace:
-    """The dimensions in the order of suggestion, each after those that its `when` names."""
+    """The dimensions in the order of suggestion, each after those that its `when` names; circular ones are left out.
 
-    def __init__(self, search: Mapping[str, Dimension], fixed: Mapping[str, Any]) -> None:
+    `hyperparameters` is the table of all hyperparameters of a trial.
+    """
+
+    def __init__(
+        self,
+        search: Mapping[str, Dimension],
+        fixed: Mapping[str, Any],
+        hyperparameters: type[TrainingHyperparameters],
+    ) -> None:
         self.fixed = dict(fixed)
-        self.dimensions = {name: search[name] for name in parents_first(search)}
+        self.hyperparameters = hyperparameters
+        self.dimensions: dict[str, Dimension] = {}
+        for _ in search:  # each pass adds one name, unless conditions are circular
+            for name, dimension in search.items():
+                is_ready = all(parent in self.dimensions or parent not in search for parent in dimension.when)
+                if name not in self.dimensions and is_ready:
+                    self.dimensions[name] = dimension
+                    break
 
     @property
     def is_conditional(self) -> bool:
         return any(dimension.when for dimension in self.dimensions.values())
 
 
-def suggest(trial: Suggests, space: SearchSpace) -> Hyperparameters:
+def suggest(trial: Suggests, space: SearchSpace) -> TrainingHyperparameters:
     """Sample the hyperparameters of a trial; those not searched are fixed or have their default.
 
     A hyperparameter whose `when` does not hold is not suggested and keeps its default.
@@ -194,18 +195,7 @@ def suggest(trial: Suggests, space: SearchSpace) -> Hyperparameters:
     for name, dimension in space.dimensions.items():
         if dimension.is_active(values):
             values[name] = dimension.suggest(trial, name)
-    return Hyperparameters(**values)
-
-
-def parents_first(search: Mapping[str, Dimension]) -> list[str]:
-    """Return the names of the dimensions, each after those that its `when` names; circular ones are left out."""
-    ordered: list[str] = []
-    for _ in search:  # each pass adds one name, unless conditions are circular
-        for name, dimension in search.items():
-            if name not in ordered and all(parent in ordered or parent not in search for parent in dimension.when):
-                ordered.append(name)
-                break
-    return ordered
+    return space.hyperparameters(**values)
 
 
 def is_among(value: Any, allowed: Iterable[Any]) -> bool:

@@ -1,6 +1,7 @@
 """Data sets as tensors in memory, image files as pixels.
 
-dataset        splits, batches, and the registry of data sets
+sets           the built-in data sets: what is known of each, and how it is read
+dataset        splits and batches
 mnist          downloads, unpacks and parses MNIST and similar data sets
 digits         scikit-learn's digits, upscaled to 28x28
 augment        randomly shifts, rotates and scales a batch

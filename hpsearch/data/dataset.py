@@ -4,7 +4,6 @@ The training split of a data set is divided into training and validation images.
 and a search never calls it.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,22 +11,11 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, TensorDataset
 
-from hpsearch.data.digits import read_digits
-from hpsearch.data.mnist import TORCHVISION_NAMES, data_folder, read_idx
+from hpsearch.data.sets import DataSet
 from hpsearch.errors import DataError
-
-CLASS_NAMES = {
-    "mnist": tuple("0123456789"),
-    "fashion-mnist": (
-        *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
-        *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
-    ),
-    "kmnist": ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
-    "digits": tuple("0123456789"),
-}
-_N_DIGITS_TEST = 360
+from hpsearch.plugins import DATA_SETS, find
 
 
 @dataclass(frozen=True)
@@ -45,9 +33,9 @@ class Split:
 
     def loader(
         self, batch_size: int, *, shuffle: bool = False, generator: torch.Generator | None = None
-    ) -> DataLoader[tuple[Tensor, Tensor]]:
+    ) -> DataLoader[tuple[Tensor, ...]]:
         """Return a DataLoader of (images, labels) batches, each indexed from the tensors in memory."""
-        return _Loader(_Batches(self, batch_size, shuffle=shuffle, generator=generator), batch_size=None)
+        return _Loader(self, batch_size, shuffle=shuffle, generator=generator)
 
 
 @dataclass(frozen=True)
@@ -98,7 +86,8 @@ def load_data(
     `validation` and `train` are numbers of images; without `train`, all remaining images are used for training. Raises
     `DataError` if the data cannot be loaded or downloaded.
     """
-    images, labels = _read(name, folder, is_train=True)
+    data_set: DataSet = find(DATA_SETS, name)
+    images, labels = data_set.read(folder, is_train=True)
     training, held_out = _stratify(labels, validation, train, split_seed)
     pixels = images[training].float().div_(255)
     mean, std = pixels.mean().item(), pixels.std().item()
@@ -107,13 +96,14 @@ def load_data(
         validation=Split(normalise(images[held_out], mean, std), labels[held_out]),
         mean=mean,
         std=std,
-        class_names=CLASS_NAMES[name],
+        class_names=data_set.class_names,
     )
 
 
 def load_test(name: str, folder: Path | str | None = None) -> tuple[Tensor, Tensor]:
     """Load the test set: raw pixels, uint8, shape (N, 1, H, W), and labels, int64. Raises `DataError`."""
-    return _read(name, folder, is_train=False)
+    data_set: DataSet = find(DATA_SETS, name)
+    return data_set.read(folder, is_train=False)
 
 
 def normalise(images: Tensor, mean: float, std: float) -> Tensor:
@@ -121,46 +111,32 @@ def normalise(images: Tensor, mean: float, std: float) -> Tensor:
     return images.float().div_(255).sub_(mean).div_(std)
 
 
-class _Batches(IterableDataset[tuple[Tensor, Tensor]]):
-    """The batches of a split, each indexed from the tensors in memory; the CPU draws their order.
+class _Loader(DataLoader[tuple[Tensor, ...]]):
+    """A DataLoader that indexes a batch at a time, faster than torch's loop over images; the CPU draws their order.
 
     When shuffling, a last batch of a single image is dropped because batch norm cannot train on it.
     """
 
+    batch_size: int
+
     def __init__(self, split: Split, batch_size: int, *, shuffle: bool, generator: torch.Generator | None) -> None:
-        self.split, self.batch_size, self.shuffle, self.generator = split, batch_size, shuffle, generator
+        super().__init__(TensorDataset(split.images, split.labels), batch_size, generator=generator)
+        self.split, self.shuffle = split, shuffle
 
     def __len__(self) -> int:
         n_rows = len(self.split)
         drops_last = self.shuffle and n_rows > self.batch_size and n_rows % self.batch_size == 1
         return -(-n_rows // self.batch_size) - drops_last
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        images, labels, n_rows = self.split.images, self.split.labels, len(self.split)
+    def __iter__(self) -> Any:
+        images, labels = self.split.images, self.split.labels
         if self.shuffle:
-            rows = torch.randperm(n_rows, generator=self.generator).to(labels.device)
+            rows = torch.randperm(len(labels), generator=self.generator).to(labels.device)
             labels = labels.index_select(0, rows)
             image_batches = (images.index_select(0, batch) for batch in rows.split(self.batch_size))
         else:
             image_batches = iter(images.split(self.batch_size))
         return islice(zip(image_batches, labels.split(self.batch_size), strict=True), len(self))
-
-
-class _Loader(DataLoader[tuple[Tensor, Tensor]]):
-    """A DataLoader that returns ready batches; it skips torch's own loop, which is slow without worker processes."""
-
-    def __iter__(self) -> Any:
-        return iter(self.dataset)
-
-
-def _read(name: str, folder: Path | str | None, *, is_train: bool) -> tuple[Tensor, Tensor]:
-    if name == "digits":
-        images, labels = read_digits()
-        training, test = _stratify(labels, _N_DIGITS_TEST, None, seed=0)
-        chosen = training if is_train else test
-        return images[chosen], labels[chosen]
-    images, labels = read_idx(TORCHVISION_NAMES[name], data_folder(folder), is_train=is_train)
-    return images.unsqueeze(1), labels
 
 
 def _stratify(labels: Tensor, n_held_out: int, n_training: int | None, seed: int) -> tuple[Tensor, Tensor]:

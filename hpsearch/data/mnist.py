@@ -13,9 +13,6 @@ from torch import Tensor
 
 from hpsearch.errors import DataError
 
-# Data set names of a study file, and the torchvision classes that download them.
-TORCHVISION_NAMES = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
-
 
 def data_folder(folder: Path | str | None = None) -> Path:
     """Return the folder of the data sets: the argument, else HPSEARCH_DATA, else the user's cache folder."""
@@ -23,14 +20,13 @@ def data_folder(folder: Path | str | None = None) -> Path:
     return Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("hpsearch")
 
 
-def inspect_files(name: str, folder: Path | str | None = None) -> tuple[list[str], bool]:
+def find_missing(class_name: str, folder: Path | str | None) -> tuple[list[str], bool]:
     """Return the archives that are missing or corrupt, and whether all files are unpacked.
 
     Does not download or unpack anything.
     """
     import torchvision
 
-    class_name = TORCHVISION_NAMES[name]
     raw = data_folder(folder) / class_name / "raw"
     resources = [(raw / archive, md5) for archive, md5 in getattr(torchvision.datasets, class_name).resources]
     if all(archive.with_suffix("").exists() for archive, _ in resources):
@@ -39,8 +35,12 @@ def inspect_files(name: str, folder: Path | str | None = None) -> tuple[list[str
     return [archive.name for archive, md5 in resources if not is_complete(archive, md5)], False
 
 
-def read_idx(class_name: str, root: Path, *, is_train: bool) -> tuple[Tensor, Tensor]:
-    """Read the images (N, H, W) and labels of an MNIST-like data set; torchvision downloads it if necessary."""
+def read_idx(class_name: str, folder: Path | str | None, n_images: int, *, is_train: bool) -> tuple[Tensor, Tensor]:
+    """Read `n_images` images (N, 1, H, W) and their labels; torchvision downloads them if necessary.
+
+    Raises `DataError`.
+    """
+    root = data_folder(folder)
     raw = root / class_name / "raw"
     part = "train" if is_train else "t10k"
     files = [raw / f"{part}-images-idx3-ubyte", raw / f"{part}-labels-idx1-ubyte"]
@@ -54,7 +54,7 @@ def read_idx(class_name: str, root: Path, *, is_train: bool) -> tuple[Tensor, Te
 
                 getattr(torchvision.datasets, class_name)(root, train=is_train, download=True)
         images, labels = (_parse_idx(file.read_bytes()) for file in files)
-        if not len(images) == len(labels) == (60_000 if is_train else 10_000):
+        if not len(images) == len(labels) == n_images:
             raise ValueError(f"unexpected size: {len(images)} images, {len(labels)} labels")
     except (RuntimeError, OSError, EOFError, zlib.error, ValueError, AssertionError, TypeError) as error:
         # torchvision checks file headers with assertions, and torch raises RuntimeError for truncated data.
@@ -64,7 +64,7 @@ def read_idx(class_name: str, root: Path, *, is_train: bool) -> tuple[Tensor, Te
             f"*-ubyte.gz files into that folder, point --data or HPSEARCH_DATA at a folder with {class_name}/raw, "
             'or set data.name = "digits" in the study file (no download)'
         ) from error
-    return images, labels.long()
+    return images.unsqueeze(1), labels.long()
 
 
 def _parse_idx(content: bytes) -> Tensor:

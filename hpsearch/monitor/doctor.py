@@ -21,8 +21,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from hpsearch.config.definition import StudyDefinition
 from hpsearch.config.urls import parse_url, show_url
-from hpsearch.data.mnist import TORCHVISION_NAMES, data_folder, inspect_files
+from hpsearch.data.mnist import data_folder
 from hpsearch.errors import HpsearchError, StorageUnavailable
+from hpsearch.plugins import DATA_SETS, find
 from hpsearch.search.checkpoints import artifact_folder, checkpoint_folder, find_unneeded_checkpoints, sweep_checkpoints
 from hpsearch.search.study import load_study
 from hpsearch.storage import tables
@@ -207,7 +208,7 @@ def _check_store(artifacts: Folder) -> Finding:
 
 def _check_data(definition: StudyDefinition, folder: Path | str | None) -> Finding:
     name = definition.data.name
-    missing, is_unpacked = inspect_files(name, folder) if name in TORCHVISION_NAMES else ([], True)
+    missing, is_unpacked = find(DATA_SETS, name).find_missing(folder)
     if missing:
         advice = "the next run downloads them (offline: copy them there yourself)"
         message = f"{name}: missing or corrupt in {data_folder(folder)}: {', '.join(missing)}"

@@ -24,6 +24,7 @@ from hpsearch.errors import BundleError, UsageError
 from hpsearch.monitor import plots
 from hpsearch.monitor.text import count, format_cell, format_duration, format_percent, shorten
 from hpsearch.monitor.trials import list_trials
+from hpsearch.plugins import NETWORKS, find
 from hpsearch.search.trials import read_status
 from hpsearch.storage.artifacts import replace_file
 
@@ -79,6 +80,7 @@ def _collect(definition: StudyDefinition, study: optuna.Study, folder: Path | No
     reads = study.user_attrs.get("test_reads")
     return {
         "definition": definition,
+        "networks": f"{find(NETWORKS, definition.network.kind).title}s",
         "summary": read_status(definition, study),
         "best": best,
         "chosen": chosen,
@@ -218,33 +220,33 @@ def advise(definition: StudyDefinition, trial: FrozenTrial) -> Iterator[dict[str
         if not isinstance(dimension, Range) or name not in trial.params:
             continue
         value = trial.params[name]
-        low, high, position = (math.log(x) if dimension.log else x for x in (*dimension.range, value))
+        low, high, position = (math.log(x) if dimension.log else x for x in (*dimension.values, value))
         share = (position - low) / (high - low) if high > low else 0.5
         if 0.02 < share < 0.98:
             continue
-        ends: list[Any] = list(dimension.range)
+        ends: list[Any] = list(dimension.values)
         end = int(share > 0.5)
-        ends[end] = _find_wider(name, dimension, end)
+        ends[end] = _find_wider(definition, name, dimension, end)
         if ends[end] is not None:
-            wider = dimension.model_copy(update={"range": ends})
+            wider = dimension.model_copy(update={"values": ends})
             now, then = (_toml_line(definition, name, table) for table in (dimension, wider))
             yield {"name": name, "value": shorten(value), "end": ("lower", "upper")[end], "now": now, "then": then}
 
 
-def _find_wider(name: str, dimension: Range, end: int) -> int | float | None:
+def _find_wider(definition: StudyDefinition, name: str, dimension: Range, end: int) -> int | float | None:
     """Return a valid value beyond that end of the range, or None if the hyperparameter allows none."""
-    low, high = dimension.range
+    low, high = dimension.values
     sign, is_int = (-1, 1)[end], isinstance(dimension, IntRange)
     for part in (2.0**-i for i in range(8)):
         if dimension.log:
-            value = dimension.range[end] * (2 if is_int else 10) ** (sign * part)
+            value = dimension.values[end] * (2 if is_int else 10) ** (sign * part)
         else:
             room = (high - low) / 2 * part
-            value = dimension.range[end] + sign * (
+            value = dimension.values[end] + sign * (
                 max(1, round(room / dimension.step)) * dimension.step if dimension.step else room
             )
         value = round(value) if is_int else float(f"{value:.3g}")
-        if value != dimension.range[end] and not any(check_values("search", {name: value})):
+        if value != dimension.values[end] and not check_values({name: value}, definition.space.hyperparameters):
             return value
     return None
 

@@ -9,7 +9,7 @@ import torch
 from optuna.trial import TrialState
 
 from hpsearch.config.definition import StudyDefinition
-from hpsearch.config.space import Hyperparameters, suggest
+from hpsearch.config.space import TrainingHyperparameters, suggest
 from hpsearch.data.dataset import ImageData
 from hpsearch.errors import Diverged, Drained, StorageUnavailable
 from hpsearch.search.checkpoints import checkpoints_of
@@ -92,7 +92,7 @@ class Objective:
             raise
         return trainer.results[-1].value
 
-    def _open_checkpoint(self, trial: optuna.Trial, hyperparameters: Hyperparameters) -> Checkpoint | None:
+    def _open_checkpoint(self, trial: optuna.Trial, hyperparameters: TrainingHyperparameters) -> Checkpoint | None:
         if self.checkpoints is None:
             return None
         identity = {

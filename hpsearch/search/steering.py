@@ -77,10 +77,8 @@ def enqueue_trial(definition: StudyDefinition, study: optuna.Study, settings: It
         elif name in values:
             problems.append(f"--set {setting}: {name} was already set to {values[name]!r}")
         values[name] = _parse(text)
-    fixed = definition.to_tables()["fixed"]
     if not problems:
-        found = check_try("set", values, definition.search, fixed)
-        problems = [f"--{path.replace('.', ' ', 1)}: {message}" for path, message in found]
+        problems = [f"--set {name}: {message}" for (name, *_), message in check_try(values, definition.space)]
     if problems:
         raise UsageError("\n".join(problems))
     trial = optuna.trial.create_trial(state=TrialState.WAITING, system_attrs={"fixed_params": values})

@@ -1,6 +1,7 @@
 """From hyperparameters and data to a trained network.
 
-networks     the MLP and the CNN, as sequences of torch layers
+kinds        the MLP and the CNN: their hyperparameters, and the layers that they describe
+networks     networks as sequences of torch layers
 optimizers   optimizers and learning rate schedules
 gradients    the gradients of a training step, by autograd or in closed form
 trainer      the training loop, pulled an epoch at a time

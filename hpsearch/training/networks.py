@@ -1,19 +1,11 @@
-"""The networks: a multilayer perceptron and a small convolutional network, both plain sequences of torch layers.
-
-A network is just a list of `torch.nn` layers: the result of `describe_layers` can be stored as JSON, and plain PyTorch
-can rebuild the network from it.
-"""
-
-from typing import TYPE_CHECKING, Any
+"""Networks as plain sequences of torch layers, built from the layers that their kind describes."""
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from hpsearch.config.space import Hyperparameters
-
-Layer = tuple[str, dict[str, Any]]
-_ACTIVATIONS = {"relu": "ReLU", "gelu": "GELU", "silu": "SiLU"}
+from hpsearch.config.space import TrainingHyperparameters
+from hpsearch.plugins import NETWORKS, find
+from hpsearch.training.kinds import Layer, NetworkKind
 
 
 class Network(nn.Sequential):
@@ -62,7 +54,7 @@ class Dropout(nn.Dropout):
 
 
 def build_network(
-    kind: str, hyperparameters: "Hyperparameters", image_shape: tuple[int, int, int], n_classes: int
+    kind: str, hyperparameters: TrainingHyperparameters, image_shape: tuple[int, int, int], n_classes: int
 ) -> Network:
     """Build a network with new random weights, for images of shape (C, H, W)."""
     return from_layers(describe_layers(kind, hyperparameters, image_shape, n_classes))
@@ -74,55 +66,8 @@ def from_layers(layers: list[Layer]) -> Network:
 
 
 def describe_layers(
-    kind: str, hyperparameters: "Hyperparameters", image_shape: tuple[int, int, int], n_classes: int
+    kind: str, hyperparameters: TrainingHyperparameters, image_shape: tuple[int, int, int], n_classes: int
 ) -> list[Layer]:
     """Return the layers of a network as (name in torch.nn, keyword arguments)."""
-    describe = {"mlp": _describe_mlp, "cnn": _describe_cnn}[kind]
-    return describe(hyperparameters, image_shape, n_classes)
-
-
-def _describe_mlp(hp: "Hyperparameters", image_shape: tuple[int, int, int], n_classes: int) -> list[Layer]:
-    """Return `depth` hidden layers of `width` units."""
-    layers: list[Layer] = [("Flatten", {})]
-    n_inputs = image_shape[0] * image_shape[1] * image_shape[2]
-    for _ in range(hp.depth):
-        layers.append(("Linear", {"in_features": n_inputs, "out_features": hp.width, "bias": not hp.batch_norm}))
-        layers += _norm_and_activation(hp, "BatchNorm1d", hp.width)
-        layers += _dropout(hp)
-        n_inputs = hp.width
-    return [*layers, ("Linear", {"in_features": n_inputs, "out_features": n_classes})]
-
-
-def _describe_cnn(hp: "Hyperparameters", image_shape: tuple[int, int, int], n_classes: int) -> list[Layer]:
-    """Return `depth` blocks; starting from `width`, every second block doubles the channels and has stride 2.
-
-    The first kernel is 5x5 with stride 2, so that all later layers work on a quarter of the pixels.
-    """
-    layers: list[Layer] = []
-    n_inputs = image_shape[0]
-    for block in range(hp.depth):
-        n_outputs = min(hp.width * 2 ** ((block + 1) // 2), 4 * hp.width)
-        stride = 2 if n_outputs != n_inputs or block == 0 else 1
-        kernel = 5 if block == 0 else 3
-        convolution = {
-            "in_channels": n_inputs,
-            "out_channels": n_outputs,
-            "kernel_size": kernel,
-            "stride": stride,
-            "padding": kernel // 2,
-            "bias": not hp.batch_norm,
-        }
-        layers.append(("Conv2d", convolution))
-        layers += _norm_and_activation(hp, "BatchNorm2d", n_outputs)
-        n_inputs = n_outputs
-    layers += [("AdaptiveAvgPool2d", {"output_size": 1}), ("Flatten", {}), *_dropout(hp)]
-    return [*layers, ("Linear", {"in_features": n_inputs, "out_features": n_classes})]
-
-
-def _norm_and_activation(hp: "Hyperparameters", norm: str, n_features: int) -> list[Layer]:
-    norms: list[Layer] = [(norm, {"num_features": n_features})] if hp.batch_norm else []
-    return [*norms, (_ACTIVATIONS[hp.activation], {})]
-
-
-def _dropout(hp: "Hyperparameters") -> list[Layer]:
-    return [("Dropout", {"p": hp.dropout})] if hp.dropout else []
+    found: NetworkKind = find(NETWORKS, kind)
+    return found.describe(hyperparameters, image_shape, n_classes)

@@ -6,10 +6,12 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR
 
-from hpsearch.config.space import Hyperparameters
+from hpsearch.config.space import TrainingHyperparameters
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], hyperparameters: Hyperparameters) -> torch.optim.Optimizer:
+def build_optimizer(
+    parameters: Iterable[nn.Parameter], hyperparameters: TrainingHyperparameters
+) -> torch.optim.Optimizer:
     """Build the optimizer that the hyperparameters name, fused where torch has a fused implementation."""
     lr, weight_decay = hyperparameters.lr, hyperparameters.weight_decay
     match hyperparameters.optimizer:
@@ -27,7 +29,9 @@ def build_optimizer(parameters: Iterable[nn.Parameter], hyperparameters: Hyperpa
             )
 
 
-def build_schedule(optimizer: torch.optim.Optimizer, hyperparameters: Hyperparameters, n_steps: int) -> LRScheduler:
+def build_schedule(
+    optimizer: torch.optim.Optimizer, hyperparameters: TrainingHyperparameters, n_steps: int
+) -> LRScheduler:
     """Build the learning rate schedule for `n_steps` batches: constant, cosine decay to 0, or one cycle up to `lr`.
 
     One cycle (Smith and Topin 2018, https://arxiv.org/abs/1708.07120) does not change the momentum, which is a

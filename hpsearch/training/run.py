@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from hpsearch.config.definition import StudyDefinition
-from hpsearch.config.space import Hyperparameters, Suggests
+from hpsearch.config.space import Suggests, TrainingHyperparameters
 from hpsearch.data.dataset import ImageData, Split, load_data
 from hpsearch.training.networks import build_network
 from hpsearch.training.trainer import Trainer
@@ -23,7 +23,7 @@ def load_study_data(definition: StudyDefinition, folder: Path | str | None = Non
 def build_trainer(
     definition: StudyDefinition,
     data: ImageData,
-    hyperparameters: Hyperparameters,
+    hyperparameters: TrainingHyperparameters,
     seed: int,
     *,
     split: Split | None = None,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hpsearch.config.space import Hyperparameters
+from hpsearch.config.space import TrainingHyperparameters
 from hpsearch.data.augment import augment
 from hpsearch.data.dataset import Split
 from hpsearch.errors import Diverged

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from hpsearch.config.space import Hyperparameters
 from hpsearch.data.dataset import load_data
+from hpsearch.training.kinds import Hyperparameters
 from hpsearch.training.networks import build_network
 from hpsearch.training.trainer import Trainer
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from hpsearch.config.definition import StudyDefinition
-from hpsearch.config.space import Hyperparameters, suggest
+from hpsearch.config.space import TrainingHyperparameters, suggest
 from hpsearch.training.networks import describe_layers
 
 _OPTIMIZERS = {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD", "rmsprop": "RMSprop"}
@@ -57,7 +57,9 @@ def run_optuna(definition: StudyDefinition, folder: Path, n_trials: int, n_jobs:
     return Outcome(seconds, [trial.values[0] for trial in study.trials], sum(steps))
 
 
-def train_trial(definition: StudyDefinition, hyperparameters: Hyperparameters, folder: Path) -> tuple[float, int]:
+def train_trial(
+    definition: StudyDefinition, hyperparameters: TrainingHyperparameters, folder: Path
+) -> tuple[float, int]:
     """The validation accuracy after the last epoch, and the optimizer steps that were made."""
     from torchvision import datasets, transforms
 

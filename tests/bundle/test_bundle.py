@@ -18,9 +18,9 @@ from filelock import FileLock
 
 from hpsearch.bundle import bundle, formats, manifest
 from hpsearch.bundle.evaluation import evaluate
-from hpsearch.config.space import Hyperparameters
 from hpsearch.data.dataset import ImageData, load_test
 from hpsearch.errors import BundleError, ImageError
+from hpsearch.training.kinds import Hyperparameters
 from hpsearch.training.networks import build_network, describe_layers
 from hpsearch.training.trainer import Trainer
 

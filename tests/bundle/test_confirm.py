@@ -11,12 +11,12 @@ import pytest
 from hpsearch.bundle import confirm as module
 from hpsearch.bundle.confirm import choose_winner, confirm, mean_interval
 from hpsearch.config.definition import StudyDefinition
-from hpsearch.config.space import Hyperparameters
 from hpsearch.errors import NoCompletedTrial, UsageError, WorkerError
 from hpsearch.search.objective import Objective
 from hpsearch.search.selection import explain_choice, find_best_few, find_winner
 from hpsearch.search.study import open_study
 from hpsearch.storage.rdb import open_storage
+from hpsearch.training.kinds import Hyperparameters
 
 from ..acceptance.commands import processes_of, start, wait_for
 from ..conftest import make_definition

@@ -9,7 +9,7 @@ from PIL import Image
 
 from hpsearch.bundle.evaluation import Evaluation, evaluate
 from hpsearch.bundle.figures import draw_calibration, draw_confusion_matrix, draw_mistakes
-from hpsearch.data.dataset import CLASS_NAMES
+from hpsearch.plugins import DATA_SETS, find
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (60, 1, 28, 28), dtype=np.uint8)
 Draw = Callable[[Evaluation, Path], None]
@@ -25,7 +25,7 @@ def make_evaluation(n_mistakes: int, data: str = "fashion-mnist") -> Evaluation:
     predicted = (labels + (np.arange(60) < n_mistakes)) % 10
     probabilities = np.full((60, 10), 0.02, dtype=np.float32)
     probabilities[np.arange(60), predicted] = 0.82
-    return evaluate(probabilities, labels, CLASS_NAMES[data])
+    return evaluate(probabilities, labels, find(DATA_SETS, data).class_names)
 
 
 def read(file: Path) -> np.ndarray:

@@ -253,7 +253,7 @@ def test_an_untouched_copy_is_loaded(bundles: tuple[Path, Path], tmp_path: Path)
 def test_a_config_that_asks_for_more_memory_than_there_is_is_refused_at_once(
     bundles: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    from hpsearch.config.space import Hyperparameters
+    from hpsearch.training.kinds import Hyperparameters
     from hpsearch.training.networks import describe_layers
 
     copy = Path(shutil.copytree(bundles[0], tmp_path / "copy"))

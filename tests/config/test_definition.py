@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from hpsearch.config.definition import N_TRAINING_IMAGES, StudyDefinition, evolve, load_definition, parse_definition
-from hpsearch.data.dataset import CLASS_NAMES
+from hpsearch.config.definition import StudyDefinition, evolve, load_definition, parse_definition
 from hpsearch.errors import DefinitionError, UsageError
 
 from ..conftest import make_definition
@@ -230,7 +229,3 @@ def test_the_schema_describes_every_section() -> None:
     properties = StudyDefinition.model_json_schema()["properties"]
     assert {"study", "budget", "data", "network", "search", "fixed", "try"} < set(properties)
     assert "label_smoothing" in properties["fixed"]["properties"]
-
-
-def test_every_data_set_has_a_size_and_class_names() -> None:
-    assert N_TRAINING_IMAGES.keys() == CLASS_NAMES.keys()

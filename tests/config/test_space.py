@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from optuna.trial import FixedTrial
 
-from hpsearch.config.space import Hyperparameters, suggest
+from hpsearch.config.space import suggest
+from hpsearch.training.kinds import Hyperparameters
 
 from ..conftest import make_definition
 
@@ -19,7 +20,7 @@ def space_of(search: dict[str, Any], **fixed: Any) -> Any:
 
 def test_a_trial_draws_what_is_searched_and_keeps_what_is_fixed() -> None:
     space = space_of({"width": {"int": [8, 32]}, "optimizer": {"choice": ["adam", "sgd"]}}, schedule="cosine")
-    drawn = suggest(FixedTrial({"width": 9, "optimizer": "sgd"}), space)
+    drawn: Any = suggest(FixedTrial({"width": 9, "optimizer": "sgd"}), space)
     assert (drawn.width, drawn.optimizer, drawn.schedule) == (9, "sgd", "cosine")
     assert drawn.label_smoothing == Hyperparameters().label_smoothing
 

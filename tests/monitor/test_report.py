@@ -21,12 +21,12 @@ from hpsearch import __main__
 from hpsearch.bundle import bundle, formats
 from hpsearch.bundle.evaluation import evaluate
 from hpsearch.config.definition import StudyDefinition, load_definition, parse_definition
-from hpsearch.config.space import Hyperparameters
 from hpsearch.data.dataset import ImageData, load_test
 from hpsearch.errors import UsageError
 from hpsearch.monitor.report import advise, write_report
 from hpsearch.search.study import open_study
 from hpsearch.storage.rdb import open_storage
+from hpsearch.training.kinds import Hyperparameters
 from hpsearch.training.networks import build_network, describe_layers
 
 SEARCH = {

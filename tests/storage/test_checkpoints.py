@@ -14,7 +14,6 @@ import pytest
 import torch
 from optuna.trial import TrialState
 
-from hpsearch.config.space import Hyperparameters
 from hpsearch.data.dataset import ImageData, Split
 from hpsearch.errors import CheckpointError, Drained
 from hpsearch.search.checkpoints import checkpoint_folder, sweep_checkpoints
@@ -24,6 +23,7 @@ from hpsearch.storage import checkpoints
 from hpsearch.storage.artifacts import Folder
 from hpsearch.storage.checkpoints import Checkpoint, checkpoint_name, find_checkpoints
 from hpsearch.storage.rdb import open_storage
+from hpsearch.training.kinds import Hyperparameters
 from hpsearch.training.networks import build_network
 from hpsearch.training.trainer import Trainer
 

@@ -10,9 +10,9 @@ from torch import nn
 
 import hpsearch.training.gradients
 import hpsearch.training.trainer
-from hpsearch.config.space import Hyperparameters
 from hpsearch.data.dataset import Split
 from hpsearch.training.gradients import Autograd, PerceptronGradients, choose_gradients, join_parameters
+from hpsearch.training.kinds import Hyperparameters
 from hpsearch.training.networks import Dropout, Network, build_network
 from hpsearch.training.trainer import EpochResult, Trainer
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from hpsearch.config.space import Hyperparameters
+from hpsearch.training.kinds import Hyperparameters
 from hpsearch.training.networks import build_network, describe_layers, from_layers
 
 SHAPE = (1, 28, 28)

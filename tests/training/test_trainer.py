@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from hpsearch.config.space import Hyperparameters
 from hpsearch.data.dataset import ImageData, Split
 from hpsearch.errors import Diverged
+from hpsearch.training.kinds import Hyperparameters
 from hpsearch.training.networks import Network, build_network
 from hpsearch.training.optimizers import build_optimizer, build_schedule
 from hpsearch.training.run import build_trainer
