@@ -13,6 +13,7 @@ from PIL import Image
 from hpsearch.bundle import bundle, predict
 from hpsearch.bundle.predict import find_images, predict_files
 from hpsearch.cli.render import prediction_line
+from hpsearch.data import image_files
 from hpsearch.data.dataset import ImageData, load_test
 from hpsearch.data.image_files import read_image
 from hpsearch.monitor.text import printable
@@ -101,7 +102,7 @@ def test_no_more_than_a_batch_is_read_ahead(saved: Path, scans: Path, monkeypatc
         read.append(file)
         return read_image(file, *arguments, **options)
 
-    monkeypatch.setattr(bundle, "read_image", note)
+    monkeypatch.setattr(image_files, "read_image", note)
     rows = predict_files(bundle.load(saved), ["scans"])
     next(rows)
     assert read == ["scans/a.PNG", "scans/b.png"]
