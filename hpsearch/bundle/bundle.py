@@ -21,6 +21,7 @@ from hpsearch.bundle.manifest import MAX_BYTES, VerifiedFolder, parse, replace_f
 from hpsearch.config.definition import DataName, NetworkName
 from hpsearch.config.space import Table
 from hpsearch.data.dataset import load_test, normalise
+from hpsearch.data.sets import DataSet
 from hpsearch.errors import BundleError, ImageError
 from hpsearch.plugins import DATA_SETS, NETWORKS, find
 from hpsearch.training.kinds import Hyperparameters
@@ -152,8 +153,10 @@ def _load(folder: Path) -> Classifier:
 
 def _build(config: Config, file: Path) -> Network:
     """Return the network with meta tensors as weights, so that a malicious config cannot exhaust the memory."""
-    if tuple(config.class_names) != find(DATA_SETS, config.data).class_names:
-        raise BundleError(f"{file}: class_names do not match {config.data}")
+    data_set: DataSet = find(DATA_SETS, config.data)
+    for name in ("class_names", "image_shape"):
+        if tuple(getattr(config, name)) != getattr(data_set, name):
+            raise BundleError(f"{file}: {name} does not match {config.data}")
     layers = describe_layers(config.kind, config.hyperparameters, config.image_shape, len(config.class_names))
     if json.loads(json.dumps(layers)) != config.layers:
         raise BundleError(f"{file}: layers do not match the hyperparameters")

@@ -202,14 +202,12 @@ def load_definition(path: Path | str, *, storage: str | None = None, artifacts: 
         location = _resolve_artifacts(Path() if location else file.parent, location or definition.study.artifacts)
     except UsageError as error:
         raise DefinitionError(str(file), [f"study.artifacts: {error}"]) from None
-    study = definition.study.model_dump() | {"name": name, "storage": url, "artifacts": location}
     try:
-        resolved = Study.model_validate(study)
-    except ValidationError as error:
-        problem = next(describe(error, Study)).removeprefix("name: ")
+        return evolve(definition, "study", name=name, storage=url, artifacts=location)
+    except UsageError as error:
+        problem = str(error).removeprefix("name: ")
         problem = f"the file name cannot serve as study name: {problem}; set study.name in the file"
         raise DefinitionError(str(file), [problem]) from error
-    return definition.model_copy(update={"study": resolved})
 
 
 def parse_definition(raw: Mapping[str, Any], source: str = "study") -> StudyDefinition:

@@ -62,10 +62,8 @@ def _check_condition(parent: str, allowed: list[Any], search: Mapping[str, Dimen
 def check_fixed(values: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
     """Return the values of [fixed] if they have no problems, else raise `ValidationError`."""
     problems = check_values(values, _space({}, info).hyperparameters)
-    searched = _written(info, "search")
-    _raise(
-        [*problems, *(((name,), "is in both [search] and [fixed]; remove one") for name in values if name in searched)]
-    )
+    twice = [name for name in values if name in _written(info, "search")]
+    _raise([*problems, *(((name,), "is in both [search] and [fixed]; remove one") for name in twice)])
     return values
 
 
