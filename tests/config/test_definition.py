@@ -48,6 +48,10 @@ ERRORS = [
     ),
     ("study = 'postgresql://me:secret@host/db'", "study: expected a table ([section]), got 'str'"),
     ("[search]\nwidth = { choice = [8, inf] }", "search.width.choice.1: must be a finite number, string or boolean"),
+    (
+        "[search]\nlr = { float = [0.1, 0.2], when = { depth = [[2]] } }\ndepth = { int = [2, 4] }",
+        "search.lr.when.depth.0: must be a finite number, string or boolean, but got [2]",
+    ),
     ("[search]\nwidth = 3", "search.width: expected a range or a choice: { int = [low, high] }"),
     ("[search]\nwidth = { int = [8, 9], logg = true }", "search.width.logg: unknown key; did you mean 'log'?"),
     ("[search]\noptimizer = { choice = ['adma'] }", "search.optimizer: 'adma' is not valid; did you mean 'adam'?"),
@@ -96,6 +100,25 @@ def test_all_errors_are_reported_at_once() -> None:
     with pytest.raises(DefinitionError) as caught:
         parse_definition(tables)
     assert len(caught.value.problems) == 12
+
+
+def test_tables_with_mistakes_are_still_checked_against_each_other_and_each_mistake_is_reported_once() -> None:
+    text = """
+        fixed = { schedule = "step", width = 9 }
+        try = [{ width = 33, nope = 2 }, { width = "x" }]
+        [search]
+        width = { int = [8, 32] }
+        momentum = { float = [0.0, 0.9], when = { optimizer = ["sgd"], schedule = ["cosine"] } }
+    """
+    with pytest.raises(DefinitionError) as caught:
+        parse_definition(tomllib.loads(text))
+    assert list(caught.value.problems) == [
+        "search.momentum.when.optimizer: 'optimizer' is neither in [search] nor in [fixed]; "
+        "valid names: width, momentum, schedule, width",
+        "search.momentum.when.schedule: schedule can never be 'cosine' in this search",
+        "fixed.schedule: 'step' is not valid; valid names: constant, cosine, onecycle",
+        "fixed.width: is in both [search] and [fixed]; remove one",
+    ]
 
 
 def test_the_study_file_of_the_design_is_valid() -> None:
