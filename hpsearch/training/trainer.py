@@ -46,7 +46,7 @@ class Trainer:
         self,
         network: Network,
         split: Split,
-        hyperparameters: Hyperparameters,
+        hyperparameters: TrainingHyperparameters,
         epochs: int,
         *,
         validation: Split | None = None,
