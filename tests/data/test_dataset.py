@@ -134,7 +134,7 @@ def test_augmentation_of_strength_zero_changes_nothing() -> None:
 
 def test_augmentation_is_the_affine_map_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     images, drawn = torch.rand(3, 1, 20, 28), torch.rand(4, 3)
-    monkeypatch.setattr(torch, "rand", lambda *size, device: drawn)
+    monkeypatch.setattr(torch, "rand", lambda *size, **_: drawn)
     angle, scale, x, y = (drawn * 2 - 1) * 0.7
     angle, scale = angle * torch.pi / 9, 1 + 0.2 * scale
     cosine, sine = angle.cos() / scale, angle.sin() / scale
@@ -147,7 +147,7 @@ def test_augmentation_is_the_affine_map_of_torch(monkeypatch: pytest.MonkeyPatch
 def test_augmentation_shifts_by_at_most_a_seventh(monkeypatch: pytest.MonkeyPatch) -> None:
     image = torch.zeros(1, 1, 28, 28)
     image[0, 0, 14, 14] = 1
-    monkeypatch.setattr(torch, "rand", lambda *size, device: torch.tensor([[0.5], [0.5], [1.0], [0.5]]))
+    monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.tensor([[0.5], [0.5], [1.0], [0.5]]))
     row, column = divmod(int(augment(image, 1.0).argmax()), 28)
     assert (row, column) == (14, 10)
 
