@@ -24,7 +24,6 @@ PRIVATE = {
     ("monitor/dashboard/auth.py", "_replace"),  # public, of named tuples
     ("config/urls.py", "_replace"),
     ("workers/forkserver.py", "_forkserver_pid"),  # of multiprocessing
-    ("bundle/confirm.py", "_exit"),  # public, of os
 }
 
 

@@ -1,16 +1,9 @@
 """Retrain the best trials with new seeds, to find the real winner and how lucky the search was."""
 
 import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from datetime import UTC, datetime
-from functools import cache, partial
-from itertools import cycle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +16,16 @@ from scipy import stats
 from hpsearch.config.definition import StudyDefinition
 from hpsearch.config.space import suggest
 from hpsearch.data.dataset import ImageData
-from hpsearch.errors import Diverged, UsageError, WorkerError
+from hpsearch.errors import Diverged, HpsearchError, UsageError, WorkerError
 from hpsearch.search.selection import find_best_few
 from hpsearch.search.study import change_attributes
 from hpsearch.training.devices import tune_malloc
 from hpsearch.training.networks import describe_layers, from_layers
 from hpsearch.training.run import build_trainer, load_study_data, trial_seed
 from hpsearch.training.trainer import measure_accuracy
-from hpsearch.workers.forkserver import start_fork_server
+from hpsearch.workers.processes import Processes, Send, Task
+from hpsearch.workers.shutdown import Drain
+from hpsearch.workers.worker import WorkerExit
 
 _FIRST_REPETITION = 1_000  # seeds 0: search, from 1: export, from 1,000: confirm
 _LEVEL = 0.95
@@ -140,71 +135,70 @@ def _count_parameters(definition: StudyDefinition, data: ImageData, trial: Froze
 def _train_all(
     definition: StudyDefinition, data: ImageData, runs: list[Run], n_workers: int, devices: Sequence[str]
 ) -> Iterator[tuple[Run, float]]:
-    """Train all runs, and yield each with its accuracy in order of completion."""
+    """Train all runs, and yield each with its accuracy in order of completion. No process outlives the iteration."""
     n_workers = min(n_workers, len(runs))
     if n_workers <= 1:
         here = data.to(devices[0])
         tune_malloc()
         yield from ((run, _measure(definition, here, run)) for run in runs)
         return
-    with _processes(n_workers, (definition, data, max(1, torch.get_num_threads() // n_workers))) as pool:
-        try:
-            device = cycle(devices)
-            futures = {pool.submit(_measure_shared, run, next(device)): run for run in runs}
-            yield from ((futures[future], future.result()) for future in as_completed(futures))
-        except BrokenProcessPool as error:
-            raise WorkerError(
-                "a training process was killed (out of memory?); run confirm again, finished runs are kept"
-            ) from error
+    next_run = multiprocessing.get_context("forkserver").Value("i")
+    n_threads = max(1, torch.get_num_threads() // n_workers)
+
+    def prepare(slot: int) -> tuple[str, Task]:
+        device = devices[slot % len(devices)]
+        return f"confirm {slot}", partial(_work, definition, data, device, n_threads, runs, next_run)
+
+    processes = Processes(prepare)
+    try:
+        for slot in range(n_workers):
+            processes.start(slot)
+        while processes.running:
+            for _, message in processes.wait():
+                match message:
+                    case (i, accuracy):
+                        yield runs[i], accuracy
+                    case WorkerExit(error=HpsearchError() as error):
+                        raise error
+                    case WorkerExit(is_dead=True):
+                        raise WorkerError(
+                            "a training process was killed (out of memory?); run confirm again, finished runs are kept"
+                        )
+    finally:
+        processes.kill()
 
 
-def _measure(definition: StudyDefinition, data: ImageData, run: Run) -> float:
+def _work(
+    definition: StudyDefinition,
+    data: ImageData,
+    device: str,
+    n_threads: int,
+    runs: list[Run],
+    next_run: Any,
+    drain: Drain,
+    send: Send,
+) -> str:
+    """Train runs that no other process has taken, and send the index and accuracy of each."""
+    torch.set_num_threads(n_threads)
+    tune_malloc()
+    here = data.to(device)
+    while True:
+        with next_run.get_lock():
+            i = next_run.value
+            next_run.value += 1
+        if i >= len(runs):
+            return "all runs are trained"
+        send((i, _measure(definition, here, runs[i], drain.check)))
+
+
+def _measure(definition: StudyDefinition, data: ImageData, run: Run, check: Callable[[], None] = lambda: None) -> float:
     """Retrain a trial with the new seed of that index, and return its validation accuracy."""
     trial, i = run
     seed = trial_seed(definition.study.seed, trial, _FIRST_REPETITION + i)
     trainer = build_trainer(definition, data, suggest(trial, definition.space), seed)
     try:
-        list(trainer)
+        while not trainer.is_done:
+            trainer.run_epoch(check)
     except Diverged:
         return 0.0
     return measure_accuracy(trainer.network, data.validation)
-
-
-@contextmanager
-def _processes(n_workers: int, shared: tuple[StudyDefinition, ImageData, int]) -> Iterator[ProcessPoolExecutor]:
-    """Start processes that run `_measure_shared`; none outlives the block."""
-    start_fork_server()
-    context = multiprocessing.get_context("forkserver")
-    others = {*multiprocessing.active_children()}
-    pool = ProcessPoolExecutor(n_workers, context, _prepare_process, shared)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in {*multiprocessing.active_children()} - others:
-            process.kill()
-            process.join()
-
-
-_shared: dict[str, Any] = {}  # state of a pool process
-
-
-def _prepare_process(definition: StudyDefinition, data: ImageData, n_threads: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent stops the pool
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-    torch.set_num_threads(n_threads)
-    tune_malloc()
-    _shared["measure"] = partial(_measure, definition)
-    _shared["data_on"] = cache(data.to)
-
-
-def _measure_shared(run: Run, device: str) -> float:
-    accuracy: float = _shared["measure"](_shared["data_on"](device), run)
-    return accuracy
-
-
-def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)

@@ -98,6 +98,7 @@ def run(
 
     start_study(definition, keeps_extension=trials is None)  # fails before torch is loaded
     watch = open_watch(definition)
+    from hpsearch.training.devices import default_workers
     from hpsearch.workers.processes import run_pool
 
     drain = Drain().listen(signal.SIGINT, signal.SIGTERM)
@@ -113,7 +114,9 @@ def run(
                 if opens:
                     webbrowser.open(stack.enter_context(redirect_file(address)))
             view = stack.enter_context(LiveView(watch, stderr_console()))
-            reason = run_pool(definition, drain, n_workers=workers, folder=data, emit=view, on_start=view.start)
+            n_workers = workers or default_workers()
+            view.start(watch.poll().n_finished, n_workers)
+            reason = run_pool(definition, drain, n_workers, folder=data, emit=view)
     except Drained:
         _echo_progress(watch)
         raise
@@ -143,7 +146,7 @@ def worker(
 
     drain = Drain().listen(signal.SIGINT, signal.SIGTERM)
     with LiveView(watch, stderr_console()) as view:
-        reason = run_worker(definition, drain, folder=data, emit=view, max_trials=max_trials)
+        reason = run_worker(definition, drain, view, data=data, max_trials=max_trials)
     echo(f"done: {options.name_study(reason, options.shell_arguments(study, storage))}")
 
 

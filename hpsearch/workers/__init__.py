@@ -3,6 +3,7 @@
 shutdown     turns signals into a request to stop, checked between batches
 worker       one worker: asks for trials, sends heartbeats, trains, tells results
 forkserver   the process that workers are forked from
-processes    workers on this machine and their supervisor
+executor     the loop that starts, watches, replaces and stops workers
+processes    workers in processes on this machine
 ray          workers in a Ray cluster
 """

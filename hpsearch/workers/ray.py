@@ -5,7 +5,6 @@ import math
 import os
 import signal
 import socket
-import tempfile
 import threading
 import uuid
 import warnings
@@ -17,24 +16,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from optuna.trial import TrialState
 
-from hpsearch.config.definition import StudyDefinition, load_definition
+from hpsearch.config.definition import StudyDefinition
 from hpsearch.config.urls import find_secrets, parse_url, show_url
 from hpsearch.data.dataset import ImageData, Split
-from hpsearch.errors import ClusterError, Drained, Interrupted, Stopped, StorageError, UsageError
+from hpsearch.errors import ClusterError, Interrupted, UsageError
 from hpsearch.search.study import load_study
 from hpsearch.storage.artifacts import Folder
 from hpsearch.storage.engine import network_file_system
-from hpsearch.storage.rdb import open_storage
-from hpsearch.training.devices import list_devices
 from hpsearch.training.run import load_study_data
+from hpsearch.workers.executor import Handle, Supervisor
 from hpsearch.workers.shutdown import Drain
-from hpsearch.workers.worker import Worker, WorkerExit, capture_exit, open_worker_storage
+from hpsearch.workers.worker import WorkerExit, capture_exit, open_worker_storage, run_worker
+
+try:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+except ImportError as error:
+    raise UsageError("Ray is not installed; run: pip install 'hpsearch[ray]'") from error
 
 logger = logging.getLogger(__name__)
 
-STUDY_FILE = "study.toml"  # in the working directory of all tasks
 _MAX_RETRIES = 20  # how often Ray restarts a worker's task after its node died
 _KNOWN_WITHIN = 20.0  # seconds a new supervisor waits until `detach` has seen it start
 _POLL = 1.0  # seconds between two checks of the tasks
@@ -60,11 +62,16 @@ class Resources:
 
 
 class Cluster:
-    """A connected Ray cluster, in which the workers of a study are launched."""
+    """A connected Ray cluster, in which the workers of a study run as tasks; an `Executor`.
+
+    Ray itself restarts a task whose process or node died. A task joins the study itself, so its name is not known.
+    """
 
     def __init__(self, definition: StudyDefinition, resources: Resources) -> None:
         self.definition, self.resources = definition, resources
-        self.nodes = [node for node in import_ray().nodes() if node["Alive"]]
+        self.running: dict[Any, Handle] = {}  # by task
+        self.data: dict[str, Any] = {}  # references, by node
+        self.nodes = [node for node in ray.nodes() if node["Alive"]]
         if problems := list(self._find_local_paths()):
             raise UsageError("\n".join(problems))
 
@@ -93,20 +100,54 @@ class Cluster:
         When drained, all workers re-queue their trials, and `Drained` or `Interrupted` is raised. `on_poll` is called
         about once a second.
         """
+        storage = open_worker_storage(self.definition, drain, must_exist=True, waits=True)
+        study = load_study(self.definition, storage)
         with _as_cluster_errors("the cluster failed"):
-            return Tasks(self.definition, self.resources, self._required_node).run(n_workers, drain, on_poll)
+            self._load_data()
+            return Supervisor(self, n_workers, self.definition, study, storage, drain, on_poll=on_poll).run()
 
     def detach(self, n_workers: int) -> str:
         """Start a detached actor that does the work of `run` after this process has exited; return its name."""
-        ray = import_ray()
         name = f"{self.definition.study.name}-{uuid.uuid4().hex[:8]}"
-        study, node = self.definition.study, self._required_node
-        options = {"name": name, "lifetime": "detached", "max_restarts": -1, "num_cpus": 0, **stay_on(node)}
-        places = study.storage, study.artifacts
-        actor = ray.remote(Supervisor).options(**options).remote(name, places, self.resources, node, n_workers)
+        options = {
+            "name": name,
+            "lifetime": "detached",
+            "max_restarts": -1,
+            "num_cpus": 0,
+            **_on_node(self._required_node),
+        }
+        actor = ray.remote(SupervisorActor).options(**options).remote(name, self, n_workers)
         with _as_cluster_errors("could not start the supervisor in the cluster"):
             ray.get(actor.confirm_start.remote())
         return name
+
+    def start(self, slot: int) -> Handle:
+        options = {"num_cpus": self.resources.cpus, "num_gpus": self.resources.gpus, "max_retries": _MAX_RETRIES}
+        name = f"worker of {self.definition.study.name}"
+        work = ray.remote(_work).options(name=name, **options, **_on_node(self._required_node))
+        task = work.remote(self.definition, self.data, self.resources)
+        self.running[task] = Handle(slot)
+        return self.running[task]
+
+    def wait(self) -> Iterator[tuple[Handle, WorkerExit]]:
+        for task in ray.wait([*self.running], num_returns=1, timeout=_POLL)[0]:
+            yield self.running.pop(task), _read_exit(task)
+
+    def stop(self) -> None:
+        for task in self.running:  # including those that still wait for resources
+            ray.cancel(task, force=False)
+
+    def kill(self) -> None:
+        for task in self.running:
+            ray.cancel(task, force=True)
+
+    def _load_data(self) -> None:
+        """Load (or download) the data once on each node, where its workers map it into memory."""
+        for node in ray.nodes():
+            name = node["NodeID"]
+            if node["Alive"] and self._required_node in (None, name):
+                load = ray.remote(_load).options(num_cpus=0, **_on_node(name, is_soft=True))
+                self.data[name] = load.remote(self.definition)
 
     def _find_local_paths(self) -> Iterator[str]:
         """Yield a problem for each path of the study that other nodes of the cluster cannot reach."""
@@ -141,11 +182,10 @@ def connect(
 ) -> Iterator[Cluster]:
     """Connect to the Ray cluster at `address`, else at RAY_ADDRESS, else of this machine; "local" starts one.
 
-    Ray's runtime environment takes this package, the study file and the data folder's path to the nodes, but no
-    secrets. Raises `UsageError` if the storage URL contains a password or other nodes cannot reach a path, and
-    `ClusterError` if no cluster responds.
+    Ray's runtime environment takes this package and the data folder's path to the nodes, but no secrets. Raises
+    `UsageError` if the storage URL contains a password or other nodes cannot reach a path, and `ClusterError` if no
+    cluster responds.
     """
-    ray = import_ray()
     if find_secrets(definition.study.storage):
         raise UsageError(
             "the storage URL contains a password, which would be visible in Ray; remove it, and set PGPASSWORD or "
@@ -154,26 +194,23 @@ def connect(
     address = address or os.environ.get("RAY_ADDRESS") or "auto"
     _check_port(address)
     data = folder or os.environ.get("HPSEARCH_DATA")
-    with tempfile.TemporaryDirectory(prefix="hpsearch-") as files:
-        Path(files, STUDY_FILE).write_text(definition.to_toml(), encoding="utf-8")
-        environment = {
-            "py_modules": [str(Path(__file__).parents[1])],
-            "working_dir": files,
-            "env_vars": {"HPSEARCH_DATA": _path_on_nodes(str(data))} if data else {},
-        }
-        options = {"namespace": _NAMESPACE, "log_to_driver": False, "logging_level": logging.ERROR}
-        try:
-            ray.init(address, runtime_env=environment, **options)
-        except ConnectionError as error:
-            where = "" if address == "auto" else f" at {address} ({last_line(error)})"
-            raise ClusterError(f"no running Ray cluster found{where}; {_ADVICE}") from error
-        except (ValueError, RuntimeError) as error:  # other versions of Ray or Python, among others
-            where = "" if address == "auto" else f" at {address}"
-            raise ClusterError(f"cannot use the Ray cluster{where}: {' '.join(str(error).split())}") from error
-        try:
-            yield Cluster(definition, resources)
-        finally:
-            ray.shutdown()
+    environment = {
+        "py_modules": [str(Path(__file__).parents[1])],
+        "env_vars": {"HPSEARCH_DATA": _path_on_nodes(str(data))} if data else {},
+    }
+    options = {"namespace": _NAMESPACE, "log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        ray.init(address, runtime_env=environment, **options)
+    except ConnectionError as error:
+        where = "" if address == "auto" else f" at {address} ({last_line(error)})"
+        raise ClusterError(f"no running Ray cluster found{where}; {_ADVICE}") from error
+    except (ValueError, RuntimeError) as error:  # other versions of Ray or Python, among others
+        where = "" if address == "auto" else f" at {address}"
+        raise ClusterError(f"cannot use the Ray cluster{where}: {' '.join(str(error).split())}") from error
+    try:
+        yield Cluster(definition, resources)
+    finally:
+        ray.shutdown()
 
 
 def _path_on_nodes(folder: str) -> str:
@@ -197,145 +234,61 @@ def _check_port(address: str) -> None:
 
 @contextmanager
 def _as_cluster_errors(what: str) -> Iterator[None]:
-    import ray
-
     try:
         yield
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise ClusterError(f"{what}: {last_line(error)}") from error
 
 
-class Tasks:
-    """The worker tasks of a study, owned by this process (the command or a detached actor)."""
-
-    def __init__(self, definition: StudyDefinition, resources: Resources, node: str | None) -> None:
-        self.ray, self.definition, self.resources, self.node = import_ray(), definition, resources, node
-        self.data: dict[str, Any] = {}
-        self.exits: list[WorkerExit] = []
-
-    def run(self, n_workers: int, drain: Drain, on_poll: Callable[[], None]) -> str:
-        self._read_data()
-        running = [self._start() for _ in range(n_workers)]
-        is_cancelled = False
-        while running:
-            ended, running = self.ray.wait(running, num_returns=1, timeout=_POLL)
-            for task in ended:
-                error = self._read_exit(task).error
-                is_drained = isinstance(error, Drained) and not isinstance(error, Stopped)
-                if is_drained and not is_cancelled and not drain.event.is_set():
-                    running.append(self._start())  # only its node was drained, not the search
-            if not is_cancelled and (drain.event.is_set() or self._is_over()):
-                is_cancelled = True  # including tasks that still wait for resources
-                for task in running:
-                    self.ray.cancel(task, force=False)
-            on_poll()
-        for end in self.exits:
-            if end.error is None:  # this worker saw the budget used up, so the search is over
-                return end.reason
-        drain.check()
-        raise self.exits[0].error or ClusterError
-
-    def _is_over(self) -> bool:
-        """Whether a worker has seen the budget used up and no trial is running."""
-        if all(end.error for end in self.exits):
-            return False
-        try:
-            storage = open_storage(self.definition.study.storage, reads_only=True)
-            study = load_study(self.definition, storage)
-            running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-            storage.engine.dispose()
-        except StorageError:  # the workers retry as well
-            return False
-        return not running
-
-    def _read_exit(self, task: Any) -> WorkerExit:
-        """Record and return how the task ended; log each distinct error once."""
-        exceptions = self.ray.exceptions
-        try:
-            end: WorkerExit = self.ray.get(task)
-        except (exceptions.TaskCancelledError, KeyboardInterrupt):
-            end = WorkerExit("stopped", Interrupted())
-        except exceptions.RayError as error:
-            reason = f"a worker task failed: {last_line(error)}"
-            end = WorkerExit(reason, ClusterError(reason))
-        if (
-            end.error
-            and not isinstance(end.error, Drained)
-            and end.reason not in {other.reason for other in self.exits}
-        ):
-            logger.warning("a worker stopped: %s", end.error)  # the others may continue
-        self.exits.append(end)
-        return end
-
-    def _start(self) -> Any:
-        options = {"num_cpus": self.resources.cpus, "num_gpus": self.resources.gpus, "max_retries": _MAX_RETRIES}
-        study = self.definition.study
-        task = self.ray.remote(_work).options(name=f"worker of {study.name}", **options, **stay_on(self.node))
-        return task.remote(study.storage, study.artifacts, self.data, self.resources)
-
-    def _read_data(self) -> None:
-        """Load (or download) the data once on each node, where its workers map it into memory."""
-        for node in self.ray.nodes():
-            name = node["NodeID"]
-            if node["Alive"] and self.node in (None, name):
-                reader = self.ray.remote(_read).options(num_cpus=0, **stay_on(name, is_soft=True))
-                self.data[name] = reader.remote()
+def _read_exit(task: Any) -> WorkerExit:
+    try:
+        end: WorkerExit = ray.get(task)
+    except (ray.exceptions.TaskCancelledError, KeyboardInterrupt):
+        return WorkerExit("stopped", Interrupted())
+    except ray.exceptions.RayError as error:
+        reason = f"a worker task failed: {last_line(error)}"
+        return WorkerExit(reason, ClusterError(reason))
+    return end
 
 
-class Supervisor:
+class SupervisorActor:
     """A detached actor that owns the tasks of a search; Ray restarts it if its node dies."""
 
-    def __init__(
-        self, name: str, places: tuple[str, str], resources: Resources, node: str | None, n_workers: int
-    ) -> None:
-        self.name = name
-        definition = load_definition(STUDY_FILE, storage=places[0], artifacts=places[1])
-        tasks = Tasks(definition, resources, node)
+    def __init__(self, name: str, cluster: Cluster, n_workers: int) -> None:
         self.is_known = threading.Event()
-        threading.Thread(target=self._run, args=(tasks, n_workers), daemon=True).start()
+        threading.Thread(target=self._run, args=(name, cluster, n_workers), daemon=True).start()
 
     def confirm_start(self) -> None:
         self.is_known.set()
 
-    def _run(self, tasks: Tasks, n_workers: int) -> None:
+    def _run(self, name: str, cluster: Cluster, n_workers: int) -> None:
         self.is_known.wait(_KNOWN_WITHIN)
-        end = capture_exit(lambda: tasks.run(n_workers, Drain(), lambda: None))
+        end = capture_exit(lambda: cluster.run(n_workers, Drain()))
         logger.warning("%s", end.reason)  # in Ray's log of this actor
-        tasks.ray.kill(tasks.ray.get_actor(self.name), no_restart=True)
+        ray.kill(ray.get_actor(name), no_restart=True)
 
 
-def _read() -> tuple[Any, ...]:
+def _load(definition: StudyDefinition) -> tuple[Any, ...]:
     """Load the study's data as arrays, which Ray stores once per node and maps into its processes."""
     with _signals_restored():
-        data = load_study_data(load_definition(STUDY_FILE))
+        data = load_study_data(definition)
     splits = (data.train, data.validation)
     arrays = [tensor.numpy() for split in splits for tensor in (split.images, split.labels)]
     return (*arrays, data.mean, data.std, data.class_names)
 
 
-def _work(url: str, artifacts: str, data: Mapping[str, Any], resources: Resources) -> WorkerExit:
+def _work(definition: StudyDefinition, data: Mapping[str, Any], resources: Resources) -> WorkerExit:
     """Run a worker as a Ray task; `data` maps node ids to references of their data."""
-    ray = import_ray()
     with _signals_restored():
         drain = Drain().listen(signal.SIGINT, signal.SIGTERM)
-        torch.set_num_threads(max(1, int(resources.cpus)))
-        definition = load_definition(STUDY_FILE, storage=url, artifacts=artifacts)
         node = ray.get_runtime_context().get_node_id()
-
-        def run() -> str:
-            Folder(artifacts).check()
-            storage = open_worker_storage(definition, drain, must_exist=True, waits=True)
-            study = load_study(definition, storage)
-            try:
-                images = _map(ray.get(data[node]))
-            except (KeyError, ray.exceptions.RayError):  # the node joined later, or its data could not be loaded
-                images = load_study_data(definition)
-            stream = storage.join(study._study_id)
-            device = list_devices()[0] if resources.gpus else "cpu"
-            worker = Worker(definition, storage, stream, drain, data=images, device=device, node=node[:6])
-            return worker.run()
-
-        return capture_exit(run)
+        try:
+            images = _map(ray.get(data[node]))
+        except (KeyError, ray.exceptions.RayError):  # the node joined later, or its data could not be loaded
+            images = None
+        device, n_threads = None if resources.gpus else "cpu", max(1, int(resources.cpus))
+        options = {"data": images, "device": device, "n_threads": n_threads, "node": node[:6], "waits": True}
+        return capture_exit(lambda: run_worker(definition, drain, **options))
 
 
 def _map(parts: tuple[Any, ...]) -> ImageData:
@@ -357,22 +310,9 @@ def _signals_restored() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def stay_on(node: str | None, *, is_soft: bool = False) -> dict[str, Any]:
+def _on_node(node: str | None, *, is_soft: bool = False) -> dict[str, Any]:
     """Return the Ray options that pin a task to the node; empty if `node` is None."""
-    if node is None:
-        return {}
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=is_soft)}
-
-
-def import_ray() -> Any:
-    """Import Ray; raises `UsageError` if it is not installed."""
-    try:
-        import ray
-    except ImportError as error:
-        raise UsageError("Ray is not installed; run: pip install 'hpsearch[ray]'") from error
-    return ray
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=is_soft)} if node else {}
 
 
 def last_line(error: BaseException) -> str:

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import optuna
 import torch
@@ -51,10 +51,11 @@ _MAX_FAILURES = 3  # failed trials in a row after which a worker gives up
 
 @dataclass(frozen=True)
 class WorkerExit:
-    """How a worker exited: the reason, and the error, if any."""
+    """How a worker exited: the reason, and the error, if any; `is_dead` if it could not say so itself."""
 
     reason: str
     error: HpsearchError | None = None
+    is_dead: bool = False
 
 
 class Worker:
@@ -239,20 +240,31 @@ class Heartbeat(threading.Thread):
 def run_worker(
     definition: StudyDefinition,
     drain: Drain,
-    *,
-    folder: Path | str | None = None,
     emit: Emit = lambda event: None,
+    *,
+    data: ImageData | Path | str | None = None,
+    device: str | None = None,
+    n_threads: int | None = None,
+    stream: int | None = None,
+    node: str = "",
     max_trials: int | None = None,
+    waits: bool = False,
 ) -> str:
-    """Run a worker in this process on the definition's study, which must exist. Returns the reason it ended."""
-    Folder(definition.study.artifacts).check()
-    storage = open_worker_storage(definition, drain, must_exist=True)
-    study = load_study(definition, storage)
-    data = load_study_data(definition, folder)
-    stream = storage.join(study._study_id)
-    device = list_devices()[0]
-    torch.set_num_threads(count_cores())  # torch itself ignores a container's CPU quota
-    return Worker(definition, storage, stream, drain, data=data, device=device, emit=emit, max_trials=max_trials).run()
+    """Run a worker in this process on a study, which must exist. Returns and raises what `Worker.run` does.
+
+    `data` is the data, or the folder to load them from. The default is the first device of this machine, and a thread
+    per core. A worker without a `stream` joins the study, and first checks that it reaches the artifact store.
+    """
+    torch.set_num_threads(n_threads or count_cores())  # torch itself ignores a container's CPU quota
+    if stream is None:
+        Folder(definition.study.artifacts).check()
+    storage = open_worker_storage(definition, drain, must_exist=True, waits=waits)
+    study = load_study(definition, storage)  # fails before the data are loaded
+    images = data if isinstance(data, ImageData) else load_study_data(definition, data)
+    stream = storage.join(study._study_id) if stream is None else stream
+    options: dict[str, Any] = {"emit": emit, "max_trials": max_trials, "node": node}
+    device = device or list_devices()[0]
+    return Worker(definition, storage, stream, drain, data=images, device=device, **options).run()
 
 
 def open_worker_storage(

@@ -253,6 +253,6 @@ def test_the_password_reaches_the_workers_of_a_pool_by_no_command_line(guarded: 
     def look(_: TrialEvent) -> None:
         seen.append(any(SECRET in " ".join(process.info["cmdline"] or ()) for process in process_iter(["cmdline"])))
 
-    assert "all 2 trials are finished" in run_pool(definition, Drain(), n_workers=2, emit=look)
+    assert "all 2 trials are finished" in run_pool(definition, Drain(), 2, emit=look)
     assert seen
     assert not any(seen)

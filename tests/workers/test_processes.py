@@ -1,8 +1,11 @@
 """The supervisor: shares the cores out, ends with the study, and does not restart what can never work."""
 
+import logging
 import os
+import signal
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +13,15 @@ import pytest
 
 from hpsearch.config.definition import StudyDefinition
 from hpsearch.data.dataset import ImageData
-from hpsearch.errors import DataError, Interrupted, RepeatedFailures, TooManyFailures, WorkerError
+from hpsearch.errors import DataError, Drained, TooManyFailures, WorkerError
 from hpsearch.search.study import load_study, open_study
 from hpsearch.search.trials import TrialEvent
 from hpsearch.storage.rdb import open_storage
 from hpsearch.training import devices
 from hpsearch.training.devices import count_cores, default_workers
 from hpsearch.workers import processes
+from hpsearch.workers.executor import Handle
+from hpsearch.workers.processes import Processes, Send
 from hpsearch.workers.shutdown import Drain
 from hpsearch.workers.worker import WorkerExit
 
@@ -33,13 +38,8 @@ def define(folder: Path, url: str, **sections: Any) -> StudyDefinition:
 
 def test_two_workers_share_a_study_and_tell_what_they_do(tmp_path: Path, url: str) -> None:
     events: list[TrialEvent] = []
-    started: list[tuple[int, int]] = []
     definition = define(tmp_path, url, budget={"epochs": epochs_of(1)})  # so that none of them has all trials
-    reason = processes.run_pool(
-        definition, Drain(), n_workers=2, emit=events.append, on_start=lambda *counts: started.append(counts)
-    )
-    assert "all 4 trials are finished" in reason
-    assert started == [(0, 2)]
+    assert "all 4 trials are finished" in processes.run_pool(definition, Drain(), 2, emit=events.append)
     finished = sorted(event.number for event in events if event.state in ("complete", "pruned"))
     assert finished == [0, 1, 2, 3]
     assert len({event.worker for event in events}) == 2
@@ -51,7 +51,7 @@ def test_one_worker_in_a_process_of_its_own_does_what_it_does_in_this_one(
     trials = []
     for name in ("one", "two"):
         definition = define(tmp_path / name, new_url())
-        processes.run_pool(definition, Drain(), n_workers=1)
+        processes.run_pool(definition, Drain(), 1)
         study = load_study(definition, open_storage(definition.study.storage))
         trials.append([(trial.params, trial.value) for trial in study.trials])
     assert trials[0] == trials[1]
@@ -65,7 +65,7 @@ def test_trials_that_all_fail_end_the_search_with_the_reason(
     with pytest.raises(
         TooManyFailures, match="2 trials failed, most recently: exception: IndexError: index out of range"
     ):
-        processes.run_pool(define(tmp_path, url, budget={"failures": 2}), Drain(), n_workers=1)
+        processes.run_pool(define(tmp_path, url, budget={"failures": 2}), Drain(), 1)
     assert "IndexError" in (tmp_path / "artifacts" / "small" / "trial-0.txt").read_text()
 
 
@@ -76,7 +76,7 @@ def test_workers_read_the_data_themselves_where_shared_memory_is_too_small(
         raise RuntimeError("unable to allocate shared memory(shm): No space left on device")
 
     monkeypatch.setattr(ImageData, "share_memory", refuse)
-    assert "all 4 trials are finished" in processes.run_pool(define(tmp_path, url), Drain(), n_workers=1)
+    assert "all 4 trials are finished" in processes.run_pool(define(tmp_path, url), Drain(), 1)
     assert "each worker loads its own copy" in caplog.text
 
 
@@ -85,33 +85,59 @@ def test_an_error_outside_of_a_trial_ends_the_run_with_one_line(
 ) -> None:
     monkeypatch.setattr(processes, "list_devices", lambda: ["no-such-device:99"])
     with pytest.raises(WorkerError, match=r"a worker failed: RuntimeError: .*no-such-device"):
-        processes.run_pool(define(tmp_path, url), Drain(), n_workers=1)
+        processes.run_pool(define(tmp_path, url), Drain(), 1)
 
 
-def test_a_signal_decides_the_exit_status_even_if_a_worker_had_failed_before(tmp_path: Path, url: str) -> None:
-    definition = define(tmp_path, url)
-    storage = open_storage(definition.study.storage)
-    drain = Drain()
-    drain.set(Interrupted())
-    pool = processes._Pool(definition, storage, open_study(definition, storage), None, None, drain, lambda event: None)
-    pool.exits = [WorkerExit("three failures", RepeatedFailures())]
-    with pytest.raises(Interrupted):
-        pool.run(0)
+def talk(drain: Drain, send: Send, *, end: Callable[[], Any]) -> str:
+    send("begun")
+    logging.getLogger("talker").warning("as its supervisor prints it")
+    return str(end())
 
 
-class Crash:
-    """Ends the process that unpickles it."""
-
-    def __reduce__(self) -> Any:
-        return os._exit, (3,)
-
-
-def test_workers_that_crash_before_a_trial_are_not_restarted_for_ever(
-    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("end", "expected"),
+    [
+        (partial(str, "done"), WorkerExit("done")),
+        (partial(os._exit, 3), WorkerExit("exited with status 3", is_dead=True)),
+        (partial(signal.raise_signal, signal.SIGKILL), WorkerExit("was killed (SIGKILL)", is_dead=True)),
+    ],
+    ids=["returns", "exits", "killed"],
+)
+def test_what_a_process_says_and_how_it_ends_is_told(
+    caplog: pytest.LogCaptureFixture, end: Callable[[], Any], expected: WorkerExit
 ) -> None:
-    monkeypatch.setattr(processes, "list_devices", lambda: [Crash()])
-    with pytest.raises(WorkerError, match=r"3 workers in a row died .*; the last exited with status 3"):
-        processes.run_pool(define(tmp_path, url), Drain(), n_workers=1)
+    executor = Processes(lambda slot: (f"talker-{slot}", partial(talk, end=end)))
+    handle = executor.start(0)
+    told: list[tuple[Handle, Any]] = []
+    while executor.running:
+        told += executor.wait()
+    assert told == [(handle, "begun"), (handle, expected)]
+    assert handle.name == "talker-0"
+    assert [record.message for record in caplog.records] == ["as its supervisor prints it"]
+
+
+def wait_until_asked(drain: Drain, send: Send) -> str:
+    send("begun")
+    drain.event.wait()
+    drain.check()
+    return "not asked"
+
+
+def test_a_process_is_asked_to_stop_and_one_that_does_not_is_killed() -> None:
+    executor = Processes(lambda slot: ("sleeper", wait_until_asked))
+    handles = [executor.start(slot) for slot in range(2)]
+    begun: list[Handle] = []
+    while len(begun) < 2:
+        begun += [handle for handle, _ in executor.wait()]
+    os.kill(handles[1].process.pid, signal.SIGSTOP)
+    executor.stop()
+    ended: list[tuple[Handle, WorkerExit]] = []
+    while not ended:
+        ended += executor.wait()
+    [(handle, end)] = ended
+    assert (handle, type(end.error)) == (handles[0], Drained)
+    executor.kill()
+    assert not handles[1].process.is_alive()
 
 
 def test_missing_data_are_named_before_any_worker_starts(
@@ -121,7 +147,7 @@ def test_missing_data_are_named_before_any_worker_starts(
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     definition = define(tmp_path, url, data={"name": "kmnist", "validation": 10_000, "train": 1000})
     with pytest.raises(DataError, match="could not load KMNIST"):
-        processes.run_pool(definition, Drain(), folder=tmp_path / "data")
+        processes.run_pool(definition, Drain(), 1, folder=tmp_path / "data")
 
 
 def test_the_default_is_a_worker_per_core_or_per_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

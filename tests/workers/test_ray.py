@@ -1,5 +1,6 @@
 """Launching in a Ray cluster: what cannot work is refused before anything starts; one machine is a cluster too."""
 
+import importlib
 import json
 import sys
 from collections.abc import Callable
@@ -40,8 +41,9 @@ def test_what_is_no_address_of_a_cluster_is_told_apart(address: str, message: st
 
 def test_without_ray_it_is_said_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UsageError, match=r"pip install 'hpsearch\[ray\]'"), connect(make_definition(), Resources()):
-        pass
+    monkeypatch.delitem(sys.modules, "hpsearch.workers.ray")
+    with pytest.raises(UsageError, match=r"pip install 'hpsearch\[ray\]'"):
+        importlib.import_module("hpsearch.workers.ray")
 
 
 @pytest.mark.parametrize("url", ["postgresql://me:secret@host/db", "postgresql://host/db?password=secret"])
