@@ -15,7 +15,7 @@ from hpsearch.monitor.text import describe_best
 from hpsearch.search.selection import explain_choice, find_best
 from hpsearch.search.study import load_study
 from hpsearch.search.trials import TrialEvent, describe_trial, make_event, read_status
-from hpsearch.storage.budget import SEARCHING_STATES, seconds_searched
+from hpsearch.storage.budget import seconds_searched, spans_of
 from hpsearch.storage.rdb import Storage, open_storage
 from hpsearch.storage.tables import count_interruptions
 
@@ -101,11 +101,12 @@ class Watch:
         failed = [trial for trial in ended if trial.state == TrialState.FAIL]
         now = datetime.now()
         spans = [
-            (trial.datetime_start, trial.datetime_complete)
+            span
             for trial in trials
-            if trial.datetime_start and trial.state in SEARCHING_STATES and trial._trial_id not in stale
+            if trial._trial_id not in stale
+            for span in spans_of(trial.user_attrs.get("interruptions", ()), *_times(trial))
         ]
-        seconds = seconds_searched(spans, now)
+        seconds = seconds_searched(spans, now.astimezone())
         seconds_left = estimate_seconds_left(
             finished[:_N_RECENT],
             [trial for trial in running if trial._trial_id not in stale],
@@ -168,6 +169,10 @@ def summarize_search(watch: Watch, command: str) -> list[str]:
         f"note:  {note}",
         f"next:  hpsearch confirm {command}  |  hpsearch export {command}",
     ]
+
+
+def _times(trial: FrozenTrial) -> list[datetime | None]:
+    return [time and time.astimezone() for time in (trial.datetime_start, trial.datetime_complete)]
 
 
 def _describe_worker(trial: FrozenTrial, *, is_lost: bool) -> dict[str, Any]:

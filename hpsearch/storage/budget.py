@@ -4,18 +4,17 @@ Other transactions that start trials of the study wait until this one ends.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from itertools import chain
 from typing import Any
 
-from optuna.trial import TrialState
 from sqlalchemy import Connection
 
 from hpsearch.errors import BudgetInFlight, BudgetSpent, Stopped, TooManyFailures
 from hpsearch.storage import tables
 
-SEARCHING_STATES = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)  # their run time counts as search time
 Span = tuple[datetime, datetime]
 
 
@@ -59,6 +58,17 @@ def admit(connection: Connection, study_id: int, searched: SearchTime) -> int:
     return int(n_trials)
 
 
+def spans_of(
+    interruptions: Iterable[Mapping[str, Any]], start: datetime | None, end: datetime | None
+) -> list[tuple[datetime, Any]]:
+    """Return the start and end of each attempt at a trial, with time zones.
+
+    `start` and `end` are those of the current attempt; None if it has not started or is still running.
+    """
+    times = [(datetime.fromisoformat(each["started"]), datetime.fromisoformat(each["ended"])) for each in interruptions]
+    return [*times, *([(start, end)] if start else [])]
+
+
 def seconds_searched(spans: Iterable[tuple[datetime, datetime | None]], now: datetime) -> float:
     """Return the seconds in which at least one trial ran; `spans` are their starts and ends, None if still running."""
     merged = _merge((start, complete or now) for start, complete in spans)
@@ -80,19 +90,23 @@ def _minutes_searched(connection: Connection, study_id: int, searched: SearchTim
 
     Ended trials are read once, and then cached in `searched`.
     """
-    rows = tables.read_times(connection, study_id, (*SEARCHING_STATES, TrialState.WAITING), searched.until)
-    now = datetime.now(UTC).replace(tzinfo=None)
-    database_now = tables.read_clock(connection).replace(tzinfo=None)
+    rows = tables.read_times(connection, study_id, searched.until)
+    now, database_now = datetime.now(UTC), tables.read_clock(connection).replace(tzinfo=None)
     spans = [
-        (row.datetime_start, row.datetime_complete or now - _age(row.heartbeat, database_now))
+        spans_of(
+            json.loads(row.interruptions or "[]"),
+            row.datetime_start and row.datetime_start.replace(tzinfo=UTC),
+            row.datetime_complete.replace(tzinfo=UTC)
+            if row.datetime_complete
+            else now - _age(row.heartbeat, database_now),
+        )
         for row in rows
-        if row.state != TrialState.WAITING
     ]
-    seconds = seconds_searched([*searched.spans, *spans], now)
+    seconds = seconds_searched(chain(searched.spans, *spans), now)
     n_ended = next((i for i, row in enumerate(rows) if not row.state.is_finished()), len(rows))
     if n_ended:
         searched.until = rows[n_ended - 1].trial_id
-        searched.spans = _merge([*searched.spans, *spans[:n_ended]])
+        searched.spans = _merge(chain(searched.spans, *spans[:n_ended]))
     return seconds / 60
 
 

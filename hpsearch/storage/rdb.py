@@ -124,38 +124,49 @@ class Storage(RDBStorage):
         return int(changed["workers"]) - 1
 
     def end_attempt(
-        self, trial_id: int, attempt: int, kind: str, message: str, *, retries: int = 0
+        self,
+        trial_id: int,
+        attempt: int,
+        kind: str,
+        message: str,
+        *,
+        retries: int = 0,
+        silence: timedelta = timedelta(),
     ) -> FrozenTrial | None:
-        """End an attempt at a trial; return the trial, or None if the attempt has already ended.
+        """End an attempt at a trial, `silence` ago; return the trial, or None if the attempt has already ended.
 
         A trial that was "interrupted", or "killed" at most `retries` times, waits for another attempt on its own row:
         it keeps its number, parameters and reports, and the reason is added to its user attribute `interruptions`.
         Otherwise it fails, with the reason in its user attribute `failure`.
         """
-        trial: FrozenTrial | None = self._end_attempt(trial_id, attempt, kind, message, retries)
+        trial: FrozenTrial | None = self._end_attempt(trial_id, attempt, kind, message, retries, silence)
         self._fresh_until = 0.0
         self.release(trial_id)
         return trial
 
     @retry_on_outage
-    def _end_attempt(self, trial_id: int, attempt: int, kind: str, message: str, retries: int) -> FrozenTrial | None:
+    def _end_attempt(
+        self, trial_id: int, attempt: int, kind: str, message: str, retries: int, silence: timedelta
+    ) -> FrozenTrial | None:
         with self.engine.begin() as connection:
             if tables.lock_trial(connection, trial_id)[:2] != (TrialState.RUNNING, attempt):
                 return None
             if buffered := self._buffered.get(trial_id):
                 buffered.write(connection)
             trial = tables.read_trial(connection, trial_id)
-            now, interruptions = datetime.now(), trial.user_attrs.get("interruptions", [])
+            end, interruptions = datetime.now() - silence, trial.user_attrs.get("interruptions", [])
             n_kills = sum(earlier["kind"] == "killed" for earlier in interruptions)
             n_kills += len(trial.system_attrs.get("retry_history", ()))  # of an older study
             if kind == "interrupted" or (kind == "killed" and n_kills < retries):
-                reason = {"kind": kind, "message": message, "worker": trial.user_attrs.get("worker")}
-                reason |= {"epoch": trial.last_step or 0, "at": now.astimezone(UTC).isoformat(timespec="seconds")}
+                times = zip(("started", "ended"), (trial.datetime_start or end, end), strict=True)
+                reason: dict[str, Any] = {name: time.astimezone(UTC).isoformat() for name, time in times}
+                reason |= {"kind": kind, "message": message, "epoch": trial.last_step or 0}
+                reason |= {"worker": trial.user_attrs.get("worker")}
                 tables.write_user_attr(connection, trial, "interruptions", [*interruptions, reason])
                 trial.state, trial.datetime_start = TrialState.WAITING, None
             else:
                 tables.write_user_attr(connection, trial, "failure", {"kind": kind, "message": message})
-                trial.state, trial.datetime_complete = TrialState.FAIL, now
+                trial.state, trial.datetime_complete = TrialState.FAIL, end
             tables.write_state(connection, trial)
             return trial
 
@@ -170,11 +181,15 @@ class Storage(RDBStorage):
         because other workers could not send heartbeats either.
         """
         self._adopt_orphans(study_id)
-        message = f"no heartbeat for {self.grace_period} s"
         stale = self._find_stale(study_id)
         if time.time() < self.trusts_heartbeats_from:
             return []
-        ended = [self.end_attempt(trial_id, attempt, "killed", message, retries=retries) for trial_id, attempt in stale]
+        options: dict[str, Any] = {
+            "kind": "killed",
+            "message": f"no heartbeat for {self.grace_period} s",
+            "retries": retries,
+        }
+        ended = [self.end_attempt(trial_id, attempt, silence=age, **options) for trial_id, attempt, age in stale]
         return [trial for trial in ended if trial]
 
     def _note_answer(self) -> None:
@@ -186,15 +201,17 @@ class Storage(RDBStorage):
 
     def find_stale(self, study_id: int) -> list[int]:
         """Return the ids of stale running trials, also of those that never had a heartbeat; changes nothing."""
-        return [trial_id for trial_id, _ in self._find_stale(study_id, orphans=True)]
+        return [trial_id for trial_id, *_ in self._find_stale(study_id, orphans=True)]
 
     @retry_on_outage
-    def _find_stale(self, study_id: int, *, orphans: bool = False) -> list[tuple[int, int]]:
-        """Return the id and attempt of each stale running trial."""
+    def _find_stale(self, study_id: int, *, orphans: bool = False) -> list[tuple[int, int, timedelta]]:
+        """Return the id and attempt of each stale running trial, and the age of its heartbeat."""
         grace = timedelta(seconds=self.grace_period or 0)
         with self.engine.begin() as connection:
             running = tables.read_running(connection, study_id)
-        return [(trial_id, attempt) for trial_id, attempt, age in running if (orphans if age is None else age > grace)]
+        never = timedelta.max if orphans else timedelta()
+        with_ages = [(trial_id, attempt, never if age is None else age) for trial_id, attempt, age in running]
+        return [each for each in with_ages if each[-1] > grace]
 
     @retry_on_outage
     def _adopt_orphans(self, study_id: int) -> None:
@@ -205,7 +222,7 @@ class Storage(RDBStorage):
                     tables.beat(connection, trial_id)
 
     def flush(self, trial_id: int) -> None:
-        """Write a trial's buffered reports if due. Raises `UpdateFinishedTrialError` if another worker failed it."""
+        """Write a trial's buffered reports if due. Raises `TrialLost` if it is another worker's now."""
         buffered = self._buffered.get(trial_id)
         if buffered and time.monotonic() >= buffered.is_due_at:
             self._flush(buffered)

@@ -232,9 +232,9 @@ def read_best_value(connection: Connection, study_id: int, target: float) -> flo
     return best
 
 
-def read_times(connection: Connection, study_id: int, states: Collection[TrialState], above: int) -> Sequence[Any]:
-    """Return id, state, start, end and heartbeat of the study's trials in the states, with ids above `above`."""
-    query = _WITH_HEARTBEATS.where(TRIALS.c.study_id == study_id, TRIALS.c.state.in_(states), TRIALS.c.trial_id > above)
+def read_times(connection: Connection, study_id: int, above: int) -> Sequence[Any]:
+    """Return state, times, heartbeat and interruptions of the study's trials with ids above `above`."""
+    query = _WITH_HEARTBEATS.where(TRIALS.c.study_id == study_id, TRIALS.c.trial_id > above)
     return connection.execute(query.order_by(TRIALS.c.trial_id)).all()
 
 

@@ -29,6 +29,7 @@ from hpsearch.errors import (
     TrialLost,
     UsageError,
 )
+from hpsearch.monitor.status import Watch
 from hpsearch.search.steering import resume_study, stop_study
 from hpsearch.search.study import open_study
 from hpsearch.storage import retry, tables
@@ -131,6 +132,20 @@ def test_the_minutes_of_searching_end_the_search_and_pauses_do_not_count(storage
         run_trial(day, hour)
     with pytest.raises(BudgetSpent, match=r"time limit reached \(3\.0 min\)"):
         study.ask()
+
+
+@pytest.mark.parametrize(("kind", "retries"), [("interrupted", 0), ("killed", 1), ("exception", 0)])
+def test_the_minutes_of_an_attempt_count_whoever_ended_it(storage: Storage, kind: str, retries: int) -> None:
+    study = start_study(storage, minutes=3, trials=9)
+    trial = study.ask()
+    started = {"datetime_start": datetime.now(UTC).replace(tzinfo=None) - timedelta(minutes=4)}
+    with storage.engine.begin() as connection:
+        connection.execute(tables.TRIALS.update().values(started))
+    storage.end_attempt(trial._trial_id, 0, kind, "gone", retries=retries)
+    with pytest.raises(BudgetSpent, match=r"time limit reached \(4\.0 min\)"):
+        study.ask()
+    url = storage.engine.url.render_as_string(hide_password=False)
+    assert Watch(make_definition(url), storage).poll().seconds == pytest.approx(240, abs=5)
 
 
 def test_trials_that_have_ended_are_read_once_for_the_minutes_that_they_took(storage: Storage) -> None:
