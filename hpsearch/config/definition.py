@@ -136,6 +136,11 @@ class StudyDefinition(Table):
     recovery: Recovery = Recovery()
     retrain: Retrain = Retrain()
 
+    @classmethod
+    def model_validate(cls, obj: Any, **options: Any) -> Self:
+        """Validate the tables of a study file, each against the others. Raises `ValidationError`."""
+        return super().model_validate(obj, **{"context": obj, **options})
+
     @cached_property
     def space(self) -> SearchSpace:
         return SearchSpace(self.search, self.fixed, find(NETWORKS, self.network.kind).hyperparameters)
@@ -213,7 +218,7 @@ def load_definition(path: Path | str, *, storage: str | None = None, artifacts: 
 def parse_definition(raw: Mapping[str, Any], source: str = "study") -> StudyDefinition:
     """Validate the tables of a study file. Raises `DefinitionError` with all problems."""
     try:
-        return StudyDefinition.model_validate(raw, context=raw)
+        return StudyDefinition.model_validate(raw)
     except ValidationError as error:
         raise DefinitionError(source, list(describe(error, StudyDefinition))) from error
 

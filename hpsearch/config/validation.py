@@ -25,13 +25,7 @@ def read_search(tables: Any, info: ValidationInfo) -> Any:
     """Return the dimensions of [search]. Raises `ValidationError` with all of its problems."""
     if not isinstance(tables, Mapping):
         return tables  # pydantic says what is wrong
-    search: dict[str, Dimension] = {}
-    problems: list[Problem] = []
-    for name, table in tables.items():
-        try:
-            search[name] = _DIMENSION.validate_python(table)
-        except ValidationError as error:
-            problems += [((name, *entry["loc"]), _explain(entry, _DIMENSION_KEYS)) for entry in error.errors()]
+    search, problems = _read_dimensions(tables)
     space = _space(search, info)
     for name in tables:
         if name in search or name not in space.hyperparameters.model_fields:
@@ -46,6 +40,17 @@ def read_search(tables: Any, info: ValidationInfo) -> Any:
                 problems += [((name, "when", parent), sentence) for sentence in sentences]
     _raise(problems)
     return search
+
+
+def _read_dimensions(tables: Values) -> tuple[dict[str, Dimension], list[Problem]]:
+    search: dict[str, Dimension] = {}
+    problems: list[Problem] = []
+    for name, table in tables.items():
+        try:
+            search[name] = _DIMENSION.validate_python(table)
+        except ValidationError as error:
+            problems += [((name, *entry["loc"]), _explain(entry, _DIMENSION_KEYS)) for entry in error.errors()]
+    return search, problems
 
 
 def _check_condition(parent: str, allowed: list[Any], search: Mapping[str, Dimension], fixed: Values) -> Iterator[str]:
@@ -68,15 +73,17 @@ def check_fixed(values: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
 
 
 def check_first(first: list[dict[str, Any]], info: ValidationInfo) -> list[dict[str, Any]]:
-    """Return the tables of [[try]] if they, or [search], have no problems, else raise `ValidationError`."""
-    if "search" in info.data:
-        space = _space(info.data["search"], info)
-        _raise(((i, *path), text) for i, values in enumerate(first) for path, text in check_try(values, space))
+    """Return the tables of [[try]] if they have no problems, else raise `ValidationError`."""
+    tables = _written(info, "search")
+    search, _ = _read_dimensions(tables)
+    space, unread = _space(search, info), tables.keys() - search.keys()
+    problems = [((i, *path), text) for i, values in enumerate(first) for path, text in check_try(values, space)]
+    _raise(problem for problem in problems if problem[0][1] not in unread)
     return first
 
 
 def _space(search: Mapping[str, Dimension], info: ValidationInfo) -> SearchSpace:
-    kind = getattr(info.data.get("network"), "kind", "mlp")
+    kind = getattr(info.data.get("network"), "kind", next(iter(NETWORKS)))
     return SearchSpace(search, _written(info, "fixed"), find(NETWORKS, kind).hyperparameters)
 
 

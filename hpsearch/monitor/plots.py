@@ -24,6 +24,8 @@ from optuna.distributions import CategoricalDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 from PIL import Image
 
+from hpsearch.search.selection import by_value
+
 BLUE, ORANGE, GREY = "#3f83c9", "#e0802b", "#98a2ae"
 COLORS = {TrialState.COMPLETE: BLUE, TrialState.PRUNED: "#9a7bd0"}  # orange marks the best trial
 THEMES = {"light": ("#39434f", "#dfe4ea"), "dark": ("#c3cbd5", "#39424e")}  # text, lines
@@ -169,7 +171,7 @@ def _thin(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     if len(trials) <= MAX_CURVES:
         return list(trials)
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-    kept = {trial.number for trial in sorted(complete, key=lambda trial: -(trial.value or 0.0))[:N_BEST_CURVES]}
+    kept = {trial.number for trial in sorted(complete, key=by_value)[:N_BEST_CURVES]}
     rest = [trial for trial in trials if trial.number not in kept]
     kept |= {rest[i].number for i in np.linspace(0, len(rest) - 1, MAX_CURVES - len(kept)).astype(int)}
     return [trial for trial in trials if trial.number in kept]

@@ -15,7 +15,7 @@ from hpsearch.monitor.text import describe_best
 from hpsearch.search.selection import explain_choice, find_best
 from hpsearch.search.study import load_study
 from hpsearch.search.trials import TrialEvent, describe_trial, make_event, read_status
-from hpsearch.storage.budget import seconds_searched, spans_of
+from hpsearch.storage.budget import find_limit, is_final
 from hpsearch.storage.rdb import Storage, open_storage
 from hpsearch.storage.tables import count_interruptions
 
@@ -29,9 +29,8 @@ class Snapshot:
     """The state of a search at one moment.
 
     `status` is the document of `status --json`. `workers`, `finished` and `failed` are rows, the latter two with the
-    latest first; `failed` and `n_failed` exclude trials that were re-queued. `news` lists the trials that ended since
-    the last snapshot, in order. `seconds` is the time searched so far; `seconds_left` is the estimated range of the
-    remaining time, or None if there is no estimate.
+    latest first. `news` lists the trials that ended since the last snapshot, in order. `seconds` is the time searched;
+    `seconds_left` is the estimated range of the remaining time, or None if there is no estimate.
     """
 
     status: Mapping[str, Any]
@@ -57,13 +56,9 @@ class Snapshot:
     @property
     def is_over(self) -> bool:
         """Return whether the trials, minutes or failures are used up, or the target is reached."""
-        budget, best = self.status["budget"], self.status["best"]
-        return bool(
-            self.n_finished >= budget["trials"]
-            or self.seconds / 60 >= budget.get("minutes", math.inf)
-            or self.n_failed >= budget.get("failures", math.inf)
-            or (best and best["value"] >= budget.get("target", math.inf))
-        )
+        best = self.status["best"] and self.status["best"]["value"]
+        counts = {"n_finished": self.n_finished, "n_failed": self.n_failed}
+        return find_limit(self.status["budget"], best=best, minutes=self.seconds / 60, **counts) is not None
 
     def describe_progress(self) -> str:
         """Return the progress in one line, such as `12 of 40 trials done, best 0.9812 (trial 7)`."""
@@ -98,15 +93,11 @@ class Watch:
         ended = [trial for trial in trials if trial.state.is_finished() and trial.datetime_complete]
         ended.sort(key=lambda trial: (trial.datetime_complete, trial.number), reverse=True)
         finished = [trial for trial in ended if trial.state != TrialState.FAIL]
-        failed = [trial for trial in ended if trial.state == TrialState.FAIL]
-        now = datetime.now()
-        spans = [
-            span
-            for trial in trials
-            if trial._trial_id not in stale
-            for span in spans_of(trial.user_attrs.get("interruptions", ()), *_times(trial))
+        failed = [
+            trial for trial in ended if trial.state == TrialState.FAIL and is_final(trial.user_attrs.get("failure", {}))
         ]
-        seconds = seconds_searched(spans, now.astimezone())
+        now = datetime.now()
+        seconds = self.storage.seconds_searched(self.study._study_id)
         seconds_left = estimate_seconds_left(
             finished[:_N_RECENT],
             [trial for trial in running if trial._trial_id not in stale],
@@ -169,10 +160,6 @@ def summarize_search(watch: Watch, command: str) -> list[str]:
         f"note:  {note}",
         f"next:  hpsearch confirm {command}  |  hpsearch export {command}",
     ]
-
-
-def _times(trial: FrozenTrial) -> list[datetime | None]:
-    return [time and time.astimezone() for time in (trial.datetime_start, trial.datetime_complete)]
 
 
 def _describe_worker(trial: FrozenTrial, *, is_lost: bool) -> dict[str, Any]:

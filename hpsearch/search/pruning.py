@@ -100,7 +100,8 @@ class PruningCallback:
 
     def __call__(self, result: EpochResult) -> None:
         self.report(result)
-        if result.epoch < self.epochs and self.trial.should_prune():
+        is_last = result.epoch >= max(self.reported, default=0)  # a pruner looks at the last report
+        if is_last and result.epoch < self.epochs and self.trial.should_prune():
             reasons = getattr(self.trial.study.pruner, "reasons", {})
             reason = reasons.pop(self.trial.number, {"epoch": result.epoch, "value": result.value})
             self.trial.set_user_attr("pruning", reason)

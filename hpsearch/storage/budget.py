@@ -4,6 +4,7 @@ Other transactions that start trials of the study wait until this one ends.
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -37,16 +38,18 @@ def admit(connection: Connection, study_id: int, searched: SearchTime) -> int:
     budget: dict[str, Any] = json.loads(spent.budget or "{}")
     n_trials = spent.n_trials or 0
     n_finished = n_trials - spent.running - spent.waiting - spent.fail
-    if "trials" in budget and n_finished >= budget["trials"]:
-        limit = budget["trials"]
-        raise BudgetSpent(f"all {limit} trials are finished; add more with: hpsearch extend STUDY --trials N")
-    if "target" in budget and (best := tables.read_best_value(connection, study_id, budget["target"])) is not None:
-        raise BudgetSpent(f"target reached: best value {best:.4f} >= {budget['target']}")
-    if "minutes" in budget and (minutes := _minutes_searched(connection, study_id, searched)) >= budget["minutes"]:
-        raise BudgetSpent(f"time limit reached ({minutes:.1f} min); raise budget.minutes to continue")
-    if "failures" in budget and spent.fail >= budget["failures"]:
-        failures = _explain_failures(connection, study_id)
-        if len(failures) >= budget["failures"]:
+    best = tables.read_best_value(connection, study_id, budget["target"]) if "target" in budget else None
+    minutes = read_seconds_searched(connection, study_id, searched) / 60 if "minutes" in budget else 0.0
+    failures = _explain_failures(connection, study_id) if spent.fail >= budget.get("failures", math.inf) else []
+    match find_limit(budget, n_finished=n_finished, best=best, minutes=minutes, n_failed=len(failures)):
+        case "trials":
+            limit = budget["trials"]
+            raise BudgetSpent(f"all {limit} trials are finished; add more with: hpsearch extend STUDY --trials N")
+        case "target":
+            raise BudgetSpent(f"target reached: best value {best:.4f} >= {budget['target']}")
+        case "minutes":
+            raise BudgetSpent(f"time limit reached ({minutes:.1f} min); raise budget.minutes to continue")
+        case "failures":
             raise TooManyFailures(
                 f"{len(failures)} trials failed, most recently: {failures[-1]}; fix the cause, then raise "
                 "budget.failures to continue"
@@ -58,7 +61,21 @@ def admit(connection: Connection, study_id: int, searched: SearchTime) -> int:
     return int(n_trials)
 
 
-def spans_of(
+def find_limit(
+    budget: Mapping[str, Any], *, n_finished: int, best: float | None, minutes: float, n_failed: int
+) -> str | None:
+    """Return the limit of the budget that is reached: "trials", "target", "minutes" or "failures"; else None."""
+    reached = {"trials": n_finished, "target": best, "minutes": minutes, "failures": n_failed}
+    limits = ((name, value) for name, value in reached.items() if name in budget and value is not None)
+    return next((name for name, value in limits if value >= budget[name]), None)
+
+
+def is_final(failure: Mapping[str, Any]) -> bool:
+    """Return whether a failure counts; in older studies, a trial that failed may have been retried as another one."""
+    return not failure.get("retried")
+
+
+def _spans_of(
     interruptions: Iterable[Mapping[str, Any]], start: datetime | None, end: datetime | None
 ) -> list[tuple[datetime, Any]]:
     """Return the start and end of each attempt at a trial, with time zones.
@@ -85,15 +102,15 @@ def _merge(spans: Iterable[Span]) -> list[Span]:
     return merged
 
 
-def _minutes_searched(connection: Connection, study_id: int, searched: SearchTime) -> float:
-    """Return the minutes in which at least one trial ran; a running trial counts until its last heartbeat.
+def read_seconds_searched(connection: Connection, study_id: int, searched: SearchTime) -> float:
+    """Return the seconds in which at least one trial ran; a running trial counts until its last heartbeat.
 
     Ended trials are read once, and then cached in `searched`.
     """
     rows = tables.read_times(connection, study_id, searched.until)
     now, database_now = datetime.now(UTC), tables.read_clock(connection).replace(tzinfo=None)
     spans = [
-        spans_of(
+        _spans_of(
             json.loads(row.interruptions or "[]"),
             row.datetime_start and row.datetime_start.replace(tzinfo=UTC),
             row.datetime_complete.replace(tzinfo=UTC)
@@ -107,7 +124,7 @@ def _minutes_searched(connection: Connection, study_id: int, searched: SearchTim
     if n_ended:
         searched.until = rows[n_ended - 1].trial_id
         searched.spans = _merge(chain(searched.spans, *spans[:n_ended]))
-    return seconds / 60
+    return seconds
 
 
 def _age(heartbeat: datetime | None, database_now: datetime) -> timedelta:
@@ -115,13 +132,10 @@ def _age(heartbeat: datetime | None, database_now: datetime) -> timedelta:
 
 
 def _explain_failures(connection: Connection, study_id: int) -> list[str]:
-    """Return one line `kind: message` for each failed trial, in the order of trials.
-
-    Older studies also have failed trials that were retried under a new number; those do not count.
-    """
+    """Return one line `kind: message` for each failed trial that counts, in the order of trials."""
     failures = tables.read_failures(connection, study_id)
     return [
         " ".join(f"{failure.get('kind', 'unknown')}: {failure.get('message', '')}".split())
         for failure in failures
-        if not failure.get("retried")
+        if is_final(failure)
     ]

@@ -29,7 +29,7 @@ from sqlalchemy.pool import NullPool
 from hpsearch.config.urls import parse_url, show_url
 from hpsearch.errors import StorageError, StudyNotFound, TrialLost, UsageError
 from hpsearch.storage import tables
-from hpsearch.storage.budget import SearchTime, admit
+from hpsearch.storage.budget import SearchTime, admit, read_seconds_searched
 from hpsearch.storage.engine import check_location, check_tables, connect_arguments, creation_lock, harden, pool_options
 from hpsearch.storage.retry import build_retrier, describe_cause, make_error, retry_on_outage
 from hpsearch.storage.tables import BufferedTrial
@@ -122,6 +122,12 @@ class Storage(RDBStorage):
         """Register a worker and return its number in the study, from 0."""
         changed = self.change_study_attrs(study_id, lambda attrs: {"workers": attrs.get("workers", 0) + 1})
         return int(changed["workers"]) - 1
+
+    @retry_on_outage
+    def seconds_searched(self, study_id: int) -> float:
+        """Return the seconds in which at least one trial of the study ran."""
+        with self.engine.begin() as connection:
+            return read_seconds_searched(connection, study_id, self._searched[study_id])
 
     def end_attempt(
         self,

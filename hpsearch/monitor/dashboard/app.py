@@ -100,14 +100,15 @@ class Dashboard:
         _quiet_loggers()
         self.definition, self.storage, self.arguments = definition, storage, arguments
         self.identity = study.user_attrs.get("id")
-        self._studies: set[tuple[int, Any]] = set()
+        self._studies: set[tuple[int, str]] = set()
         self._application = self._build()
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        studies = {(study._study_id, study.user_attrs.get("id")) for study in self.storage.get_all_studies()}
-        if not self._studies <= studies:  # SQLite gives the number of a deleted study to the next one
-            self._application = self._build()
-        self._studies = studies
+        if environ.get("PATH_INFO", "").startswith(("/api/", "/csv/")):
+            studies = {(study._study_id, str(study.user_attrs.get("id"))) for study in self.storage.get_all_studies()}
+            if not self._studies <= studies:  # SQLite gives the number of a deleted study to the next one
+                self._application = self._build()
+            self._studies = studies
         response: Iterable[bytes] = self._application(environ, start_response)
         return response
 
