@@ -103,7 +103,7 @@ def print_document(document: Any, render: Callable[[Any], "RenderableType"], *, 
 def print_status(definition: "StudyDefinition", arguments: str, *, as_json: bool) -> None:
     """Print the document of `status`, and a hint if the study is stopped."""
     from hpsearch.cli.render import render_status
-    from hpsearch.search.trials import read_status
+    from hpsearch.monitor.trials import read_status
 
     study = load_study_of(definition)
     print_document(read_status(definition, study), render_status, as_json=as_json)

@@ -17,8 +17,7 @@ from hpsearch.monitor.text import (
     printable,
     shorten,
 )
-from hpsearch.monitor.trials import flatten, list_columns
-from hpsearch.search.trials import describe_interruption
+from hpsearch.monitor.trials import describe_interruption, flatten, list_columns
 
 _N_ERRORS = 5  # shown by `evaluate`
 

@@ -86,7 +86,7 @@ def show(
 ) -> None:
     """Show one trial: hyperparameters, accuracy per epoch, timing. Also why it failed or was pruned."""
     from hpsearch.cli.render import render_trial
-    from hpsearch.search.trials import describe_in_full
+    from hpsearch.monitor.trials import describe_in_full
 
     document = describe_in_full(options.load_study_of(options.load_definition_of(study, storage)), number)
     options.print_document(document, render_trial, as_json=as_json)

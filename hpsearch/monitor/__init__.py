@@ -1,7 +1,7 @@
 """What users see of a search: status, live table, report, doctor, dashboard.
 
 text        formatting of messages, numbers and durations
-trials      the table of trials: columns, sorting, CSV
+trials      the trials and the progress of a study as documents and tables
 status      a snapshot of a running search, and the remaining time
 live        the live table, or one line per finished trial
 plots       the plots of a report

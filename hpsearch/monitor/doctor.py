@@ -24,11 +24,16 @@ from hpsearch.config.urls import parse_url, show_url
 from hpsearch.data.mnist import data_folder
 from hpsearch.errors import HpsearchError, StorageUnavailable
 from hpsearch.plugins import DATA_SETS, find
-from hpsearch.search.checkpoints import artifact_folder, checkpoint_folder, find_unneeded_checkpoints, sweep_checkpoints
 from hpsearch.search.study import load_study
 from hpsearch.storage import tables
 from hpsearch.storage.artifacts import Folder
 from hpsearch.storage.backup import check_integrity
+from hpsearch.storage.checkpoints import (
+    artifact_folder,
+    checkpoint_folder,
+    find_unneeded_checkpoints,
+    sweep_checkpoints,
+)
 from hpsearch.storage.engine import network_file_system, safe_journal
 from hpsearch.storage.rdb import Storage, open_storage
 from hpsearch.storage.retry import describe_cause

@@ -24,7 +24,7 @@ from optuna.distributions import CategoricalDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 from PIL import Image
 
-from hpsearch.search.selection import by_value
+from hpsearch.storage.tables import by_value
 
 BLUE, ORANGE, GREY = "#3f83c9", "#e0802b", "#98a2ae"
 COLORS = {TrialState.COMPLETE: BLUE, TrialState.PRUNED: "#9a7bd0"}  # orange marks the best trial

@@ -23,9 +23,8 @@ from hpsearch.config.validation import check_values
 from hpsearch.errors import BundleError, UsageError
 from hpsearch.monitor import plots
 from hpsearch.monitor.text import count, format_cell, format_duration, format_percent, shorten
-from hpsearch.monitor.trials import list_trials
+from hpsearch.monitor.trials import list_trials, read_status
 from hpsearch.plugins import NETWORKS, find
-from hpsearch.search.trials import read_status
 from hpsearch.storage.artifacts import replace_file
 
 MIN_TRIALS = 5  # completed trials needed for importances and a contour plot

@@ -12,9 +12,10 @@ from optuna.trial import FrozenTrial, TrialState
 from hpsearch.bundle.evaluation import wilson_interval
 from hpsearch.config.definition import StudyDefinition
 from hpsearch.monitor.text import describe_best
+from hpsearch.monitor.trials import describe_trial, read_status
 from hpsearch.search.selection import explain_choice, find_best
 from hpsearch.search.study import load_study
-from hpsearch.search.trials import TrialEvent, describe_trial, make_event, read_status
+from hpsearch.search.trials import TrialEvent, make_event
 from hpsearch.storage.budget import find_limit, is_final
 from hpsearch.storage.rdb import Storage, open_storage
 from hpsearch.storage.tables import count_interruptions

@@ -1,4 +1,4 @@
-"""The trials of a study as rows: filtered, sorted, with selected columns, as CSV."""
+"""The trials and the progress of a study as documents and rows: filtered, sorted, with selected columns, as CSV."""
 
 import csv
 import io
@@ -7,13 +7,97 @@ from typing import Any
 from unicodedata import normalize
 
 import optuna
+from optuna.trial import FrozenTrial, TrialState
 
+from hpsearch.config.definition import StudyDefinition
+from hpsearch.config.urls import show_url
 from hpsearch.config.validation import did_you_mean
 from hpsearch.errors import UsageError
-from hpsearch.search.trials import describe_trial
+from hpsearch.search.trials import explain_end, name_state
+from hpsearch.storage.tables import by_value, count_interruptions
 
 _FORMULA_STARTS = tuple("=+-@")  # see OWASP's "CSV Injection"
 Row = Mapping[str, Any]
+
+
+def describe_interruption(interruption: Mapping[str, Any]) -> str:
+    """Return a text such as `killed: no heartbeat for 60 s (worker host-0, epoch 3)`."""
+    where = f"worker {interruption['worker']}, epoch {interruption['epoch']}"
+    return f"{interruption['kind']}: {interruption['message']} ({where})"
+
+
+def describe_trial(trial: FrozenTrial) -> dict[str, Any]:
+    """Return the row of a trial in `trials --json`."""
+    return {
+        "number": trial.number,
+        "state": name_state(trial),
+        "value": trial.value if trial.state.is_finished() else None,
+        "epoch": trial.last_step or 0,
+        "params": trial.params or trial.system_attrs.get("fixed_params", {}),
+        "attempts": count_interruptions(trial) + (trial.state != TrialState.WAITING),
+        "worker": trial.user_attrs.get("worker"),
+        "seconds": trial.duration.total_seconds() if trial.duration else None,
+        "note": explain_end(trial),
+    }
+
+
+def describe_in_full(study: optuna.Study, number: int) -> dict[str, Any]:
+    """Return the document of `show --json`: a trial's row, times, reports, interruptions and environment.
+
+    Raises `UsageError` if the study has no trial with that number.
+    """
+    trials = study.get_trials(deepcopy=False)
+    if not 0 <= number < len(trials):
+        valid = f"valid numbers are 0 to {len(trials) - 1}" if trials else "it has no trials yet"
+        raise UsageError(f"study '{study.study_name}' has no trial {number}; {valid}")
+    trial = trials[number]
+    attributes, times = trial.user_attrs, (trial.datetime_start, trial.datetime_complete)
+    started, ended = (time and time.astimezone().isoformat(timespec="seconds") for time in times)
+    return describe_trial(trial) | {
+        "started": started,
+        "ended": ended,
+        "reports": {str(epoch): value for epoch, value in sorted(trial.intermediate_values.items())},
+        "images_per_second": attributes.get("images_per_second"),
+        "interruptions": attributes.get("interruptions", []),
+        "resumed_after": attributes.get("resumed_after"),
+        "failure": attributes.get("failure"),
+        "pruning": attributes.get("pruning"),
+        "environment": attributes.get("environment"),
+    }
+
+
+def read_status(
+    definition: StudyDefinition, study: optuna.Study, trials: list[FrozenTrial] | None = None
+) -> dict[str, Any]:
+    """Return the document of `status --json`: trial counts, the best trial, workers, epochs run and saved.
+
+    Pass `trials` if the study's trials are already loaded.
+    """
+    trials = study.get_trials(deepcopy=False) if trials is None else trials
+    of = {state: [trial for trial in trials if trial.state == state] for state in TrialState}
+    pruned, full = of[TrialState.PRUNED], definition.budget.epochs
+    best = min(of[TrialState.COMPLETE], key=by_value, default=None)
+    return {
+        "study": study.study_name,
+        "storage": show_url(definition.study.storage),
+        "budget": study.user_attrs["budget"],
+        "trials": {
+            "complete": len(of[TrialState.COMPLETE]),
+            "pruned": len(pruned),
+            "failed": len(of[TrialState.FAIL]),
+            "running": len(of[TrialState.RUNNING]),
+            "waiting": len(of[TrialState.WAITING]),
+        },
+        "best": best and {"number": best.number, "value": best.value, "params": best.params},
+        "workers": [
+            {"id": trial.user_attrs.get("worker"), "trial": trial.number, "epoch": trial.last_step or 0}
+            for trial in of[TrialState.RUNNING]
+        ],
+        "epochs": {
+            "run": sum(trial.last_step or 0 for trial in trials),
+            "saved": sum(full - (trial.last_step or 0) for trial in pruned),
+        },
+    }
 
 
 def list_trials(study: optuna.Study, state: str | None, sort: str, limit: int | None) -> list[dict[str, Any]]:

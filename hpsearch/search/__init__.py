@@ -1,12 +1,11 @@
 """The study, its objective, sampler and pruner, and the choice of the best trial.
 
-study         creates and resumes studies; refuses one with a different definition
-trials        trials as users see them: state, reason, row, progress
-checkpoints   where a study keeps its checkpoints, and which ones it still needs
-samplers      builds the sampler of a study
-pruning       the pruners, why they prune, and the callback that asks them
-objective     the Optuna objective: trains a trial, returns its validation accuracy
-selection     the best trial, the confirmed winner, and uses of the test set
-steering      starts, stops, resumes and extends a study, and enqueues trials
-copy          copies a study to another database and artifact store
+study       creates and resumes studies; refuses one with a different definition
+trials      the events of trials, and why a trial ended
+samplers    builds the sampler of a study
+pruning     the pruners, why they prune, and the callback that asks them
+objective   the Optuna objective: trains a trial, returns its validation accuracy
+selection   the best trial, the confirmed winner, and uses of the test set
+steering    starts, stops, resumes and extends a study, and enqueues trials
+copy        copies a study to another database and artifact store
 """

@@ -11,8 +11,8 @@ from optuna.trial import TrialState
 from hpsearch.config.definition import StudyDefinition
 from hpsearch.config.urls import show_url
 from hpsearch.errors import StorageError, UsageError
-from hpsearch.search.checkpoints import artifact_folder, find_unneeded_checkpoints
 from hpsearch.search.study import load_study
+from hpsearch.storage.checkpoints import artifact_folder, find_unneeded_checkpoints
 from hpsearch.storage.engine import creation_lock
 from hpsearch.storage.rdb import open_storage
 from hpsearch.storage.transfer import is_same_database, read_study_rows, write_study_rows

@@ -12,11 +12,10 @@ from hpsearch.config.definition import StudyDefinition
 from hpsearch.config.space import TrainingHyperparameters, suggest
 from hpsearch.data.dataset import ImageData
 from hpsearch.errors import Diverged, Drained, StorageUnavailable
-from hpsearch.search.checkpoints import checkpoints_of
 from hpsearch.search.pruning import PruningCallback
-from hpsearch.search.selection import by_value
 from hpsearch.storage.artifacts import Folder
-from hpsearch.storage.checkpoints import Checkpoint
+from hpsearch.storage.checkpoints import Checkpoint, checkpoints_of
+from hpsearch.storage.tables import by_value
 from hpsearch.training.run import build_trainer, describe_environment, load_study_data, trial_seed
 from hpsearch.training.trainer import EpochResult
 

@@ -7,6 +7,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpsearch.errors import NoCompletedTrial
 from hpsearch.search.study import change_attributes
+from hpsearch.storage.tables import by_value
 
 
 def find_best(study: optuna.Study, number: int | None = None) -> FrozenTrial:
@@ -54,8 +55,3 @@ def record_test_use(study: optuna.Study, trial: FrozenTrial) -> int:
     use = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "trial": trial.number}
     changed = change_attributes(study, lambda attributes: {"test_reads": [*attributes.get("test_reads", ()), use]})
     return len(changed["test_reads"])
-
-
-def by_value(trial: FrozenTrial) -> tuple[float, int]:
-    """Sort key: the best trial first, and the earlier one of equals."""
-    return -(trial.value or 0.0), trial.number

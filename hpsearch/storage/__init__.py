@@ -10,5 +10,5 @@ rdb           Optuna's RDBStorage for parallel workers
 backup        backs up a SQLite database while it is in use
 transfer      copies the rows of a study to another database
 artifacts     a folder for files, local or in an object store
-checkpoints   training states, written atomically and verified when read
+checkpoints   training states: written atomically, verified when read, removed when no longer needed
 """

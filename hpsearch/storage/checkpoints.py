@@ -1,4 +1,4 @@
-"""Checkpoints of training states, written atomically and verified before they are read.
+"""Checkpoints of training states, written atomically and verified before they are read, and which ones a study needs.
 
 A checkpoint is the output of `torch.save`, followed by its SHA-256. `torch.load(file, weights_only=True)` reads it too.
 """
@@ -12,15 +12,23 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import optuna
+from optuna.trial import TrialState
+
+from hpsearch.config.definition import StudyDefinition
+from hpsearch.config.space import Suggests
 from hpsearch.errors import CheckpointError
 from hpsearch.storage.artifacts import Folder
+from hpsearch.storage.tables import by_value, count_interruptions
 
 logger = logging.getLogger(__name__)
 
 State = dict[str, Any]
 _LONGEST_PAUSE = 300.0  # seconds between attempts while writing fails
 _DIGEST_SIZE = hashlib.sha256().digest_size
+_ids = WeakKeyDictionary[optuna.Study, str]()  # a cache: ids never change and are needed after each trial
 _NAME = re.compile(r"trial-\d+(-\d+)?\.ckpt(\.tmp)?")
 
 
@@ -119,3 +127,49 @@ def read(folder: Folder, name: str) -> dict[str, Any]:
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise CheckpointError(f"checkpoint {folder / name} was not written by hpsearch") from error
     return loaded
+
+
+def artifact_folder(definition: StudyDefinition) -> Folder:
+    """Return the folder for checkpoints and tracebacks of all studies with the definition's name."""
+    return Folder(definition.study.artifacts) / definition.study.name
+
+
+def checkpoint_folder(definition: StudyDefinition, study: optuna.Study) -> Folder:
+    """Return the folder of the study's checkpoints; a study with the same name in another database has its own."""
+    if study not in _ids and (found := study.user_attrs.get("id")):
+        _ids[study] = found
+    return artifact_folder(definition) / _ids.get(study, "")
+
+
+def find_unneeded_checkpoints(definition: StudyDefinition, study: optuna.Study) -> list[str]:
+    """Return the names of checkpoints that neither unfinished trials nor the `recovery.keep` best trials need."""
+    # List the files before the trials: a trial is stored before it writes its first file.
+    files = find_checkpoints(checkpoint_folder(definition, study))
+    if not files:
+        return []
+    trials = study.get_trials(deepcopy=False)
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    best = sorted(complete, key=by_value)[: definition.recovery.keep]
+    needed = {name for trial in trials if not trial.state.is_finished() for name in checkpoints_of(trial)}
+    for trial in best:
+        needed |= {*[name for name in checkpoints_of(trial) if name in files][-1:]}
+    return [name for name in files if name.removesuffix(".tmp") not in needed]
+
+
+def checkpoints_of(trial: Suggests) -> list[str]:
+    """Return the file names of the checkpoints of a trial's attempts, the current one last.
+
+    In older studies an attempt has a trial number of its own, which the trial lists in `attempts`.
+    """
+    earlier = [checkpoint_name(number) for number in trial.user_attrs.get("attempts", ())]
+    return earlier + [checkpoint_name(trial.number, i) for i in range(count_interruptions(trial) + 1)]
+
+
+def sweep_checkpoints(definition: StudyDefinition, study: optuna.Study) -> None:
+    """Remove the checkpoints that are no longer needed."""
+    folder = checkpoint_folder(definition, study)
+    try:
+        for name in find_unneeded_checkpoints(definition, study):
+            folder.remove(name)
+    except OSError as error:
+        logger.warning("cannot remove old checkpoints in %s (%s)", folder, error.strerror)

@@ -109,6 +109,11 @@ def count_interruptions(trial: Suggests) -> int:
     return len(trial.user_attrs.get("interruptions", ()))
 
 
+def by_value(trial: FrozenTrial) -> tuple[float, int]:
+    """Sort key: the best trial first, and the earlier one of equals."""
+    return -(trial.value or 0.0), trial.number
+
+
 def lock_study(connection: Connection, study_id: int) -> None:
     """Make other transactions that start trials of the study wait. Raises `KeyError` if there is no such study.
 

@@ -28,13 +28,13 @@ from hpsearch.errors import (
     TrialLost,
     WorkerError,
 )
-from hpsearch.search.checkpoints import artifact_folder, checkpoint_folder, sweep_checkpoints
 from hpsearch.search.objective import Objective
 from hpsearch.search.pruning import build_pruner
 from hpsearch.search.samplers import build_sampler
 from hpsearch.search.study import load_study
 from hpsearch.search.trials import Emit, TrialEvent, make_event
 from hpsearch.storage.artifacts import Folder
+from hpsearch.storage.checkpoints import artifact_folder, checkpoint_folder, sweep_checkpoints
 from hpsearch.storage.rdb import Storage, open_storage
 from hpsearch.storage.tables import count_interruptions
 from hpsearch.training.devices import count_cores, list_devices, tune_malloc

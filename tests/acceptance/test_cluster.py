@@ -13,8 +13,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpsearch.config.definition import StudyDefinition, load_definition
 from hpsearch.errors import HpsearchError
-from hpsearch.search.checkpoints import checkpoint_folder
 from hpsearch.search.study import load_study
+from hpsearch.storage.checkpoints import checkpoint_folder
 from hpsearch.storage.rdb import open_storage
 
 from ..conftest import aws_environment

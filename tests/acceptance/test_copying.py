@@ -8,10 +8,10 @@ from pathlib import Path
 
 from hpsearch.config.definition import load_definition
 from hpsearch.errors import StudyNotFound
-from hpsearch.search.checkpoints import artifact_folder, checkpoint_folder
 from hpsearch.search.selection import find_best
 from hpsearch.search.study import load_study, open_study
 from hpsearch.storage.artifacts import Folder
+from hpsearch.storage.checkpoints import artifact_folder, checkpoint_folder
 from hpsearch.storage.rdb import open_storage
 
 from ..conftest import fill

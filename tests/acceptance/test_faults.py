@@ -15,8 +15,8 @@ import torch
 
 from hpsearch.config.definition import load_definition
 from hpsearch.errors import StudyNotFound
+from hpsearch.monitor.trials import read_status
 from hpsearch.search.study import load_study, open_study
-from hpsearch.search.trials import read_status
 from hpsearch.storage.artifacts import Folder
 from hpsearch.storage.checkpoints import read
 from hpsearch.storage.rdb import open_storage

@@ -14,9 +14,8 @@ from optuna.trial import TrialState
 from hpsearch.config.definition import StudyDefinition
 from hpsearch.monitor import doctor
 from hpsearch.monitor.doctor import run_checks
-from hpsearch.search.checkpoints import artifact_folder, checkpoint_folder
 from hpsearch.search.study import open_study
-from hpsearch.storage.checkpoints import Checkpoint, checkpoint_name
+from hpsearch.storage.checkpoints import Checkpoint, artifact_folder, checkpoint_folder, checkpoint_name
 from hpsearch.storage.rdb import open_storage
 
 from ..conftest import make_definition

@@ -8,9 +8,8 @@ import optuna
 import pytest
 
 from hpsearch.errors import UsageError
-from hpsearch.monitor.trials import check_columns, flatten, list_columns, list_trials, to_csv
+from hpsearch.monitor.trials import check_columns, describe_in_full, flatten, list_columns, list_trials, to_csv
 from hpsearch.search.study import open_study
-from hpsearch.search.trials import describe_in_full
 from hpsearch.storage.rdb import open_storage
 
 from ..conftest import fill, make_definition

@@ -22,13 +22,12 @@ from hpsearch.data.dataset import ImageData
 from hpsearch.errors import Interrupted, StorageError, StorageUnavailable, StudyNotFound, UsageError
 from hpsearch.monitor.status import open_watch
 from hpsearch.search import copy
-from hpsearch.search.checkpoints import artifact_folder
 from hpsearch.search.copy import copy_study
 from hpsearch.search.steering import enqueue_trial, extend_study, stop_study
 from hpsearch.search.study import load_study, open_study
 from hpsearch.storage import transfer
 from hpsearch.storage.artifacts import Folder
-from hpsearch.storage.checkpoints import Checkpoint, checkpoint_name
+from hpsearch.storage.checkpoints import Checkpoint, artifact_folder, checkpoint_name
 from hpsearch.storage.rdb import Storage, open_storage
 from hpsearch.storage.tables import HEARTBEATS
 from hpsearch.workers.shutdown import Drain

@@ -8,10 +8,9 @@ import pytest
 from optuna.trial import TrialState
 
 from hpsearch.errors import NoCompletedTrial, StudyMismatch, StudyNotFound
-from hpsearch.monitor.trials import list_trials
+from hpsearch.monitor.trials import list_trials, read_status
 from hpsearch.search.selection import find_best, record_test_use
 from hpsearch.search.study import load_study, open_study
-from hpsearch.search.trials import read_status
 from hpsearch.storage.rdb import Storage, open_storage
 
 from ..conftest import fill as write_many

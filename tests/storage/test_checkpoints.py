@@ -16,12 +16,17 @@ from optuna.trial import TrialState
 
 from hpsearch.data.dataset import ImageData, Split
 from hpsearch.errors import CheckpointError, Drained
-from hpsearch.search.checkpoints import checkpoint_folder, sweep_checkpoints
 from hpsearch.search.objective import Objective
 from hpsearch.search.study import open_study
 from hpsearch.storage import checkpoints
 from hpsearch.storage.artifacts import Folder
-from hpsearch.storage.checkpoints import Checkpoint, checkpoint_name, find_checkpoints
+from hpsearch.storage.checkpoints import (
+    Checkpoint,
+    checkpoint_folder,
+    checkpoint_name,
+    find_checkpoints,
+    sweep_checkpoints,
+)
 from hpsearch.storage.rdb import open_storage
 from hpsearch.training.kinds import Hyperparameters
 from hpsearch.training.networks import build_network

@@ -19,11 +19,10 @@ from sqlalchemy.exc import OperationalError
 
 from hpsearch.data.dataset import ImageData
 from hpsearch.errors import Drained, Interrupted, RepeatedFailures, Stopped, StorageUnavailable, TooManyFailures
-from hpsearch.search.checkpoints import checkpoint_folder
 from hpsearch.search.steering import resume_study, stop_study
 from hpsearch.search.study import open_study
 from hpsearch.search.trials import TrialEvent
-from hpsearch.storage.checkpoints import find_checkpoints, read
+from hpsearch.storage.checkpoints import checkpoint_folder, find_checkpoints, read
 from hpsearch.storage.rdb import Storage, open_storage
 from hpsearch.storage.tables import BufferedTrial
 from hpsearch.workers.shutdown import Drain

@@ -7,7 +7,8 @@ from typing import Any
 from optuna.trial import FrozenTrial
 
 from hpsearch.config.definition import StudyDefinition, evolve
-from hpsearch.search.trials import describe_interruption, explain_end, name_state
+from hpsearch.monitor.trials import describe_interruption
+from hpsearch.search.trials import explain_end, name_state
 
 _COMMANDS = {
     "run": "start or resume the search",
