@@ -61,7 +61,7 @@ def describe_in_full(study: optuna.Study, number: int) -> dict[str, Any]:
         "interruptions": attributes.get("interruptions", []),
         "resumed_after": attributes.get("resumed_after"),
         "failure": attributes.get("failure"),
-        "pruning": attributes.get("pruning"),
+        "pruning": attributes.get("pruning") if trial.state == TrialState.PRUNED else None,
         "environment": attributes.get("environment"),
     }
 
@@ -77,6 +77,8 @@ def read_status(
     of = {state: [trial for trial in trials if trial.state == state] for state in TrialState}
     pruned, full = of[TrialState.PRUNED], definition.budget.epochs
     best = min(of[TrialState.COMPLETE], key=by_value, default=None)
+    # In older studies, a retried trial includes the epochs of the failed ones that it continues.
+    superseded = {number for trial in trials for number in trial.user_attrs.get("attempts", ())}
     return {
         "study": study.study_name,
         "storage": show_url(definition.study.storage),
@@ -94,7 +96,7 @@ def read_status(
             for trial in of[TrialState.RUNNING]
         ],
         "epochs": {
-            "run": sum(trial.last_step or 0 for trial in trials),
+            "run": sum(trial.last_step or 0 for trial in trials if trial.number not in superseded),
             "saved": sum(full - (trial.last_step or 0) for trial in pruned),
         },
     }

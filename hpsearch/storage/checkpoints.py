@@ -35,10 +35,10 @@ _NAME = re.compile(r"trial-\d+(-\d+)?\.ckpt(\.tmp)?")
 class Checkpoint:
     """The checkpoint of an attempt at a trial, written every few seconds during training.
 
-    `names` are the file names of the trial's attempts, the current one last. Only that file is written; the others are
-    resumed from, and removed once there is a newer one. `identity` describes the training; a file with another identity
-    is ignored. `interval` is the minimum number of seconds between two writes. If a write fails, a warning is logged,
-    the trial continues, and attempts are made less and less often until one succeeds.
+    `names` are the file names of the trial's attempts, the current one last. Only that file is written; the newest of
+    the others is resumed from. `identity` describes the training; a file with another identity is ignored. `interval`
+    is the minimum number of seconds between two writes. If a write fails, a warning is logged, the trial continues, and
+    attempts are made less and less often until one succeeds.
     """
 
     def __init__(self, folder: Folder, names: Sequence[str], identity: Mapping[str, Any], interval: float = 0) -> None:
@@ -71,13 +71,10 @@ class Checkpoint:
             self.write(capture())
 
     def write(self, state: State) -> None:
-        """Write the state now, then remove the files of earlier attempts."""
+        """Write the state now."""
         try:
             write(self.folder, self.name, {"identity": self.identity, "state": state})
             self._pause = 0.0
-            while self.earlier:
-                self.folder.remove(self.earlier[0])
-                self.earlier.pop(0)
         except OSError as error:
             self._pause = min(2 * max(self.interval, self._pause, 0.5), _LONGEST_PAUSE)
             if not self._has_warned:
@@ -142,17 +139,22 @@ def checkpoint_folder(definition: StudyDefinition, study: optuna.Study) -> Folde
 
 
 def find_unneeded_checkpoints(definition: StudyDefinition, study: optuna.Study) -> list[str]:
-    """Return the names of checkpoints that neither unfinished trials nor the `recovery.keep` best trials need."""
+    """Return the names of checkpoints that are not needed.
+
+    Of the `recovery.keep` best trials, the newest is needed; of an unfinished one also the one before, because its
+    worker may be writing the newest at this moment.
+    """
     # List the files before the trials: a trial is stored before it writes its first file.
     files = find_checkpoints(checkpoint_folder(definition, study))
     if not files:
         return []
     trials = study.get_trials(deepcopy=False)
-    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-    best = sorted(complete, key=by_value)[: definition.recovery.keep]
-    needed = {name for trial in trials if not trial.state.is_finished() for name in checkpoints_of(trial)}
-    for trial in best:
-        needed |= {*[name for name in checkpoints_of(trial) if name in files][-1:]}
+    best = sorted((trial for trial in trials if trial.state == TrialState.COMPLETE), key=by_value)
+    unfinished = [trial for trial in trials if not trial.state.is_finished()]
+    needed = set[str]()
+    for some, n_newest in ((best[: definition.recovery.keep], 1), (unfinished, 2)):
+        for trial in some:
+            needed |= {*[name for name in checkpoints_of(trial) if name in files][-n_newest:]}
     return [name for name in files if name.removesuffix(".tmp") not in needed]
 
 

@@ -169,6 +169,7 @@ class Storage(RDBStorage):
                 reason |= {"kind": kind, "message": message, "epoch": trial.last_step or 0}
                 reason |= {"worker": trial.user_attrs.get("worker")}
                 tables.write_user_attr(connection, trial, "interruptions", [*interruptions, reason])
+                tables.release_worker(connection, trial)
                 trial.state, trial.datetime_start = TrialState.WAITING, None
             else:
                 tables.write_user_attr(connection, trial, "failure", {"kind": kind, "message": message})
@@ -349,6 +350,7 @@ class Storage(RDBStorage):
         with self.engine.begin() as connection:
             study_id = tables.find_study(connection, trial_id)
             tables.lock_study(connection, study_id)
+            tables.lock_trial(connection, trial_id)  # so that all of it is read in the same attempt
             trial = tables.read_trial(connection, trial_id)
             if trial.state == TrialState.WAITING:
                 admit(connection, study_id, self._searched[study_id])

@@ -178,6 +178,14 @@ def assign_worker(connection: Connection, trial: FrozenTrial, worker: str) -> No
     beat(connection, trial._trial_id)
 
 
+def release_worker(connection: Connection, trial: FrozenTrial) -> None:
+    """Delete the trial's worker and heartbeat, so that whoever claims it next is not taken for them."""
+    connection.execute(sqlalchemy.delete(HEARTBEATS).where(HEARTBEATS.c.trial_id == trial._trial_id))
+    is_worker = (USER_ATTRS.c.trial_id == trial._trial_id) & (USER_ATTRS.c.key == "worker")
+    connection.execute(sqlalchemy.delete(USER_ATTRS).where(is_worker))
+    trial.user_attrs.pop("worker", None)
+
+
 def write_state(connection: Connection, trial: FrozenTrial) -> None:
     """Write the state, start and end of a trial, which must be locked."""
     values = {"state": trial.state, "datetime_start": _to_utc(trial.datetime_start)}

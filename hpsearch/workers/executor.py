@@ -77,7 +77,7 @@ class Supervisor:
 
         When drained, all workers are asked to stop, and `Drained` or `Interrupted` is raised. If all workers ended with
         errors, the first one is raised, and `WorkerError` if workers keep dying before their first trial. No worker
-        outlives the call, and their trials are re-queued.
+        outlives the call; their trials are re-queued, or will be after the grace period.
         """
         try:
             for slot in range(self.n_workers):
@@ -104,7 +104,11 @@ class Supervisor:
         raise self.exits[0].error or WorkerError
 
     def _start(self, slot: int) -> None:
-        self.names.add(self.executor.start(slot).name)
+        try:
+            self.names.add(self.executor.start(slot).name)
+        except StorageUnavailable:
+            if not self.drain.event.is_set():  # in an outage, a signal ends the wait for the storage
+                raise
 
     def _receive(self, handle: Handle, message: TrialEvent | WorkerExit) -> None:
         """Forward an event; record the exit of a worker, or replace it if it died or was drained alone."""
@@ -113,6 +117,8 @@ class Supervisor:
             return self.emit(message)
         is_drained = isinstance(message.error, Drained) and not isinstance(message.error, Stopped)
         if not message.is_dead and not is_drained:
+            if message.error:
+                self._requeue({handle.name}, "interrupted", "worker stopped")
             return self._record(message)
         if self.is_stopping or self.drain.event.is_set():
             return None  # its trial is re-queued at the end
@@ -151,7 +157,7 @@ class Supervisor:
                 self.storage.end_attempt(trial._trial_id, count_interruptions(trial), kind, message, retries=retries)
                 for trial in theirs
             ]
-        except StorageUnavailable as error:
+        except StorageError as error:
             return logger.warning("could not re-queue trials now (%s); it will happen after the grace period", error)
         for trial in filter(None, ended):  # only after all are re-queued, since emitting may raise
             self.emit(make_event(trial))

@@ -135,6 +135,8 @@ class Worker:
             except (Drained, StorageError):
                 raise
             except Exception as error:  # noqa: BLE001 - any error in a training fails only its trial
+                if not self.storage.beat(trial._trial_id):
+                    return self._drop(trial)
                 kind = "out-of-memory" if _is_out_of_memory(error) else "exception"
                 return self._fail(trial, kind, f"{type(error).__name__}: {error}; {self._keep_traceback(trial)}")
         return self._tell(trial, value, state)
@@ -194,7 +196,7 @@ class Worker:
 
     def _drop(self, trial: optuna.Trial) -> None:
         self.storage.release(trial._trial_id)
-        self.emit(TrialEvent(self.name, trial.number, "dropped", message="taken over by another worker"))
+        self.emit(TrialEvent(self.name, trial.number, "dropped", message="ended by another worker"))
 
 
 class Heartbeat(threading.Thread):

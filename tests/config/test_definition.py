@@ -118,6 +118,9 @@ def test_tables_with_mistakes_are_still_checked_against_each_other_and_each_mist
         "search.momentum.when.schedule: schedule can never be 'cosine' in this search",
         "fixed.schedule: 'step' is not valid; valid names: constant, cosine, onecycle",
         "fixed.width: is in both [search] and [fixed]; remove one",
+        "try.0.width: 33 is outside the search range [8, 32]",
+        "try.0.nope: is not in [search]; valid names: width, momentum",
+        "try.1.width: must be a valid integer, but got 'x'",
     ]
 
 

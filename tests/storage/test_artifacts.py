@@ -59,7 +59,7 @@ def test_a_trial_resumes_elsewhere_from_its_checkpoint(folder: Folder) -> None:
     retry = Checkpoint(elsewhere, [checkpoint_name(0), checkpoint_name(4)], {"lr": 0.1})
     assert retry.load() == {"epoch": 3}
     retry.write({"epoch": 4})
-    assert folder.find() == ["trial-4.ckpt"]
+    assert folder.find() == ["trial-0.ckpt", "trial-4.ckpt"]
 
 
 @pytest.mark.parametrize(

@@ -140,10 +140,22 @@ def test_a_corrupt_checkpoint_is_reported_and_the_previous_one_is_used(
     assert "trial-4.ckpt is corrupt" in caplog.text
 
 
-def test_earlier_attempts_go_once_there_is_a_newer_checkpoint(tmp_path: Path) -> None:
-    Checkpoint(Folder(tmp_path), [checkpoint_name(0)], {}).write({})
-    Checkpoint(Folder(tmp_path), [checkpoint_name(0), checkpoint_name(4)], {}).write({})
-    assert find_checkpoints(Folder(tmp_path)) == ["trial-4.ckpt"]
+def test_an_unfinished_trial_keeps_its_two_newest_checkpoints_and_a_finished_one_the_newest(
+    tmp_path: Path,
+) -> None:
+    definition = make_definition(study={"artifacts": str(tmp_path)})
+    study = optuna.create_study(direction="maximize", study_name="small")
+    folder = checkpoint_folder(definition, study)
+    trial = study.ask()
+    trial.set_user_attr("interruptions", [{}, {}, {}])
+    names = [checkpoint_name(0, attempt) for attempt in range(4)]
+    for name in names[:3]:  # the current attempt has written none yet
+        Checkpoint(folder, [name], {}).write({})
+    sweep_checkpoints(definition, study)
+    assert find_checkpoints(folder) == names[1:3]
+    study.tell(trial, 0.5)
+    sweep_checkpoints(definition, study)
+    assert find_checkpoints(folder) == names[2:3]
 
 
 def test_the_checkpoint_of_another_training_is_not_resumed_from(tmp_path: Path) -> None:

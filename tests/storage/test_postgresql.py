@@ -25,6 +25,7 @@ from hpsearch.storage.retry import is_transient
 from hpsearch.workers.processes import run_pool
 from hpsearch.workers.shutdown import Drain
 
+from ..acceptance.commands import wait_for
 from ..conftest import make_definition
 from .tls import tls_server, write_certificate
 
@@ -102,8 +103,8 @@ def test_a_read_only_storage_reads_in_several_threads_at_once(url: str) -> None:
     open_storage(url).engine.dispose()
     storage = open_storage(url, reads_only=True)
     with storage.engine.connect(), storage.engine.connect(), storage.engine.connect():
-        assert count_connections(storage) == 3
-    assert count_connections(storage) == 1
+        wait_for(lambda: count_connections(storage) == 3, "one connection for each reader")
+    wait_for(lambda: count_connections(storage) == 1, "the end of the others")
     storage.engine.dispose()
 
 

@@ -321,6 +321,44 @@ def test_only_the_latest_attempt_may_write_to_a_trial(url: str) -> None:
     assert "late" not in stored.user_attrs
 
 
+@pytest.mark.parametrize("new_url", ["postgresql"], indirect=True)
+def test_a_claim_that_is_repeated_while_the_trial_is_reaped_never_shares_its_attempt(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = open_storage(url), open_storage(url)
+    study = start_study(first)
+    study.enqueue_trial({})
+    trial_id = study.trials[0]._trial_id
+    second.worker = "other-1"
+    assert first.set_trial_state_values(trial_id, TrialState.RUNNING)  # its answer is lost, so it is called again
+    lock, reaper = tables.lock_study, threading.Thread(target=second.end_attempt, args=(trial_id, 0, "interrupted", ""))
+
+    def lock_and_reap(connection: sqlalchemy.Connection, study_id: int) -> None:
+        lock(connection, study_id)
+        if not reaper.ident:
+            reaper.start()
+            reaper.join(0.2)  # it may have to wait for the claim
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tables, "lock_study", lock_and_reap)
+        first.set_trial_state_values(trial_id, TrialState.RUNNING)
+    reaper.join()
+    second.set_trial_state_values(trial_id, TrialState.RUNNING)
+    assert [storage.beat(trial_id) for storage in (first, second)].count(True) == 1
+
+
+def test_whoever_claims_a_re_queued_trial_is_not_taken_for_its_earlier_worker(storage: Storage) -> None:
+    study = start_study(storage)
+    storage.end_attempt(study.ask()._trial_id, 0, "interrupted", "Ctrl-C")
+    storage.worker = None  # plain Optuna
+    trial = study.ask()
+    assert trial.number == 0
+    assert "worker" not in trial.user_attrs
+    assert storage.reap(study._study_id, retries=2) == []
+    study.tell(trial, 0.5)
+    assert study.trials[0].state == TrialState.COMPLETE
+
+
 def test_a_trial_of_an_older_study_counts_the_kills_of_its_earlier_rows(storage: Storage) -> None:
     study = start_study(storage, trials=9)
     earlier = {"failed_trial": 0, "retry_history": [0, 1]}

@@ -308,3 +308,33 @@ def test_trials_that_cannot_be_re_queued_since_the_storage_is_away_are_left_to_t
     assert "could not re-queue trials now (no route to host)" in caplog.text
     assert caplog.records[0].levelno == logging.WARNING
     assert [trial.state for trial in fake.study.trials] == [TrialState.RUNNING]
+
+
+def test_a_signal_while_a_replacement_waits_for_the_storage_stops_the_others_gently(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = Fake(file, ends(KILLED), works_until_asked, n_workers=2)
+    start = fake.start
+
+    def waits_for_the_storage(slot: int) -> Handle:
+        if len(fake.started) < 2:
+            return start(slot)
+        fake.drain.set(Interrupted())
+        raise StorageUnavailable("no route to host")
+
+    monkeypatch.setattr(fake, "start", waits_for_the_storage)
+    with pytest.raises(Interrupted):
+        fake.supervisor.run()
+    assert (fake.n_stops, fake.killed) == (1, [])
+
+
+def test_the_trial_of_a_worker_that_ended_with_an_error_is_handed_back_at_once(file: Path) -> None:
+    def looks(fake: Fake, _: Handle) -> Iterator[WorkerExit | None]:
+        while len(fake.running) == 2:
+            yield None
+        assert fake.n_waiting() == 1
+        yield SPENT
+
+    fake = Fake(file, trains(failing(StorageUnavailable("gone"))), looks, n_workers=2)
+    assert fake.supervisor.run() == "all trials are finished"
+    assert fake.reasons() == ["interrupted: worker stopped"]

@@ -22,7 +22,7 @@ from hpsearch.errors import Drained, Interrupted, RepeatedFailures, Stopped, Sto
 from hpsearch.search.steering import resume_study, stop_study
 from hpsearch.search.study import open_study
 from hpsearch.search.trials import TrialEvent
-from hpsearch.storage.checkpoints import checkpoint_folder, find_checkpoints, read
+from hpsearch.storage.checkpoints import artifact_folder, checkpoint_folder, find_checkpoints, read
 from hpsearch.storage.rdb import Storage, open_storage
 from hpsearch.storage.tables import BufferedTrial
 from hpsearch.workers.shutdown import Drain
@@ -167,6 +167,24 @@ def test_a_trial_that_was_taken_away_is_dropped_and_not_overwritten(
     [trial] = b.study.trials
     assert trial.state == TrialState.COMPLETE
     assert [each["message"] for each in trial.user_attrs["interruptions"]] == ["no heartbeat"]
+
+
+def test_an_error_in_a_trial_that_is_lost_is_no_failure_and_leaves_no_traceback(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    b = bench(budget={"trials": 1})
+    worker = b.worker(max_trials=1)
+    thief = open_storage(b.definition.study.storage)
+
+    def fail(trial: optuna.Trial, _check: object) -> float:
+        assert thief.end_attempt(trial._trial_id, 0, "killed", "gone", retries=1)
+        raise RuntimeError("late")
+
+    monkeypatch.setattr(worker, "objective", fail)
+    worker.run()
+    assert b.ends() == ["dropped"]
+    assert worker._failures == []
+    assert not [name for name in artifact_folder(b.definition).find() if name.endswith(".txt")]
 
 
 def test_a_worker_beats_and_notices_that_its_trial_was_taken(
