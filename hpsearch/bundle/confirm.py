@@ -19,7 +19,6 @@ from hpsearch.data.dataset import ImageData
 from hpsearch.errors import Diverged, HpsearchError, UsageError, WorkerError
 from hpsearch.search.selection import find_best_few
 from hpsearch.search.study import change_attributes
-from hpsearch.training.devices import tune_malloc
 from hpsearch.training.networks import describe_layers, from_layers
 from hpsearch.training.run import build_trainer, load_study_data, trial_seed
 from hpsearch.training.trainer import measure_accuracy
@@ -116,10 +115,8 @@ def choose_winner(accuracies: Mapping[int, list[float]], sizes: Mapping[int, int
     return min(tied, key=lambda number: (sizes[number], -means[number], number)), len(tied) > 1
 
 
-def mean_interval(accuracies: list[float]) -> list[float] | None:
-    """Return the 95% confidence interval of the mean (Student's t), clipped to [0, 1]; None for a single value."""
-    if len(accuracies) < 2:
-        return None
+def mean_interval(accuracies: list[float]) -> list[float]:
+    """Return the 95% confidence interval of the mean of two or more values (Student's t), clipped to [0, 1]."""
     mean, error = float(np.mean(accuracies)), float(stats.sem(accuracies))
     margin = float(stats.t.ppf((1 + _LEVEL) / 2, len(accuracies) - 1)) * error
     return [max(0.0, mean - margin), min(1.0, mean + margin)]
@@ -139,7 +136,6 @@ def _train_all(
     n_workers = min(n_workers, len(runs))
     if n_workers <= 1:
         here = data.to(devices[0])
-        tune_malloc()
         yield from ((run, _measure(definition, here, run)) for run in runs)
         return
     next_run = multiprocessing.get_context("forkserver").Value("i")
@@ -180,7 +176,6 @@ def _work(
 ) -> str:
     """Train runs that no other process has taken, and send the index and accuracy of each."""
     torch.set_num_threads(n_threads)
-    tune_malloc()
     here = data.to(device)
     while True:
         with next_run.get_lock():

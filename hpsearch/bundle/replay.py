@@ -14,7 +14,6 @@ from hpsearch.config.definition import StudyDefinition
 from hpsearch.config.space import suggest
 from hpsearch.errors import Diverged, NoCompletedTrial
 from hpsearch.search.trials import name_state
-from hpsearch.training.devices import tune_malloc
 from hpsearch.training.run import build_trainer, describe_environment, load_study_data, trial_seed
 from hpsearch.training.trainer import EpochResult
 
@@ -39,7 +38,6 @@ def replay(
     device = "cpu" if then.get("device") == "cpu" else device
     before = torch.get_num_threads()
     torch.set_num_threads(then.get("threads", before))
-    tune_malloc()
     try:
         data = load_study_data(definition, folder).to(device)
         seed, hyperparameters = trial_seed(definition.study.seed, trial), suggest(trial, definition.space)

@@ -18,7 +18,6 @@ from hpsearch.config.space import TrainingHyperparameters, suggest
 from hpsearch.data.dataset import ImageData, load_test
 from hpsearch.errors import Diverged
 from hpsearch.search.selection import find_best, find_winner, record_test_use
-from hpsearch.training.devices import tune_malloc
 from hpsearch.training.networks import describe_layers
 from hpsearch.training.run import build_trainer, load_study_data, trial_seed
 from hpsearch.training.trainer import EpochResult
@@ -43,7 +42,6 @@ def export(
     counts each use. Raises `NoCompletedTrial`, `DataError`, `UsageError` if packages for ONNX are missing, `Diverged`,
     and `BundleError`. If verification fails, nothing is written.
     """
-    tune_malloc()
     trial = find_winner(study) if number is None else find_best(study, number)
     if onnx:
         formats.check_onnx()

@@ -16,7 +16,6 @@ from hpsearch.plugins import NETWORKS, find
 
 Values = Mapping[str, Any]
 Problem = tuple[tuple[int | str, ...], str]  # the path in a table, and a sentence
-PLANNED = {"optimizer": ("muon",)}
 _DIMENSION: TypeAdapter[Dimension] = TypeAdapter(AnyDimension)
 _DIMENSION_KEYS = ("int", "float", "choice", "log", "step", "when")
 
@@ -163,8 +162,7 @@ def _explain(entry: Any, names: Iterable[str], what: str = "key") -> str:
             return "required"
         case "literal_error":
             valid = entry["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
-            state = "not supported yet" if value in PLANNED.get(field, ()) else "not valid"
-            return f"{value!r} is {state}; {did_you_mean(value, valid)}"
+            return f"{value!r} is not valid; {did_you_mean(value, valid)}"
         case "string_pattern_mismatch":
             return f"may contain only letters, digits, _ . - and must start with a letter or digit; got {value!r}"
         case "dict_type" | "model_type":

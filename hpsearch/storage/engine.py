@@ -41,21 +41,15 @@ _TRY_LOCK = sqlalchemy.text("SELECT pg_try_advisory_xact_lock(hashtext('hpsearch
 @contextmanager
 def creation_lock(url: URL) -> Iterator[None]:
     """Let only one process at a time create tables or a study; others wait up to `LOCK_TIMEOUT`."""
-    if url.get_backend_name() == "sqlite":
-        lock = FileLock(f"{url.database}.lock")
-        try:
-            lock.acquire(timeout=LOCK_TIMEOUT)
-        except Timeout as error:
-            raise StorageUnavailable(f"another process is holding the lock {url.database}.lock") from error
-        try:
-            yield
-        finally:
-            lock.release()
-        return
-    engine = sqlalchemy.create_engine(url, poolclass=NullPool, connect_args=connect_arguments(url))
     with ExitStack() as stack:
         try:
-            stack.enter_context(server_lock(engine, LOCK_TIMEOUT))
+            if url.get_backend_name() == "sqlite":
+                stack.enter_context(FileLock(f"{url.database}.lock", timeout=LOCK_TIMEOUT))
+            else:
+                engine = sqlalchemy.create_engine(url, poolclass=NullPool, connect_args=connect_arguments(url))
+                stack.enter_context(server_lock(engine, LOCK_TIMEOUT))
+        except Timeout as error:
+            raise StorageUnavailable(f"another process is holding the lock {url.database}.lock") from error
         except SQLAlchemyError as error:
             raise make_error(url, error) from error
         yield

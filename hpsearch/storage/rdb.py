@@ -11,7 +11,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +129,7 @@ class Storage(RDBStorage):
         with self.engine.begin() as connection:
             return read_seconds_searched(connection, study_id, self._searched[study_id])
 
+    @retry_on_outage
     def end_attempt(
         self,
         trial_id: int,
@@ -145,37 +146,24 @@ class Storage(RDBStorage):
         it keeps its number, parameters and reports, and the reason is added to its user attribute `interruptions`.
         Otherwise it fails, with the reason in its user attribute `failure`.
         """
-        trial: FrozenTrial | None = self._end_attempt(trial_id, attempt, kind, message, retries, silence)
+        trial = None
+        with self.engine.begin() as connection:
+            if tables.lock_trial(connection, trial_id)[:2] == (TrialState.RUNNING, attempt):
+                if buffered := self._buffered.get(trial_id):
+                    buffered.write(connection)
+                trial = tables.read_trial(connection, trial_id)
+                end, interruptions = datetime.now() - silence, trial.user_attrs.get("interruptions", [])
+                n_kills = sum(earlier["kind"] == "killed" for earlier in interruptions)
+                n_kills += len(trial.system_attrs.get("retry_history", ()))  # of an older study
+                if kind == "interrupted" or (kind == "killed" and n_kills < retries):
+                    tables.requeue(connection, trial, kind, message, end)
+                else:
+                    tables.write_user_attr(connection, trial, "failure", {"kind": kind, "message": message})
+                    trial.state, trial.datetime_complete = TrialState.FAIL, end
+                    tables.write_state(connection, trial)
         self._fresh_until = 0.0
         self.release(trial_id)
         return trial
-
-    @retry_on_outage
-    def _end_attempt(
-        self, trial_id: int, attempt: int, kind: str, message: str, retries: int, silence: timedelta
-    ) -> FrozenTrial | None:
-        with self.engine.begin() as connection:
-            if tables.lock_trial(connection, trial_id)[:2] != (TrialState.RUNNING, attempt):
-                return None
-            if buffered := self._buffered.get(trial_id):
-                buffered.write(connection)
-            trial = tables.read_trial(connection, trial_id)
-            end, interruptions = datetime.now() - silence, trial.user_attrs.get("interruptions", [])
-            n_kills = sum(earlier["kind"] == "killed" for earlier in interruptions)
-            n_kills += len(trial.system_attrs.get("retry_history", ()))  # of an older study
-            if kind == "interrupted" or (kind == "killed" and n_kills < retries):
-                times = zip(("started", "ended"), (trial.datetime_start or end, end), strict=True)
-                reason: dict[str, Any] = {name: time.astimezone(UTC).isoformat() for name, time in times}
-                reason |= {"kind": kind, "message": message, "epoch": trial.last_step or 0}
-                reason |= {"worker": trial.user_attrs.get("worker")}
-                tables.write_user_attr(connection, trial, "interruptions", [*interruptions, reason])
-                tables.release_worker(connection, trial)
-                trial.state, trial.datetime_start = TrialState.WAITING, None
-            else:
-                tables.write_user_attr(connection, trial, "failure", {"kind": kind, "message": message})
-                trial.state, trial.datetime_complete = TrialState.FAIL, end
-            tables.write_state(connection, trial)
-            return trial
 
     def retry_for(self, seconds: float) -> None:
         """From now on retry for `seconds`, even if `giving_up` was set, to re-queue trials before exiting."""

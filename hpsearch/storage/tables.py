@@ -178,12 +178,20 @@ def assign_worker(connection: Connection, trial: FrozenTrial, worker: str) -> No
     beat(connection, trial._trial_id)
 
 
-def release_worker(connection: Connection, trial: FrozenTrial) -> None:
-    """Delete the trial's worker and heartbeat, so that whoever claims it next is not taken for them."""
+def requeue(connection: Connection, trial: FrozenTrial, kind: str, message: str, end: datetime) -> None:
+    """Let a trial wait for another attempt, with what ended this one at its user attribute `interruptions`.
+
+    Its worker and heartbeat go, so that whoever claims it next is not taken for that worker.
+    """
+    reason = {"kind": kind, "message": message, "epoch": trial.last_step or 0}
+    reason |= {"worker": trial.user_attrs.pop("worker", None), "ended": end.astimezone(UTC).isoformat()}
+    reason |= {"started": (trial.datetime_start or end).astimezone(UTC).isoformat()}
+    write_user_attr(connection, trial, "interruptions", [*trial.user_attrs.get("interruptions", ()), reason])
     connection.execute(sqlalchemy.delete(HEARTBEATS).where(HEARTBEATS.c.trial_id == trial._trial_id))
     is_worker = (USER_ATTRS.c.trial_id == trial._trial_id) & (USER_ATTRS.c.key == "worker")
     connection.execute(sqlalchemy.delete(USER_ATTRS).where(is_worker))
-    trial.user_attrs.pop("worker", None)
+    trial.state, trial.datetime_start = TrialState.WAITING, None
+    write_state(connection, trial)
 
 
 def write_state(connection: Connection, trial: FrozenTrial) -> None:

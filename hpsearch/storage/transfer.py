@@ -3,13 +3,11 @@
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy
 from optuna.storages._rdb.models import BaseModel
-from optuna.trial import TrialState
 from sqlalchemy import Connection
 
 from hpsearch.errors import StorageError
@@ -52,22 +50,15 @@ def _snapshot(storage: Storage) -> Iterator[Connection]:
 
 @retry_on_outage
 def read_study_rows(storage: Storage, name: str) -> Rows:
-    """Read a consistent snapshot of all rows of the study, by table.
-
-    Heartbeats are read for running trials only, as ages, because each database has its own clock.
-    """
+    """Read a consistent snapshot of all rows of the study, by table; heartbeats, which nobody sends there, excepted."""
     trials = sqlalchemy.select(TRIALS.c.trial_id).join(_STUDIES).where(_STUDIES.c.study_name == name)
     study = sqlalchemy.select(_STUDIES.c.study_id).where(_STUDIES.c.study_name == name)
-    running = trials.where(TRIALS.c.state == TrialState.RUNNING)
     with _snapshot(storage) as connection:
         rows: dict[Any, list[dict[str, Any]]] = {}
         for table in (_STUDIES, TRIALS, *_ATTACHED):
             owner = table.c.study_id.in_(study) if "study_id" in table.c else table.c.trial_id.in_(trials)
             query = sqlalchemy.select(table).where(owner).order_by(*table.primary_key)
             rows[table] = [dict(row) for row in connection.execute(query).mappings()]
-        beats = connection.execute(sqlalchemy.select(HEARTBEATS).where(HEARTBEATS.c.trial_id.in_(running)))
-        now = _read_clock(connection)
-        rows[HEARTBEATS] = [{"trial_id": beat.trial_id, "age": now - beat.heartbeat} for beat in beats]
     return rows
 
 
@@ -86,12 +77,7 @@ def write_study_rows(storage: Storage, rows: Rows, source: Storage) -> None:
             if rows[table]:
                 attached = [_without_key(table, row) | {owner: ids[owner][row[owner]]} for row in rows[table]]
                 connection.execute(sqlalchemy.insert(table), attached)
-        now = _read_clock(connection)
-        for beat in rows[HEARTBEATS]:
-            values = {"trial_id": trial_ids[beat["trial_id"]], "heartbeat": now - beat["age"]}
-            connection.execute(sqlalchemy.insert(HEARTBEATS), values)
-        latest = read_study_rows(source, study["study_name"])
-        if any(latest[table] != rows[table] for table in (_STUDIES, TRIALS, *_ATTACHED)):
+        if read_study_rows(source, study["study_name"]) != rows:
             raise StorageError(
                 f"study '{study['study_name']}' changed during the copy, so nothing was written; "
                 "stop it first: hpsearch stop STUDY"
@@ -110,9 +96,3 @@ def _insert(connection: Connection, table: Any, rows: list[dict[str, Any]]) -> l
 def _without_key(table: Any, row: Mapping[str, Any]) -> dict[str, Any]:
     [key] = table.primary_key
     return {name: value for name, value in row.items() if name != key.name}
-
-
-def _read_clock(connection: Connection) -> datetime:
-    """Return the database's time, in the time zone of its heartbeats."""
-    now: datetime = connection.execute(sqlalchemy.select(sqlalchemy.func.now())).scalar_one()
-    return now.replace(tzinfo=None)

@@ -10,6 +10,7 @@ import torch
 from hpsearch.config.definition import StudyDefinition
 from hpsearch.config.space import Suggests, TrainingHyperparameters
 from hpsearch.data.dataset import ImageData, Split, load_data
+from hpsearch.training.devices import tune_malloc
 from hpsearch.training.networks import build_network
 from hpsearch.training.trainer import Trainer
 
@@ -35,6 +36,7 @@ def build_trainer(
     Trains on the device of the data, on the training split or `split`, for the study's epochs or `epochs`.
     """
     split = split or data.train
+    tune_malloc()
     with torch.random.fork_rng(devices=()):
         torch.default_generator.manual_seed(seed)
         network = build_network(definition.network.kind, hyperparameters, data.image_shape, len(data.class_names))

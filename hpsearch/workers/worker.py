@@ -37,7 +37,7 @@ from hpsearch.storage.artifacts import Folder
 from hpsearch.storage.checkpoints import artifact_folder, checkpoint_folder, sweep_checkpoints
 from hpsearch.storage.rdb import Storage, open_storage
 from hpsearch.storage.tables import count_interruptions
-from hpsearch.training.devices import count_cores, list_devices, tune_malloc
+from hpsearch.training.devices import count_cores, list_devices
 from hpsearch.training.run import load_study_data
 from hpsearch.workers.shutdown import Drain
 
@@ -86,7 +86,6 @@ class Worker:
             self.study.sampler, self.study.pruner = build_sampler(definition, stream), build_pruner(definition)
         checkpoints = checkpoint_folder(definition, self.study)
         self.objective = Objective(definition, data, device=device, checkpoints=checkpoints)
-        tune_malloc()
         self._next_reap = time.monotonic()
         self._failures: list[str] = []  # in a row
 

@@ -55,7 +55,7 @@ ERRORS = [
     ("[search]\nwidth = 3", "search.width: expected a range or a choice: { int = [low, high] }"),
     ("[search]\nwidth = { int = [8, 9], logg = true }", "search.width.logg: unknown key; did you mean 'log'?"),
     ("[search]\noptimizer = { choice = ['adma'] }", "search.optimizer: 'adma' is not valid; did you mean 'adam'?"),
-    ("[search]\noptimizer = { choice = ['muon'] }", "search.optimizer: 'muon' is not supported yet"),
+    ("[search]\noptimizer = { choice = ['muon'] }", "search.optimizer: 'muon' is not valid"),
     ("[search]\noptimizer = { choice = [] }", "search.optimizer.choice: "),
     ("[search]\noptimizer = { choice = ['sgd', 'sgd'] }", "search.optimizer: duplicate values in ['sgd', 'sgd']"),
     (

@@ -331,16 +331,17 @@ def test_a_claim_that_is_repeated_while_the_trial_is_reaped_never_shares_its_att
     trial_id = study.trials[0]._trial_id
     second.worker = "other-1"
     assert first.set_trial_state_values(trial_id, TrialState.RUNNING)  # its answer is lost, so it is called again
-    lock, reaper = tables.lock_study, threading.Thread(target=second.end_attempt, args=(trial_id, 0, "interrupted", ""))
+    read = tables._read_details
+    reaper = threading.Thread(target=second.end_attempt, args=(trial_id, 0, "interrupted", ""))
 
-    def lock_and_reap(connection: sqlalchemy.Connection, study_id: int) -> None:
-        lock(connection, study_id)
+    def read_after_the_reaper(*arguments: Any) -> None:
         if not reaper.ident:
             reaper.start()
-            reaper.join(0.2)  # it may have to wait for the claim
+            reaper.join(0.2)  # it has to wait for the claim
+        read(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tables, "lock_study", lock_and_reap)
+        patch.setattr(tables, "_read_details", read_after_the_reaper)
         first.set_trial_state_values(trial_id, TrialState.RUNNING)
     reaper.join()
     second.set_trial_state_values(trial_id, TrialState.RUNNING)
