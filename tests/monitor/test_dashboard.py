@@ -116,7 +116,7 @@ def searched_anywhere(url: str, tmp_path: Path) -> StudyDefinition:
 
 
 def search(url: str, tmp_path: Path) -> StudyDefinition:
-    """A study with a complete, a pruned and a failed trial, one that was killed, and its queued retry."""
+    """A study with a complete, a pruned and a failed trial, and one that was killed and waits for another attempt."""
     definition = make_definition(url, study={"artifacts": str(tmp_path / "artifacts")})
     storage = open_storage(url)
     storage.worker = "w1"
@@ -367,18 +367,17 @@ def test_the_note_tells_the_budget_of_the_day_and_no_password() -> None:
 
 def test_trials_that_did_not_complete_say_why(searched_anywhere: StudyDefinition) -> None:
     site = make_site(searched_anywhere)
-    complete, pruned, failed, killed, retry = site("/api/studies/1?after=0").json["trials"]
+    complete, pruned, failed, killed = site("/api/studies/1?after=0").json["trials"]
     assert complete["note"] == {"version": 0, "body": ""}
     assert "0.8885 < 0.9412 (median of 12 trials) at epoch 1" in pruned["note"]["body"]
     assert "**Pruned**, on worker w1" in pruned["note"]["body"]
     assert f"`````text\nexception: {HOSTILE}\n`````" in failed["note"]["body"]
-    assert "killed: no heartbeat for 60 s" in killed["note"]["body"]
-    assert "Re-queued with the same" in killed["note"]["body"]
-    assert "Resumes trial 3" in retry["note"]["body"]
+    assert "killed: no heartbeat for 60 s (worker w1, epoch 1)" in killed["note"]["body"]
 
 
 @pytest.mark.parametrize(
-    "attributes", [{"failure": "disk"}, {"failure": {"kind": 1}}, {"attempts": 3}, {"pruning": []}, {"worker": [None]}]
+    "attributes",
+    [{"failure": "disk"}, {"failure": {"kind": 1}}, {"interruptions": [3]}, {"pruning": []}, {"worker": [None]}],
 )
 def test_odd_attributes_cost_a_note_and_not_the_page(site: Site, attributes: dict[str, Any]) -> None:
     with writing(site) as study:

@@ -49,7 +49,7 @@ def _describe_trial(trial: FrozenTrial) -> Iterator[str]:
         yield f"**{name_state(trial).capitalize()}**{worker}:"
         yield _fence(reason)
     if interruptions := trial.user_attrs.get("interruptions"):
-        yield "**Interrupted**, and then continued by another worker:"
+        yield "**Interrupted**; its next attempt continues from the last checkpoint:"
         yield _fence("\n".join(describe_interruption(each) for each in interruptions))
 
 
