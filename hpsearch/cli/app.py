@@ -120,7 +120,7 @@ def run(
     except Drained:
         _echo_progress(watch)
         raise
-    _echo_result(watch, reason, options.shell_arguments(study, storage), as_json=as_json)
+    _echo_result(watch, drain, reason, options.shell_arguments(study, storage), as_json=as_json)
 
 
 @app.command(epilog="Example:  hpsearch worker studies/mnist-mlp.toml --max-trials 5")
@@ -200,20 +200,22 @@ def launch(
         except Drained:
             _echo_progress(watch)
             raise
-    return _echo_result(watch, reason, command, as_json=as_json)
+    return _echo_result(watch, drain, reason, command, as_json=as_json)
 
 
 def _echo_progress(watch: "Watch") -> None:
-
     with suppress(StorageError):
         echo(watch.poll().describe_progress())
 
 
-def _echo_result(watch: "Watch", reason: str, command: str, *, as_json: bool) -> None:
+def _echo_result(watch: "Watch", drain: Drain, reason: str, command: str, *, as_json: bool) -> None:
     from hpsearch.monitor.status import summarize_search
+    from hpsearch.workers.worker import RETRY_SECONDS
 
     echo(f"done: {options.name_study(reason, command)}")
-    options.print_status(watch.definition, command, as_json=as_json)
+    # The trials are stored, so their summary waits for a storage that is away now, until a signal.
+    watch.storage.patience, watch.storage.giving_up = RETRY_SECONDS, drain.event
+    options.print_status(watch.definition, watch.study, command, as_json=as_json)
     for line in summarize_search(watch, command):
         echo(line)
 

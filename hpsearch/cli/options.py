@@ -93,19 +93,17 @@ def name_study(message: str, arguments: str) -> str:
 
 def print_document(document: Any, render: Callable[[Any], "RenderableType"], *, as_json: bool) -> None:
     """Print a result to stdout, as JSON or as text."""
-
     if as_json:
         print(json.dumps(document, indent=2))
     else:
         show(render(document))
 
 
-def print_status(definition: "StudyDefinition", arguments: str, *, as_json: bool) -> None:
+def print_status(definition: "StudyDefinition", study: "optuna.Study", arguments: str, *, as_json: bool) -> None:
     """Print the document of `status`, and a hint if the study is stopped."""
     from hpsearch.cli.render import render_status
     from hpsearch.monitor.trials import read_status
 
-    study = load_study_of(definition)
     print_document(read_status(definition, study), render_status, as_json=as_json)
     if study.user_attrs.get("stopped"):
         echo(f"the study is stopped; resume it with: hpsearch run {arguments}")

@@ -28,7 +28,8 @@ def status(
     """Show the progress of a search: trials, best, workers, epochs."""
     definition = options.load_definition_of(study, storage)
     if not watch:
-        return options.print_status(definition, options.shell_arguments(study, storage), as_json=as_json)
+        arguments = options.shell_arguments(study, storage)
+        return options.print_status(definition, options.load_study_of(definition), arguments, as_json=as_json)
     if as_json:
         raise UsageError("--watch cannot be combined with --json; poll `status --json` instead")
     from rich.console import Console

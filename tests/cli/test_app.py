@@ -9,9 +9,11 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from hpsearch import __main__
 from hpsearch.cli.render import render_trials
@@ -19,6 +21,7 @@ from hpsearch.config.definition import load_definition
 from hpsearch.monitor.text import echo, show, trial_line
 from hpsearch.search.study import open_study
 from hpsearch.search.trials import TrialEvent
+from hpsearch.storage import tables
 from hpsearch.storage.rdb import open_storage
 
 Run = Callable[..., tuple[int, str, str]]
@@ -232,6 +235,29 @@ def test_check_prints_the_resolved_study_which_checks_again(
     assert document["try"] == [{"width": 9}]
     assert document["recovery"] == {"heartbeat": 10, "grace": 60, "retries": 2, "checkpoint": 5.0, "keep": 3}
     assert json.loads(run("check", "--schema")[1])["title"] == "StudyDefinition"
+
+
+def test_the_summary_of_a_run_waits_for_a_storage_that_is_away(
+    run: Run, study_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study_file()
+    failures, original = [1], tables.read_trials
+
+    def away_once(*arguments: Any, **options: Any) -> Any:
+        if failures:
+            failures.pop()
+            raise OperationalError("SELECT", {}, Exception("terminating connection due to administrator command"))
+        return original(*arguments, **options)
+
+    def spend_the_budget(*_: object, **__: object) -> str:
+        monkeypatch.setattr(tables, "read_trials", away_once)
+        return "all trials are finished"
+
+    monkeypatch.setattr("hpsearch.workers.processes.run_pool", spend_the_budget)
+    code, out, err = run("run", "small.toml", "--workers", "1")
+    assert (code, failures) == (0, [])
+    assert "done: all trials are finished" in err
+    assert "complete" in out
 
 
 def test_no_output_shows_the_password_of_the_storage(
