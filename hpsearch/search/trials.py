@@ -29,8 +29,8 @@ Emit = Callable[[TrialEvent], None]
 def make_event(trial: FrozenTrial) -> TrialEvent:
     """Return the event of a trial whose last attempt has ended."""
     attributes = trial.user_attrs
-    worker = attributes.get("worker") or attributes.get("interruptions", [{}])[-1].get("worker") or "unknown"
     state: Any = "requeued" if trial.state == TrialState.WAITING else name_state(trial)
+    worker = attributes["interruptions"][-1]["worker"] if state == "requeued" else attributes.get("worker", "unknown")
     message = attributes.get("diverged", "") if state == "pruned" else explain_end(trial)
     return TrialEvent(worker, trial.number, state, trial.last_step or 0, trial.value, message)
 

@@ -179,12 +179,11 @@ class Storage(RDBStorage):
         stale = self._find_stale(study_id)
         if time.time() < self.trusts_heartbeats_from:
             return []
-        options: dict[str, Any] = {
-            "kind": "killed",
-            "message": f"no heartbeat for {self.grace_period} s",
-            "retries": retries,
-        }
-        ended = [self.end_attempt(trial_id, attempt, silence=age, **options) for trial_id, attempt, age in stale]
+        message = f"no heartbeat for {self.grace_period} s"
+        ended = [
+            self.end_attempt(trial_id, attempt, "killed", message, retries=retries, silence=age)
+            for trial_id, attempt, age in stale
+        ]
         return [trial for trial in ended if trial]
 
     def _note_answer(self) -> None:

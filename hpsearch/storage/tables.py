@@ -184,7 +184,7 @@ def requeue(connection: Connection, trial: FrozenTrial, kind: str, message: str,
     Its worker and heartbeat go, so that whoever claims it next is not taken for that worker.
     """
     reason = {"kind": kind, "message": message, "epoch": trial.last_step or 0}
-    reason |= {"worker": trial.user_attrs.pop("worker", None), "ended": end.astimezone(UTC).isoformat()}
+    reason |= {"worker": trial.user_attrs.pop("worker", "unknown"), "ended": end.astimezone(UTC).isoformat()}
     reason |= {"started": (trial.datetime_start or end).astimezone(UTC).isoformat()}
     write_user_attr(connection, trial, "interruptions", [*trial.user_attrs.get("interruptions", ()), reason])
     connection.execute(sqlalchemy.delete(HEARTBEATS).where(HEARTBEATS.c.trial_id == trial._trial_id))

@@ -13,14 +13,13 @@ from sqlalchemy import Connection
 from hpsearch.errors import StorageError
 from hpsearch.storage.rdb import Storage
 from hpsearch.storage.retry import retry_on_outage
-from hpsearch.storage.tables import HEARTBEATS, TRIALS
+from hpsearch.storage.tables import HEARTBEATS, STUDIES, TRIALS
 
 Rows = Mapping[Any, list[dict[str, Any]]]
-_STUDIES: Any = BaseModel.metadata.tables["studies"]
 _ATTACHED = [  # tables of a study's or a trial's details, in the order of insertion
     table
     for table in BaseModel.metadata.sorted_tables
-    if table not in (_STUDIES, TRIALS, HEARTBEATS) and {"study_id", "trial_id"} & {*table.c.keys()}
+    if table not in (STUDIES, TRIALS, HEARTBEATS) and {"study_id", "trial_id"} & {*table.c.keys()}
 ]
 
 
@@ -51,11 +50,11 @@ def _snapshot(storage: Storage) -> Iterator[Connection]:
 @retry_on_outage
 def read_study_rows(storage: Storage, name: str) -> Rows:
     """Read a consistent snapshot of all rows of the study, by table; heartbeats, which nobody sends there, excepted."""
-    trials = sqlalchemy.select(TRIALS.c.trial_id).join(_STUDIES).where(_STUDIES.c.study_name == name)
-    study = sqlalchemy.select(_STUDIES.c.study_id).where(_STUDIES.c.study_name == name)
+    trials = sqlalchemy.select(TRIALS.c.trial_id).join(STUDIES).where(STUDIES.c.study_name == name)
+    study = sqlalchemy.select(STUDIES.c.study_id).where(STUDIES.c.study_name == name)
     with _snapshot(storage) as connection:
         rows: dict[Any, list[dict[str, Any]]] = {}
-        for table in (_STUDIES, TRIALS, *_ATTACHED):
+        for table in (STUDIES, TRIALS, *_ATTACHED):
             owner = table.c.study_id.in_(study) if "study_id" in table.c else table.c.trial_id.in_(trials)
             query = sqlalchemy.select(table).where(owner).order_by(*table.primary_key)
             rows[table] = [dict(row) for row in connection.execute(query).mappings()]
@@ -66,8 +65,8 @@ def read_study_rows(storage: Storage, name: str) -> Rows:
 def write_study_rows(storage: Storage, rows: Rows, source: Storage) -> None:
     """Insert the rows of a study in one transaction. Raises `StorageError` if `source` has changed since the read."""
     with storage.engine.begin() as connection:
-        [study] = rows[_STUDIES]
-        [study_id] = _insert(connection, _STUDIES, [{"study_name": study["study_name"]}])
+        [study] = rows[STUDIES]
+        [study_id] = _insert(connection, STUDIES, [{"study_name": study["study_name"]}])
         trials = [row | {"study_id": study_id} for row in rows[TRIALS]]
         new_ids = _insert(connection, TRIALS, [_without_key(TRIALS, row) for row in trials])
         trial_ids = dict(zip((row["trial_id"] for row in trials), new_ids, strict=True))
