@@ -1,4 +1,4 @@
-"""Every SQL statement on Optuna's tables, and the buffered trial whose rows they write.
+"""The SQL statements on studies and trials, and the buffered trial whose rows they write.
 
 Optuna's RDBStorage writes each row in a separate transaction, about 20 per trial, and each waits for the disk. Here a
 running trial is a `BufferedTrial` in memory: its reports are buffered and flushed at most every 0.5 s. The functions
@@ -350,6 +350,7 @@ def _study_attr(key: str, study_id: Any) -> Any:
     return query.scalar_subquery().label(key)
 
 
+# How earlier attempts at a trial ended, as JSON text: their number is the fencing token.
 _INTERRUPTIONS = (
     sqlalchemy.select(USER_ATTRS.c.value_json)
     .where(USER_ATTRS.c.trial_id == TRIALS.c.trial_id, USER_ATTRS.c.key == "interruptions")
@@ -358,9 +359,12 @@ _INTERRUPTIONS = (
 )
 _STUDY: Any = sqlalchemy.bindparam("study_id")
 _IS_TRIAL = TRIALS.c.trial_id == sqlalchemy.bindparam("id")
+# To let one transaction at a time start trials of a study.
 _LOCK_STUDY = sqlalchemy.select(STUDIES.c.study_id).where(STUDIES.c.study_id == _STUDY).with_for_update()
+# To write to a trial only while it is running, and in the attempt of the writer.
 _LOCK_TRIAL = sqlalchemy.select(TRIALS.c.state).where(_IS_TRIAL).with_for_update()
 _SELECT_ATTEMPT = sqlalchemy.select(_INTERRUPTIONS, _study_attr("stopped", TRIALS.c.study_id)).where(_IS_TRIAL)
+# For Optuna's cache, which asks for the trials that it has not seen yet.
 _SELECT_ABOVE = sqlalchemy.select(TRIALS).where(
     TRIALS.c.study_id == sqlalchemy.bindparam("study_id"), TRIALS.c.trial_id > sqlalchemy.bindparam("above")
 )
@@ -374,6 +378,7 @@ _SELECT_SPENT = sqlalchemy.select(
     *(_study_attr("budget", _STUDY), _study_attr("stopped", _STUDY), _N_TRIALS.scalar_subquery().label("n_trials")),
     *(sqlalchemy.func.count().filter(TRIALS.c.state == state).label(state.name.lower()) for state in _UNFINISHED),
 ).where(TRIALS.c.study_id == _STUDY, TRIALS.c.state.in_(_UNFINISHED))
+# To find stale trials, and the time that was searched.
 _WITH_HEARTBEATS = sqlalchemy.select(TRIALS, HEARTBEATS.c.heartbeat, _INTERRUPTIONS).outerjoin(
     HEARTBEATS, HEARTBEATS.c.trial_id == TRIALS.c.trial_id
 )
@@ -381,6 +386,7 @@ _WITH_HEARTBEATS = sqlalchemy.select(TRIALS, HEARTBEATS.c.heartbeat, _INTERRUPTI
 
 @lru_cache
 def _insert_assigned() -> Any:
+    """Insert a trial with its worker and first heartbeat in one statement; return its id."""
     names = ("study_id", "number", "state", "datetime_start")
     insert = sqlalchemy.insert(TRIALS).values({name: sqlalchemy.bindparam(name) for name in names})
     trial = insert.returning(TRIALS.c.trial_id).cte("trial")
@@ -404,6 +410,7 @@ def _select_among(table: Any, dialect: str) -> Any:
 
 @lru_cache
 def _upsert(table: Any, dialect: str) -> Any:
+    """Insert rows of a table, or replace the values of those that exist."""
     insert: Any = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}[dialect](table)
     keys = _KEYS[table]
     columns = [column.name for column in table.c if not column.primary_key and column.name not in keys]
