@@ -3,6 +3,7 @@
 import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from typing import Any
 from unicodedata import normalize
 
@@ -36,9 +37,18 @@ def describe_trial(trial: FrozenTrial) -> dict[str, Any]:
         "params": trial.params or trial.system_attrs.get("fixed_params", {}),
         "attempts": count_interruptions(trial) + (trial.state != TrialState.WAITING),
         "worker": trial.user_attrs.get("worker"),
-        "seconds": trial.duration.total_seconds() if trial.duration else None,
+        "seconds": _sum_seconds(trial),
         "note": explain_end(trial),
     }
+
+
+def _sum_seconds(trial: FrozenTrial) -> float | None:
+    """Return how long all attempts at a trial took; None before its end."""
+    if trial.duration is None:
+        return None
+    times = ((each["started"], each["ended"]) for each in trial.user_attrs.get("interruptions", ()))
+    earlier = (datetime.fromisoformat(end) - datetime.fromisoformat(start) for start, end in times)
+    return sum(earlier, trial.duration).total_seconds()
 
 
 def describe_in_full(study: optuna.Study, number: int) -> dict[str, Any]:

@@ -2,13 +2,22 @@
 
 import csv
 import io
+from datetime import datetime
 from typing import Any
 
 import optuna
 import pytest
 
 from hpsearch.errors import UsageError
-from hpsearch.monitor.trials import check_columns, describe_in_full, flatten, list_columns, list_trials, to_csv
+from hpsearch.monitor.trials import (
+    check_columns,
+    describe_in_full,
+    describe_trial,
+    flatten,
+    list_columns,
+    list_trials,
+    to_csv,
+)
 from hpsearch.search.study import open_study
 from hpsearch.storage.rdb import open_storage
 
@@ -30,6 +39,15 @@ def test_rows_are_sorted_by_any_column_and_those_without_it_come_last(study: opt
     there = [cell for cell in cells if cell is not None]
     assert there == sorted(there)
     assert cells[: len(there)] == there
+
+
+def test_the_seconds_of_a_trial_are_those_of_all_its_attempts() -> None:
+    earlier = {"started": "2026-11-27T10:00:00+00:00", "ended": "2026-11-27T10:00:40.5+00:00"}
+    trial = optuna.trial.create_trial(value=0.5, user_attrs={"interruptions": [earlier, earlier]})
+    trial.datetime_start = datetime(2026, 11, 27, 12)
+    trial.datetime_complete = datetime(2026, 11, 27, 12, 0, 3)
+    assert describe_trial(trial)["seconds"] == 84
+    assert describe_trial(trial)["attempts"] == 3
 
 
 def test_by_value_the_best_complete_trial_comes_first(study: optuna.Study) -> None:
