@@ -88,7 +88,7 @@ def compare(
         "textbook, n_jobs=1": lambda _: textbook.run_optuna(make(1), options.data, n, 1),
         "textbook, n_jobs=2": lambda _: textbook.run_optuna(make(1), options.data, n, 2),
     }
-    if textbook.has_ray():
+    if textbook.has_ray_tune():
         ways["Ray Tune, 2 at a time"] = lambda _: textbook.run_ray(make(1), options.data, n)
     outcomes: dict[str, list[Outcome]] = {name: [] for name in ways}
     for repeat in range(options.repeats):

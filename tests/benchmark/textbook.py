@@ -100,8 +100,9 @@ def _split(labels: tuple[int, ...], n_train: int | None, n_validation: int) -> l
     return [sorted(rows) for rows in split]
 
 
-def has_ray() -> bool:
-    return importlib.util.find_spec("ray") is not None
+def has_ray_tune() -> bool:
+    """Return whether Ray Tune can be imported: `pip install "ray[tune]"`."""
+    return all(importlib.util.find_spec(package) for package in ("ray", "pandas", "pyarrow"))
 
 
 def run_ray(definition: StudyDefinition, folder: Path, n_trials: int) -> Outcome:
