@@ -58,9 +58,8 @@ class MedianPruner(ThresholdPruner):
         self.n_startup_trials = n_startup_trials
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
-        complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        reports = [other.intermediate_values for other in complete]
-        values = [values[trial.last_step] for values in reports if trial.last_step in values]
+        complete, epoch = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)), trial.last_step
+        values = [other.intermediate_values[epoch] for other in complete if epoch in other.intermediate_values]
         if len(complete) < self.n_startup_trials or not values:
             return False
         best = max(trial.intermediate_values.values())
