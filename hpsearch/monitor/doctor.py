@@ -21,7 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from hpsearch.config.definition import StudyDefinition
 from hpsearch.config.urls import parse_url, show_url
-from hpsearch.data.mnist import data_folder
+from hpsearch.data.sets import data_folder
 from hpsearch.errors import HpsearchError, StorageUnavailable
 from hpsearch.plugins import DATA_SETS, find
 from hpsearch.search.study import load_study

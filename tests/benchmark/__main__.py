@@ -11,7 +11,7 @@ from pathlib import Path
 import optuna
 
 from hpsearch.data.dataset import load_test
-from hpsearch.data.mnist import data_folder
+from hpsearch.data.sets import data_folder
 from hpsearch.errors import HpsearchError
 from tests.benchmark import many, pieces, quality, searches, watching
 from tests.benchmark.report import UNFAIR, Options, Row, show

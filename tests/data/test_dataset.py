@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from hpsearch.data.augment import augment
 from hpsearch.data.dataset import ImageData, Split, load_data, load_test, normalise
-from hpsearch.data.mnist import data_folder
+from hpsearch.data.sets import data_folder
 from hpsearch.errors import DataError
 
 
