@@ -72,10 +72,8 @@ class ImageData:
 
     def merged(self) -> Split:
         """Return the training and validation images as one split, to retrain the winner on."""
-        return Split(
-            torch.cat([self.train.images, self.validation.images]),
-            torch.cat([self.train.labels, self.validation.labels]),
-        )
+        parts = self.train, self.validation
+        return Split(torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts]))
 
 
 def load_data(
@@ -91,13 +89,11 @@ def load_data(
     training, held_out = _stratify(labels, validation, train, split_seed)
     pixels = images[training].float().div_(255)
     mean, std = pixels.mean().item(), pixels.std().item()
-    return ImageData(
-        train=Split(normalise(images[training], mean, std), labels[training]),
-        validation=Split(normalise(images[held_out], mean, std), labels[held_out]),
-        mean=mean,
-        std=std,
-        class_names=data_set.class_names,
-    )
+
+    def take(rows: Tensor) -> Split:
+        return Split(normalise(images[rows], mean, std), labels[rows])
+
+    return ImageData(take(training), take(held_out), mean, std, data_set.class_names)
 
 
 def load_test(name: str, folder: Path | str | None = None) -> tuple[Tensor, Tensor]:
