@@ -25,7 +25,7 @@ from hpsearch.data.sets import DataSet
 from hpsearch.errors import BundleError, ImageError
 from hpsearch.plugins import DATA_SETS, NETWORKS, find
 from hpsearch.training.kinds import Hyperparameters
-from hpsearch.training.networks import Network, describe_layers, from_layers
+from hpsearch.training.networks import Network, from_layers
 
 FORMAT_VERSION = 1
 REQUIRED = (
@@ -157,7 +157,7 @@ def _build(config: Config, file: Path) -> Network:
     for name in ("class_names", "image_shape"):
         if tuple(getattr(config, name)) != getattr(data_set, name):
             raise BundleError(f"{file}: {name} does not match {config.data}")
-    layers = describe_layers(config.kind, config.hyperparameters, config.image_shape, len(config.class_names))
+    layers = find(NETWORKS, config.kind).describe(config.hyperparameters, config.image_shape, len(config.class_names))
     if json.loads(json.dumps(layers)) != config.layers:
         raise BundleError(f"{file}: layers do not match the hyperparameters")
     with torch.device("meta"):

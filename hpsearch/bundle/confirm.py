@@ -19,7 +19,7 @@ from hpsearch.data.dataset import ImageData
 from hpsearch.errors import Diverged, HpsearchError, UsageError, WorkerError
 from hpsearch.search.selection import find_best_few
 from hpsearch.search.study import change_attributes
-from hpsearch.training.networks import describe_layers, from_layers
+from hpsearch.training.networks import build_network
 from hpsearch.training.run import build_trainer, load_study_data, trial_seed
 from hpsearch.training.trainer import measure_accuracy
 from hpsearch.workers.processes import Processes, Send, Task
@@ -125,7 +125,7 @@ def mean_interval(accuracies: list[float]) -> list[float]:
 def _count_parameters(definition: StudyDefinition, data: ImageData, trial: FrozenTrial) -> int:
     hyperparameters, n_classes = suggest(trial, definition.space), len(data.class_names)
     with torch.device("meta"):
-        network = from_layers(describe_layers(definition.network.kind, hyperparameters, data.image_shape, n_classes))
+        network = build_network(definition.network.kind, hyperparameters, data.image_shape, n_classes)
     return sum(parameter.numel() for parameter in network.parameters())
 
 

@@ -17,8 +17,8 @@ from hpsearch.config.definition import StudyDefinition
 from hpsearch.config.space import TrainingHyperparameters, suggest
 from hpsearch.data.dataset import ImageData, load_test
 from hpsearch.errors import Diverged
+from hpsearch.plugins import NETWORKS, find
 from hpsearch.search.selection import find_best, find_winner, record_test_use
-from hpsearch.training.networks import describe_layers
 from hpsearch.training.run import build_trainer, load_study_data, trial_seed
 from hpsearch.training.trainer import EpochResult
 
@@ -125,7 +125,7 @@ def _describe_network(
     definition: StudyDefinition, data: ImageData, hyperparameters: TrainingHyperparameters
 ) -> dict[str, Any]:
     """Return the content of `config.json`."""
-    layers = describe_layers(definition.network.kind, hyperparameters, data.image_shape, len(data.class_names))
+    layers = find(NETWORKS, definition.network.kind).describe(hyperparameters, data.image_shape, len(data.class_names))
     return {
         "format_version": bundle.FORMAT_VERSION,
         "data": definition.data.name,

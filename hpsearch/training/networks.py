@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from hpsearch.config.space import TrainingHyperparameters
 from hpsearch.plugins import NETWORKS, find
-from hpsearch.training.kinds import Layer, NetworkKind
+from hpsearch.training.kinds import Layer
 
 
 class Network(nn.Sequential):
@@ -57,17 +57,9 @@ def build_network(
     kind: str, hyperparameters: TrainingHyperparameters, image_shape: tuple[int, int, int], n_classes: int
 ) -> Network:
     """Build a network with new random weights, for images of shape (C, H, W)."""
-    return from_layers(describe_layers(kind, hyperparameters, image_shape, n_classes))
+    return from_layers(find(NETWORKS, kind).describe(hyperparameters, image_shape, n_classes))
 
 
 def from_layers(layers: list[Layer]) -> Network:
     """Build the network that a list of (name in torch.nn, keyword arguments) describes."""
     return Network(*((Dropout if name == "Dropout" else getattr(nn, name))(**arguments) for name, arguments in layers))
-
-
-def describe_layers(
-    kind: str, hyperparameters: TrainingHyperparameters, image_shape: tuple[int, int, int], n_classes: int
-) -> list[Layer]:
-    """Return the layers of a network as (name in torch.nn, keyword arguments)."""
-    found: NetworkKind = find(NETWORKS, kind)
-    return found.describe(hyperparameters, image_shape, n_classes)

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Subset
 
 from hpsearch.config.definition import StudyDefinition
 from hpsearch.config.space import TrainingHyperparameters, suggest
-from hpsearch.training.networks import describe_layers
+from hpsearch.plugins import NETWORKS, find
 
 _OPTIMIZERS = {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD", "rmsprop": "RMSprop"}
 
@@ -70,7 +70,7 @@ def train_trial(
     train_loader = DataLoader(Subset(dataset, train_rows), hyperparameters.batch_size, shuffle=True)
     validation_loader = DataLoader(Subset(dataset, validation_rows), hyperparameters.batch_size)
 
-    layers = describe_layers(definition.network.kind, hyperparameters, (1, 28, 28), 10)
+    layers = find(NETWORKS, definition.network.kind).describe(hyperparameters, (1, 28, 28), 10)
     network = nn.Sequential(*(getattr(nn, name)(**arguments) for name, arguments in layers))
     optimizer = getattr(torch.optim, _OPTIMIZERS[hyperparameters.optimizer])(network.parameters(), hyperparameters.lr)
     loss_function = nn.CrossEntropyLoss()

@@ -20,8 +20,9 @@ from hpsearch.bundle import bundle, formats, manifest
 from hpsearch.bundle.evaluation import evaluate
 from hpsearch.data.dataset import ImageData, load_test
 from hpsearch.errors import BundleError, ImageError
+from hpsearch.plugins import NETWORKS, find
 from hpsearch.training.kinds import Hyperparameters
-from hpsearch.training.networks import build_network, describe_layers
+from hpsearch.training.networks import build_network
 from hpsearch.training.trainer import Trainer
 
 
@@ -38,7 +39,7 @@ def make_contents(data: ImageData, kind: str = "mlp") -> bundle.Contents:
         "mean": data.mean,
         "std": data.std,
         "class_names": list(data.class_names),
-        "layers": describe_layers(kind, hyperparameters, data.image_shape, 10),
+        "layers": find(NETWORKS, kind).describe(hyperparameters, data.image_shape, 10),
     }
     metrics: dict[str, Any] = {
         "test_interval": evaluation.interval,
@@ -95,7 +96,7 @@ def test_the_files_of_a_trained_network_hold_each_parameter_once(digits: ImageDa
     wide = Hyperparameters(width=32)
     network = build_network(kind, wide, digits.image_shape, 10)
     Trainer(network, digits.train, wide, 1).run_epoch()
-    layers = describe_layers(kind, wide, digits.image_shape, 10)
+    layers = find(NETWORKS, kind).describe(wide, digits.image_shape, 10)
     config = contents.config | {"hyperparameters": wide.model_dump(), "layers": layers}
     save(replace(contents, network=network, config=config), tmp_path / "b")
     n_bytes = 4 * sum(parameter.numel() for parameter in network.parameters())

@@ -24,10 +24,11 @@ from hpsearch.config.definition import StudyDefinition, load_definition, parse_d
 from hpsearch.data.dataset import ImageData, load_test
 from hpsearch.errors import UsageError
 from hpsearch.monitor.report import advise, write_report
+from hpsearch.plugins import NETWORKS, find
 from hpsearch.search.study import open_study
 from hpsearch.storage.rdb import open_storage
 from hpsearch.training.kinds import Hyperparameters
-from hpsearch.training.networks import build_network, describe_layers
+from hpsearch.training.networks import build_network
 
 SEARCH = {
     "depth": {"int": [1, 3]},
@@ -138,7 +139,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, digits: ImageData, forked
     config = {"format_version": 1, "data": "digits", "kind": "mlp", "hyperparameters": hyperparameters.model_dump()}
     config |= {"image_shape": list(digits.image_shape), "mean": digits.mean, "std": digits.std}
     config |= {"class_names": list(digits.class_names)}
-    config |= {"layers": describe_layers("mlp", hyperparameters, digits.image_shape, 10)}
+    config |= {"layers": find(NETWORKS, "mlp").describe(hyperparameters, digits.image_shape, 10)}
     metrics: dict[str, Any] = {
         **{
             "study": "small",

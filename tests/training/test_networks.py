@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from hpsearch.plugins import NETWORKS, find
 from hpsearch.training.kinds import Hyperparameters
-from hpsearch.training.networks import build_network, describe_layers, from_layers
+from hpsearch.training.networks import build_network, from_layers
 
 SHAPE = (1, 28, 28)
 
@@ -52,7 +53,7 @@ def test_predictions_are_softmax_probabilities_of_the_logits(kind: str, options:
 def test_a_network_is_rebuilt_from_its_layers_as_json(kind: str) -> None:
     hyperparameters = Hyperparameters(depth=3, width=8, dropout=0.1)
     network = build_network(kind, hyperparameters, SHAPE, 10)
-    layers = json.loads(json.dumps(describe_layers(kind, hyperparameters, SHAPE, 10)))
+    layers = json.loads(json.dumps(find(NETWORKS, kind).describe(hyperparameters, SHAPE, 10)))
     twin = from_layers(layers)
     twin.load_state_dict(network.state_dict())
     images = torch.randn(3, *SHAPE)
