@@ -44,11 +44,8 @@ class Dropout(nn.Dropout):
         n_words = -(-values.numel() // 4)
         if len(self._bits) != n_words or self._bits.device != values.device:
             self._bits = torch.empty(n_words, dtype=torch.int64, device=values.device)
-        numbers = (
-            self._bits.random_(-(2**63), None, generator=self.generator)
-            .view(torch.int16)[: values.numel()]
-            .view_as(values)
-        )
+        self._bits.random_(-(2**63), None, generator=self.generator)
+        numbers = self._bits.view(torch.int16)[: values.numel()].view_as(values)
         mask = torch.empty_like(values)
         return torch.ge(numbers, self._n_dropped - 2**15, out=mask).mul_(2**16 / (2**16 - self._n_dropped))
 

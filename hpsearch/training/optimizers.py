@@ -1,6 +1,7 @@
 """Optimizers and learning rate schedules."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,20 +14,18 @@ def build_optimizer(
     parameters: Iterable[nn.Parameter], hyperparameters: TrainingHyperparameters
 ) -> torch.optim.Optimizer:
     """Build the optimizer that the hyperparameters name, fused where torch has a fused implementation."""
-    lr, weight_decay = hyperparameters.lr, hyperparameters.weight_decay
+    options: Any = {"lr": hyperparameters.lr, "weight_decay": hyperparameters.weight_decay}
     match hyperparameters.optimizer:
         case "adam":
-            return torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+            return torch.optim.Adam(parameters, **options, fused=True)
         case "adamw":
-            return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+            return torch.optim.AdamW(parameters, **options, fused=True)
         case "nadam":
-            return torch.optim.NAdam(parameters, lr=lr, weight_decay=weight_decay)
+            return torch.optim.NAdam(parameters, **options)
         case "rmsprop":
-            return torch.optim.RMSprop(parameters, lr=lr, weight_decay=weight_decay, momentum=hyperparameters.momentum)
+            return torch.optim.RMSprop(parameters, **options, momentum=hyperparameters.momentum)
         case "sgd":
-            return torch.optim.SGD(
-                parameters, lr=lr, weight_decay=weight_decay, momentum=hyperparameters.momentum, fused=True
-            )
+            return torch.optim.SGD(parameters, **options, momentum=hyperparameters.momentum, fused=True)
 
 
 def build_schedule(
