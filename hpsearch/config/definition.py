@@ -45,9 +45,8 @@ class Study(Table):
 
     def __getstate__(self) -> dict[Any, Any]:
         state = super().__getstate__()
-        values = state["__dict__"]
-        if values["storage"]:
-            state["__dict__"] = values | {"storage": remove_secrets(values["storage"])}
+        if self.storage:
+            state["__dict__"] = state["__dict__"] | {"storage": remove_secrets(self.storage)}
         return state
 
 
@@ -112,13 +111,11 @@ class Retrain(Table):
     seeds: int = Field(1, ge=1, le=100, description="number of models to train; the first is exported")
 
 
-class _HyperparameterSchema:
-    """Gives the [fixed] table the JSON Schema of the hyperparameters of all kinds of network."""
-
-    def __get_pydantic_json_schema__(self, _schema: Any, _handler: Any) -> Any:
-        schemas = [find(NETWORKS, kind).hyperparameters.model_json_schema() for kind in NETWORKS]
-        properties = {name: value for schema in schemas for name, value in schema["properties"].items()}
-        return schemas[0] | {"properties": properties}
+def _add_hyperparameters(schema: dict[str, Any]) -> None:
+    """Give the [fixed] table the JSON Schema of the hyperparameters of all kinds of network."""
+    schemas = [find(NETWORKS, kind).hyperparameters.model_json_schema() for kind in NETWORKS]
+    properties = {name: value for each in schemas for name, value in each["properties"].items()}
+    schema.update(schemas[0], properties=properties)
 
 
 class StudyDefinition(Table):
@@ -129,7 +126,7 @@ class StudyDefinition(Table):
     data: Data = Data()
     network: Network = Network()
     search: Annotated[dict[str, AnyDimension], BeforeValidator(read_search)] = Field(min_length=1)
-    fixed: Annotated[dict[str, Any], AfterValidator(check_fixed), _HyperparameterSchema()] = {}
+    fixed: Annotated[dict[str, Any], AfterValidator(check_fixed)] = Field({}, json_schema_extra=_add_hyperparameters)
     first: Annotated[list[dict[str, Any]], AfterValidator(check_first)] = Field([], alias="try")
     sampler: Sampler = Sampler()
     pruner: Pruner = Pruner()
@@ -153,9 +150,11 @@ class StudyDefinition(Table):
         depend on them.
         """
         tables = self.to_tables()
-        kept = {key: tables[key] for key in ("data", "network", "search", "fixed", "try", "sampler", "pruner")}
-        kept |= {"study": {"seed": self.study.seed}, "budget": {"epochs": self.budget.epochs}}
-        return dict(_flatten(kept))
+        identity = {"try": tables["try"], "study.seed": self.study.seed, "budget.epochs": self.budget.epochs}
+        for section in ("data", "network", "search", "fixed", "sampler", "pruner"):
+            values = {f"{section}.{key}": value for key, value in tables[section].items()}
+            identity |= values or {section: {}}
+        return identity
 
     @property
     def fingerprint(self) -> str:
@@ -265,14 +264,6 @@ def _resolve_artifacts(folder: Path, location: str) -> str:
     if scheme == "memory":
         raise UsageError("memory:// is not shared between processes; use a folder or an object store")
     return location
-
-
-def _flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in table.items():
-        if isinstance(value, Mapping) and value and not (prefix.startswith("search.") and prefix.count(".") == 1):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _inline(table: Mapping[str, Any]) -> InlineTable:
