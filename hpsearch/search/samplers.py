@@ -3,12 +3,12 @@
 The default, TPE, was chosen with `scripts/benchmark quality`: see tests/benchmark/README.md.
 """
 
+from collections.abc import Callable
 from heapq import nlargest
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from hpsearch.config.definition import StudyDefinition
@@ -33,6 +33,11 @@ def build_sampler(definition: StudyDefinition, stream: int) -> optuna.samplers.B
             return optuna.samplers.CmaEsSampler(n_startup_trials=startup, seed=seed, warn_independent_sampling=False)
 
 
+def _in_window(method: Callable[..., Any]) -> Any:
+    """Let a method of the sampler see only the trials of the study that are in its `_Window`."""
+    return lambda sampler, study, *arguments: method(sampler, _Window(study, sampler.n_latest), *arguments)
+
+
 class WindowedTPESampler(optuna.samplers.TPESampler):
     """TPE over the best completed and the latest trials only, so its time hardly grows with the study.
 
@@ -43,21 +48,9 @@ class WindowedTPESampler(optuna.samplers.TPESampler):
         super().__init__(n_startup_trials=n_startup_trials, **options)
         self.n_latest = max(_N_LATEST, n_startup_trials)
 
-    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return super().infer_relative_search_space(self._window(study), trial)
-
-    def sample_relative(
-        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        return super().sample_relative(self._window(study), trial, search_space)
-
-    def sample_independent(
-        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        return super().sample_independent(self._window(study), trial, param_name, param_distribution)
-
-    def _window(self, study: optuna.Study) -> optuna.Study:
-        return cast(optuna.Study, _Window(study, self.n_latest))
+    infer_relative_search_space = _in_window(optuna.samplers.TPESampler.infer_relative_search_space)
+    sample_relative = _in_window(optuna.samplers.TPESampler.sample_relative)
+    sample_independent = _in_window(optuna.samplers.TPESampler.sample_independent)
 
 
 class _Window:
