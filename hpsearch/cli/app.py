@@ -94,7 +94,7 @@ def run(
 
     definition = options.load_definition_of(study, storage, trials, artifacts)
     start_fork_server()
-    from hpsearch.search.steering import start_study
+    from hpsearch.search.study import start_study
 
     start_study(definition, keeps_extension=trials is None)  # fails before torch is loaded
     watch = open_watch(definition)
@@ -138,7 +138,7 @@ def worker(
 
     definition = options.load_definition_of(study, storage, artifacts=artifacts)
     if creates:
-        from hpsearch.search.steering import start_study
+        from hpsearch.search.study import start_study
 
         start_study(definition, resumes=False)
     watch = open_watch(definition)
@@ -173,7 +173,7 @@ def launch(
     """Start or resume a search with workers in a Ray cluster."""
     from hpsearch.monitor.live import LiveView
     from hpsearch.monitor.status import open_watch
-    from hpsearch.search.steering import start_study
+    from hpsearch.search.study import start_study
     from hpsearch.workers.ray import Resources, connect
 
     if detaches and address == "local":

@@ -97,7 +97,7 @@ def show(
 def stop(study: options.StudyArgument, storage: options.StorageOption = None) -> None:
     """Stop all workers on all machines after their current epoch. `run` resumes."""
     from hpsearch.monitor.status import open_watch
-    from hpsearch.search.steering import stop_study
+    from hpsearch.search.study import stop_study
 
     definition = options.load_definition_of(study, storage)
     stop_study(options.load_study_of(definition))
@@ -123,7 +123,7 @@ def extend(
 ) -> None:
     """Add trials to a study's budget. Running workers pick them up."""
     from hpsearch.monitor.status import open_watch
-    from hpsearch.search.steering import extend_study
+    from hpsearch.search.study import extend_study
 
     definition = options.load_definition_of(study, storage)
     n_trials = extend_study(options.load_study_of(definition), trials)
@@ -141,7 +141,7 @@ def enqueue(
 ) -> None:
     """Queue a trial with hyperparameters of your choice."""
     from hpsearch.monitor.status import open_watch
-    from hpsearch.search.steering import enqueue_trial
+    from hpsearch.search.study import enqueue_trial
 
     definition = options.load_definition_of(study, storage)
     number = enqueue_trial(definition, options.load_study_of(definition), settings)

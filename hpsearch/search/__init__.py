@@ -1,11 +1,10 @@
 """The study, its objective, sampler and pruner, and the choice of the best trial.
 
-study       creates and resumes studies; refuses one with a different definition
+study       creates, resumes, stops and extends studies, and enqueues trials; refuses one with a different definition
 trials      the events of trials, and why a trial ended
 samplers    builds the sampler of a study
 pruning     the pruners, why they prune, and the callback that asks them
 objective   the Optuna objective: trains a trial, returns its validation accuracy
 selection   the best trial, the confirmed winner, and uses of the test set
-steering    starts, stops, resumes and extends a study, and enqueues trials
 copy        copies a study to another database and artifact store
 """

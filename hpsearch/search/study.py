@@ -1,9 +1,9 @@
-"""Create, resume and load studies; never mix trials of two different definitions."""
+"""Create, resume and load studies, never mixing trials of two definitions; stop and extend them, and enqueue trials."""
 
 import json
 import uuid
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import optuna
@@ -13,9 +13,31 @@ from optuna.trial import TrialState
 
 from hpsearch.config.definition import StudyDefinition
 from hpsearch.config.urls import show_url
-from hpsearch.errors import StudyMismatch, StudyNotFound
+from hpsearch.config.validation import check_try
+from hpsearch.errors import StudyMismatch, StudyNotFound, UsageError
+from hpsearch.storage.artifacts import Folder
 from hpsearch.storage.engine import creation_lock
-from hpsearch.storage.rdb import Storage, storage_of
+from hpsearch.storage.rdb import Storage, open_storage, storage_of
+
+
+def start_study(definition: StudyDefinition, *, keeps_extension: bool = True, resumes: bool = True) -> None:
+    """Create or resume the definition's study with `open_study`, after checking its artifact store.
+
+    If `resumes` is false, an existing study keeps its budget and stays stopped if it was. Raises the errors of
+    `Folder.check`, `open_storage` and `open_study`.
+    """
+    Folder(definition.study.artifacts).check()
+    storage = open_storage(definition.study.storage)
+    try:
+        if resumes:
+            resume_study(open_study(definition, storage, keeps_extension=keeps_extension))
+            return
+        try:
+            load_study(definition, storage)
+        except StudyNotFound:
+            open_study(definition, storage)
+    finally:
+        storage.engine.dispose()
 
 
 def open_study(definition: StudyDefinition, storage: Storage, *, keeps_extension: bool = True) -> optuna.Study:
@@ -66,12 +88,6 @@ def load_study(definition: StudyDefinition, storage: Storage) -> optuna.Study:
     return study
 
 
-def change_attributes(study: optuna.Study, change: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
-    """Change attributes of a study in one transaction: see `Storage.change_study_attrs`."""
-    changed: dict[str, Any] = storage_of(study).change_study_attrs(study._study_id, change)
-    return changed
-
-
 def _check_identity(definition: StudyDefinition, study: optuna.Study) -> None:
     attributes = study.user_attrs
     if "fingerprint" not in attributes:
@@ -92,3 +108,69 @@ def _check_identity(definition: StudyDefinition, study: optuna.Study) -> None:
             f"study '{study.study_name}' was started with different settings:{''.join(differing)}\n"
             "Undo the change, or set study.name in the file to start a new study."
         )
+
+
+def stop_study(study: optuna.Study) -> None:
+    """Make every worker finish its epoch, save a checkpoint, re-queue its trial and exit."""
+    study.set_user_attr("stopped", True)
+
+
+def resume_study(study: optuna.Study) -> None:
+    """Let workers start trials again."""
+    if study.user_attrs.get("stopped"):
+        study.set_user_attr("stopped", False)
+
+
+def extend_study(study: optuna.Study, n_trials: int) -> int:
+    """Add trials to the study's budget and return its new number of trials. Running workers pick them up.
+
+    The extension is dropped when the study is run with a different number of trials.
+    """
+
+    def extend(attributes: dict[str, Any]) -> dict[str, Any]:
+        budget = attributes["budget"]
+        extension = attributes.get("extension", {"of": budget["trials"], "by": 0})
+        return {
+            "budget": budget | {"trials": budget["trials"] + n_trials},
+            "extension": extension | {"by": extension["by"] + n_trials},
+        }
+
+    return int(change_attributes(study, extend)["budget"]["trials"])
+
+
+def change_attributes(study: optuna.Study, change: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+    """Change attributes of a study in one transaction: see `Storage.change_study_attrs`."""
+    changed: dict[str, Any] = storage_of(study).change_study_attrs(study._study_id, change)
+    return changed
+
+
+def enqueue_trial(definition: StudyDefinition, study: optuna.Study, settings: Iterable[str]) -> int:
+    """Enqueue a trial with settings `NAME=VALUE` and return its number; the sampler chooses the rest.
+
+    Raises `UsageError` with one line per invalid setting; nothing is enqueued then.
+    """
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if not equals:
+            problems.append(f"--set {setting}: expected NAME=VALUE, e.g. lr=1e-3")
+        elif name in values:
+            problems.append(f"--set {setting}: {name} was already set to {values[name]!r}")
+        values[name] = _parse(text)
+    if not problems:
+        problems = [f"--set {name}: {message}" for (name, *_), message in check_try(values, definition.space)]
+    if problems:
+        raise UsageError("\n".join(problems))
+    trial = optuna.trial.create_trial(state=TrialState.WAITING, system_attrs={"fixed_params": values})
+    storage = storage_of(study)
+    return storage.get_trial_number_from_id(storage.create_new_trial(study._study_id, template_trial=trial))
+
+
+def _parse(text: str) -> Any:
+    """Convert a value on the command line to a number, boolean or string."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        return text
+    return value if isinstance(value, bool | int | float | str) else text

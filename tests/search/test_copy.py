@@ -23,8 +23,7 @@ from hpsearch.errors import Interrupted, StorageError, StorageUnavailable, Study
 from hpsearch.monitor.status import open_watch
 from hpsearch.search import copy
 from hpsearch.search.copy import copy_study
-from hpsearch.search.steering import enqueue_trial, extend_study, stop_study
-from hpsearch.search.study import load_study, open_study
+from hpsearch.search.study import enqueue_trial, extend_study, load_study, open_study, stop_study
 from hpsearch.storage import transfer
 from hpsearch.storage.artifacts import Folder
 from hpsearch.storage.checkpoints import Checkpoint, artifact_folder, checkpoint_name

@@ -7,8 +7,7 @@ from optuna.trial import TrialState
 
 from hpsearch.config.definition import StudyDefinition, evolve
 from hpsearch.errors import UsageError
-from hpsearch.search.steering import enqueue_trial, extend_study
-from hpsearch.search.study import open_study
+from hpsearch.search.study import enqueue_trial, extend_study, open_study
 from hpsearch.storage.rdb import open_storage
 
 from ..conftest import make_definition

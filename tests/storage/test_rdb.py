@@ -30,8 +30,7 @@ from hpsearch.errors import (
     UsageError,
 )
 from hpsearch.monitor.status import Watch
-from hpsearch.search.steering import resume_study, stop_study
-from hpsearch.search.study import open_study
+from hpsearch.search.study import open_study, resume_study, stop_study
 from hpsearch.storage import retry, tables
 from hpsearch.storage.rdb import Storage, open_storage
 from hpsearch.storage.tables import INDEXES, BufferedTrial

@@ -19,8 +19,7 @@ from sqlalchemy.exc import OperationalError
 
 from hpsearch.data.dataset import ImageData
 from hpsearch.errors import Drained, Interrupted, RepeatedFailures, Stopped, StorageUnavailable, TooManyFailures
-from hpsearch.search.steering import resume_study, stop_study
-from hpsearch.search.study import open_study
+from hpsearch.search.study import open_study, resume_study, stop_study
 from hpsearch.search.trials import TrialEvent
 from hpsearch.storage.checkpoints import artifact_folder, checkpoint_folder, find_checkpoints, read
 from hpsearch.storage.rdb import Storage, open_storage
