@@ -18,7 +18,7 @@ from hpsearch.config.space import suggest
 from hpsearch.data.dataset import ImageData
 from hpsearch.errors import Diverged, HpsearchError, UsageError, WorkerError
 from hpsearch.search.selection import find_best_few
-from hpsearch.search.study import change_attributes
+from hpsearch.storage.rdb import storage_of
 from hpsearch.training.networks import build_network
 from hpsearch.training.run import build_trainer, load_study_data, trial_seed
 from hpsearch.training.trainer import measure_accuracy
@@ -59,7 +59,7 @@ def confirm(
     missing = [(trial, i) for i in range(seeds) for trial in trials if f"{trial.number}/{i}" not in done]
     for (trial, i), accuracy in _train_all(definition, data, missing, n_workers, devices):
         new = {f"{trial.number}/{i}": accuracy}
-        done |= change_attributes(study, partial(_add_runs, new))["confirmed_runs"]
+        done |= storage_of(study).change_study_attrs(study._study_id, partial(_add_runs, new))["confirmed_runs"]
         on_run(trial.number, i, accuracy)
     accuracies = {trial.number: [done[f"{trial.number}/{i}"] for i in range(seeds)] for trial in trials}
     sizes = {trial.number: _count_parameters(definition, data, trial) for trial in trials}

@@ -6,7 +6,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from hpsearch.errors import NoCompletedTrial
-from hpsearch.search.study import change_attributes
+from hpsearch.storage.rdb import storage_of
 from hpsearch.storage.tables import by_value
 
 
@@ -53,5 +53,7 @@ def explain_choice(study: optuna.Study, command: str) -> str:
 def record_test_use(study: optuna.Study, trial: FrozenTrial) -> int:
     """Record a use of the test set, and return how many exports of this study have used it."""
     use = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "trial": trial.number}
-    changed = change_attributes(study, lambda attributes: {"test_reads": [*attributes.get("test_reads", ()), use]})
+    changed = storage_of(study).change_study_attrs(
+        study._study_id, lambda attributes: {"test_reads": [*attributes.get("test_reads", ()), use]}
+    )
     return len(changed["test_reads"])

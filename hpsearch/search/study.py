@@ -3,7 +3,7 @@
 import json
 import uuid
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import optuna
@@ -65,7 +65,7 @@ def open_study(definition: StudyDefinition, storage: Storage, *, keeps_extension
                 extension = {"of": budget["trials"], "by": 0}
             return {"extension": extension, "budget": budget | {"trials": budget["trials"] + extension["by"]}}
 
-        change_attributes(study, set_budget)
+        storage.change_study_attrs(study._study_id, set_budget)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             study.set_metric_names(["validation accuracy"])
@@ -135,13 +135,7 @@ def extend_study(study: optuna.Study, n_trials: int) -> int:
             "extension": extension | {"by": extension["by"] + n_trials},
         }
 
-    return int(change_attributes(study, extend)["budget"]["trials"])
-
-
-def change_attributes(study: optuna.Study, change: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
-    """Change attributes of a study in one transaction: see `Storage.change_study_attrs`."""
-    changed: dict[str, Any] = storage_of(study).change_study_attrs(study._study_id, change)
-    return changed
+    return int(storage_of(study).change_study_attrs(study._study_id, extend)["budget"]["trials"])
 
 
 def enqueue_trial(definition: StudyDefinition, study: optuna.Study, settings: Iterable[str]) -> int:
