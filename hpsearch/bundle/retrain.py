@@ -2,6 +2,7 @@
 
 import platform
 from collections.abc import Callable
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from hpsearch.config.space import TrainingHyperparameters, suggest
 from hpsearch.data.dataset import ImageData, load_test
 from hpsearch.errors import Diverged
 from hpsearch.plugins import NETWORKS, find
-from hpsearch.search.selection import find_best, find_winner, record_test_use
+from hpsearch.search.selection import find_best, find_winner
+from hpsearch.storage.rdb import storage_of
 from hpsearch.training.run import build_trainer, load_study_data, trial_seed
 from hpsearch.training.trainer import EpochResult
 
@@ -81,6 +83,16 @@ def export(
     contents = bundle.Contents(networks[0], config, metrics, evaluations[0], definition.to_toml())
     verified = bundle.save(contents, target, test_images, labels, onnx=onnx, torch_export=torch_export)
     return metrics | {"verified": verified}
+
+
+def record_test_use(study: optuna.Study, trial: FrozenTrial) -> int:
+    """Record a use of the test set, and return how many exports of this study have used it."""
+    use = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "trial": trial.number}
+
+    def add_use(attributes: dict[str, Any]) -> dict[str, Any]:
+        return {"test_reads": [*attributes.get("test_reads", ()), use]}
+
+    return len(storage_of(study).change_study_attrs(study._study_id, add_use)["test_reads"])
 
 
 def _describe_evaluations(evaluations: list[Evaluation]) -> dict[str, Any]:

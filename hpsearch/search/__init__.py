@@ -5,6 +5,6 @@ trials      the events of trials, and why a trial ended
 samplers    builds the sampler of a study
 pruning     the pruners, why they prune, and the callback that asks them
 objective   the Optuna objective: trains a trial, returns its validation accuracy
-selection   the best trial, the confirmed winner, and uses of the test set
+selection   the best trial, and the confirmed winner
 copy        copies a study to another database and artifact store
 """

@@ -1,12 +1,9 @@
-"""The best trial, the confirmed winner, and how often the test set was used."""
-
-from datetime import UTC, datetime
+"""The best trial, and the confirmed winner."""
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from hpsearch.errors import NoCompletedTrial
-from hpsearch.storage.rdb import storage_of
 from hpsearch.storage.tables import by_value
 
 
@@ -48,12 +45,3 @@ def explain_choice(study: optuna.Study, command: str) -> str:
             f"not compared, so consider: hpsearch confirm {command}"
         )
     return f"trial {winner.number} is the confirmed winner"
-
-
-def record_test_use(study: optuna.Study, trial: FrozenTrial) -> int:
-    """Record a use of the test set, and return how many exports of this study have used it."""
-    use = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "trial": trial.number}
-    changed = storage_of(study).change_study_attrs(
-        study._study_id, lambda attributes: {"test_reads": [*attributes.get("test_reads", ()), use]}
-    )
-    return len(changed["test_reads"])

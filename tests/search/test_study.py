@@ -7,9 +7,10 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
+from hpsearch.bundle.retrain import record_test_use
 from hpsearch.errors import NoCompletedTrial, StudyMismatch, StudyNotFound
 from hpsearch.monitor.trials import list_trials, read_status
-from hpsearch.search.selection import find_best, record_test_use
+from hpsearch.search.selection import find_best
 from hpsearch.search.study import load_study, open_study
 from hpsearch.storage.rdb import Storage, open_storage
 
