@@ -36,15 +36,6 @@ REPORTS: Any = models.TrialIntermediateValueModel.__table__
 USER_ATTRS: Any = models.TrialUserAttributeModel.__table__
 SYSTEM_ATTRS: Any = models.TrialSystemAttributeModel.__table__
 HEARTBEATS: Any = models.TrialHeartbeatModel.__table__
-_KEYS: dict[Any, tuple[str, ...]] = {  # of which each table has one row
-    STUDY_ATTRS: ("study_id", "key"),
-    VALUES: ("trial_id", "objective"),
-    PARAMS: ("trial_id", "param_name"),
-    REPORTS: ("trial_id", "step"),
-    USER_ATTRS: ("trial_id", "key"),
-    SYSTEM_ATTRS: ("trial_id", "key"),
-    HEARTBEATS: ("trial_id",),
-}
 # Indexes that Optuna's tables lack; without them the queries of each trial slow down as trials accumulate.
 INDEXES = (
     sqlalchemy.Index("ix_hpsearch_trials_state", TRIALS.c.study_id, TRIALS.c.state),
@@ -412,7 +403,7 @@ def _select_among(table: Any, dialect: str) -> Any:
 def _upsert(table: Any, dialect: str) -> Any:
     """Insert rows of a table, or replace the values of those that exist."""
     insert: Any = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}[dialect](table)
-    keys = _KEYS[table]
+    [keys] = (each.columns.keys() for each in table.constraints if isinstance(each, sqlalchemy.UniqueConstraint))
     columns = [column.name for column in table.c if not column.primary_key and column.name not in keys]
     return insert.on_conflict_do_update(index_elements=keys, set_={name: insert.excluded[name] for name in columns})
 
