@@ -333,40 +333,33 @@ def _batches(ids: list[int]) -> Iterable[list[int]]:
     return (ids[i : i + _MAX_VARIABLES] for i in range(0, len(ids), _MAX_VARIABLES))
 
 
-def _study_attr(key: str, study_id: Any) -> Any:
-    """Select a user attribute of a study, as JSON text."""
-    query = sqlalchemy.select(STUDY_ATTRS.c.value_json).where(
-        STUDY_ATTRS.c.study_id == study_id, STUDY_ATTRS.c.key == key
-    )
+def _attr(table: Any, key: str, owner_id: Any) -> Any:
+    """Select a user attribute of the study or trial with the id, as JSON text."""
+    [owner] = table.foreign_keys
+    query = sqlalchemy.select(table.c.value_json).where(owner.parent == owner_id, table.c.key == key)
     return query.scalar_subquery().label(key)
 
 
-# How earlier attempts at a trial ended, as JSON text: their number is the fencing token.
-_INTERRUPTIONS = (
-    sqlalchemy.select(USER_ATTRS.c.value_json)
-    .where(USER_ATTRS.c.trial_id == TRIALS.c.trial_id, USER_ATTRS.c.key == "interruptions")
-    .scalar_subquery()
-    .label("interruptions")
-)
+# How earlier attempts at a trial ended: their number is the fencing token.
+_INTERRUPTIONS = _attr(USER_ATTRS, "interruptions", TRIALS.c.trial_id)
 _STUDY: Any = sqlalchemy.bindparam("study_id")
 _IS_TRIAL = TRIALS.c.trial_id == sqlalchemy.bindparam("id")
 # To let one transaction at a time start trials of a study.
 _LOCK_STUDY = sqlalchemy.select(STUDIES.c.study_id).where(STUDIES.c.study_id == _STUDY).with_for_update()
 # To write to a trial only while it is running, and in the attempt of the writer.
 _LOCK_TRIAL = sqlalchemy.select(TRIALS.c.state).where(_IS_TRIAL).with_for_update()
-_SELECT_ATTEMPT = sqlalchemy.select(_INTERRUPTIONS, _study_attr("stopped", TRIALS.c.study_id)).where(_IS_TRIAL)
+_SELECT_ATTEMPT = sqlalchemy.select(_INTERRUPTIONS, _attr(STUDY_ATTRS, "stopped", TRIALS.c.study_id)).where(_IS_TRIAL)
 # For Optuna's cache, which asks for the trials that it has not seen yet.
 _SELECT_ABOVE = sqlalchemy.select(TRIALS).where(
-    TRIALS.c.study_id == sqlalchemy.bindparam("study_id"), TRIALS.c.trial_id > sqlalchemy.bindparam("above")
+    TRIALS.c.study_id == _STUDY, TRIALS.c.trial_id > sqlalchemy.bindparam("above")
 )
-
-
 # Trials are never deleted, so the highest number gives their total. COMPLETE and PRUNED trials, whose number keeps
 # growing, are not counted but derived from it.
 _UNFINISHED = (TrialState.RUNNING, TrialState.WAITING, TrialState.FAIL)
 _N_TRIALS = sqlalchemy.select(sqlalchemy.func.max(TRIALS.c.number) + 1).where(TRIALS.c.study_id == _STUDY)
 _SELECT_SPENT = sqlalchemy.select(
-    *(_study_attr("budget", _STUDY), _study_attr("stopped", _STUDY), _N_TRIALS.scalar_subquery().label("n_trials")),
+    *(_attr(STUDY_ATTRS, key, _STUDY) for key in ("budget", "stopped")),
+    _N_TRIALS.scalar_subquery().label("n_trials"),
     *(sqlalchemy.func.count().filter(TRIALS.c.state == state).label(state.name.lower()) for state in _UNFINISHED),
 ).where(TRIALS.c.study_id == _STUDY, TRIALS.c.state.in_(_UNFINISHED))
 # To find stale trials, and the time that was searched.
