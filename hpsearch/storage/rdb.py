@@ -175,8 +175,7 @@ class Storage(RDBStorage):
         After an outage of the database, or a suspend of this machine, no attempt is ended for another grace period,
         because other workers could not send heartbeats either.
         """
-        self._adopt_orphans(study_id)
-        stale = self._find_stale(study_id)
+        stale = self._find_stale(study_id, adopts=True)
         if time.time() < self.trusts_heartbeats_from:
             return []
         message = f"no heartbeat for {self.grace_period} s"
@@ -195,25 +194,22 @@ class Storage(RDBStorage):
 
     def find_stale(self, study_id: int) -> list[int]:
         """Return the ids of stale running trials, also of those that never had a heartbeat; changes nothing."""
-        return [trial_id for trial_id, *_ in self._find_stale(study_id, orphans=True)]
+        return [trial_id for trial_id, *_ in self._find_stale(study_id)]
 
     @retry_on_outage
-    def _find_stale(self, study_id: int, *, orphans: bool = False) -> list[tuple[int, int, timedelta]]:
-        """Return the id and attempt of each stale running trial, and the age of its heartbeat."""
-        grace = timedelta(seconds=self.grace_period or 0)
-        with self.engine.begin() as connection:
-            running = tables.read_running(connection, study_id)
-        never = timedelta.max if orphans else timedelta()
-        with_ages = [(trial_id, attempt, never if age is None else age) for trial_id, attempt, age in running]
-        return [each for each in with_ages if each[-1] > grace]
+    def _find_stale(self, study_id: int, *, adopts: bool = False) -> list[tuple[int, int, timedelta]]:
+        """Return the id and attempt of each stale running trial, and the age of its heartbeat.
 
-    @retry_on_outage
-    def _adopt_orphans(self, study_id: int) -> None:
-        """Write a heartbeat for running trials that have none, so that they become stale after a grace period."""
+        A trial that never had a heartbeat is stale; with `adopts`, it gets one and becomes stale after a grace period.
+        """
+        stale: list[tuple[int, int, timedelta]] = []
         with self.engine.begin() as connection:
-            for trial_id, _, age in tables.read_running(connection, study_id):
-                if age is None:
+            for trial_id, attempt, age in tables.read_running(connection, study_id):
+                if age is None and adopts:
                     tables.beat(connection, trial_id)
+                elif age is None or age > timedelta(seconds=self.grace_period or 0):
+                    stale.append((trial_id, attempt, age or timedelta.max))
+        return stale
 
     def flush(self, trial_id: int) -> None:
         """Write a trial's buffered reports if due. Raises `TrialLost` if it is another worker's now."""
