@@ -10,7 +10,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -420,20 +420,18 @@ def open_storage(
         if must_exist and not file.exists():
             raise StudyNotFound(f"no search found: {file} does not exist; start one with: hpsearch run STUDY")
 
-    def open_with(*, creates: bool) -> Storage:
-        options: dict[str, Any] = {"heartbeat": heartbeat, "grace": grace, "creates": creates, "reads_only": reads_only}
-        try:
-            return Storage(parsed, **options)
-        except IntegrityError:  # a reader and a creator make Optuna's version table at the same moment
-            return Storage(parsed, **options)
+    options: dict[str, Any] = {"heartbeat": heartbeat, "grace": grace, "reads_only": reads_only}
 
     def connect() -> Storage:
-        if must_exist:
-            return open_with(creates=False)
-        check_location(parsed)
-        with creation_lock(parsed):
-            check_tables(parsed)
-            return open_with(creates=True)
+        with ExitStack() as stack:
+            if not must_exist:
+                check_location(parsed)
+                stack.enter_context(creation_lock(parsed))
+                check_tables(parsed)
+            try:
+                return Storage(parsed, creates=not must_exist, **options)
+            except IntegrityError:  # a reader and a creator make Optuna's version table at the same moment
+                return Storage(parsed, creates=not must_exist, **options)
 
     try:
         storage = build_retrier(parsed, patience, heartbeat, giving_up)(connect)
