@@ -99,22 +99,35 @@ def check_tables(url: URL) -> None:
 
 
 def connect_arguments(url: URL) -> dict[str, Any]:
-    """Return the arguments that the database driver needs besides the URL."""
-    is_sqlite = url.get_backend_name() == "sqlite"
-    return {"timeout": BUSY_TIMEOUT} if is_sqlite else _postgresql_arguments(url)
+    """Return the arguments that the database driver needs besides the URL.
+
+    For PostgreSQL, these are psycopg's defaults for everything that neither the URL nor the environment sets. Prepared
+    statements are off, because PgBouncer may run each transaction on another connection.
+    """
+    if url.get_backend_name() == "sqlite":
+        return {"timeout": BUSY_TIMEOUT}
+    given = {*url.query, *(["connect_timeout"] if "PGCONNECT_TIMEOUT" in os.environ else [])}
+    timeouts = {name: value for name, value in _TIMEOUTS.items() if name not in given}
+    return {"prepare_threshold": None, "fallback_application_name": "hpsearch", **timeouts}
 
 
-def harden(engine: sqlalchemy.Engine, *, converts: bool, reads_only: bool) -> None:
-    """Make every SQLite transaction of the engine lock the database at its start and sync it to disk at its end.
+def create_engine(url: URL, *, converts: bool, reads_only: bool) -> sqlalchemy.Engine:
+    """Return an engine whose SQLite transactions lock the database at their start, and sync it to disk at their end.
 
     `converts` changes the journal mode of the database to the safe one. With `reads_only`, the engine cannot write, and
-    SQLite takes only read locks, for the duration of a read.
+    SQLite takes only read locks, for the duration of a read. On PostgreSQL, it has one connection per process, or up to
+    `_N_READERS` if it only reads.
     """
-    if engine.name == "sqlite":
+    if url.get_backend_name() == "sqlite":
+        engine = sqlalchemy.create_engine(url, connect_args=connect_arguments(url))
         sqlalchemy.event.listen(engine, "connect", partial(_configure_sqlite, converts))
         sqlalchemy.event.listen(engine, "begin", _begin if reads_only else _begin_immediate)
-    elif reads_only:
+        return engine
+    pool = {"pool_size": 1, "max_overflow": _N_READERS - 1 if reads_only else 0, "pool_timeout": _POOL_TIMEOUT}
+    engine = sqlalchemy.create_engine(url, connect_args=connect_arguments(url), pool_pre_ping=True, **pool)
+    if reads_only:
         sqlalchemy.event.listen(engine, "connect", lambda connection, _: setattr(connection, "read_only", True))
+    return engine
 
 
 def _configure_sqlite(converts: bool, connection: sqlite3.Connection, _record: object) -> None:
@@ -135,22 +148,6 @@ def _begin_immediate(connection: sqlalchemy.Connection) -> None:
     # A read-only database can still be read.
     is_writable = os.access(connection.engine.url.database or "", os.W_OK)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if is_writable else "BEGIN")
-
-
-def pool_options(*, reads_only: bool) -> dict[str, Any]:
-    """Return the pool options of an engine: one connection per process, or up to `_N_READERS` if it only reads."""
-    n_more = _N_READERS - 1 if reads_only else 0
-    return {"pool_size": 1, "max_overflow": n_more, "pool_timeout": _POOL_TIMEOUT, "pool_pre_ping": True}
-
-
-def _postgresql_arguments(url: URL) -> dict[str, Any]:
-    """Return psycopg's defaults for everything that neither the URL nor the environment sets.
-
-    Prepared statements are off, because PgBouncer may run each transaction on another connection.
-    """
-    given = {*url.query, *(["connect_timeout"] if "PGCONNECT_TIMEOUT" in os.environ else [])}
-    timeouts = {name: value for name, value in _TIMEOUTS.items() if name not in given}
-    return {"prepare_threshold": None, "fallback_application_name": "hpsearch", **timeouts}
 
 
 @contextmanager

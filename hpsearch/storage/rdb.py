@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-import sqlalchemy
 from optuna.distributions import BaseDistribution, check_distribution_compatibility
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import RDBStorage
@@ -30,7 +29,7 @@ from hpsearch.config.urls import parse_url, show_url
 from hpsearch.errors import StorageError, StudyNotFound, TrialLost, UsageError
 from hpsearch.storage import tables
 from hpsearch.storage.budget import SearchTime, admit, read_seconds_searched
-from hpsearch.storage.engine import check_location, check_tables, connect_arguments, creation_lock, harden, pool_options
+from hpsearch.storage.engine import check_location, check_tables, connect_arguments, create_engine, creation_lock
 from hpsearch.storage.retry import build_retrier, describe_cause, make_error, retry_on_outage
 from hpsearch.storage.tables import BufferedTrial
 
@@ -78,12 +77,11 @@ class Storage(RDBStorage):
         self.trusts_heartbeats_from = 0.0  # seconds since 1970
         # Optuna formats the URL as a template, so braces in a password would break it.
         template = url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
-        arguments = connect_arguments(url)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats
             super().__init__(
                 template,
-                {"poolclass": NullPool, "connect_args": arguments},
+                {"poolclass": NullPool, "connect_args": connect_arguments(url)},
                 heartbeat_interval=heartbeat,
                 grace_period=grace,
                 skip_table_creation=not creates,
@@ -95,12 +93,9 @@ class Storage(RDBStorage):
         for index in tables.INDEXES if creates else ():
             index.create(self.engine, checkfirst=True)  # also in tables that Optuna created
         # Optuna needs two connections to create tables; from now on one is enough.
-        is_sqlite = url.get_backend_name() == "sqlite"
-        options = {} if is_sqlite else pool_options(reads_only=reads_only)
-        self.engine = sqlalchemy.create_engine(url, connect_args=arguments, **options)
+        self.engine = create_engine(url, converts=creates, reads_only=reads_only)
         self.scoped_session.remove()
         self.scoped_session.configure(bind=self.engine)
-        harden(self.engine, converts=creates, reads_only=reads_only)
 
     def __getstate__(self) -> dict[Any, Any]:
         raise TypeError("a storage cannot be pickled; open a new one in the other process")
