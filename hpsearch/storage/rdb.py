@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution, check_distribution_compatibility
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
@@ -32,6 +31,19 @@ from hpsearch.storage.budget import SearchTime, admit, read_seconds_searched
 from hpsearch.storage.engine import check_location, check_tables, connect_arguments, create_engine, creation_lock
 from hpsearch.storage.retry import build_retrier, describe_cause, make_error, retry_on_outage
 from hpsearch.storage.tables import BufferedTrial
+
+
+def _buffer_or_write(buffer: Callable[..., None], write: Callable[..., None]) -> Callable[..., None]:
+    """Return a method of `Storage` that calls `buffer` on a trial that is buffered, and `write` on any other."""
+    write = retry_on_outage(write)
+
+    def call(self: "Storage", trial_id: int, *args: Any, **kwargs: Any) -> None:
+        if buffered := self._find_buffered(trial_id):
+            buffer(buffered, *args, **kwargs)
+        else:
+            write(self, trial_id, *args, **kwargs)
+
+    return call
 
 
 class Storage(RDBStorage):
@@ -56,13 +68,14 @@ class Storage(RDBStorage):
     set_study_system_attr = retry_on_outage(RDBStorage.set_study_system_attr)
     _get_best_trial_id = retry_on_outage(RDBStorage._get_best_trial_id)
     record_heartbeat = retry_on_outage(RDBStorage.record_heartbeat)
-    # The same for trials that are not buffered.
+    # The same for trials that are not buffered: Optuna's own methods.
     _add_trial = retry_on_outage(RDBStorage._create_new_trial)
-    _write_param = retry_on_outage(RDBStorage._set_trial_param)
     _write_state = retry_on_outage(RDBStorage.set_trial_state_values)
-    _write_report = retry_on_outage(RDBStorage.set_trial_intermediate_value)
-    _write_user_attr = retry_on_outage(RDBStorage.set_trial_user_attr)
-    _write_system_attr = retry_on_outage(RDBStorage.set_trial_system_attr)
+    # Writes to a trial, buffered or not.
+    set_trial_intermediate_value = _buffer_or_write(BufferedTrial.report, RDBStorage.set_trial_intermediate_value)
+    set_trial_user_attr = _buffer_or_write(BufferedTrial.set_user_attr, RDBStorage.set_trial_user_attr)
+    set_trial_system_attr = _buffer_or_write(BufferedTrial.set_system_attr, RDBStorage.set_trial_system_attr)
+    _set_trial_param = _buffer_or_write(BufferedTrial.set_param, RDBStorage._set_trial_param)
 
     def __init__(self, url: URL, *, heartbeat: int, grace: int, creates: bool, reads_only: bool = False) -> None:
         self.worker: str | None = None
@@ -253,40 +266,6 @@ class Storage(RDBStorage):
             self._end(buffered, state, values)
             return True
         return bool(self._write_state(trial_id, state, values))
-
-    def set_trial_intermediate_value(self, trial_id: int, step: int, intermediate_value: float) -> None:
-        if buffered := self._find_buffered(trial_id):
-            buffered.report(step, intermediate_value)
-            self.flush(trial_id)
-        else:
-            self._write_report(trial_id, step, intermediate_value)
-
-    def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
-        if buffered := self._find_buffered(trial_id):
-            buffered.set_user_attr(key, value)
-        else:
-            self._write_user_attr(trial_id, key, value)
-
-    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
-        if buffered := self._find_buffered(trial_id):
-            buffered.set_system_attr(key, value)
-        else:
-            self._write_system_attr(trial_id, key, value)
-
-    def _set_trial_param(
-        self,
-        trial_id: int,
-        param_name: str,
-        param_value_internal: float,
-        distribution: BaseDistribution,
-        previous_distribution: BaseDistribution | None,
-    ) -> None:
-        if buffered := self._find_buffered(trial_id):
-            if previous_distribution is not None:
-                check_distribution_compatibility(previous_distribution, distribution)
-            buffered.set_param(param_name, param_value_internal, distribution)
-        else:
-            self._write_param(trial_id, param_name, param_value_internal, distribution, previous_distribution)
 
     def _create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> FrozenTrial:
         is_own = template_trial is None and self.worker

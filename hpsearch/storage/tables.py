@@ -16,7 +16,8 @@ from types import MappingProxyType
 from typing import Any
 
 import sqlalchemy
-from optuna.distributions import BaseDistribution, distribution_to_json, json_to_distribution
+from optuna import distributions
+from optuna.distributions import BaseDistribution
 from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import Connection
@@ -55,10 +56,14 @@ class BufferedTrial:
         self.rows: dict[Any, list[dict[str, Any]]] = defaultdict(list)
         self.is_due_at, self.written_at = float("inf"), time.monotonic()
 
-    def set_param(self, name: str, internal_value: float, distribution: BaseDistribution) -> None:
+    def set_param(
+        self, name: str, internal_value: float, distribution: BaseDistribution, previous: BaseDistribution | None = None
+    ) -> None:
+        if previous is not None:
+            distributions.check_distribution_compatibility(previous, distribution)
         self.trial.params[name] = distribution.to_external_repr(internal_value)
         self.trial.distributions[name] = distribution
-        text = distribution_to_json(distribution)
+        text = distributions.distribution_to_json(distribution)
         self._add(PARAMS, 0.0, param_name=name, param_value=internal_value, distribution_json=text)
 
     def report(self, step: int, value: float) -> None:
@@ -403,7 +408,7 @@ def _upsert(table: Any, dialect: str) -> Any:
 
 @lru_cache
 def _parse_distribution(text: str) -> BaseDistribution:
-    return json_to_distribution(text)
+    return distributions.json_to_distribution(text)
 
 
 def _to_utc(local: datetime | None) -> datetime | None:
