@@ -75,21 +75,9 @@ def is_final(failure: Mapping[str, Any]) -> bool:
     return not failure.get("retried")
 
 
-def _spans_of(
-    interruptions: Iterable[Mapping[str, Any]], start: datetime | None, end: datetime | None
-) -> list[tuple[datetime, Any]]:
-    """Return the start and end of each attempt at a trial, with time zones.
-
-    `start` and `end` are those of the current attempt; None if it has not started or is still running.
-    """
-    times = [(datetime.fromisoformat(each["started"]), datetime.fromisoformat(each["ended"])) for each in interruptions]
-    return [*times, *([(start, end)] if start else [])]
-
-
-def seconds_searched(spans: Iterable[tuple[datetime, datetime | None]], now: datetime) -> float:
-    """Return the seconds in which at least one trial ran; `spans` are their starts and ends, None if still running."""
-    merged = _merge((start, complete or now) for start, complete in spans)
-    return sum((end - start).total_seconds() for start, end in merged)
+def seconds_searched(spans: Iterable[Span]) -> float:
+    """Return the seconds in which at least one trial ran, from the starts and ends of their attempts."""
+    return sum((end - start).total_seconds() for start, end in _merge(spans))
 
 
 def _merge(spans: Iterable[Span]) -> list[Span]:
@@ -109,17 +97,8 @@ def read_seconds_searched(connection: Connection, study_id: int, searched: Searc
     """
     rows = tables.read_times(connection, study_id, searched.until)
     now, database_now = datetime.now(UTC), tables.read_clock(connection).replace(tzinfo=None)
-    spans = [
-        _spans_of(
-            json.loads(row.interruptions or "[]"),
-            row.datetime_start and row.datetime_start.replace(tzinfo=UTC),
-            row.datetime_complete.replace(tzinfo=UTC)
-            if row.datetime_complete
-            else now - _age(row.heartbeat, database_now),
-        )
-        for row in rows
-    ]
-    seconds = seconds_searched(chain(searched.spans, *spans), now)
+    spans = [_spans_of(row, now, database_now) for row in rows]
+    seconds = seconds_searched(chain(searched.spans, *spans))
     n_ended = next((i for i, row in enumerate(rows) if not row.state.is_finished()), len(rows))
     if n_ended:
         searched.until = rows[n_ended - 1].trial_id
@@ -127,8 +106,15 @@ def read_seconds_searched(connection: Connection, study_id: int, searched: Searc
     return seconds
 
 
-def _age(heartbeat: datetime | None, database_now: datetime) -> timedelta:
-    return max(database_now - heartbeat, timedelta()) if heartbeat else timedelta()
+def _spans_of(row: Any, now: datetime, database_now: datetime) -> list[Span]:
+    """Return the start and end of each attempt at a trial, with time zones."""
+    earlier = json.loads(row.interruptions or "[]")
+    spans = [(datetime.fromisoformat(each["started"]), datetime.fromisoformat(each["ended"])) for each in earlier]
+    if row.datetime_start:
+        silence = max(database_now - (row.heartbeat or database_now), timedelta())
+        end = row.datetime_complete.replace(tzinfo=UTC) if row.datetime_complete else now - silence
+        spans.append((row.datetime_start.replace(tzinfo=UTC), end))
+    return spans
 
 
 def _explain_failures(connection: Connection, study_id: int) -> list[str]:
