@@ -164,12 +164,13 @@ def _check_stale(definition: StudyDefinition, storage: Storage, study: optuna.St
 
 
 def _check_checkpoints(definition: StudyDefinition, study: optuna.Study, fix: bool) -> Finding:
-    own, files = checkpoint_folder(definition, study), find_unneeded_checkpoints(definition, study)
+    own, keep = checkpoint_folder(definition, study), definition.recovery.keep
+    files = find_unneeded_checkpoints(own, study, keep)
     if files and not fix:
         advice = "removed when the next trial finishes, or now with --fix"
         return Finding("checkpoints", False, f"{len(files)} leftover checkpoints in {own}; {advice}")
     if fix:
-        sweep_checkpoints(definition, study)
+        sweep_checkpoints(own, study, keep)
     root = artifact_folder(definition)
     others = [name for name in root.find() if name.endswith(".ckpt") and not str(root / name).startswith(f"{own}/")]
     message = f"fixed: removed {len(files)} leftover checkpoints" if files else "no leftover checkpoints"

@@ -12,7 +12,7 @@ from hpsearch.config.definition import StudyDefinition
 from hpsearch.config.urls import show_url
 from hpsearch.errors import StorageError, UsageError
 from hpsearch.search.study import load_study
-from hpsearch.storage.checkpoints import artifact_folder, find_unneeded_checkpoints
+from hpsearch.storage.checkpoints import artifact_folder, checkpoint_folder, find_unneeded_checkpoints
 from hpsearch.storage.engine import creation_lock
 from hpsearch.storage.rdb import open_storage
 from hpsearch.storage.transfer import is_same_database, read_study_rows, write_study_rows
@@ -94,7 +94,8 @@ def _copy_files(definition: StudyDefinition, target: StudyDefinition, study: opt
 def _find_files(definition: StudyDefinition, study: optuna.Study) -> list[str]:
     """Return the names of the study's files: checkpoints that are still needed, attachments, and tracebacks."""
     own = f"{study.user_attrs.get('id', '')}/"
-    unneeded = {own + name for name in find_unneeded_checkpoints(definition, study)}
+    folder, keep = checkpoint_folder(definition, study), definition.recovery.keep
+    unneeded = {own + name for name in find_unneeded_checkpoints(folder, study, keep)}
     tracebacks = {f"trial-{trial.number}.txt" for trial in study.get_trials(deepcopy=False)}
     return [
         name

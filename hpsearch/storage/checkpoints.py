@@ -12,7 +12,6 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import optuna
 from optuna.trial import TrialState
@@ -28,7 +27,6 @@ logger = logging.getLogger(__name__)
 State = dict[str, Any]
 _LONGEST_PAUSE = 300.0  # seconds between attempts while writing fails
 _DIGEST_SIZE = hashlib.sha256().digest_size
-_ids = WeakKeyDictionary[optuna.Study, str]()  # a cache: ids never change and are needed after each trial
 _NAME = re.compile(r"trial-\d+(-\d+)?\.ckpt(\.tmp)?")
 
 
@@ -133,26 +131,24 @@ def artifact_folder(definition: StudyDefinition) -> Folder:
 
 def checkpoint_folder(definition: StudyDefinition, study: optuna.Study) -> Folder:
     """Return the folder of the study's checkpoints; a study with the same name in another database has its own."""
-    if study not in _ids and (found := study.user_attrs.get("id")):
-        _ids[study] = found
-    return artifact_folder(definition) / _ids.get(study, "")
+    return artifact_folder(definition) / study.user_attrs.get("id", "")
 
 
-def find_unneeded_checkpoints(definition: StudyDefinition, study: optuna.Study) -> list[str]:
-    """Return the names of checkpoints that are not needed.
+def find_unneeded_checkpoints(folder: Folder, study: optuna.Study, keep: int) -> list[str]:
+    """Return the names of the study's checkpoints in its folder that are not needed.
 
-    Of the `recovery.keep` best trials, the newest is needed; of an unfinished one also the one before, because its
-    worker may be writing the newest at this moment.
+    Of the `keep` best trials, the newest is needed; of an unfinished one also the one before, because its worker may be
+    writing the newest at this moment.
     """
     # List the files before the trials: a trial is stored before it writes its first file.
-    files = find_checkpoints(checkpoint_folder(definition, study))
+    files = find_checkpoints(folder)
     if not files:
         return []
     trials = study.get_trials(deepcopy=False)
     best = sorted((trial for trial in trials if trial.state == TrialState.COMPLETE), key=by_value)
     unfinished = [trial for trial in trials if not trial.state.is_finished()]
     needed = set[str]()
-    for some, n_newest in ((best[: definition.recovery.keep], 1), (unfinished, 2)):
+    for some, n_newest in ((best[:keep], 1), (unfinished, 2)):
         for trial in some:
             needed |= {*[name for name in checkpoints_of(trial) if name in files][-n_newest:]}
     return [name for name in files if name.removesuffix(".tmp") not in needed]
@@ -167,11 +163,10 @@ def checkpoints_of(trial: Suggests) -> list[str]:
     return earlier + [checkpoint_name(trial.number, i) for i in range(count_interruptions(trial) + 1)]
 
 
-def sweep_checkpoints(definition: StudyDefinition, study: optuna.Study) -> None:
-    """Remove the checkpoints that are no longer needed."""
-    folder = checkpoint_folder(definition, study)
+def sweep_checkpoints(folder: Folder, study: optuna.Study, keep: int) -> None:
+    """Remove the checkpoints that are no longer needed: see `find_unneeded_checkpoints`."""
     try:
-        for name in find_unneeded_checkpoints(definition, study):
+        for name in find_unneeded_checkpoints(folder, study, keep):
             folder.remove(name)
     except OSError as error:
         logger.warning("cannot remove old checkpoints in %s (%s)", folder, error.strerror)

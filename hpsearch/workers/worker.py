@@ -84,8 +84,8 @@ class Worker:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of TPE's `group` and of GP
             self.study.sampler, self.study.pruner = build_sampler(definition, stream), build_pruner(definition)
-        checkpoints = checkpoint_folder(definition, self.study)
-        self.objective = Objective(definition, data, device=device, checkpoints=checkpoints)
+        self.checkpoints = checkpoint_folder(definition, self.study)
+        self.objective = Objective(definition, data, device=device, checkpoints=self.checkpoints)
         self._next_reap = time.monotonic()
         self._failures: list[str] = []  # in a row
 
@@ -173,7 +173,7 @@ class Worker:
             return self._drop(trial)
         self._failures.clear()
         self.emit(make_event(told))
-        return sweep_checkpoints(self.definition, self.study)
+        return sweep_checkpoints(self.checkpoints, self.study, self.definition.recovery.keep)
 
     def _fail(self, trial: optuna.Trial, kind: str, message: str) -> None:
         self._failures.append(" ".join(f"{kind}: {message}".split()))

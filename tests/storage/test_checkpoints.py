@@ -151,10 +151,10 @@ def test_an_unfinished_trial_keeps_its_two_newest_checkpoints_and_a_finished_one
     names = [checkpoint_name(0, attempt) for attempt in range(4)]
     for name in names[:3]:  # the current attempt has written none yet
         Checkpoint(folder, [name], {}).write({})
-    sweep_checkpoints(definition, study)
+    sweep_checkpoints(folder, study, definition.recovery.keep)
     assert find_checkpoints(folder) == names[1:3]
     study.tell(trial, 0.5)
-    sweep_checkpoints(definition, study)
+    sweep_checkpoints(folder, study, definition.recovery.keep)
     assert find_checkpoints(folder) == names[2:3]
 
 
@@ -225,7 +225,7 @@ def test_the_checkpoints_of_the_best_stay_and_those_that_will_be_resumed(digits:
     for number in (running.number, retried.number, 17):
         Checkpoint(folder, [checkpoint_name(number)], {}).write({})
     folder.write("trial-1.ckpt.tmp", b"")
-    sweep_checkpoints(definition, study)
+    sweep_checkpoints(folder, study, definition.recovery.keep)
     best = sorted(study.trials[:5], key=lambda trial: (-(trial.value or 0), trial.number))[:2]
     kept = {*(trial.number for trial in best), running.number, retried.number}
     assert {name.removesuffix(".tmp") for name in find_checkpoints(folder)} == {
@@ -243,7 +243,7 @@ def test_of_equal_trials_the_earlier_ones_keep_their_checkpoints(tmp_path: Path)
     for trial in trials:
         Checkpoint(checkpoint_folder(definition, study), [checkpoint_name(trial.number)], {}).write({})
         study.tell(trial, 0.5)
-    sweep_checkpoints(definition, study)
+    sweep_checkpoints(checkpoint_folder(definition, study), study, definition.recovery.keep)
     assert find_checkpoints(checkpoint_folder(definition, study)) == ["trial-0.ckpt", "trial-1.ckpt"]
 
 
@@ -255,7 +255,7 @@ def test_a_kept_trial_keeps_the_file_that_it_was_resumed_from(tmp_path: Path) ->
     # It was killed between its last epoch and its result.
     Checkpoint(checkpoint_folder(definition, study), [checkpoint_name(0)], {}).write({})
     study.tell(study.ask(), 0.5)
-    sweep_checkpoints(definition, study)
+    sweep_checkpoints(checkpoint_folder(definition, study), study, definition.recovery.keep)
     assert find_checkpoints(checkpoint_folder(definition, study)) == ["trial-0.ckpt"]
 
 
@@ -278,5 +278,5 @@ def test_a_checkpoint_that_cannot_be_removed_costs_a_warning(
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(Path, "unlink", refuse)
-    sweep_checkpoints(definition, study)
+    sweep_checkpoints(checkpoint_folder(definition, study), study, definition.recovery.keep)
     assert f"cannot remove old checkpoints in {tmp_path}/small (Permission denied)" in caplog.text
