@@ -107,22 +107,21 @@ class Folder:
 
         The stores' packages retry for minutes, in which a worker would not react to a signal to stop.
         """
-        answers: list[Any] = []
+        answers, errors = list[Any](), list[Exception]()
 
         def run() -> None:
             try:
-                with _as_os_errors(self.url):
-                    answers.append(call())
-            except OSError as error:
-                answers.append(error)
+                answers.append(call())
+            except Exception as error:  # noqa: BLE001 - raised below
+                errors.append(error)
 
         thread = threading.Thread(target=run, name=f"request to {self.url}", daemon=True)
         thread.start()
         thread.join(TIMEOUT)
+        if errors:
+            raise _to_os_error(errors[0], self.url) from errors[0]
         if not answers:
             raise TimeoutError(errno.ETIMEDOUT, f"no response within {TIMEOUT:.0f} s", self.url)
-        if isinstance(answers[0], OSError):
-            raise answers[0]
         return answers[0]
 
     def _list(self) -> list[str]:
@@ -183,27 +182,19 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-@contextmanager
-def _as_os_errors(url: str) -> Iterator[None]:
-    """Convert the errors of the stores' packages, such as those of botocore, to `OSError`.
+def _to_os_error(error: Exception, url: str) -> OSError:
+    """Convert an error of a store's package, such as botocore, to the `OSError` of its errno.
 
     The errno is EIO if the store may respond later.
     """
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise FileNotFoundError(errno.ENOENT, _one_line(error) or "no such file", url) from error
-    except PermissionError as error:
-        raise PermissionError(errno.EACCES, _one_line(error) or "permission denied", url) from error
-    except ImportError as error:
-        raise OSError(errno.EINVAL, f"missing package: {_one_line(error)}", url) from error
-    except ValueError as error:
-        raise OSError(errno.EINVAL, _one_line(error), url) from error
-    except Exception as error:
-        name = type(error).__name__
-        number = errno.EACCES if "Credentials" in name else errno.EIO
-        raise OSError(number, f"{name}: {_one_line(error)}", url) from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(getattr(error, "strerror", None) or error).split())
+    name, text = type(error).__name__, " ".join(str(getattr(error, "strerror", None) or error).split())
+    match error:
+        case FileNotFoundError():
+            return OSError(errno.ENOENT, text or "no such file", url)
+        case PermissionError():
+            return OSError(errno.EACCES, text or "permission denied", url)
+        case ImportError():
+            return OSError(errno.EINVAL, f"missing package: {text}", url)
+        case ValueError():
+            return OSError(errno.EINVAL, text, url)
+    return OSError(errno.EACCES if "Credentials" in name else errno.EIO, f"{name}: {text}", url)
