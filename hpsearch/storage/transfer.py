@@ -1,14 +1,12 @@
 """Copies the rows of a study to another database, in one transaction."""
 
 import secrets
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy
 from optuna.storages._rdb.models import BaseModel
-from sqlalchemy import Connection
 
 from hpsearch.errors import StorageError
 from hpsearch.storage.rdb import Storage
@@ -38,22 +36,15 @@ def is_same_database(storage: Storage, other: Storage) -> bool:
         return not other_connection.execute(sqlalchemy.text("SELECT pg_try_advisory_xact_lock(:key)"), key).scalar()
 
 
-@contextmanager
-def _snapshot(storage: Storage) -> Iterator[Connection]:
-    """Open a transaction that sees the database as of its first statement."""
-    with storage.engine.connect() as connection:
-        if connection.dialect.name == "postgresql":
-            connection.execution_options(isolation_level="REPEATABLE READ")
-        yield connection
-
-
 @retry_on_outage
 def read_study_rows(storage: Storage, name: str) -> Rows:
     """Read a consistent snapshot of all rows of the study, by table; heartbeats, which nobody sends there, excepted."""
     trials = sqlalchemy.select(TRIALS.c.trial_id).join(STUDIES).where(STUDIES.c.study_name == name)
     study = sqlalchemy.select(STUDIES.c.study_id).where(STUDIES.c.study_name == name)
-    with _snapshot(storage) as connection:
-        rows: dict[Any, list[dict[str, Any]]] = {}
+    rows: dict[Any, list[dict[str, Any]]] = {}
+    with storage.engine.connect() as connection:
+        if connection.dialect.name == "postgresql":  # as of the first statement; SQLite does that anyway
+            connection.execution_options(isolation_level="REPEATABLE READ")
         for table in (STUDIES, TRIALS, *_ATTACHED):
             owner = table.c.study_id.in_(study) if "study_id" in table.c else table.c.trial_id.in_(trials)
             query = sqlalchemy.select(table).where(owner).order_by(*table.primary_key)
@@ -64,34 +55,21 @@ def read_study_rows(storage: Storage, name: str) -> Rows:
 @retry_on_outage
 def write_study_rows(storage: Storage, rows: Rows, source: Storage) -> None:
     """Insert the rows of a study in one transaction. Raises `StorageError` if `source` has changed since the read."""
+    new_ids: dict[str, dict[int, int]] = {}  # of each primary key, by old id
     with storage.engine.begin() as connection:
+        for table, old_rows in rows.items():
+            [key] = table.primary_key
+            names = [column.name for column in table.c if column is not key]
+            new_rows = [
+                {name: new_ids[name][row[name]] if name in new_ids else row[name] for name in names} for row in old_rows
+            ]
+            if new_rows:
+                query = sqlalchemy.insert(table).returning(key, sort_by_parameter_order=True)
+                keys = connection.execute(query, new_rows).scalars()
+                new_ids[key.name] = dict(zip((row[key.name] for row in old_rows), keys, strict=True))
         [study] = rows[STUDIES]
-        [study_id] = _insert(connection, STUDIES, [{"study_name": study["study_name"]}])
-        trials = [row | {"study_id": study_id} for row in rows[TRIALS]]
-        new_ids = _insert(connection, TRIALS, [_without_key(TRIALS, row) for row in trials])
-        trial_ids = dict(zip((row["trial_id"] for row in trials), new_ids, strict=True))
-        ids = {"study_id": {study["study_id"]: study_id}, "trial_id": trial_ids}
-        for table in _ATTACHED:
-            [owner] = ids.keys() & {*table.c.keys()}
-            if rows[table]:
-                attached = [_without_key(table, row) | {owner: ids[owner][row[owner]]} for row in rows[table]]
-                connection.execute(sqlalchemy.insert(table), attached)
         if read_study_rows(source, study["study_name"]) != rows:
             raise StorageError(
                 f"study '{study['study_name']}' changed during the copy, so nothing was written; "
                 "stop it first: hpsearch stop STUDY"
             )
-
-
-def _insert(connection: Connection, table: Any, rows: list[dict[str, Any]]) -> list[int]:
-    """Insert the rows, and return their primary keys in the same order."""
-    [key] = table.primary_key
-    if not rows:
-        return []
-    query = sqlalchemy.insert(table).returning(key, sort_by_parameter_order=True)
-    return list(connection.execute(query, rows).scalars())
-
-
-def _without_key(table: Any, row: Mapping[str, Any]) -> dict[str, Any]:
-    [key] = table.primary_key
-    return {name: value for name, value in row.items() if name != key.name}

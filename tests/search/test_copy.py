@@ -28,7 +28,7 @@ from hpsearch.storage import transfer
 from hpsearch.storage.artifacts import Folder
 from hpsearch.storage.checkpoints import Checkpoint, artifact_folder, checkpoint_name
 from hpsearch.storage.rdb import Storage, open_storage
-from hpsearch.storage.tables import HEARTBEATS
+from hpsearch.storage.tables import HEARTBEATS, TRIALS
 from hpsearch.workers.shutdown import Drain
 from hpsearch.workers.worker import Worker
 
@@ -219,13 +219,13 @@ def test_a_study_whose_workers_are_alive_is_not_copied(
 def test_a_study_that_changes_while_it_is_copied_is_not_written(
     definition: StudyDefinition, study: optuna.Study, target: StudyDefinition, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    insert = transfer._insert
+    read_rows = transfer.read_study_rows
 
-    def add_a_trial(*arguments: Any) -> list[int]:
+    def add_a_trial(*arguments: Any) -> Any:
         study.enqueue_trial({"width": 9})
-        return insert(*arguments)
+        return read_rows(*arguments)
 
-    monkeypatch.setattr(transfer, "_insert", add_a_trial)
+    monkeypatch.setattr(transfer, "read_study_rows", add_a_trial)
     with pytest.raises(StorageError, match="changed during the copy, so nothing was written"):
         copy_study(definition, target)
     assert count_rows(target)["studies"] == count_rows(target)["trials"] == 0
@@ -237,11 +237,14 @@ def test_a_study_that_changes_while_it_is_copied_is_not_written(
 def test_the_rows_of_a_source_are_those_of_one_moment(postgres_url: str, tmp_path: Path) -> None:
     url = create_database(postgres_url, f"moment{abs(hash(tmp_path))}")  # in SQLite a reader keeps others from writing
     study = open_study(make_definition(url), open_storage(url))
-    count = sqlalchemy.text("SELECT count(*) FROM trials")
-    with transfer._snapshot(open_storage(url, reads_only=True)) as connection:
-        assert connection.execute(count).scalar() == 0
+    source = open_storage(url, reads_only=True)
+
+    def add_a_trial(*_: object) -> None:
         study.enqueue_trial({"width": 9})
-        assert connection.execute(count).scalar() == 0
+
+    sqlalchemy.event.listen(source.engine, "after_execute", add_a_trial, once=True)
+    assert transfer.read_study_rows(source, "small")[TRIALS] == []
+    assert len(transfer.read_study_rows(source, "small")[TRIALS]) == 1
 
 
 def test_a_copy_that_is_not_equal_is_told(
