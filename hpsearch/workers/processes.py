@@ -48,7 +48,7 @@ def run_pool(
 
     Returns and raises what `Supervisor.run` does.
     """
-    storage = open_worker_storage(definition, drain, must_exist=True)
+    storage = open_worker_storage(definition, drain)
     study = load_study(definition, storage)
     data = _share(load_study_data(definition, folder))
     drain.check()

@@ -100,7 +100,7 @@ class Cluster:
         When drained, all workers re-queue their trials, and `Drained` or `Interrupted` is raised. `on_poll` is called
         about once a second.
         """
-        storage = open_worker_storage(self.definition, drain, must_exist=True, waits=True)
+        storage = open_worker_storage(self.definition, drain, waits=True)
         study = load_study(self.definition, storage)
         with _as_cluster_errors("the cluster failed"):
             self._load_data()

@@ -259,7 +259,7 @@ def run_worker(
     torch.set_num_threads(n_threads or count_cores())  # torch itself ignores a container's CPU quota
     if stream is None:
         Folder(definition.study.artifacts).check()
-    storage = open_worker_storage(definition, drain, must_exist=True, waits=waits)
+    storage = open_worker_storage(definition, drain, waits=waits)
     study = load_study(definition, storage)  # fails before the data are loaded
     images = data if isinstance(data, ImageData) else load_study_data(definition, data)
     stream = storage.join(study._study_id) if stream is None else stream
@@ -268,12 +268,11 @@ def run_worker(
     return Worker(definition, storage, stream, drain, data=images, device=device, **options).run()
 
 
-def open_worker_storage(
-    definition: StudyDefinition, drain: Drain, *, must_exist: bool = False, waits: bool = False
-) -> Storage:
+def open_worker_storage(definition: StudyDefinition, drain: Drain, *, waits: bool = False) -> Storage:
     """Open the definition's storage for a worker: with its recovery times, retrying until the worker is drained.
 
-    Opening itself retries only if `waits` is true, so that a command with a wrong URL fails immediately.
+    The database must exist. Opening itself retries only if `waits` is true, so that a command with a wrong URL
+    fails immediately.
     """
     storage = open_storage(
         definition.study.storage,
@@ -281,7 +280,7 @@ def open_worker_storage(
         grace=definition.recovery.grace,
         patience=RETRY_SECONDS if waits else 0.0,
         giving_up=drain.event,
-        must_exist=must_exist,
+        must_exist=True,
     )
     storage.patience = RETRY_SECONDS
     # After an outage for all, every running worker sends a heartbeat within the grace period.

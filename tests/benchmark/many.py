@@ -128,7 +128,7 @@ def _work(url: str, n_trials: int, barrier: Barrier, answers: Any) -> None:
     drain = Drain()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     definition = define(url, n_trials)
-    storage = open_worker_storage(definition, drain, must_exist=True, waits=True)
+    storage = open_worker_storage(definition, drain, waits=True)
     worker = Worker(definition, storage, storage.join(load_study(definition, storage)._study_id), drain)
     seconds: dict[str, float] = {}
     objective: Any = Objective(definition, seconds)
