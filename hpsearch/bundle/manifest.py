@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import Field, StringConstraints, ValidationError
 
+from hpsearch.config.space import Table
 from hpsearch.errors import BundleError
 
 MANIFEST = "manifest.json"
@@ -25,13 +26,11 @@ _RENAME_EXCHANGE, _AT_FDCWD = 2, -100  # of Linux' fs.h and fcntl.h
 
 _Name = Annotated[str, StringConstraints(max_length=100)]
 _Digest = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
-_Model = TypeVar("_Model", bound=BaseModel)
+_Model = TypeVar("_Model", bound=Table)
 
 
-class Manifest(BaseModel):
+class Manifest(Table):
     """`manifest.json`: the SHA-256 of every other file."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
     format_version: Literal[1]
     sha256: dict[_Name, _Digest] = Field(max_length=100)
