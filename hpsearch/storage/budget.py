@@ -40,7 +40,9 @@ def admit(connection: Connection, study_id: int, searched: SearchTime) -> int:
     n_finished = n_trials - spent.running - spent.waiting - spent.fail
     best = tables.read_best_value(connection, study_id, budget["target"]) if "target" in budget else None
     minutes = read_seconds_searched(connection, study_id, searched) / 60 if "minutes" in budget else 0.0
-    failures = _explain_failures(connection, study_id) if spent.fail >= budget.get("failures", math.inf) else []
+    failures: list[dict[str, Any]] = []
+    if spent.fail >= budget.get("failures", math.inf):
+        failures = [failure for failure in tables.read_failures(connection, study_id) if is_final(failure)]
     match find_limit(budget, n_finished=n_finished, best=best, minutes=minutes, n_failed=len(failures)):
         case "trials":
             limit = budget["trials"]
@@ -50,8 +52,9 @@ def admit(connection: Connection, study_id: int, searched: SearchTime) -> int:
         case "minutes":
             raise BudgetSpent(f"time limit reached ({minutes:.1f} min); raise budget.minutes to continue")
         case "failures":
+            last = f"{failures[-1].get('kind', 'unknown')}: {failures[-1].get('message', '')}"
             raise TooManyFailures(
-                f"{len(failures)} trials failed, most recently: {failures[-1]}; fix the cause, then raise "
+                f"{len(failures)} trials failed, most recently: {' '.join(last.split())}; fix the cause, then raise "
                 "budget.failures to continue"
             )
     if json.loads(spent.stopped or "false"):
@@ -115,13 +118,3 @@ def _spans_of(row: Any, now: datetime, database_now: datetime) -> list[Span]:
         end = row.datetime_complete.replace(tzinfo=UTC) if row.datetime_complete else now - silence
         spans.append((row.datetime_start.replace(tzinfo=UTC), end))
     return spans
-
-
-def _explain_failures(connection: Connection, study_id: int) -> list[str]:
-    """Return one line `kind: message` for each failed trial that counts, in the order of trials."""
-    failures = tables.read_failures(connection, study_id)
-    return [
-        " ".join(f"{failure.get('kind', 'unknown')}: {failure.get('message', '')}".split())
-        for failure in failures
-        if is_final(failure)
-    ]
