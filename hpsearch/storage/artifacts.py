@@ -40,9 +40,6 @@ class Folder:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Folder) and other.url == self.url
 
-    def __hash__(self) -> int:
-        return hash(self.url)
-
     def read(self, name: str) -> bytes:
         """Return the content of a file. Raises `FileNotFoundError` if it does not exist."""
         if self.path:
@@ -124,10 +121,9 @@ class Folder:
             raise TimeoutError(errno.ETIMEDOUT, f"no response within {TIMEOUT:.0f} s", self.url)
         return answers[0]
 
-    def _list(self) -> list[str]:
+    def _list(self) -> Any:
         self._store.invalidate_cache()
-        found: list[str] = self._store.find(self._at())
-        return found
+        return self._store.find(self._at())
 
     def _upload(self, path: str, content: bytes) -> None:
         protocols = self._store.protocol
