@@ -116,14 +116,9 @@ def _describe_search(study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
     """Describe how the trial was found, and its result in `confirm`, if any."""
     confirmation = study.user_attrs.get("confirmation", {"candidates": []})
     candidates = {candidate["number"]: candidate for candidate in confirmation["candidates"]}
-    confirmed = candidates.get(trial.number)
-    if confirmed:
-        is_winner = trial.number == confirmation["winner"]
-        confirmed = confirmed | {
-            "is_winner": is_winner,
-            "is_tie": confirmation["is_tie"],
-            "n_compared": len(candidates),
-        }
+    if confirmed := candidates.get(trial.number):
+        confirmed |= {"is_winner": trial.number == confirmation["winner"], "is_tie": confirmation["is_tie"]}
+        confirmed["n_compared"] = len(candidates)
     return {
         "validation_accuracy": trial.value,
         "confirmed": confirmed,
