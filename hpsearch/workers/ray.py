@@ -109,14 +109,9 @@ class Cluster:
     def detach(self, n_workers: int) -> str:
         """Start a detached actor that does the work of `run` after this process has exited; return its name."""
         name = f"{self.definition.study.name}-{uuid.uuid4().hex[:8]}"
-        options = {
-            "name": name,
-            "lifetime": "detached",
-            "max_restarts": -1,
-            "num_cpus": 0,
-            **_on_node(self._required_node),
-        }
-        actor = ray.remote(SupervisorActor).options(**options).remote(name, self, n_workers)
+        options = {"name": name, "lifetime": "detached", "max_restarts": -1, "num_cpus": 0}
+        supervisor = ray.remote(SupervisorActor).options(**options, **_on_node(self._required_node))
+        actor = supervisor.remote(name, self, n_workers)
         with _as_cluster_errors("could not start the supervisor in the cluster"):
             ray.get(actor.confirm_start.remote())
         return name
@@ -193,10 +188,11 @@ def connect(
         )
     address = address or os.environ.get("RAY_ADDRESS") or "auto"
     _check_port(address)
-    data = folder or os.environ.get("HPSEARCH_DATA")
+    data = str(folder or os.environ.get("HPSEARCH_DATA", ""))
+    path = data if data.startswith("~") else str(Path(data).absolute())  # each node has its own home
     environment = {
         "py_modules": [str(Path(__file__).parents[1])],
-        "env_vars": {"HPSEARCH_DATA": _path_on_nodes(str(data))} if data else {},
+        "env_vars": {"HPSEARCH_DATA": path} if data else {},
     }
     options = {"namespace": _NAMESPACE, "log_to_driver": False, "logging_level": logging.ERROR}
     try:
@@ -211,11 +207,6 @@ def connect(
         yield Cluster(definition, resources)
     finally:
         ray.shutdown()
-
-
-def _path_on_nodes(folder: str) -> str:
-    """Return the absolute path of the folder; `~` stays, since each node has its own home."""
-    return folder if folder.startswith("~") else str(Path(folder).absolute())
 
 
 def _check_port(address: str) -> None:
