@@ -297,9 +297,8 @@ class Storage(RDBStorage):
         """Start a new buffered trial: check the budget, assign the worker, write a heartbeat."""
         with self.engine.begin() as connection:
             number = admit(connection, study_id, self._searched[study_id])
-            buffered = BufferedTrial(tables.insert_trial(connection, study_id, number, datetime.now(), self.worker))
-        self._buffer(buffered)
-        return buffered.snapshot()
+            trial = tables.insert_trial(connection, study_id, number, datetime.now(), self.worker)
+        return self._buffer(trial).snapshot()
 
     @retry_on_outage
     def _claim(self, trial_id: int) -> bool:
@@ -317,14 +316,14 @@ class Storage(RDBStorage):
             elif trial.state != TrialState.RUNNING or trial.user_attrs.get("worker") != self.worker:
                 return False
             # Otherwise an earlier call has claimed it, but its response was lost.
-        self._buffer(BufferedTrial(trial))
+        self._buffer(trial)
         return True
 
-    def _buffer(self, buffered: BufferedTrial) -> None:
-        buffered.clear_rows()
+    def _buffer(self, trial: FrozenTrial) -> BufferedTrial:
         self.is_stopped = False  # a stopped study starts no trial
-        self._buffered[buffered.trial._trial_id] = buffered
         self._ended = {}
+        buffered = self._buffered[trial._trial_id] = BufferedTrial(trial)
+        return buffered
 
     @retry_on_outage
     def _flush(self, buffered: BufferedTrial) -> None:
