@@ -72,7 +72,7 @@ class Storage(RDBStorage):
     _add_trial = retry_on_outage(RDBStorage._create_new_trial)
     _write_state = retry_on_outage(RDBStorage.set_trial_state_values)
     # Writes to a trial, buffered or not.
-    set_trial_intermediate_value = _buffer_or_write(BufferedTrial.report, RDBStorage.set_trial_intermediate_value)
+    _report = _buffer_or_write(BufferedTrial.report, RDBStorage.set_trial_intermediate_value)
     set_trial_user_attr = _buffer_or_write(BufferedTrial.set_user_attr, RDBStorage.set_trial_user_attr)
     set_trial_system_attr = _buffer_or_write(BufferedTrial.set_system_attr, RDBStorage.set_trial_system_attr)
     _set_trial_param = _buffer_or_write(BufferedTrial.set_param, RDBStorage._set_trial_param)
@@ -266,6 +266,10 @@ class Storage(RDBStorage):
             self._end(buffered, state, values)
             return True
         return bool(self._write_state(trial_id, state, values))
+
+    def set_trial_intermediate_value(self, trial_id: int, step: int, intermediate_value: float) -> None:
+        self._report(trial_id, step, intermediate_value)
+        self.flush(trial_id)
 
     def _create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> FrozenTrial:
         is_own = template_trial is None and self.worker
