@@ -131,7 +131,7 @@ def artifact_folder(definition: StudyDefinition) -> Folder:
 
 def checkpoint_folder(definition: StudyDefinition, study: optuna.Study) -> Folder:
     """Return the folder of the study's checkpoints; a study with the same name in another database has its own."""
-    return artifact_folder(definition) / study.user_attrs.get("id", "")
+    return artifact_folder(definition) / str(study.user_attrs.get("id", ""))
 
 
 def find_unneeded_checkpoints(folder: Folder, study: optuna.Study, keep: int) -> list[str]:
