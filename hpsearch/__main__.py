@@ -1,11 +1,9 @@
 """The entry point of `hpsearch` and `python -m hpsearch`: runs a command and turns errors into exit statuses."""
 
 import logging
-import os
 import sys
 from typing import Any
 
-import typer
 from typer.exceptions import TyperException
 
 from hpsearch.cli.app import app
@@ -18,7 +16,9 @@ def main() -> None:
     """Run the command line. Errors become short messages on stderr and set the exit status."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     is_debug = len(arguments) < len(sys.argv) - 1
-    logging.basicConfig(level=logging.DEBUG if is_debug else logging.WARNING, format="%(message)s")
+    handler = logging.lastResort or logging.StreamHandler()  # the former writes to the stderr of Rich's live table, too
+    handler.setLevel(logging.DEBUG if is_debug else logging.WARNING)
+    logging.basicConfig(level=handler.level, format="%(message)s", handlers=[handler])
     logging.captureWarnings(True)
     try:
         status = app(arguments, standalone_mode=False)
@@ -35,11 +35,6 @@ def main() -> None:
         if type(error).__name__ == "NoArgsIsHelpError":
             _exit_with(error.format_message(), 2, prefix="")
         _exit_with(f"{error.format_message()}\nTry `{command} --help` for help.", error.exit_code)
-    except typer.Abort:
-        _exit_with("interrupted", _INTERRUPTED)
-    except BrokenPipeError:  # the reader of stdout has exited
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except OSError as error:
         if is_debug:
             raise

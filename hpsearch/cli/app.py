@@ -5,6 +5,7 @@ Commands import what they need inside the function: torch takes seconds to impor
 
 import json
 import signal
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,11 +16,11 @@ from hpsearch.cli.care import app as care_app
 from hpsearch.cli.result import app as result_app
 from hpsearch.cli.watch import app as watch_app
 from hpsearch.errors import Drained, StorageError, UsageError
-from hpsearch.monitor.text import echo, stderr_console
+from hpsearch.monitor.text import echo
 from hpsearch.workers.shutdown import Drain
 
 if TYPE_CHECKING:
-    from hpsearch.monitor.status import Watch
+    from hpsearch.monitor.live import LiveView
 
 app = typer.Typer(
     name="hpsearch",
@@ -88,39 +89,28 @@ def run(
     as_json: options.JsonOption = False,
 ) -> None:
     """Start or resume a search until its budget is used up."""
-    from hpsearch.monitor.live import LiveView
-    from hpsearch.monitor.status import open_watch
     from hpsearch.workers.forkserver import start_fork_server
 
-    definition = options.load_definition_of(study, storage, trials, artifacts)
+    named = options.Named(study, storage, artifacts=artifacts, trials=trials)
     start_fork_server()
     from hpsearch.search.study import start_study
 
-    start_study(definition, keeps_extension=trials is None)  # fails before torch is loaded
-    watch = open_watch(definition)
+    start_study(named.definition, keeps_extension=trials is None)  # fails before torch is loaded
     from hpsearch.training.devices import default_workers
     from hpsearch.workers.processes import run_pool
 
-    drain = Drain().listen(signal.SIGINT, signal.SIGTERM)
-    try:
-        with ExitStack() as stack:
-            if shows_dashboard or opens:
-                import webbrowser
+    drain, n_workers = Drain().listen(signal.SIGINT, signal.SIGTERM), workers or default_workers()
 
-                from hpsearch.monitor.dashboard.app import redirect_file, serve
+    def search(view: "LiveView") -> str:
+        return run_pool(named.definition, drain, n_workers, folder=data, emit=view)
 
-                address = stack.enter_context(serve(definition, options.shell_arguments(study, storage)))
-                echo(f"Optuna dashboard (read-only): {address}")
-                if opens:
-                    webbrowser.open(stack.enter_context(redirect_file(address)))
-            view = stack.enter_context(LiveView(watch, stderr_console()))
-            n_workers = workers or default_workers()
-            view.start(watch.poll().n_finished, n_workers)
-            reason = run_pool(definition, drain, n_workers, folder=data, emit=view)
-    except Drained:
-        _echo_progress(watch)
-        raise
-    _echo_result(watch, drain, reason, options.shell_arguments(study, storage), as_json=as_json)
+    with ExitStack() as stack:
+        if shows_dashboard or opens:
+            from hpsearch.monitor.dashboard.app import serve
+
+            address = stack.enter_context(serve(named.definition, named.arguments, opens=opens))
+            echo(f"Optuna dashboard (read-only): {address}")
+        _show_search(named, search, n_workers, drain, as_json=as_json)
 
 
 @app.command(epilog="Example:  hpsearch worker studies/mnist-mlp.toml --max-trials 5")
@@ -134,20 +124,19 @@ def worker(
 ) -> None:
     """Add a worker to a study, from any terminal or machine."""
     from hpsearch.monitor.live import LiveView
-    from hpsearch.monitor.status import open_watch
 
-    definition = options.load_definition_of(study, storage, artifacts=artifacts)
+    named = options.Named(study, storage, artifacts=artifacts)
     if creates:
         from hpsearch.search.study import start_study
 
-        start_study(definition, resumes=False)
-    watch = open_watch(definition)
+        start_study(named.definition, resumes=False)
+    watch = named.watch()
     from hpsearch.workers.worker import run_worker
 
     drain = Drain().listen(signal.SIGINT, signal.SIGTERM)
-    with LiveView(watch, stderr_console()) as view:
-        reason = run_worker(definition, drain, view, data=data, max_trials=max_trials)
-    echo(f"done: {options.name_study(reason, options.shell_arguments(study, storage))}")
+    with LiveView(watch) as view:
+        reason = run_worker(named.definition, drain, view, data=data, max_trials=max_trials)
+    echo("done: " + reason.replace(" STUDY", f" {named.arguments}"))
 
 
 @app.command(
@@ -171,52 +160,53 @@ def launch(
     as_json: options.JsonOption = False,
 ) -> None:
     """Start or resume a search with workers in a Ray cluster."""
-    from hpsearch.monitor.live import LiveView
-    from hpsearch.monitor.status import open_watch
     from hpsearch.search.study import start_study
     from hpsearch.workers.ray import Resources, connect
 
     if detaches and address == "local":
         raise UsageError("--detach needs a cluster that outlives this command; start one with: ray start --head")
-    definition = options.load_definition_of(study, storage, trials, artifacts)
-    command = options.shell_arguments(study, storage)
-    with connect(definition, Resources(cpus, gpus), address=address, folder=data) as cluster:
+    named = options.Named(study, storage, artifacts=artifacts, trials=trials)
+    with connect(named.definition, Resources(cpus, gpus), address=address, folder=data) as cluster:
         drain = Drain().listen(signal.SIGINT, signal.SIGTERM)  # replaces the handlers that Ray installed
         n_workers = workers or cluster.n_fitting
         if not n_workers:
             raise UsageError("no node has enough free CPUs or GPUs for a worker; pass --workers N to queue them anyway")
-        start_study(definition, keeps_extension=trials is None)
+        start_study(named.definition, keeps_extension=trials is None)
         for remark in cluster.remark_on(n_workers):
             echo(remark)
-        watch = open_watch(definition)
         if detaches:
             name = cluster.detach(n_workers)
             echo(f"launched {n_workers} workers; the actor {name} supervises them in the cluster")
-            return echo(f"next: hpsearch status {command} --watch  |  hpsearch stop {command}")
-        try:
-            with LiveView(watch, stderr_console()) as view:
-                view.start(watch.poll().n_finished, n_workers)
-                reason = cluster.run(n_workers, drain, view.print_finished)
-        except Drained:
-            _echo_progress(watch)
-            raise
-    return _echo_result(watch, drain, reason, command, as_json=as_json)
+            return echo(f"next: hpsearch status {named.arguments} --watch  |  hpsearch stop {named.arguments}")
+
+        def search(view: "LiveView") -> str:
+            return cluster.run(n_workers, drain, view.print_finished)
+
+        return _show_search(named, search, n_workers, drain, as_json=as_json)
 
 
-def _echo_progress(watch: "Watch") -> None:
-    with suppress(StorageError):
-        echo(watch.poll().describe_progress())
-
-
-def _echo_result(watch: "Watch", drain: Drain, reason: str, command: str, *, as_json: bool) -> None:
+def _show_search(
+    named: options.Named, search: Callable[["LiveView"], str], n_workers: int, drain: Drain, *, as_json: bool
+) -> None:
+    """Show a search while it runs, and then its result."""
+    from hpsearch.monitor.live import LiveView
     from hpsearch.monitor.status import summarize_search
     from hpsearch.workers.worker import RETRY_SECONDS
 
-    echo(f"done: {options.name_study(reason, command)}")
+    watch, arguments = named.watch(), named.arguments
+    try:
+        with LiveView(watch) as view:
+            view.start(n_workers)
+            reason = search(view)
+    except Drained:
+        with suppress(StorageError):
+            echo(watch.poll().describe_progress())
+        raise
+    echo("done: " + reason.replace(" STUDY", f" {arguments}"))
     # The trials are stored, so their summary waits for a storage that is away now, until a signal.
     watch.storage.patience, watch.storage.giving_up = RETRY_SECONDS, drain.event
-    options.print_status(watch.definition, watch.study, command, as_json=as_json)
-    for line in summarize_search(watch, command):
+    options.print_status(watch, arguments, as_json=as_json)
+    for line in summarize_search(watch, arguments):
         echo(line)
 
 

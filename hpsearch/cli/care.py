@@ -27,7 +27,7 @@ def doctor(
     from hpsearch.cli.render import render_findings
     from hpsearch.monitor.doctor import run_checks
 
-    definition = options.load_definition_of(study, storage, artifacts=artifacts)
+    definition = options.Named(study, storage, artifacts=artifacts).definition
     findings = [asdict(finding) for finding in run_checks(definition, folder=data, fix=fix)]
     options.print_document(findings, render_findings, as_json=as_json)
     if not all(finding["is_ok"] for finding in findings):
@@ -44,9 +44,9 @@ def backup(
     from hpsearch.config.urls import parse_url
     from hpsearch.storage.backup import backup as backup_database
 
-    definition = options.load_definition_of(study, storage)
-    options.load_study_of(definition)
-    backup_database(parse_url(definition.study.storage), file)
+    named = options.Named(study, storage)
+    named.load_study()
+    backup_database(parse_url(named.definition.study.storage), file)
     place = shlex.quote(f"sqlite:///{file}")
     command = f"hpsearch status {shlex.quote(study)} --storage {place}"
     echo(f"backup written to {file} (integrity check passed); inspect it with: {command}")
@@ -69,7 +69,7 @@ def copy(
     from hpsearch.search.copy import copy_study
 
     parse_url(to)  # an empty URL must not fall back to the study file's
-    definition = options.load_definition_of(study, storage, artifacts=artifacts)
+    definition = options.Named(study, storage, artifacts=artifacts).definition
     target = load_definition(study, storage=to, artifacts=artifacts_to or artifacts)
     options.warn_about_password("--to", to)
     made = copy_study(definition, target)

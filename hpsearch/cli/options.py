@@ -1,4 +1,4 @@
-"""Arguments and options shared by several commands, and helpers that load a study and print a result."""
+"""Arguments and options shared by several commands, the study that they name, and how a result is printed."""
 
 import json
 import shlex
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import optuna
     from rich.console import RenderableType
 
-    from hpsearch.config.definition import StudyDefinition
+    from hpsearch.monitor.status import Watch
 
 
 def complete_study(incomplete: str) -> list[str]:
@@ -46,18 +46,39 @@ WorkersOption = Annotated[
 ]
 
 
-def load_definition_of(
-    study: str, storage: str | None, trials: int | None = None, artifacts: str | None = None
-) -> "StudyDefinition":
-    """Return the definition of the named study; `trials` overrides `budget.trials`."""
-    import optuna
+class Named:
+    """A study as a command names it: its `definition`, and the `arguments` that name it in other commands.
 
-    from hpsearch.config.definition import evolve, load_definition
+    `trials` overrides `budget.trials`. The arguments are quoted for a shell, with the password of the database URL
+    hidden.
+    """
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    definition = load_definition(study, storage=storage, artifacts=artifacts)
-    warn_about_password("--storage", storage)
-    return definition if trials is None else evolve(definition, "budget", trials=trials)
+    def __init__(
+        self, study: str, storage: str | None, *, artifacts: str | None = None, trials: int | None = None
+    ) -> None:
+        import optuna
+
+        from hpsearch.config.definition import evolve, load_definition
+        from hpsearch.config.urls import show_url
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        definition = load_definition(study, storage=storage, artifacts=artifacts)
+        warn_about_password("--storage", storage)
+        self.definition = definition if trials is None else evolve(definition, "budget", trials=trials)
+        self.arguments = shlex.quote(study) + (f" --storage {shlex.quote(show_url(storage))}" if storage else "")
+
+    def load_study(self) -> "optuna.Study":
+        """Return the stored study. Creates nothing."""
+        from hpsearch.search.study import load_study
+        from hpsearch.storage.rdb import open_storage
+
+        return load_study(self.definition, open_storage(self.definition.study.storage, must_exist=True))
+
+    def watch(self) -> "Watch":
+        """Return a read-only watch of the stored study. Creates nothing."""
+        from hpsearch.monitor.status import Watch
+
+        return Watch(self.definition)
 
 
 def warn_about_password(option: str, url: str | None) -> None:
@@ -71,26 +92,6 @@ def warn_about_password(option: str, url: str | None) -> None:
         )
 
 
-def load_study_of(definition: "StudyDefinition") -> "optuna.Study":
-    """Return the stored study of a definition. Creates nothing."""
-    from hpsearch.search.study import load_study
-    from hpsearch.storage.rdb import open_storage
-
-    return load_study(definition, open_storage(definition.study.storage, must_exist=True))
-
-
-def shell_arguments(study: str, storage: str | None) -> str:
-    """Return the study's arguments quoted for a shell, with the password of the database URL hidden."""
-    from hpsearch.config.urls import show_url
-
-    return shlex.quote(study) + (f" --storage {shlex.quote(show_url(storage))}" if storage else "")
-
-
-def name_study(message: str, arguments: str) -> str:
-    """Return the message with the study's arguments in place of STUDY."""
-    return message.replace(" STUDY", f" {arguments}")
-
-
 def print_document(document: Any, render: Callable[[Any], "RenderableType"], *, as_json: bool) -> None:
     """Print a result to stdout, as JSON or as text."""
     if as_json:
@@ -99,11 +100,11 @@ def print_document(document: Any, render: Callable[[Any], "RenderableType"], *, 
         show(render(document))
 
 
-def print_status(definition: "StudyDefinition", study: "optuna.Study", arguments: str, *, as_json: bool) -> None:
+def print_status(watch: "Watch", arguments: str, *, as_json: bool) -> None:
     """Print the document of `status`, and a hint if the study is stopped."""
     from hpsearch.cli.render import render_status
     from hpsearch.monitor.trials import read_status
 
-    print_document(read_status(definition, study), render_status, as_json=as_json)
-    if study.user_attrs.get("stopped"):
+    print_document(read_status(watch.definition, watch.study), render_status, as_json=as_json)
+    if watch.study.user_attrs.get("stopped"):
         echo(f"the study is stopped; resume it with: hpsearch run {arguments}")

@@ -24,14 +24,14 @@ def confirm(
     as_json: options.JsonOption = False,
 ) -> None:
     """Retrain the best trials with new seeds and pick the winner. It is picked on validation data; `export` uses it."""
-    definition = options.load_definition_of(study, storage)
-    stored = options.load_study_of(definition)
+    named = options.Named(study, storage)
+    stored = named.load_study()
     from hpsearch.bundle.confirm import confirm as confirm_trials
     from hpsearch.cli.render import render_confirmation
     from hpsearch.training.devices import default_workers, list_devices
 
     confirmation = confirm_trials(
-        definition,
+        named.definition,
         stored,
         top=top,
         seeds=seeds,
@@ -41,7 +41,7 @@ def confirm(
         on_run=lambda trial, run, accuracy: echo(f"trial {trial}, run {run + 1}/{seeds}: {accuracy:.4f}"),
     )
     options.print_document(confirmation, render_confirmation, as_json=as_json)
-    echo(f"next: hpsearch export {options.shell_arguments(study, storage)}")
+    echo(f"next: hpsearch export {named.arguments}")
 
 
 @app.command(epilog="Example:  hpsearch export studies/mnist-mlp.toml --onnx --output dist/mnist-mlp")
@@ -56,8 +56,8 @@ def export(
     as_json: options.JsonOption = False,
 ) -> None:
     """Retrain the winner, test it once and save it. Trains on the training and validation images together."""
-    definition = options.load_definition_of(study, storage)
-    stored = options.load_study_of(definition)
+    named = options.Named(study, storage)
+    definition, stored = named.definition, named.load_study()
     from hpsearch.bundle.retrain import export as export_bundle
     from hpsearch.cli.render import render_export
     from hpsearch.search.selection import explain_choice
@@ -66,7 +66,7 @@ def export(
     target = output or Path("dist") / definition.study.name
     n_models, n_epochs = definition.retrain.seeds, definition.retrain.epochs or definition.budget.epochs
     if trial is None:
-        echo(explain_choice(stored, options.shell_arguments(study, storage)))
+        echo(explain_choice(stored, named.arguments))
     metrics = export_bundle(
         definition,
         stored,
@@ -82,8 +82,8 @@ def export(
     )
     options.print_document(metrics, lambda document: render_export(str(target), document), as_json=as_json)
     bundle = shlex.quote(str(target))
-    report_command = f"hpsearch report {options.shell_arguments(study, storage)}"
-    echo(f"next: hpsearch evaluate {bundle}  |  hpsearch predict {bundle} IMAGE  |  {report_command}")
+    following = f"hpsearch predict {bundle} IMAGE  |  hpsearch report {named.arguments}"
+    echo(f"next: hpsearch evaluate {bundle}  |  {following}")
 
 
 @app.command(epilog="Example:  hpsearch replay studies/mnist-mlp.toml --trial 17")
@@ -95,14 +95,14 @@ def replay(
     as_json: options.JsonOption = False,
 ) -> None:
     """Re-run a trial and check that its learning curve is reproduced."""
-    definition = options.load_definition_of(study, storage)
-    stored = options.load_study_of(definition)
+    named = options.Named(study, storage)
+    stored = named.load_study()
     from hpsearch.bundle.replay import replay as replay_trial
     from hpsearch.cli.render import render_replay
     from hpsearch.training.devices import list_devices
 
     document = replay_trial(
-        definition,
+        named.definition,
         stored,
         trial,
         folder=data,
@@ -124,20 +124,19 @@ def report(
     storage: options.StorageOption = None,
 ) -> None:
     """Write an HTML report. Shows the winner, how certain its accuracy is, and how the search went; opens offline."""
-    definition = options.load_definition_of(study, storage)
+    named = options.Named(study, storage)
+    stored, name = named.load_study(), named.definition.study.name
     from hpsearch.bundle.bundle import load
     from hpsearch.monitor.report import find_bundle, write_report
 
-    loaded = options.load_study_of(definition)
-    name = definition.study.name
     file = output or Path(f"{name}-report.html")
     if bundle:
         load(bundle)
     chosen = bundle or find_bundle(Path("dist") / name, name)
-    write_report(definition, loaded, file, bundle=chosen, command=options.shell_arguments(study, storage))
+    write_report(named.definition, stored, file, bundle=chosen, command=named.arguments)
     print(file)
     if chosen is None:
-        again = f"hpsearch export {options.shell_arguments(study, storage)}, then run report again"
+        again = f"hpsearch export {named.arguments}, then run report again"
         echo(f"no exported model found, so the report has no test accuracy; to add it: {again}")
 
 

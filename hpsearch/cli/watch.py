@@ -26,22 +26,19 @@ def status(
     as_json: options.JsonOption = False,
 ) -> None:
     """Show the progress of a search: trials, best, workers, epochs."""
-    definition = options.load_definition_of(study, storage)
-    if not watch:
-        arguments = options.shell_arguments(study, storage)
-        return options.print_status(definition, options.load_study_of(definition), arguments, as_json=as_json)
-    if as_json:
+    named = options.Named(study, storage)
+    if watch and as_json:
         raise UsageError("--watch cannot be combined with --json; poll `status --json` instead")
-    from rich.console import Console
-
+    watched = named.watch()
+    if not watch:
+        return options.print_status(watched, named.arguments, as_json=as_json)
     from hpsearch.monitor.live import LiveView
-    from hpsearch.monitor.status import open_watch, summarize_search
+    from hpsearch.monitor.status import summarize_search
 
-    watched = open_watch(definition)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # restores the terminal
-    with LiveView(watched, Console(highlight=False), follows=True) as view:
+    with LiveView(watched, follows=True) as view:
         view.wait()
-    for line in summarize_search(watched, options.shell_arguments(study, storage)):
+    for line in summarize_search(watched, named.arguments):
         echo(line)
     return None
 
@@ -65,11 +62,11 @@ def trials(
 
     if as_json and as_csv:
         raise UsageError("--json and --csv cannot be combined")
-    definition = options.load_definition_of(study, storage)
-    known = list_columns(definition.search)
+    named = options.Named(study, storage)
+    known = list_columns(named.definition.search)
     chosen = [name.strip() for name in columns.split(",")] if columns else []
     check_columns(known, [sort, *chosen])
-    rows = list_trials(options.load_study_of(definition), state, sort, limit)
+    rows = list_trials(named.load_study(), state, sort, limit)
     if as_csv:
         sys.stdout.write(to_csv(rows, chosen or known))
     elif as_json and chosen:
@@ -89,19 +86,18 @@ def show(
     from hpsearch.cli.render import render_trial
     from hpsearch.monitor.trials import describe_in_full
 
-    document = describe_in_full(options.load_study_of(options.load_definition_of(study, storage)), number)
+    document = describe_in_full(options.Named(study, storage).load_study(), number)
     options.print_document(document, render_trial, as_json=as_json)
 
 
 @app.command(epilog="Example:  hpsearch stop studies/mnist-mlp.toml")
 def stop(study: options.StudyArgument, storage: options.StorageOption = None) -> None:
     """Stop all workers on all machines after their current epoch. `run` resumes."""
-    from hpsearch.monitor.status import open_watch
     from hpsearch.search.study import stop_study
 
-    definition = options.load_definition_of(study, storage)
-    stop_study(options.load_study_of(definition))
-    watch, n_waiting = open_watch(definition), 0
+    named = options.Named(study, storage)
+    stop_study(named.load_study())
+    watch, n_waiting = named.watch(), 0
     while (snapshot := watch.poll()).is_stopped and snapshot.n_alive:
         if snapshot.n_alive != n_waiting:
             n_waiting = snapshot.n_alive
@@ -111,8 +107,7 @@ def stop(study: options.StudyArgument, storage: options.StorageOption = None) ->
         return echo("someone resumed the study in the meantime; it is running again")
     for stale in snapshot.workers:
         echo(f"worker {stale['worker']} is not responding; its trial {stale['trial']} will be resumed by the next run")
-    command = options.shell_arguments(study, storage)
-    return echo(f"stopped: {snapshot.describe_progress()}; resume with: hpsearch run {command}")
+    return echo(f"stopped: {snapshot.describe_progress()}; resume with: hpsearch run {named.arguments}")
 
 
 @app.command(epilog="Example:  hpsearch extend studies/mnist-mlp.toml --trials 40")
@@ -122,13 +117,11 @@ def extend(
     storage: options.StorageOption = None,
 ) -> None:
     """Add trials to a study's budget. Running workers pick them up."""
-    from hpsearch.monitor.status import open_watch
     from hpsearch.search.study import extend_study
 
-    definition = options.load_definition_of(study, storage)
-    n_trials = extend_study(options.load_study_of(definition), trials)
-    suggestion = open_watch(definition).poll().suggest_next(options.shell_arguments(study, storage))
-    echo(f"budget is now {n_trials} trials; {suggestion}")
+    named = options.Named(study, storage)
+    n_trials = extend_study(named.load_study(), trials)
+    echo(f"budget is now {n_trials} trials; {named.watch().poll().suggest_next(named.arguments)}")
 
 
 @app.command(epilog="Example:  hpsearch enqueue studies/mnist-mlp.toml --set lr=1e-3 --set depth=2")
@@ -140,13 +133,11 @@ def enqueue(
     storage: options.StorageOption = None,
 ) -> None:
     """Queue a trial with hyperparameters of your choice."""
-    from hpsearch.monitor.status import open_watch
     from hpsearch.search.study import enqueue_trial
 
-    definition = options.load_definition_of(study, storage)
-    number = enqueue_trial(definition, options.load_study_of(definition), settings)
-    snapshot = open_watch(definition).poll()
-    suggestion = snapshot.suggest_next(options.shell_arguments(study, storage))
+    named = options.Named(study, storage)
+    number = enqueue_trial(named.definition, named.load_study(), settings)
+    suggestion = named.watch().poll().suggest_next(named.arguments)
     echo(f"trial {number} queued with {', '.join(settings)}; {suggestion}")
 
 
@@ -163,23 +154,13 @@ def dashboard(
 ) -> None:
     """Serve the Optuna dashboard for a study (stop with Ctrl-C)."""
     import threading
-    import webbrowser
-    from contextlib import ExitStack, suppress
+    from contextlib import suppress
 
-    from hpsearch.monitor.dashboard.app import redirect_file, serve
-    from hpsearch.monitor.dashboard.server import is_loopback
+    from hpsearch.monitor.dashboard.app import serve
 
-    definition, arguments = options.load_definition_of(study, storage), options.shell_arguments(study, storage)
-    with ExitStack() as stack:
-        address = stack.enter_context(serve(definition, arguments, host=host, port=port, token=token))
-        if not is_loopback(host):
-            echo(
-                "warning: traffic, including the token, is not encrypted; put a TLS reverse proxy in front of it,\n"
-                "or drop --host and use an SSH tunnel (ssh -L)"
-            )
+    named = options.Named(study, storage)
+    with serve(named.definition, named.arguments, host=host, port=port, token=token, opens=opens) as address:
         echo("Optuna dashboard (read-only), press Ctrl-C to stop:")
         print(address, flush=True)
-        if opens:
-            webbrowser.open(stack.enter_context(redirect_file(address)))
         with suppress(KeyboardInterrupt):
             threading.Event().wait()

@@ -55,21 +55,19 @@ class Finding:
     message: str
 
 
-def run_checks(definition: StudyDefinition, *, folder: Path | str | None = None, fix: bool = False) -> list[Finding]:
-    """Run all checks. With `fix`, also fix what can be fixed safely; the findings report it.
+def run_checks(
+    definition: StudyDefinition, *, folder: Path | str | None = None, fix: bool = False
+) -> Iterator[Finding]:
+    """Run all checks one by one. With `fix`, also fix what can be fixed safely; the findings report it.
 
     Without `fix`, nothing in the study is changed. Nothing is ever downloaded.
     """
-    return list(_run_checks(definition, folder, fix))
-
-
-def _run_checks(definition: StudyDefinition, folder: Path | str | None, fix: bool) -> Iterator[Finding]:
     url = parse_url(definition.study.storage)
     file = Path(url.database or "") if url.get_backend_name() == "sqlite" else None
     if file and file.exists():
         yield from _check_file(file, fix)
-    folder_of_artifacts = Folder(definition.study.artifacts)
-    artifacts = _check_store(folder_of_artifacts)
+    store = Folder(definition.study.artifacts)
+    artifacts = _check_store(store)
     try:
         recovery = definition.recovery
         storage = open_storage(
@@ -81,8 +79,7 @@ def _run_checks(definition: StudyDefinition, folder: Path | str | None, fix: boo
     else:
         yield Finding("study", True, f"'{study.study_name}' in {show_url(url)}")
         try:
-            yield _check_latency(storage)
-            yield _check_clock(storage)
+            yield from _check_clock(storage)
             yield _check_stale(definition, storage, study, fix)
             if artifacts.is_ok:
                 yield _check_checkpoints(definition, study, fix)
@@ -91,12 +88,12 @@ def _run_checks(definition: StudyDefinition, folder: Path | str | None, fix: boo
             yield Finding("study", False, f"the database stopped responding: {describe_cause(url, error)}")
         finally:
             storage.engine.dispose()
-    if folder_of_artifacts.path is None:
+    if store.path is None:
         yield artifacts
-    folders = {"database": file.parent if file else None, "artifacts": folder_of_artifacts.path}
-    for name, path in folders.items():
-        if path:
-            yield _check_folder(name, path, may_be_remote=path != (file and file.parent))
+    if file:
+        yield _check_folder("database", file.parent)
+    if store.path:
+        yield _check_folder("artifacts", store.path)
     yield _check_data(definition, folder)
     yield _check_devices()
 
@@ -127,24 +124,22 @@ def _check_file(file: Path, fix: bool) -> Iterator[Finding]:
         yield Finding("journal", True, f"journal mode {safe_journal().upper()}, safe with {version}")
 
 
-def _check_latency(storage: Storage) -> Finding:
-    def lock() -> None:
-        with storage.engine.begin() as connection:
-            tables.read_clock(connection)
+def _check_clock(storage: Storage) -> Iterator[Finding]:
+    """Read the clock of the database: how long it takes to lock it, and whether the clock is right."""
 
-    seconds = statistics.median(timeit.repeat(lock, number=1, repeat=5))
+    def read_clock() -> datetime:
+        with storage.engine.begin() as connection:
+            return tables.read_clock(connection)
+
+    seconds = statistics.median(timeit.repeat(read_clock, number=1, repeat=5))
     message = f"{seconds * 1000:.1f} ms to acquire the database lock"
     advice = "too many workers or a slow disk; use fewer workers or PostgreSQL"
-    return _judge("latency", seconds < _MAX_LATENCY, message, advice)
-
-
-def _check_clock(storage: Storage) -> Finding:
-    with storage.engine.begin() as connection:
-        time_there = tables.read_clock(connection)
+    yield _judge("latency", seconds < _MAX_LATENCY, message, advice)
+    time_there = read_clock()
     time_there = time_there if time_there.tzinfo else time_there.replace(tzinfo=UTC)  # SQLite's is in UTC
     difference = abs((datetime.now(UTC) - time_there).total_seconds())
     message = f"clock difference to the database: {difference:.0f} s"
-    return _judge("clock", difference <= _MAX_CLOCK_DIFFERENCE, message, "synchronize both clocks with NTP")
+    yield _judge("clock", difference <= _MAX_CLOCK_DIFFERENCE, message, "synchronize both clocks with NTP")
 
 
 def _check_stale(definition: StudyDefinition, storage: Storage, study: optuna.Study, fix: bool) -> Finding:
@@ -193,10 +188,10 @@ def _check_threads(study: optuna.Study) -> Finding:
     return _judge("threads", load <= _MAX_LOAD * n_cores, message, advice)
 
 
-def _check_folder(name: str, folder: Path, *, may_be_remote: bool) -> Finding:
+def _check_folder(name: str, folder: Path) -> Finding:
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     kind, free = network_file_system(existing), shutil.disk_usage(existing).free / 1e6
-    if kind and not may_be_remote:
+    if kind and name == "database":
         advice = "where SQLite locking is unreliable; move the database to a local disk, or use PostgreSQL"
         return Finding(name, False, f"{folder} is on a network file system ({kind}), {advice}")
     if not os.access(existing, os.W_OK):

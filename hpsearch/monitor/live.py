@@ -1,6 +1,5 @@
 """The view of a running search: on a terminal a table, redrawn every second; in a pipe one line per trial."""
 
-import logging
 import os
 import sys
 import termios
@@ -46,15 +45,16 @@ _STYLES = {"complete": "green", "pruned": "yellow", "failed": "red"}
 class LiveView:
     """A context manager that shows a search: a table on a terminal, else one line per finished trial.
 
-    The lines come from the events it is called with or, if `follows` is set, from all trials of the study.
+    The lines come from the events it is called with or, if `follows` is set, from all trials of the study. What it
+    shows is a message, on stderr, or, if `follows` is set, the data itself, on stdout.
     """
 
-    def __init__(self, watch: Watch, console: Console, *, follows: bool = False) -> None:
-        self.watch, self.console, self.follows = watch, console, follows
+    def __init__(self, watch: Watch, *, follows: bool = False) -> None:
+        self.watch, self.follows = watch, follows
+        self.console = console = Console(stderr=not follows, highlight=False)
         # With FORCE_COLOR set, Rich takes any stream for a terminal.
         is_terminal = console.is_terminal and console.file.isatty() and not console.is_dumb_terminal
         self.is_live = is_terminal and _is_in_foreground(console.file)
-        self._over = threading.Event()
         self._live, self._size = self._new_live(), console.size
         self._error: Exception | None = None
         self._drawing = threading.Lock()
@@ -65,11 +65,12 @@ class LiveView:
         if not self.is_live and event.state != "running":
             echo(trial_line(event))
 
-    def start(self, n_finished: int, n_workers: int) -> None:
+    def start(self, n_workers: int) -> None:
         """In a pipe, print the progress before the first worker starts."""
         if not self.is_live:
-            n_trials = self.watch.study.user_attrs["budget"]["trials"]
-            echo(f"{n_finished} of {n_trials} trials done; starting {count(n_workers, 'worker')}")
+            snapshot = self.watch.poll()
+            n_trials = snapshot.status["budget"]["trials"]
+            echo(f"{snapshot.n_finished} of {n_trials} trials done; starting {count(n_workers, 'worker')}")
 
     def print_finished(self) -> None:
         """In a pipe, print one line for each trial that ended since the last call."""
@@ -81,8 +82,8 @@ class LiveView:
     def __enter__(self) -> Self:
         if self.is_live:
             self._restores.enter_context(_no_echo_of_control_keys())
+            self._restores.callback(lambda: self._live.stop())
             self._live.start()
-            _redirect_log()
         if self.is_live or self.follows:
             self._thread.start()
         return self
@@ -90,14 +91,11 @@ class LiveView:
     def __exit__(self, *_: object) -> None:
         with self._drawing:
             self._ended.set()  # the thread may wait for a locked database, but stops drawing
-        if self.is_live:
-            self._live.stop()
-            _redirect_log()
-            self._restores.close()
+        self._restores.close()
 
     def wait(self) -> None:
         """Wait until the search is over. Raises the error that stopped the view, e.g. a closed pipe."""
-        self._over.wait()
+        self._thread.join()
         if self._error:
             raise self._error
 
@@ -120,8 +118,6 @@ class LiveView:
                     return
         except Exception as error:  # noqa: BLE001 - an error of the view must not end the search
             self._error = error
-        finally:
-            self._over.set()
 
     def _new_live(self) -> Live:
         return Live(console=self.console, auto_refresh=False, transient=not self.follows)
@@ -135,7 +131,6 @@ class LiveView:
                 self.console.clear()
                 self._live, self._size = self._new_live(), self.console.size
                 self._live.start()
-                _redirect_log()
             self._live.update(table, refresh=True)
 
 
@@ -162,13 +157,6 @@ def _no_echo_of_control_keys() -> Iterator[None]:
         with suppress(termios.error):  # the terminal may be closed
             if _is_in_foreground(sys.stdin):  # otherwise the shell has set its own modes
                 termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
-
-
-def _redirect_log() -> None:
-    """Make the log write to the current stderr, which Rich prints above a live table."""
-    for handler in logging.getLogger().handlers:
-        if type(handler) is logging.StreamHandler:
-            handler.setStream(sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -261,15 +249,9 @@ def _render_workers(snapshot: Snapshot, n_shown: int, blocks: str, cut: Overflow
         name, epoch = printable(worker["worker"][-_NAME_WIDTH:]), f"{worker['epoch']}/{epochs}"
         curve = "not responding" if worker["is_lost"] else draw_curve(worker["curve"], ends, blocks)
         speed = "" if worker["images_per_second"] is None else f"{worker['images_per_second']:,}"
-        row: list[str | Text] = [
-            Text(name),
-            str(worker["trial"]),
-            epoch,
-            format_cell(worker["accuracy"], "value"),
-            curve,
-            speed,
-        ]
-        table.add_row(*row, *([Text(join_params(worker["params"]), style="dim")] if is_wide else []))
+        accuracy, params = format_cell(worker["accuracy"], "value"), Text(join_params(worker["params"]), style="dim")
+        row: list[str | Text] = [Text(name), str(worker["trial"]), epoch, accuracy, curve, speed]
+        table.add_row(*row, *([params] if is_wide else []))
     if len(workers) > n_shown:
         table.add_row(f"and {len(workers) - n_shown} more", style="dim")
     return table

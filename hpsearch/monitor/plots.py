@@ -32,6 +32,8 @@ THEMES = {"light": ("#39434f", "#dfe4ea"), "dark": ("#c3cbd5", "#39424e")}  # te
 AGES = LinearSegmentedColormap.from_list("age", [GREY, BLUE])
 SETTINGS: Any = {
     "text.parse_math": False,  # otherwise a name with dollar signs is parsed as a formula
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
     "axes.grid": True,
     "axes.axisbelow": True,
     "axes.linewidth": 0.8,
@@ -236,16 +238,8 @@ def _picture(axes: Axes, alt: str, note: str = "") -> Picture:
             ax.spines[:].set_color(line)
         for text in figure.findobj(Text):
             text.set_color(ink)
-        sources[theme] = _to_png(figure)
+        figure.canvas.draw()
+        image, file = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())), io.BytesIO()
+        image.quantize(256).save(file, "PNG", optimize=True)  # with 256 colors, a third of the size
+        sources[theme] = base64.b64encode(file.getvalue()).decode()
     return Picture(alt, note=note.strip(), **sources)
-
-
-def _to_png(figure: Any) -> str:
-    """Return the figure on a transparent background with 256 colors, a third of the size."""
-    figure.patch.set_alpha(0)
-    for axes in figure.axes:
-        axes.patch.set_alpha(0)
-    figure.canvas.draw()
-    file = io.BytesIO()
-    Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).quantize(256).save(file, "PNG", optimize=True)
-    return base64.b64encode(file.getvalue()).decode()

@@ -141,13 +141,18 @@ def _find_pair(ranked: Sequence[str], complete: Sequence[FrozenTrial]) -> tuple[
 def _read_bundle(
     folder: Path | None, study: optuna.Study, trials: Sequence[FrozenTrial]
 ) -> tuple[dict[str, Any] | None, str]:
-    """Return the contents of a verified bundle, or None and the reason why it cannot be used."""
+    """Return the contents of a verified bundle of this study, or None and the reason why it cannot be used."""
     if folder is None:
         return None, ""
     try:
         config = bundles.load(folder).config
         metrics = json.loads((folder / "metrics.json").read_bytes())
-        _check_origin(folder, study, trials, metrics, config.hyperparameters.model_dump())
+        if metrics["study"] != study.study_name:
+            raise BundleError(f"{folder} belongs to study '{metrics['study']}', not '{study.study_name}'")
+        values = config.hyperparameters.model_dump()
+        source = next((trial for trial in trials if trial.number == metrics["trial"] and trial.params), None)
+        if source is None or any(values.get(name) != value for name, value in source.params.items()):
+            raise BundleError(f"{folder} was exported from a different search with the same name; export again")
         return _describe_bundle(folder, config, metrics), ""
     except BundleError as error:
         return None, str(error)
@@ -163,7 +168,7 @@ def _describe_bundle(folder: Path, config: bundles.Config, metrics: dict[str, An
         for j, n in enumerate(row)
         if n and i != j
     ]
-    pictures = {name: folder / name for name in PICTURES if (folder / name).is_file()}
+    pictures = [folder / name for name in PICTURES if (folder / name).is_file()]
     return {
         "folder": str(folder),
         "metrics": metrics,
@@ -171,19 +176,8 @@ def _describe_bundle(folder: Path, config: bundles.Config, metrics: dict[str, An
         "interval": metrics.get("test_interval")
         or wilson_interval(metrics["test_accuracy"], metrics["n_images"]["test"]),
         "confusions": sorted(confusions, key=lambda confusion: -confusion[0])[:5],
-        "pictures": {name: base64.b64encode(file.read_bytes()).decode() for name, file in pictures.items()},
+        "pictures": {file.name: base64.b64encode(file.read_bytes()).decode() for file in pictures},
     }
-
-
-def _check_origin(
-    folder: Path, study: optuna.Study, trials: Sequence[FrozenTrial], metrics: dict[str, Any], values: dict[str, Any]
-) -> None:
-    """Raise `BundleError` if the bundle was not exported from a trial of this study."""
-    if metrics["study"] != study.study_name:
-        raise BundleError(f"{folder} belongs to study '{metrics['study']}', not '{study.study_name}'")
-    source = next((trial for trial in trials if trial.number == metrics["trial"] and trial.params), None)
-    if source is None or any(values.get(name) != value for name, value in source.params.items()):
-        raise BundleError(f"{folder} was exported from a different search with the same name; export again")
 
 
 def _sum_time(rows: Sequence[dict[str, Any]], full: int, trials: Sequence[FrozenTrial]) -> dict[str, Any]:

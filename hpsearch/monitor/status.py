@@ -17,7 +17,7 @@ from hpsearch.search.selection import explain_choice, find_best
 from hpsearch.search.study import load_study
 from hpsearch.search.trials import TrialEvent, make_event
 from hpsearch.storage.budget import find_limit, is_final
-from hpsearch.storage.rdb import Storage, open_storage
+from hpsearch.storage.rdb import open_storage
 from hpsearch.storage.tables import count_interruptions
 
 _N_RECENT = 40  # finished trials used to estimate the remaining time
@@ -78,11 +78,16 @@ class Snapshot:
 
 
 class Watch:
-    """Polls a study. Each poll reads only changes from the database."""
+    """A read-only watch of a study. Each poll reads only changes from the database.
 
-    def __init__(self, definition: StudyDefinition, storage: Storage) -> None:
-        self.definition, self.storage = definition, storage
-        self.study = load_study(definition, storage)
+    Raises `StudyNotFound`, `StudyMismatch` or `StorageError`.
+    """
+
+    def __init__(self, definition: StudyDefinition) -> None:
+        heartbeat, grace = definition.recovery.heartbeat, definition.recovery.grace
+        self.definition = definition
+        self.storage = open_storage(definition.study.storage, heartbeat=heartbeat, grace=grace, reads_only=True)
+        self.study = load_study(definition, self.storage)
         self._known: set[tuple[Any, ...]] | None = None  # the attempts that have ended
 
     def poll(self) -> Snapshot:
@@ -126,13 +131,6 @@ class Watch:
             seconds_left=seconds_left,
             is_stopped=bool(self.study.user_attrs.get("stopped")),
         )
-
-
-def open_watch(definition: StudyDefinition) -> Watch:
-    """Return a read-only watch of a study. Raises `StudyNotFound`, `StudyMismatch` or `StorageError`."""
-    recovery = definition.recovery
-    url, heartbeat, grace = definition.study.storage, recovery.heartbeat, recovery.grace
-    return Watch(definition, open_storage(url, heartbeat=heartbeat, grace=grace, reads_only=True))
 
 
 def summarize_search(watch: Watch, command: str) -> list[str]:

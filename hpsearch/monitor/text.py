@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import RenderableType
 
     from hpsearch.search.trials import TrialEvent
 
@@ -32,13 +32,6 @@ def show(renderable: "RenderableType") -> None:
     with console.capture() as capture:
         console.print(renderable)
     return print("\n".join(line.rstrip() for line in capture.get().splitlines()))
-
-
-def stderr_console() -> "Console":
-    """Return the console for messages."""
-    from rich.console import Console
-
-    return Console(stderr=True, highlight=False)
 
 
 def trial_line(event: "TrialEvent") -> str:

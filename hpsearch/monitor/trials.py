@@ -123,8 +123,7 @@ def list_trials(study: optuna.Study, state: str | None, sort: str, limit: int | 
         # A pruned trial's value is from fewer epochs, so it ranks below every completed trial.
         chosen.sort(key=lambda row: (row["state"] != "complete", -(row["value"] or 0.0), row["number"]))
     else:
-        cells = {row["number"]: flatten(row).get(sort) for row in chosen}
-        chosen.sort(key=lambda row: _sort_key(cells[row["number"]]))
+        chosen.sort(key=lambda row: _sort_key(flatten(row).get(sort)))
     return chosen[:limit]
 
 
@@ -167,5 +166,4 @@ def _escape(cell: Any) -> Any:
 
 
 def _sort_key(cell: Any) -> tuple[bool, bool, Any]:
-    is_text = isinstance(cell, str)
-    return cell is None, is_text, cell if cell is not None else 0
+    return cell is None, isinstance(cell, str), 0 if cell is None else cell

@@ -14,7 +14,7 @@ import pytest
 from optuna.trial import TrialState
 
 from hpsearch.config.definition import load_definition
-from hpsearch.monitor.status import open_watch
+from hpsearch.monitor.status import Watch
 from hpsearch.search.study import load_study, open_study
 from hpsearch.storage.rdb import open_storage
 
@@ -167,7 +167,7 @@ def test_stop_extend_and_enqueue_steer_four_workers_and_the_budget_stays_exact(
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "small.toml").write_text((tmp_path / "small.toml").read_text())
     open_study(definition, open_storage(definition.study.storage))
-    watch = open_watch(definition)
+    watch = Watch(definition)
     worker = start("worker", "small.toml", cwd=tmp_path / "elsewhere", log=tmp_path / "worker.log")
     run = start("run", "small.toml", "--workers", 3, cwd=tmp_path, log=tmp_path / "run.log")
     try:

@@ -34,7 +34,7 @@ def test_a_healthy_study_is_in_order(url: str, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(psutil, "getloadavg", lambda: (0.0, 0.0, 0.0))  # other tests run beside this one
     definition = make_definition(url, study={"artifacts": str(tmp_path / "artifacts")})
     open_study(definition, open_storage(url))
-    findings = run_checks(definition)
+    findings = list(run_checks(definition))
     assert [finding for finding in findings if not finding.is_ok] == []
     checks = [finding.check for finding in findings]
     assert {"study", "latency", "clock", "trials", "checkpoints", "threads", "artifacts", "data", "devices"} <= {
@@ -45,7 +45,7 @@ def test_a_healthy_study_is_in_order(url: str, tmp_path: Path, monkeypatch: pyte
 
 def test_a_missing_study_is_said_and_the_rest_is_checked(tmp_path: Path) -> None:
     definition = define(tmp_path)
-    findings = run_checks(definition)
+    findings = list(run_checks(definition))
     assert "no search found" in wrong(definition)["study"]
     assert {"data", "devices", "database"} <= {finding.check for finding in findings}
     assert list(tmp_path.iterdir()) == []

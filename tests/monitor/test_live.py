@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from hpsearch.monitor.live import LiveView, SnapshotTable, draw_curve
-from hpsearch.monitor.status import Snapshot, Watch, open_watch
+from hpsearch.monitor.status import Snapshot, Watch
 from hpsearch.monitor.text import format_duration
 from hpsearch.search.study import open_study
 from hpsearch.search.trials import TrialEvent
@@ -27,7 +27,7 @@ def watch(tmp_path: Path) -> Watch:
     )
     storage = open_storage(definition.study.storage)
     fill(storage, open_study(definition, storage), 40)
-    return open_watch(definition)
+    return Watch(definition)
 
 
 @pytest.fixture
@@ -128,11 +128,11 @@ def test_durations_are_told_in_the_unit_that_suits_them() -> None:
 def test_a_pipe_gets_a_line_for_each_trial_that_ended_and_nothing_else(
     watch: Watch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with LiveView(watch, Console(stderr=True)) as view:
-        view.start(3, 2)
+    with LiveView(watch) as view:
+        view.start(2)
         view(TrialEvent("w", 3, "running"))
         view(TrialEvent("w", 3, "complete", 2, 0.5))
-    assert capsys.readouterr() == ("", "3 of 60 trials done; starting 2 workers\ntrial 3 complete 0.5000\n")
+    assert capsys.readouterr() == ("", "31 of 60 trials done; starting 2 workers\ntrial 3 complete 0.5000\n")
 
 
 def test_a_pipe_that_follows_a_study_gets_the_lines_of_all_its_workers(
@@ -143,7 +143,7 @@ def test_a_pipe_that_follows_a_study_gets_the_lines_of_all_its_workers(
     study = open_study(watch.definition, storage)
     study.set_user_attr("budget", {"trials": 35, "epochs": 10})
     watch.poll()
-    with LiveView(watch, Console(file=io.StringIO()), follows=True) as view:
+    with LiveView(watch, follows=True) as view:
         for number in (36, 38, 37, 39):
             study.tell(number, number / 100)
         view.wait()
@@ -158,5 +158,5 @@ def test_a_pipe_that_was_closed_ends_the_watch(watch: Watch, monkeypatch: pytest
     reader, writer = os.pipe()
     os.close(reader)
     monkeypatch.setattr(sys, "stdout", os.fdopen(writer, "w", closefd=False))
-    with LiveView(watch, Console(file=io.StringIO()), follows=True) as view, pytest.raises(BrokenPipeError):
+    with LiveView(watch, follows=True) as view, pytest.raises(BrokenPipeError):
         view.wait()

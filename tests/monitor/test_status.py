@@ -14,7 +14,7 @@ import sqlalchemy
 from optuna.trial import FrozenTrial, TrialState
 
 from hpsearch.config.definition import StudyDefinition
-from hpsearch.monitor.status import Watch, estimate_seconds_left, open_watch, summarize_search
+from hpsearch.monitor.status import Watch, estimate_seconds_left, summarize_search
 from hpsearch.search.study import open_study
 from hpsearch.storage import tables
 from hpsearch.storage.budget import seconds_searched
@@ -38,7 +38,7 @@ def study(definition: StudyDefinition) -> optuna.Study:
 
 @pytest.fixture
 def watch(definition: StudyDefinition, study: optuna.Study) -> Iterator[Watch]:
-    opened = open_watch(definition)
+    opened = Watch(definition)
     yield opened
     opened.storage.engine.dispose()
 
@@ -123,7 +123,7 @@ def test_watching_needs_no_lock_that_a_worker_holds(url: str) -> None:
     definition = make_definition(url)
     storage = open_storage(definition.study.storage)
     fill(storage, open_study(definition, storage), 5)
-    watch = open_watch(definition)
+    watch = Watch(definition)
     with storage.engine.begin() as connection:  # on SQLite no other writer could begin now
         connection.execute(sqlalchemy.update(tables.TRIALS).values(number=tables.TRIALS.c.number))
         assert watch.poll().n_finished == 1
@@ -135,7 +135,7 @@ def test_a_watch_writes_nothing(tmp_path: Path) -> None:
     fill(storage, open_study(definition, storage), 5)
     storage.engine.dispose()
     before = (tmp_path / "study.db").read_bytes()
-    open_watch(definition).poll()
+    Watch(definition).poll()
     assert (tmp_path / "study.db").read_bytes() == before
 
 
@@ -146,9 +146,9 @@ def test_the_budget_is_over_by_trials_minutes_target_or_failures(url: str) -> No
         storage = open_storage(definition.study.storage)
         study = open_study(definition, storage)
         fill(storage, study, 40)
-        assert open_watch(definition).poll().is_over, limits
+        assert Watch(definition).poll().is_over, limits
     open_study(make_definition(definition.study.storage, budget=usual), storage)
-    assert not open_watch(make_definition(definition.study.storage, budget=usual)).poll().is_over
+    assert not Watch(make_definition(definition.study.storage, budget=usual)).poll().is_over
 
 
 def test_seconds_searched_leave_pauses_out_and_count_parallel_trials_once() -> None:
@@ -244,4 +244,4 @@ def test_an_end_without_a_complete_trial_says_so(watch: Watch) -> None:
     empty = open_study(definition, storage)
     empty.tell(empty.ask(), state=TrialState.PRUNED)
     result = "result: no trial completed; see: hpsearch trials empty"
-    assert summarize_search(open_watch(definition), "empty") == [result]
+    assert summarize_search(Watch(definition), "empty") == [result]

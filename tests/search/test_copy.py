@@ -20,7 +20,7 @@ from hpsearch import __main__
 from hpsearch.config.definition import StudyDefinition, evolve
 from hpsearch.data.dataset import ImageData
 from hpsearch.errors import Interrupted, StorageError, StorageUnavailable, StudyNotFound, UsageError
-from hpsearch.monitor.status import open_watch
+from hpsearch.monitor.status import Watch
 from hpsearch.search import copy
 from hpsearch.search.copy import copy_study
 from hpsearch.search.study import enqueue_trial, extend_study, load_study, open_study, stop_study
@@ -315,7 +315,7 @@ def test_a_stuck_trial_is_re_queued_in_the_copy_after_a_grace_period(
         connection.execute(long_ago)
     copy_study(definition, target)
     storage = open_storage(target.study.storage)
-    assert open_watch(target).poll().n_alive == 0
+    assert Watch(target).poll().n_alive == 0
     copied = load_study(target, storage)
     assert storage.reap(copied._study_id, retries=2) == [], "its heartbeat begins now"
     with storage.engine.begin() as connection:

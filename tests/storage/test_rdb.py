@@ -144,7 +144,7 @@ def test_the_minutes_of_an_attempt_count_whoever_ended_it(storage: Storage, kind
     with pytest.raises(BudgetSpent, match=r"time limit reached \(4\.0 min\)"):
         study.ask()
     url = storage.engine.url.render_as_string(hide_password=False)
-    assert Watch(make_definition(url), storage).poll().seconds == pytest.approx(240, abs=5)
+    assert Watch(make_definition(url)).poll().seconds == pytest.approx(240, abs=5)
 
 
 def test_trials_that_have_ended_are_read_once_for_the_minutes_that_they_took(storage: Storage) -> None:

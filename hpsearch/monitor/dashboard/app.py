@@ -5,6 +5,7 @@ import logging
 import re
 import secrets
 import warnings
+import webbrowser
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -23,6 +24,7 @@ from hpsearch.errors import UsageError
 from hpsearch.monitor.dashboard.auth import AccessControl
 from hpsearch.monitor.dashboard.notes import describe_study, describe_trial
 from hpsearch.monitor.dashboard.server import LOOPBACK, host_names, listen, resolve, serve_in_threads, show_host
+from hpsearch.monitor.text import echo
 from hpsearch.search.study import load_study
 from hpsearch.storage.rdb import Storage, open_storage
 
@@ -50,9 +52,15 @@ main pre, main pre * { white-space: pre-wrap !important; overflow-wrap: anywhere
 
 @contextmanager
 def serve(
-    definition: StudyDefinition, arguments: str, *, host: str = LOOPBACK, port: int = 0, token: str | None = None
+    definition: StudyDefinition,
+    arguments: str,
+    *,
+    host: str = LOOPBACK,
+    port: int = 0,
+    token: str | None = None,
+    opens: bool = False,
 ) -> Iterator[str]:
-    """Serve the study's dashboard and yield its URL; port 0 picks a free one.
+    """Serve the study's dashboard and yield its URL; port 0 picks a free one. If `opens`, also open it in a browser.
 
     `arguments` are shown in the commands of the study's note. Raises `UsageError` if `host`, `port` or `token` is
     invalid, or if the host is reachable from other machines and `token` is None.
@@ -60,7 +68,8 @@ def serve(
     if token is not None and not _TOKEN.fullmatch(token):
         raise UsageError("token must have at least 8 characters (letters, digits, . _ ~ -)")
     family, address = resolve(host)
-    if token is None and not ip_address(address).is_loopback:
+    is_exposed = not ip_address(address).is_loopback
+    if is_exposed and token is None:
         raise UsageError(
             f"{host} is reachable from other machines, so a token is required: set HPSEARCH_TOKEN (or --token), "
             "at least 8 characters"
@@ -75,7 +84,15 @@ def serve(
         dashboard = Dashboard(definition, storage, study, arguments)
         access = AccessControl(dashboard, token, names=host_names(host, address), cookie=f"hpsearch_{port}")
         stack.enter_context(serve_in_threads(access, listener))
-        yield f"http://{show_host(host, address)}:{port}/dashboard/studies/{study._study_id}?token={token}"
+        place = f"http://{show_host(host, address)}:{port}/dashboard/studies/{study._study_id}?token={token}"
+        if is_exposed:
+            echo(
+                "warning: traffic, including the token, is not encrypted; put a TLS reverse proxy in front of it,\n"
+                "or drop --host and use an SSH tunnel (ssh -L)"
+            )
+        if opens:
+            webbrowser.open(stack.enter_context(redirect_file(place)))
+        yield place
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The dashboard's notes about a study and its trials, in Markdown."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from optuna.trial import FrozenTrial
@@ -39,18 +39,14 @@ def describe_study(definition: StudyDefinition, budget: Mapping[str, Any], argum
 
 def describe_trial(trial: FrozenTrial) -> str:
     """Return the note of a trial: why it failed or was pruned, and what interrupted it. Often empty."""
-    return "\n\n".join(_describe_trial(trial))
-
-
-def _describe_trial(trial: FrozenTrial) -> Iterator[str]:
-    reason = explain_end(trial)
+    parts, reason = [], explain_end(trial)
     if trial.state.is_finished() and reason:
         worker = f", on worker {trial.user_attrs['worker']}" if "worker" in trial.user_attrs else ""
-        yield f"**{name_state(trial).capitalize()}**{worker}:"
-        yield _fence(reason)
+        parts += [f"**{name_state(trial).capitalize()}**{worker}:", _fence(reason)]
     if interruptions := trial.user_attrs.get("interruptions"):
-        yield "**Interrupted**; its next attempt continues from the last checkpoint:"
-        yield _fence("\n".join(describe_interruption(each) for each in interruptions))
+        told = _fence("\n".join(describe_interruption(each) for each in interruptions))
+        parts += ["**Interrupted**; its next attempt continues from the last checkpoint:", told]
+    return "\n\n".join(parts)
 
 
 def _fence(text: str) -> str:

@@ -4,7 +4,7 @@ import errno
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from ipaddress import ip_address
 from threading import Thread
@@ -37,16 +37,13 @@ def serve_in_threads(application: Application, listener: socket.socket) -> Itera
     )
     thread = Thread(target=server.run, name="dashboard", daemon=True)
     thread.start()
-    waker = os.dup(server.trigger.trigger)  # a duplicate: the server closes its own, whose number may be reused
     try:
         yield
     finally:
         server.task_dispatcher.shutdown(timeout=1)
-        with server.trigger.lock:  # called in the server's thread
+        with server.trigger.lock:  # until it is pulled; then the server's thread closes all, the trigger included
             server.trigger.thunks.append(partial(wasyncore.close_all, server._map))
-        with suppress(BrokenPipeError):  # the server has already stopped
-            os.write(waker, b"x")
-        os.close(waker)
+            os.write(server.trigger.trigger, b"x")
         thread.join(timeout=1)
 
 
@@ -87,8 +84,3 @@ def show_host(host: str, address: str) -> str:
 
 def _bracket(address: str) -> str:
     return f"[{address}]" if ":" in address else address
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether only this machine can reach the host. Raises `UsageError` if it has no address."""
-    return ip_address(resolve(host)[1]).is_loopback
