@@ -102,6 +102,11 @@ def load_test(name: str, folder: Path | str | None = None) -> tuple[Tensor, Tens
     return data_set.read(folder, is_train=False)
 
 
+def check_test(name: str, folder: Path | str | None = None) -> None:
+    """Raise `DataError` if the test set cannot be read. Returns nothing of it, so that nothing can depend on it."""
+    load_test(name, folder)
+
+
 def normalise(images: Tensor, mean: float, std: float) -> Tensor:
     """Return raw pixels (uint8) as float32, normalized with the given mean and standard deviation."""
     return images.float().div_(255).sub_(mean).div_(std)

@@ -3,7 +3,9 @@
 Checking a study file imports this module, so the packages that read images are imported at first use.
 """
 
+import gzip
 import os
+import tempfile
 import zlib
 from abc import ABC, abstractmethod
 from contextlib import redirect_stdout
@@ -18,13 +20,24 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+_FILES = {part: (f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte") for part in ("train", "t10k")}
+
 
 def data_folder(folder: Path | str | None = None) -> Path:
-    """Return the folder of the data sets: the argument, else HPSEARCH_DATA, else the user's cache folder."""
+    """Return the folder of the data sets: the argument, else HPSEARCH_DATA, else the user's cache folder.
+
+    Raises `DataError` if that is in a home folder that is unknown.
+    """
     import platformdirs
 
     chosen = folder or os.environ.get("HPSEARCH_DATA")
-    return Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("hpsearch")
+    try:
+        path = Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("hpsearch")
+    except RuntimeError:
+        path = Path("~")
+    if str(path).startswith("~"):
+        raise DataError(f"no home folder found for {chosen or '~/.cache'}; set HOME, or point HPSEARCH_DATA at the data")
+    return path
 
 
 @dataclass(frozen=True)
@@ -47,9 +60,9 @@ class DataSet(ABC):
 
         return read_image(file, self.image_shape, is_digit=self.is_digit)
 
-    def find_missing(self, folder: Path | str | None) -> tuple[list[str], bool]:
-        """Return the archives that are missing or corrupt, and whether all files are unpacked; downloads nothing."""
-        return [], True
+    def find_missing(self, folder: Path | str | None) -> list[str]:
+        """Return the archives that `read` would download; changes nothing."""
+        return []
 
 
 @dataclass(frozen=True)
@@ -59,27 +72,22 @@ class Torchvision(DataSet):
     class_name: str
 
     def read(self, folder: Path | str | None, *, is_train: bool) -> "tuple[Tensor, Tensor]":
-        from filelock import FileLock
-
-        root = data_folder(folder)
-        raw = root / self.class_name / "raw"
-        part, n_images = ("train", self.n_train) if is_train else ("t10k", self.n_test)
-        files = [raw / f"{part}-images-idx3-ubyte", raw / f"{part}-labels-idx1-ubyte"]
+        """Read unpacked files or archives, and write nothing, unless one of them is missing and is downloaded."""
+        raw, n_images, problem = self._raw(folder), self.n_train if is_train else self.n_test, ""
+        files = [raw / name for name in _FILES["train" if is_train else "t10k"]]
         try:
-            raw.mkdir(parents=True, exist_ok=True)
-            # Other processes must not read half-unpacked files, and stdout is reserved for results.
-            with FileLock(raw.parent / ".lock"), redirect_stdout(None):
-                _check_unpacked(raw)
-                if not all(file.exists() for file in files):
-                    import torchvision  # takes as long to import as torch
-
-                    getattr(torchvision.datasets, self.class_name)(root, train=is_train, download=True)
-            images, labels = (_parse_idx(file.read_bytes()) for file in files)
+            try:
+                contents = [_read(file) for file in files]
+            except _Missing as missing:
+                problem = f"{missing}; "
+                self._download(raw, files)
+                contents = [_read(file) for file in files]
+            images, labels = map(_parse_idx, contents)
             if not len(images) == len(labels) == n_images:
                 raise ValueError(f"unexpected size: {len(images)} images, {len(labels)} labels")
-        except (RuntimeError, OSError, EOFError, zlib.error, ValueError, AssertionError, TypeError) as error:
+        except (RuntimeError, OSError, EOFError, ValueError, AssertionError, TypeError) as error:
             # torchvision checks file headers with assertions, and torch raises RuntimeError for truncated data.
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = problem + (" ".join(str(error).split()) or type(error).__name__)
             raise DataError(
                 f"could not load {self.class_name} from {raw} or download it ({reason}). To work offline, put only its "
                 "four *-ubyte.gz files into that folder, point --data or HPSEARCH_DATA at a folder with "
@@ -87,15 +95,59 @@ class Torchvision(DataSet):
             ) from error
         return images.unsqueeze(1), labels.long()
 
-    def find_missing(self, folder: Path | str | None) -> tuple[list[str], bool]:
-        import torchvision
+    def find_missing(self, folder: Path | str | None) -> list[str]:
+        raw = self._raw(folder)
+        return [f"{name}.gz" for names in _FILES.values() for name in names if not _is_there(raw / name)]
 
-        raw = data_folder(folder) / self.class_name / "raw"
-        resources = [(raw / name, md5) for name, md5 in getattr(torchvision.datasets, self.class_name).resources]
-        if all(archive.with_suffix("").exists() for archive, _ in resources):
-            return [], True
-        is_complete = torchvision.datasets.utils.check_integrity
-        return [archive.name for archive, md5 in resources if not is_complete(archive, md5)], False
+    def _raw(self, folder: Path | str | None) -> Path:
+        return data_folder(folder) / self.class_name / "raw"
+
+    def _download(self, raw: Path, files: list[Path]) -> None:
+        """Download the archives that are missing; each appears complete."""
+        import torchvision  # takes as long to import as torch
+        from filelock import FileLock
+
+        raw.mkdir(parents=True, exist_ok=True)
+        with (
+            FileLock(raw.parent / ".lock"),
+            tempfile.TemporaryDirectory(dir=raw.parent) as temporary,
+            redirect_stdout(None),  # stdout is reserved for results
+        ):
+            if all(_is_there(file) for file in files):  # another process has downloaded them
+                return
+            getattr(torchvision.datasets, self.class_name)(temporary, download=True)
+            for archive in Path(temporary, self.class_name, "raw").glob("*.gz"):
+                if not _is_there(raw / archive.stem):
+                    archive.replace(raw / archive.name)
+
+
+class _Missing(ValueError):
+    """A file is neither there nor in a whole archive."""
+
+
+def _read(file: Path) -> bytes:
+    """Return the content of an unpacked file, else of its archive; if there are both, they must agree."""
+    archive = file.with_name(f"{file.name}.gz")
+    if not file.exists():
+        try:
+            return gzip.decompress(archive.read_bytes())
+        except FileNotFoundError as error:
+            raise _Missing(f"{archive.name} is missing") from error
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise _Missing(f"{archive.name} is damaged") from error
+    content = file.read_bytes()
+    if archive.exists():  # its trailer has the CRC-32 and the length (RFC 1952, 2.3.1)
+        trailer = archive.read_bytes()[-8:]
+        if (zlib.crc32(content), len(content)) != tuple(int.from_bytes(trailer[i : i + 4], "little") for i in (0, 4)):
+            raise ValueError(f"{file.name} is corrupt (does not match its archive)")
+    return content
+
+
+def _is_there(file: Path) -> bool:
+    try:
+        return file.exists() or bool(_read(file))
+    except _Missing:
+        return False
 
 
 def _parse_idx(content: bytes) -> "Tensor":
@@ -108,17 +160,6 @@ def _parse_idx(content: bytes) -> "Tensor":
     header = 4 + 4 * content[3]
     shape = np.frombuffer(content[4:header], ">i4")
     return torch.from_numpy(np.frombuffer(content[header:], np.uint8).reshape(shape).copy())
-
-
-def _check_unpacked(raw: Path) -> None:
-    """Compare unpacked files with the CRC-32 and length in their archives' trailers (RFC 1952, 2.3.1)."""
-    for archive in raw.glob("*.gz"):
-        if not archive.with_suffix("").exists():
-            continue
-        content = archive.with_suffix("").read_bytes()
-        trailer = archive.read_bytes()[-8:]
-        if (zlib.crc32(content), len(content)) != tuple(int.from_bytes(trailer[i : i + 4], "little") for i in (0, 4)):
-            raise ValueError(f"{archive.stem} is corrupt (does not match its archive)")
 
 
 class Digits(DataSet):

@@ -209,14 +209,11 @@ def _check_store(artifacts: Folder) -> Finding:
 
 def _check_data(definition: StudyDefinition, folder: Path | str | None) -> Finding:
     name = definition.data.name
-    missing, is_unpacked = find(DATA_SETS, name).find_missing(folder)
-    if missing:
-        advice = "the next run downloads them (offline: copy them there yourself)"
-        message = f"{name}: missing or corrupt in {data_folder(folder)}: {', '.join(missing)}"
-        return Finding("data", False, f"{message}; {advice}")
-    if not is_unpacked:
-        return Finding("data", True, f"{name}: archives complete; unpacked at the next run")
     try:
+        if missing := find(DATA_SETS, name).find_missing(folder):
+            advice = "the next run downloads them (offline: copy them there yourself)"
+            message = f"{name}: missing or corrupt in {data_folder(folder)}: {', '.join(missing)}"
+            return Finding("data", False, f"{message}; {advice}")
         data = load_study_data(definition, folder)
     except HpsearchError as error:
         return Finding("data", False, str(error))

@@ -4,6 +4,9 @@ import gzip
 import hashlib
 import os
 import shutil
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -152,12 +155,48 @@ def test_augmentation_shifts_by_at_most_a_seventh(monkeypatch: pytest.MonkeyPatc
     assert (row, column) == (14, 10)
 
 
-def test_torchvision_archives_are_unpacked_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_archives(tmp_path / "MNIST" / "raw", monkeypatch)
+def test_archives_and_unpacked_files_are_read_and_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = tmp_path / "MNIST" / "raw"
+    write_archives(raw, monkeypatch)
     monkeypatch.setenv("HPSEARCH_DATA", str(tmp_path))
-    data = load_data("mnist", validation=10_000)
-    assert (len(data.train), len(data.validation)) == (50_000, 10_000)
-    assert len(load_test("mnist")[1]) == 10_000
+    before = sorted(tmp_path.rglob("*"))
+    data, (images, labels) = load_data("mnist", validation=10_000), load_test("mnist")
+    assert (len(data.train), len(data.validation), len(labels)) == (50_000, 10_000, 10_000)
+    assert sorted(tmp_path.rglob("*")) == before
+    for archive in raw.glob("t10k-*.gz"):
+        archive.with_suffix("").write_bytes(gzip.decompress(archive.read_bytes()))
+        archive.unlink()
+    before = sorted(tmp_path.rglob("*"))
+    assert torch.equal(load_test("mnist")[0], images)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_only_what_is_missing_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mirror, raw = tmp_path / "mirror", tmp_path / "data" / "MNIST" / "raw"
+    write_archives(mirror, monkeypatch)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=mirror))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
+    raw.mkdir(parents=True)
+    mine = {"train-images-idx3-ubyte": b"mine", "t10k-labels-idx1-ubyte.gz": gzip.compress(b"mine")}
+    for name, content in mine.items():
+        (raw / name).write_bytes(content)
+    (raw / "t10k-images-idx3-ubyte.gz").write_bytes(b"torn")
+    with pytest.raises(DataError, match=r"t10k-images-idx3-ubyte\.gz is damaged; not an IDX file"):
+        load_test("mnist", tmp_path / "data")
+    assert {name: (raw / name).read_bytes() for name in mine} == mine
+    assert {file.name for file in raw.iterdir()} == {
+        *mine,
+        "train-labels-idx1-ubyte.gz",
+        "t10k-images-idx3-ubyte.gz",
+    }
+    assert (raw / "t10k-images-idx3-ubyte.gz").read_bytes() == (mirror / "t10k-images-idx3-ubyte.gz").read_bytes()
+    (raw / "t10k-labels-idx1-ubyte.gz").unlink()
+    assert len(load_test("mnist", tmp_path / "data")[1]) == 10_000
+    assert {file.name for file in raw.parent.iterdir()} == {"raw", ".lock"}
+    server.shutdown()
 
 
 def test_an_unpacked_file_that_differs_from_its_archive_is_refused(
@@ -165,9 +204,8 @@ def test_an_unpacked_file_that_differs_from_its_archive_is_refused(
 ) -> None:
     raw = tmp_path / "MNIST" / "raw"
     write_archives(raw, monkeypatch)
-    load_test("mnist", tmp_path)
     file = raw / "t10k-images-idx3-ubyte"
-    content = bytearray(file.read_bytes())
+    content = bytearray(gzip.decompress((raw / f"{file.name}.gz").read_bytes()))
     content[5000] ^= 1
     file.write_bytes(content)
     with pytest.raises(DataError, match="t10k-images-idx3-ubyte is corrupt"):
@@ -220,6 +258,11 @@ def test_the_data_folder_is_the_argument_else_the_variable_else_the_cache(monkey
     assert data_folder() == Path("/there")
     monkeypatch.delenv("HPSEARCH_DATA")
     assert data_folder().name == "hpsearch"
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a user without a name
+    for folder in (None, "~/data"):
+        with pytest.raises(DataError, match="set HOME, or point HPSEARCH_DATA"):
+            data_folder(folder)
 
 
 @pytest.mark.skipif(
