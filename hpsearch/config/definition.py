@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from functools import cached_property, partial
@@ -15,7 +16,7 @@ from pydantic_core import PydanticCustomError, PydanticKnownError
 from tomlkit.items import InlineTable
 
 from hpsearch.config.space import AnyDimension, SearchSpace, Table
-from hpsearch.config.urls import is_url, parse_url, remove_secrets, show_url
+from hpsearch.config.urls import expand_home, is_url, parse_url, remove_secrets, show_url
 from hpsearch.config.validation import check_first, check_fixed, describe, did_you_mean, read_search
 from hpsearch.errors import DefinitionError, UsageError
 from hpsearch.plugins import DATA_SETS, NETWORKS, find
@@ -254,8 +255,9 @@ def _relative_to(folder: Path, url: str) -> str:
 
 
 def _resolve_artifacts(folder: Path, location: str) -> str:
-    if not is_url(location):
-        return str(folder.resolve() / location)
+    local = re.sub(r"^(file|local)://", "", location)
+    if not is_url(local):
+        return str(folder.resolve() / expand_home(local))
     scheme, _, rest = location.partition("://")
     if ":" in rest.rpartition("@")[0]:
         raise UsageError("logs show this URL, so it must not contain a password; set credentials in the environment")

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from hpsearch.config.definition import StudyDefinition, evolve, load_definition, parse_definition
+from hpsearch.config.urls import parse_url
 from hpsearch.errors import DefinitionError, UsageError
+from hpsearch.storage.rdb import open_storage
 
 from ..conftest import make_definition
 
@@ -185,6 +187,56 @@ def test_a_password_in_the_url_of_artifacts_is_refused_and_not_repeated(tmp_path
         load_definition(file, artifacts=url)
     assert "secret" not in str(caught.value)
     assert load_definition(file, artifacts="sftp://me@host/folder").study.artifacts == "sftp://me@host/folder"
+
+
+def test_a_tilde_is_the_home_folder_wherever_a_path_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    file = tmp_path / "mine.toml"
+    search = "[search]\nwidth = { int = [8, 32] }"
+    file.write_text(f'[study]\nstorage = "sqlite:///~/x.db"\nartifacts = "~/a"\n{search}')
+    url, folder = f"sqlite:///{tmp_path}/home/x.db", f"{tmp_path}/home/a"
+    assert (load_definition(file).study.storage, load_definition(file).study.artifacts) == (url, folder)
+    file.write_text(search)
+    given = load_definition(file, storage="sqlite:///~/x.db", artifacts="file://~/a").study
+    assert (given.storage, given.artifacts) == (url, folder)
+    monkeypatch.setenv("HPSEARCH_STORAGE", "sqlite:///~/x.db")
+    monkeypatch.setenv("HPSEARCH_ARTIFACTS", "~/a")
+    assert (load_definition(file).study.storage, load_definition(file).study.artifacts) == (url, folder)
+
+
+def test_an_unknown_home_folder_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text("[search]\nwidth = { int = [8, 32] }")
+    with pytest.raises(UsageError, match="the home folder ~nobody-at-all is unknown"):
+        load_definition(file, storage="sqlite:///~nobody-at-all/x.db")
+    with pytest.raises(UsageError, match="the home folder ~nobody-at-all is unknown"):
+        load_definition(file, artifacts="~nobody-at-all/x")
+
+
+@pytest.mark.parametrize("name", ["a b", "what?", "#1", "50%", "a?b#c 100%", "{x}", "x=1&y"])
+def test_the_url_of_a_sqlite_database_is_the_path_of_its_file(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "mine.toml").write_text("[search]\nwidth = { int = [8, 32] }")
+    definition = load_definition(folder / "mine.toml")
+    assert parse_url(definition.study.storage).database == f"{folder}/mine.db"
+    definition = load_definition(folder / "mine.toml", storage=f"sqlite:///{tmp_path}/{name}.db")
+    assert parse_url(definition.study.storage).database == f"{tmp_path}/{name}.db"
+    open_storage(definition.study.storage).engine.dispose()
+    assert (tmp_path / f"{name}.db").is_file()
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("sqlite:///x.db?timeout=5", "takes no options"),
+        ("sqlite://folder/x.db", "three slashes"),
+        ("sqlite://~/x.db", "three slashes"),
+    ],
+)
+def test_the_url_of_a_sqlite_database_that_names_no_file_is_refused(url: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse_url(url)
 
 
 def test_a_bare_name_finds_a_file_in_studies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
