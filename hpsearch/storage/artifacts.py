@@ -155,12 +155,13 @@ class Folder:
 
 @contextmanager
 def replace_file(file: Path) -> Iterator[Path]:
-    """Yield a path beside the file to write to. What is written there then replaces the file in one step.
+    """Yield a new, empty file beside the file to write to, which then replaces it in one step; follows links.
 
-    After an error, a kill or a power loss, the old or the new file is complete. Only one process at a time may write
-    the same file.
+    After an error, a kill or a power loss, the old or the new file is complete. No other file is touched.
     """
-    temporary = file.with_name(f"{file.name}.tmp")
+    file = Path(os.path.realpath(file))
+    temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary.touch(exist_ok=False)
     try:
         yield temporary
         _sync(temporary)

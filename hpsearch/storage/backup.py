@@ -13,18 +13,25 @@ from hpsearch.storage.artifacts import replace_file
 from hpsearch.storage.engine import LOCK_TIMEOUT
 
 
-def backup(url: URL, file: Path) -> None:
+def backup(url: URL, file: Path, *, force: bool = False) -> None:
     """Copy a SQLite database to a new file, which appears after an integrity check; the database may be in use.
 
-    SQLite's online backup makes a consistent snapshot. Raises `UsageError` and `StorageError`.
+    SQLite's online backup makes a consistent snapshot. With `force`, it replaces an existing file, but never the
+    database itself. Raises `UsageError` and `StorageError`.
     """
     if url.get_backend_name() != "sqlite":
         raise UsageError(f"`hpsearch backup` only supports SQLite; back up {show_url(url)} with pg_dump")
-    if file.exists():
-        raise UsageError(f"{file} already exists; choose another file name")
+    database = Path(url.database or "")
+    may_replace = file.is_file() and not (database.exists() and file.samefile(database))
+    if file.exists() and not (force and may_replace):
+        advice = ", or replace it with --force" if may_replace else ""
+        raise UsageError(f"{file} already exists; choose another file name{advice}")
     if not file.parent.is_dir():
         raise UsageError(f"folder {file.parent} does not exist; create it first")
-    location = f"file:{quote(url.database or '')}?mode=rw"
+    for rest in (file.with_name(f"{file.name}{suffix}") for suffix in ("-journal", "-wal")):
+        if rest.exists() and rest.stat().st_size:  # SQLite would apply it to the copy
+            raise UsageError(f"{rest} belongs to another database; choose another file name")
+    location = f"file:{quote(str(database))}?mode=rw"
     try:
         with replace_file(file) as temporary:
             with (
@@ -34,9 +41,9 @@ def backup(url: URL, file: Path) -> None:
                 source.backup(target)
                 problems = check_integrity(target)
             if problems:
-                raise StorageError(f"{url.database} is corrupt, no backup written: {problems}")
+                raise StorageError(f"{database} is corrupt, no backup written: {problems}")
     except (sqlite3.Error, OSError) as error:
-        raise StorageError(f"could not back up {url.database} to {file}: {error}") from error
+        raise StorageError(f"could not back up {database} to {file}: {error}") from error
 
 
 def check_integrity(connection: sqlite3.Connection) -> str:

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 State = dict[str, Any]
 _LONGEST_PAUSE = 300.0  # seconds between attempts while writing fails
 _DIGEST_SIZE = hashlib.sha256().digest_size
-_NAME = re.compile(r"trial-\d+(-\d+)?\.ckpt(\.tmp)?")
+_NAME = re.compile(r"trial-\d+(-\d+)?\.ckpt(\.([0-9a-f]{8}\.)?tmp)?")
 
 
 class Checkpoint:
@@ -137,8 +137,8 @@ def checkpoint_folder(definition: StudyDefinition, study: optuna.Study) -> Folde
 def find_unneeded_checkpoints(folder: Folder, study: optuna.Study, keep: int) -> list[str]:
     """Return the names of the study's checkpoints in its folder that are not needed.
 
-    Of the `keep` best trials, the newest is needed; of an unfinished one also the one before, because its worker may be
-    writing the newest at this moment.
+    Of the `keep` best trials, the newest is needed; of an unfinished one also the one before, and the temporary file of
+    its attempt, because its worker may be writing the newest at this moment.
     """
     # List the files before the trials: a trial is stored before it writes its first file.
     files = find_checkpoints(folder)
@@ -151,7 +151,8 @@ def find_unneeded_checkpoints(folder: Folder, study: optuna.Study, keep: int) ->
     for some, n_newest in ((best[:keep], 1), (unfinished, 2)):
         for trial in some:
             needed |= {*[name for name in checkpoints_of(trial) if name in files][-n_newest:]}
-    return [name for name in files if name.removesuffix(".tmp") not in needed]
+    written = tuple(f"{checkpoints_of(trial)[-1]}." for trial in unfinished)
+    return [name for name in files if name not in needed and not name.startswith(written)]
 
 
 def checkpoints_of(trial: Suggests) -> list[str]:

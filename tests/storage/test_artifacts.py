@@ -13,7 +13,7 @@ import pytest
 
 from hpsearch.errors import CheckpointError, UsageError
 from hpsearch.storage import checkpoints
-from hpsearch.storage.artifacts import Folder
+from hpsearch.storage.artifacts import Folder, replace_file
 from hpsearch.storage.checkpoints import Checkpoint, checkpoint_name
 
 
@@ -136,3 +136,26 @@ def test_a_failing_store_is_retried_less_and_less_often_until_it_works_again(buc
     kept.folder = Folder(tmp_path)
     assert [tries_after(seconds) for seconds in (19, 21, 4, 6)] == [False, True, False, True]
     assert checkpoints.read(kept.folder, kept.name)["state"] == {"after": 6}
+
+
+def test_a_file_is_replaced_without_touching_others_and_where_a_link_leads(tmp_path: Path) -> None:
+    for name in ("report.html", "report.html.tmp", "real.html"):
+        (tmp_path / name).write_text("old")
+    (tmp_path / "link.html").symlink_to("real.html")
+    for name in ("report.html", "link.html"):
+        with replace_file(tmp_path / name) as temporary:
+            temporary.write_text("new")
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {
+        "report.html": "new",
+        "report.html.tmp": "old",
+        "link.html": "new",
+        "real.html": "new",
+    }
+    assert (tmp_path / "link.html").is_symlink()
+
+
+def test_a_file_that_cannot_be_written_remains_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("old")
+    with pytest.raises(IsADirectoryError), replace_file(tmp_path / "a.txt") as temporary:
+        temporary.write_text("half") and tmp_path.read_text()
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("a.txt", "old")]

@@ -224,13 +224,13 @@ def test_the_checkpoints_of_the_best_stay_and_those_that_will_be_resumed(digits:
     study.enqueue_trial({}, user_attrs={"attempts": [retried.number]})
     for number in (running.number, retried.number, 17):
         Checkpoint(folder, [checkpoint_name(number)], {}).write({})
-    folder.write("trial-1.ckpt.tmp", b"")
+    writing = f"{checkpoint_name(running.number)}.0123abcd.tmp"
+    for partial in ("trial-1.ckpt.tmp", "trial-1.ckpt.0123abcd.tmp", writing):
+        folder.write(partial, b"")
     sweep_checkpoints(folder, study, definition.recovery.keep)
     best = sorted(study.trials[:5], key=lambda trial: (-(trial.value or 0), trial.number))[:2]
     kept = {*(trial.number for trial in best), running.number, retried.number}
-    assert {name.removesuffix(".tmp") for name in find_checkpoints(folder)} == {
-        checkpoint_name(number) for number in kept
-    }
+    assert {*find_checkpoints(folder)} == {writing, *(checkpoint_name(number) for number in kept)}
     final = checkpoints.read(folder, checkpoint_name(best[0].number))["state"]
     assert len(final["results"]) == 2
     assert final["results"][-1][2] == best[0].value

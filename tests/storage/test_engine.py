@@ -48,6 +48,31 @@ def test_a_backup_of_a_study_in_use_is_complete_and_can_be_resumed(tmp_path: Pat
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_only_force_lets_a_backup_replace_a_file_and_nothing_lets_it_replace_the_database(tmp_path: Path) -> None:
+    url = make_url(f"sqlite:///{tmp_path / 'study.db'}")
+    open_study(make_definition(str(url)), open_storage(str(url)))
+    (tmp_path / "there.db").write_text("precious")
+    (tmp_path / "there.db.tmp").write_text("mine")
+    (tmp_path / "link.db").symlink_to(tmp_path / "study.db")
+    before = (tmp_path / "study.db").read_bytes()
+    for name in ("study.db", "link.db"):
+        with pytest.raises(UsageError, match=f"{name} already exists; choose another file name$"):
+            backup(url, tmp_path / name, force=True)
+    assert (tmp_path / "study.db").read_bytes() == before
+    backup(url, tmp_path / "there.db", force=True)
+    load_study(make_definition(), open_storage(f"sqlite:///{tmp_path / 'there.db'}"))
+    assert (tmp_path / "there.db.tmp").read_text() == "mine"
+
+
+def test_a_backup_does_not_go_beside_the_journal_of_another_database(tmp_path: Path) -> None:
+    url = make_url(f"sqlite:///{tmp_path / 'study.db'}")
+    open_storage(str(url)).engine.dispose()
+    (tmp_path / "copy.db-journal").write_bytes(b"left by a crash")
+    with pytest.raises(UsageError, match=r"copy\.db-journal belongs to another database"):
+        backup(url, tmp_path / "copy.db")
+    assert not (tmp_path / "copy.db").exists()
+
+
 def test_a_backup_overwrites_nothing_and_needs_a_folder(tmp_path: Path) -> None:
     url = make_url(f"sqlite:///{tmp_path / 'study.db'}")
     (tmp_path / "there").write_text("precious")
