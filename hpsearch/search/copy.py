@@ -84,6 +84,8 @@ def _copy_files(definition: StudyDefinition, target: StudyDefinition, study: opt
         if name in existing and other.read(name) == content:
             n_same += 1
             continue
+        if name in existing and "/" not in name:  # a traceback, which may be of another study
+            raise UsageError(f"{other / name} is there and differs; choose another --artifacts-to")
         other.write(name, content)
         if other.read(name) != content:
             raise StorageError(f"{other / name} was not written correctly; run copy again")
@@ -92,7 +94,10 @@ def _copy_files(definition: StudyDefinition, target: StudyDefinition, study: opt
 
 
 def _find_files(definition: StudyDefinition, study: optuna.Study) -> list[str]:
-    """Return the names of the study's files: checkpoints that are still needed, attachments, and tracebacks."""
+    """Return the names of the study's files: checkpoints that are still needed, attachments, and tracebacks.
+
+    Earlier versions wrote the tracebacks of all studies of a name in the same folder.
+    """
     own = f"{study.user_attrs.get('id', '')}/"
     folder, keep = checkpoint_folder(definition, study), definition.recovery.keep
     unneeded = {own + name for name in find_unneeded_checkpoints(folder, study, keep)}

@@ -34,7 +34,7 @@ from hpsearch.search.samplers import build_sampler
 from hpsearch.search.study import load_study
 from hpsearch.search.trials import Emit, TrialEvent, make_event
 from hpsearch.storage.artifacts import Folder
-from hpsearch.storage.checkpoints import artifact_folder, checkpoint_folder, sweep_checkpoints
+from hpsearch.storage.checkpoints import checkpoint_folder, sweep_checkpoints
 from hpsearch.storage.rdb import Storage, open_storage
 from hpsearch.storage.tables import count_interruptions
 from hpsearch.training.devices import count_cores, list_devices
@@ -186,7 +186,7 @@ class Worker:
 
     def _keep_traceback(self, trial: optuna.Trial) -> str:
         """Write the traceback of the current exception to the artifact store; return where it is."""
-        folder, name = artifact_folder(self.definition), f"trial-{trial.number}.txt"
+        folder, name = checkpoint_folder(self.definition, self.study), f"trial-{trial.number}.txt"
         try:
             folder.write(name, traceback.format_exc().encode())
         except OSError as error:

@@ -362,6 +362,10 @@ def test_the_files_that_are_needed_go_with_the_study(
     copied = copy_study(definition, target)
     assert (copied.n_files_copied, copied.n_files_there) == (1, 2)
     assert folder.read(checkpoint) == needed[checkpoint]
+    folder.write("trial-5.txt", b"of another study")
+    with pytest.raises(UsageError, match=r"trial-5.txt is there and differs; choose another --artifacts-to"):
+        copy_study(definition, target)
+    assert folder.read("trial-5.txt") == b"of another study"
 
 
 def test_a_study_appears_after_its_files(

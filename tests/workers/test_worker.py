@@ -122,7 +122,7 @@ def test_a_failed_trial_says_why_and_the_worker_goes_on(
     assert first.user_attrs["failure"]["kind"] == kind
     assert str(error) in first.user_attrs["failure"]["message"]
     assert b.ends().count("failed") == 1
-    tracebacks = list((tmp_path / "artifacts" / "small").glob("trial-0.txt"))
+    tracebacks = list((tmp_path / "artifacts" / "small").glob("*/trial-0.txt"))
     assert [str(error) in file.read_text() for file in tracebacks] == [True]
     assert len([trial for trial in b.study.trials if trial.state.is_finished()]) == 3
 
