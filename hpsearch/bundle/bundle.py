@@ -1,23 +1,27 @@
 """The model folder: saved beside its target, verified in new processes, and loaded only if complete and unmodified."""
 
 import json
+import math
 import os
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import psutil
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from numpy.typing import NDArray
-from pydantic import Field, StringConstraints
+from pydantic import BaseModel, Field, StringConstraints
 from safetensors import SafetensorError
 from safetensors.torch import load as from_safetensors
 
 from hpsearch.bundle import formats
 from hpsearch.bundle.evaluation import Evaluation, evaluate
 from hpsearch.bundle.figures import draw_evaluation
-from hpsearch.bundle.manifest import MAX_BYTES, VerifiedFolder, parse, replace_folder, write_manifest
+from hpsearch.bundle.manifest import MAX_BYTES, VerifiedFolder, check_outside, parse, replace_folder, write_manifest
 from hpsearch.config.definition import DataName, NetworkName
 from hpsearch.config.space import Table
 from hpsearch.data.dataset import load_test, normalise
@@ -139,7 +143,7 @@ def _load(folder: Path) -> Classifier:
         files = VerifiedFolder(folder, REQUIRED, OPTIONAL)
         config = parse(Config, files.read("config.json"), folder / "config.json")
         network = _build(config, folder / "config.json")
-        n_bytes = sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
+        n_bytes = _count_bytes(network)
         bound = min(n_bytes + n_bytes // 4 + 2**22, _MAX_MODEL_BYTES)  # names and graphs take some space
         for name in files.names:
             content = files.read(name, bound if name.startswith("model.") else MAX_BYTES)
@@ -188,19 +192,20 @@ def save(
     *,
     onnx: bool = False,
     torch_export: bool = False,
+    force: bool = False,
 ) -> dict[str, dict[str, float]]:
-    """Write a model folder to `target`, replacing an older one; returns the result of `formats.verify_models`.
+    """Write a model folder to `target`, if `check_target` allows it; returns the result of `formats.verify_models`.
 
     It is written to a temporary folder beside the target. Each model file is loaded in a new process and run on
     `images` (uint8, (N, C, H, W)). If the probabilities agree, the folder replaces the target in one step; otherwise
     raises `BundleError` and leaves the target unchanged.
     """
-    check_target(target)
+    check_target(target, Origin.model_validate(contents.metrics), force=force)
     with replace_folder(target) as new:
         formats.write_models(contents.network, contents.config, new, onnx=onnx, torch_export=torch_export)
         _write_json(contents.config, new / "config.json")
         (new / "study.toml").write_text(contents.study_toml, encoding="utf-8")
-        draw_evaluation(contents.evaluation, images, new)
+        draw_evaluation(contents.evaluation, images, new, contents.metrics["study"])
         _write_texts(contents, new, {})  # `hpsearch.load`, which verifies model.safetensors, needs a manifest
         verified = formats.verify_models(contents.network, contents.config, new, images, labels)
         _write_texts(contents, new, verified)
@@ -208,19 +213,81 @@ def save(
     return verified
 
 
-def check_target(target: Path) -> None:
-    """Raise `BundleError` if the target is not writable, or exists and is neither empty nor a model folder."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(target.parent, os.W_OK):
-        raise BundleError(f"{target.parent} is not writable; choose another --output")
-    if target.is_symlink() or (target.exists() and not (target.is_dir() and not any(target.iterdir()))):
-        try:
-            if target.is_symlink():
-                raise BundleError(f"{target} is a link")
-            VerifiedFolder(target, REQUIRED, OPTIONAL)
-        except (BundleError, OSError) as error:
-            reason = str(error).partition(";")[0]
-            raise BundleError(f"cannot replace {target}: {reason}; choose another --output") from error
+class Origin(BaseModel):
+    """The study that a model was exported from, as in `metrics.json`; older versions wrote no id."""
+
+    study: str
+    study_id: str | None = None
+
+
+def check_target(target: Path, origin: Origin, *, force: bool = False) -> None:
+    """Raise `BundleError` if a model of the study cannot be written to the target.
+
+    What is there must be empty or an unmodified model folder of the same study; with `force`, any model folder.
+    """
+    check_outside(target, "--output")
+    advice = "choose another --output"
+    try:
+        _check_place(target)
+        if target.exists() and any(target.iterdir()):
+            older = VerifiedFolder(target, REQUIRED, OPTIONAL)
+            advice += ", or replace it with --force"
+            if not force:
+                _check_origin(older, origin)
+    except (BundleError, OSError) as error:
+        reason = str(error).partition(";")[0]
+        if isinstance(error, OSError):
+            reason = f"{error.filename}: {error.strerror}"
+        verb = "replace" if os.path.lexists(target) else "create"
+        raise BundleError(f"cannot {verb} {target}: {reason}; {advice}") from error
+
+
+def _check_place(target: Path) -> None:
+    """Raise `BundleError` or `OSError` if no folder can be renamed to the target."""
+    if target.is_symlink() or not target.is_dir():
+        if os.path.lexists(target):
+            raise BundleError(f"{target} is {'a link' if target.is_symlink() else 'not a folder'}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+    elif Path.cwd().is_relative_to(target.resolve()):
+        raise BundleError("it is the current folder or contains it")
+    elif str(target.resolve()) in {part.mountpoint for part in psutil.disk_partitions(all=True)}:
+        raise BundleError("it is a mount point, which cannot be replaced, but a folder in it can")
+    elif not os.access(target, os.W_OK):
+        raise BundleError("it is not writable")
+    tempfile.TemporaryDirectory(dir=target.parent).cleanup()
+
+
+def read_origin(folder: Path) -> Origin:
+    """Return the study that a verified model folder was exported from; raises `BundleError`."""
+    return parse(Origin, (folder / "metrics.json").read_bytes(), folder / "metrics.json")
+
+
+def _check_origin(older: VerifiedFolder, origin: Origin) -> None:
+    """Raise `BundleError` if a file was changed, or if the model is of another study."""
+    for name in older.names:
+        older.read(name, _MAX_MODEL_BYTES)
+    found = read_origin(older.path)
+    if found.study != origin.study:
+        raise BundleError(f"it is the model of study '{found.study}'")
+    if found.study_id not in (None, origin.study_id):
+        raise BundleError(f"it is the model of another study with the name '{found.study}'")
+
+
+def check_space(target: Path, config: dict[str, Any], n_models: int) -> None:
+    """Raise `BundleError` if there is no space beside the target for that many model files and their verification."""
+    with torch.device("meta"):
+        network = from_layers(config["layers"])
+    n_test, n_pixels = find(DATA_SETS, config["data"]).n_test, math.prod(config["image_shape"])
+    n_bytes = n_models * (_count_bytes(network) + 4 * n_test * len(config["class_names"])) + n_test * n_pixels + 2**21
+    free = shutil.disk_usage(target.parent).free
+    if free < n_bytes:
+        raise BundleError(
+            f"only {free / 1e6:.0f} MB free in {target.parent}, {n_bytes / 1e6:.0f} MB needed; choose another --output"
+        )
+
+
+def _count_bytes(network: Network) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
 
 
 def _write_texts(contents: Contents, folder: Path, verified: dict[str, dict[str, float]]) -> None:

@@ -18,6 +18,7 @@ from hpsearch.config.space import suggest
 from hpsearch.data.dataset import ImageData
 from hpsearch.errors import Diverged, HpsearchError, UsageError, WorkerError
 from hpsearch.search.selection import find_best_few
+from hpsearch.search.study import check_writable
 from hpsearch.storage.rdb import storage_of
 from hpsearch.training.networks import build_network
 from hpsearch.training.run import build_trainer, load_study_data, trial_seed
@@ -54,6 +55,7 @@ def confirm(
     if seeds < 2:
         raise UsageError(f"--seeds {seeds}: must be at least 2 (a single run shows no variance)")
     trials = find_best_few(study, top)
+    check_writable(study)
     data = load_study_data(definition, folder)
     done: dict[str, float] = dict(study.user_attrs.get("confirmed_runs", {}))
     missing = [(trial, i) for i in range(seeds) for trial in trials if f"{trial.number}/{i}" not in done]

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from PIL import Image
 
 from hpsearch.bundle.evaluation import N_BINS, Evaluation, bin_of, wilson_interval
+from hpsearch.bundle.manifest import check_outside
 from hpsearch.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,12 +21,19 @@ if TYPE_CHECKING:
 
 RIGHT, WRONG, FAINT = "#2f6db3", "#d1603d", "#8a8f98"
 N_COLUMNS = 8  # of the gallery
+PLOTS = ("confusion_matrix.png", "calibration.png", "mistakes.png")
+_KEY = "hpsearch study"  # of a text in the PNG file
 
 
-def check_folder(folder: Path, bundle: Path) -> None:
-    """Create a folder for plots; raises `UsageError` if it is not writable or inside the model folder."""
-    if folder.resolve().is_relative_to(bundle.resolve()):
-        raise UsageError(f"--pictures {folder}: cannot write into the model folder itself; choose another folder")
+def check_folder(folder: Path, study: str) -> None:
+    """Create a folder for plots of the study's model.
+
+    Raises `UsageError` if it is not writable, is or is in a model folder, or has other files with the names of plots.
+    """
+    check_outside(folder / PLOTS[0], "--pictures")
+    for file in (folder / name for name in PLOTS):
+        if os.path.lexists(file) and not _is_plot(file, study):
+            raise UsageError(f"--pictures {folder}: has another {file.name}; choose another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
@@ -35,16 +44,16 @@ def check_folder(folder: Path, bundle: Path) -> None:
         raise UsageError(f"--pictures {folder}: not writable")
 
 
-def draw_evaluation(evaluation: Evaluation, images: ArrayLike, folder: Path) -> list[Path]:
-    """Write all plots to a folder and return their paths; `images` are raw pixels of shape (N, 1, H, W)."""
-    files = [folder / f"{name}.png" for name in ("confusion_matrix", "calibration", "mistakes")]
-    draw_confusion_matrix(evaluation, files[0])
-    draw_calibration(evaluation, files[1])
-    draw_mistakes(evaluation, images, files[2])
+def draw_evaluation(evaluation: Evaluation, images: ArrayLike, folder: Path, study: str) -> list[Path]:
+    """Write all plots of a study's model to a folder and return their paths; `images` are raw pixels, (N, 1, H, W)."""
+    files = [folder / name for name in PLOTS]
+    draw_confusion_matrix(evaluation, files[0], study)
+    draw_calibration(evaluation, files[1], study)
+    draw_mistakes(evaluation, images, files[2], study)
     return files
 
 
-def draw_confusion_matrix(evaluation: Evaluation, file: Path) -> None:
+def draw_confusion_matrix(evaluation: Evaluation, file: Path, study: str = "") -> None:
     """Plot the confusion matrix; the shade of a cell is its share of the true class (log scale), errors are red."""
     from matplotlib.colors import LogNorm
 
@@ -72,10 +81,10 @@ def draw_confusion_matrix(evaluation: Evaluation, file: Path) -> None:
     axes.set_title(f"test accuracy {evaluation.accuracy:.2%}\n", size=12, weight="bold")
     interval = f"95% confidence interval {low:.2%} to {high:.2%}"
     axes.text(0.5, 1.02, interval, transform=axes.transAxes, ha="center", size=9)
-    _save(figure, file)
+    _save(figure, file, study)
 
 
-def draw_calibration(evaluation: Evaluation, file: Path) -> None:
+def draw_calibration(evaluation: Evaluation, file: Path, study: str = "") -> None:
     """Plot the reliability diagram: each bin's accuracy with its 95% confidence interval, and its number of images."""
     bins = evaluation.calibration["bins"]
     confidence, accuracy, counts = (np.array([row[key] for row in bins]) for key in ("confidence", "accuracy", "n"))
@@ -97,10 +106,10 @@ def draw_calibration(evaluation: Evaluation, file: Path) -> None:
     lower.set(yscale="log", ylim=(0.7, counts.max() * 5), xlabel="confidence (top probability)", ylabel="images")
     for axes in (upper, lower):
         axes.spines[["top", "right"]].set_visible(False)
-    _save(figure, file)
+    _save(figure, file, study)
 
 
-def draw_mistakes(evaluation: Evaluation, images: ArrayLike, file: Path) -> None:
+def draw_mistakes(evaluation: Evaluation, images: ArrayLike, file: Path, study: str = "") -> None:
     """Plot the most confident errors, each with true class, predicted class and probability.
 
     `images` are the evaluated raw pixels, shape (N, 1, H, W).
@@ -119,7 +128,7 @@ def draw_mistakes(evaluation: Evaluation, images: ArrayLike, file: Path) -> None
     for axes, mistake in zip(grid.flat, mistakes, strict=False):
         axes.set_title(f"{mistake['true']}{arrow}{mistake['predicted']}", size=9, pad=3)
         _draw_image(axes, pixels[mistake["index"], 0], f"{mistake['probability']:.1%}")
-    _save(figure, file)
+    _save(figure, file, study)
 
 
 def _title_of(evaluation: Evaluation) -> str:
@@ -156,5 +165,14 @@ def _new_figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08))
 
 
-def _save(figure: "Figure", file: Path) -> None:
-    figure.savefig(file, dpi=120, facecolor="white", transparent=False, format="png")
+def _save(figure: "Figure", file: Path, study: str) -> None:
+    metadata = {_KEY: study}
+    figure.savefig(file, dpi=120, facecolor="white", transparent=False, format="png", metadata=metadata)
+
+
+def _is_plot(file: Path, study: str) -> bool:
+    try:
+        with Image.open(file, formats=("PNG",)) as image:
+            return bool(image.info.get(_KEY) == study)
+    except OSError:
+        return False

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 from filelock import FileLock, Timeout
-from pydantic import Field, StringConstraints, ValidationError
+from pydantic import BaseModel, Field, StringConstraints, ValidationError
 
 from hpsearch.config.space import Table
-from hpsearch.errors import BundleError
+from hpsearch.errors import BundleError, UsageError
 
 MANIFEST = "manifest.json"
 MAX_BYTES = 2**24  # size limit of files without weights
@@ -26,7 +26,7 @@ _RENAME_EXCHANGE, _AT_FDCWD = 2, -100  # of Linux' fs.h and fcntl.h
 
 _Name = Annotated[str, StringConstraints(max_length=100)]
 _Digest = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
-_Model = TypeVar("_Model", bound=Table)
+_Model = TypeVar("_Model", bound=BaseModel)
 
 
 class Manifest(Table):
@@ -107,6 +107,13 @@ def write_manifest(folder: Path) -> None:
 
 def _dump_manifest(digests: dict[str, str]) -> bytes:
     return json.dumps({"format_version": 1, "sha256": digests}, indent=2).encode() + b"\n"
+
+
+def check_outside(path: Path, option: str) -> None:
+    """Raise `UsageError` if the path is in a model folder, which can not be loaded with other files in it."""
+    for folder in path.resolve().parents:
+        if (folder / MANIFEST).is_file() and (folder / "model.safetensors").is_file():
+            raise UsageError(f"{option} {path}: {folder} is a model folder; choose a place outside of it")
 
 
 @contextmanager

@@ -35,6 +35,7 @@ def predict_files(
 
 def find_images(argument: str) -> Iterator[Found]:
     """Yield the files that an argument stands for, sorted, or an error; opens no file."""
+    argument = os.path.expanduser(argument)  # a shell does not in quotes, as patterns are
     if os.path.isdir(argument):
         yield from _search_folder(argument)
     elif os.path.lexists(argument) or not glob.has_magic(argument):

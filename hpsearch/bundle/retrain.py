@@ -16,10 +16,12 @@ from hpsearch.bundle import bundle, formats
 from hpsearch.bundle.evaluation import Evaluation, evaluate
 from hpsearch.config.definition import StudyDefinition
 from hpsearch.config.space import TrainingHyperparameters, suggest
-from hpsearch.data.dataset import ImageData, load_test
+from hpsearch.config.urls import expand_home
+from hpsearch.data.dataset import ImageData, check_test, load_test
 from hpsearch.errors import Diverged
 from hpsearch.plugins import NETWORKS, find
 from hpsearch.search.selection import find_best, find_winner
+from hpsearch.search.study import check_writable
 from hpsearch.storage.rdb import storage_of
 from hpsearch.training.run import build_trainer, load_study_data, trial_seed
 from hpsearch.training.trainer import EpochResult
@@ -35,21 +37,28 @@ def export(
     torch_export: bool = False,
     folder: Path | str | None = None,
     device: torch.device | str = "cpu",
+    force: bool = False,
     on_epoch: Callable[[int, EpochResult], None] = lambda seed, result: None,
 ) -> dict[str, Any]:
     """Export the confirmed winner, else the best trial, or trial `number` to `target`; return the metrics.
 
     The network is retrained on training and validation images together, once for each of `retrain.seeds`; the first
     model is exported. The test set is used only after all training, so nothing can be selected on it, and the study
-    counts each use. Raises `NoCompletedTrial`, `DataError`, `UsageError` if packages for ONNX are missing, `Diverged`,
-    and `BundleError`. If verification fails, nothing is written.
+    counts each use. What can fail is checked before the training. With `force`, a model of another study is replaced.
+    Raises `NoCompletedTrial`, `DataError`, `StorageError` if the study cannot be written, `UsageError` if packages for
+    ONNX are missing, `Diverged`, and `BundleError`. If verification fails, nothing is written.
     """
     trial = find_winner(study) if number is None else find_best(study, number)
     if onnx:
         formats.check_onnx()
-    bundle.check_target(target)
+    target = Path(expand_home(str(target)))
+    bundle.check_target(target, bundle.Origin.model_validate(_describe_search(study, trial)), force=force)
+    check_writable(study)
     hyperparameters = suggest(trial, definition.space)
     data = load_study_data(definition, folder)
+    check_test(definition.data.name, folder)
+    config = _describe_network(definition, data, hyperparameters)
+    bundle.check_space(target, config, n_models=2 + onnx + torch_export)
     images = data.merged().to(device)
     epochs = definition.retrain.epochs or definition.budget.epochs
     seeds = [trial_seed(definition.study.seed, trial, 1 + i) for i in range(definition.retrain.seeds)]
@@ -63,8 +72,8 @@ def export(
             raise Diverged(f"trial {trial.number}, model {i + 1}: {error}; choose another one with --trial") from error
         networks.append(trainer.network.cpu())
 
-    n_test_uses = record_test_use(study, trial)
     test_images, test_labels = load_test(definition.data.name, folder)
+    n_test_uses = record_test_use(study, trial)
     inputs = data.split_of(test_images, test_labels).images
     labels = test_labels.numpy()
     evaluations = [evaluate(network.predict_proba(inputs).numpy(), labels, data.class_names) for network in networks]
@@ -79,9 +88,8 @@ def export(
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("hpsearch", "torch", "torchvision", "optuna", "numpy")},
     }
-    config = _describe_network(definition, data, hyperparameters)
     contents = bundle.Contents(networks[0], config, metrics, evaluations[0], definition.to_toml())
-    verified = bundle.save(contents, target, test_images, labels, onnx=onnx, torch_export=torch_export)
+    verified = bundle.save(contents, target, test_images, labels, onnx=onnx, torch_export=torch_export, force=force)
     return metrics | {"verified": verified}
 
 
@@ -123,6 +131,7 @@ def _describe_search(study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
         "validation_accuracy": trial.value,
         "confirmed": confirmed,
         "study": study.study_name,
+        "study_id": study.user_attrs.get("id"),
         "trial": trial.number,
         "n_trials": sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False)),
     }

@@ -37,17 +37,22 @@ def doctor(
 @app.command(epilog="Example:  hpsearch backup studies/mnist-mlp.toml mnist-mlp-backup.db")
 def backup(
     study: options.StudyArgument,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write the copy (must not exist yet).")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Where to write the copy.", callback=options.expand_path)
+    ],
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
     storage: options.StorageOption = None,
 ) -> None:
     """Back up a study's SQLite database (safe while workers run)."""
+    from sqlalchemy.engine import URL
+
     from hpsearch.config.urls import parse_url
     from hpsearch.storage.backup import backup as backup_database
 
     named = options.Named(study, storage)
     named.load_study()
-    backup_database(parse_url(named.definition.study.storage), file)
-    place = shlex.quote(f"sqlite:///{file}")
+    backup_database(parse_url(named.definition.study.storage), file, force=force)
+    place = shlex.quote(str(URL.create("sqlite", database=str(file))))
     command = f"hpsearch status {shlex.quote(study)} --storage {place}"
     echo(f"backup written to {file} (integrity check passed); inspect it with: {command}")
 

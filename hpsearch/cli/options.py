@@ -25,9 +25,18 @@ def complete_study(incomplete: str) -> list[str]:
     return sorted([*names, *(path for path in paths if incomplete and path.startswith(incomplete))])
 
 
+def expand_path(path: Path | None) -> Path | None:
+    """Return the path with the home folder for a leading `~`, which shells leave alone in `--output=~/x`."""
+    from hpsearch.config.urls import expand_home
+
+    return path and Path(expand_home(str(path)))
+
+
 STUDY_HELP = "Study file, or the name of one in ./studies (e.g. `digits`)."
 StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help=STUDY_HELP, autocompletion=complete_study)]
-BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Model folder written by `hpsearch export`.")]
+BundleArgument = Annotated[
+    Path, typer.Argument(metavar="BUNDLE", help="Model folder written by `hpsearch export`.", callback=expand_path)
+]
 StorageOption = Annotated[
     str | None, typer.Option(help="Database URL, SQLite or PostgreSQL; overrides the file. [env: HPSEARCH_STORAGE]")
 ]

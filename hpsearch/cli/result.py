@@ -48,7 +48,10 @@ def confirm(
 def export(
     study: options.StudyArgument,
     trial: Annotated[int | None, typer.Option(min=0, help="Export this trial instead of the winner.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Output folder. [default: dist/<study>]")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Output folder. [default: dist/<study>]", callback=options.expand_path)
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Also replace the model of another study.")] = False,
     onnx: Annotated[bool, typer.Option("--onnx", help="Also write model.onnx (needs hpsearch[onnx]).")] = False,
     torch_export: Annotated[bool, typer.Option("--torch-export", help="Also write model.pt2 (torch.export).")] = False,
     storage: options.StorageOption = None,
@@ -75,6 +78,7 @@ def export(
         onnx=onnx,
         torch_export=torch_export,
         folder=data,
+        force=force,
         device=list_devices()[0],
         on_epoch=lambda i, result: echo(
             f"model {i + 1}/{n_models}  epoch {result.epoch}/{n_epochs}  loss {result.loss:.4f}"
@@ -117,9 +121,15 @@ def replay(
 @app.command(epilog="Example:  hpsearch report studies/mnist-mlp.toml --output report.html")
 def report(
     study: options.StudyArgument,
-    output: Annotated[Path | None, typer.Option(help="Output file. [default: <study>-report.html]")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Output file. [default: <study>-report.html]", callback=options.expand_path)
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Also replace a file that is no report of the study.")] = False,
     bundle: Annotated[
-        Path | None, typer.Option(help="Model folder to include. [default: dist/<study>, if it exists]")
+        Path | None,
+        typer.Option(
+            help="Model folder to include. [default: dist/<study>, if it exists]", callback=options.expand_path
+        ),
     ] = None,
     storage: options.StorageOption = None,
 ) -> None:
@@ -133,7 +143,7 @@ def report(
     if bundle:
         load(bundle)
     chosen = bundle or find_bundle(Path("dist") / name, name)
-    write_report(named.definition, stored, file, bundle=chosen, command=named.arguments)
+    write_report(named.definition, stored, file, bundle=chosen, command=named.arguments, force=force)
     print(file)
     if chosen is None:
         again = f"hpsearch export {named.arguments}, then run report again"
@@ -144,7 +154,12 @@ def report(
 def evaluate(
     bundle: options.BundleArgument,
     pictures: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Save plots (confusion matrix, calibration, worst errors) here.")
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Save plots (confusion matrix, calibration, worst errors) here.",
+            callback=options.expand_path,
+        ),
     ] = None,
     data: options.DataOption = None,
     as_json: options.JsonOption = False,
@@ -152,18 +167,18 @@ def evaluate(
     """Evaluate a saved model on the test set. Prints accuracy, per-class metrics, confusion matrix and calibration."""
     from dataclasses import asdict
 
-    from hpsearch.bundle.bundle import load
+    from hpsearch.bundle.bundle import load, read_origin
     from hpsearch.bundle.figures import check_folder, draw_evaluation
     from hpsearch.cli.render import render_evaluation
     from hpsearch.data.dataset import load_test
 
+    classifier, name = load(bundle), read_origin(bundle).study
     if pictures:
-        check_folder(pictures, bundle)
-    classifier = load(bundle)
+        check_folder(pictures, name)
     evaluation = classifier.evaluate(data)
     options.print_document(asdict(evaluation), render_evaluation, as_json=as_json)
     if pictures:
-        files = draw_evaluation(evaluation, load_test(classifier.config.data, data)[0], pictures)
+        files = draw_evaluation(evaluation, load_test(classifier.config.data, data)[0], pictures, name)
         echo(f"plots saved: {', '.join(map(str, files))}")
     else:
         echo(f"next: hpsearch evaluate {shlex.quote(str(bundle))} --pictures DIR")

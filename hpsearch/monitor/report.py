@@ -17,6 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 from hpsearch.bundle import bundle as bundles
 from hpsearch.bundle import formats
 from hpsearch.bundle.evaluation import wilson_interval
+from hpsearch.bundle.manifest import check_outside
 from hpsearch.config.definition import StudyDefinition
 from hpsearch.config.space import IntRange, Range
 from hpsearch.config.validation import check_values
@@ -34,13 +35,22 @@ VERSIONS = ("hpsearch", "optuna", "torch", "torchvision", "numpy", "matplotlib")
 
 
 def write_report(
-    definition: StudyDefinition, study: optuna.Study, file: Path, *, bundle: Path | None = None, command: str
+    definition: StudyDefinition,
+    study: optuna.Study,
+    file: Path,
+    *,
+    bundle: Path | None = None,
+    command: str,
+    force: bool = False,
 ) -> None:
     """Write the report atomically. Raises `UsageError` if the file cannot be written.
+
+    Without `force`, it replaces only an older report of the same study.
 
     `command` holds the arguments of the commands that the report suggests. A bundle that is corrupt or from another
     search is left out, and the report says why.
     """
+    _check_output(file, study, force=force)
     environment = Environment(
         loader=PackageLoader("hpsearch.monitor", ""),
         autoescape=True,
@@ -55,6 +65,25 @@ def write_report(
             temporary.write_text(text, encoding="utf-8", errors="replace")
     except OSError as error:
         raise UsageError(f"cannot write {file}: {error.strerror}; choose another --output") from error
+
+
+def _check_output(file: Path, study: optuna.Study, *, force: bool) -> None:
+    """Raise `UsageError` for a file in a model folder and, without `force`, for all but a report of the study."""
+    check_outside(file, "--output")
+    if not file.exists():
+        return
+    if not file.is_file():
+        raise UsageError(f"cannot write {file}: it is not a regular file; choose another --output")
+    with file.open("rb") as stream:
+        if not force and f'content="{_mark(study)}"'.encode() not in stream.read(2**12):
+            raise UsageError(
+                f"{file} exists and is not a report of this study; choose another --output, or replace it with --force"
+            )
+
+
+def _mark(study: optuna.Study) -> str:
+    """Return what identifies the reports of the study."""
+    return f"hpsearch {study.study_name} {study.user_attrs.get('id', '')}"
 
 
 def find_bundle(folder: Path, name: str) -> Path | None:
@@ -98,6 +127,7 @@ def _collect(definition: StudyDefinition, study: optuna.Study, folder: Path | No
         "versions": {"Python": platform.python_version()} | {name: version(name) for name in VERSIONS},
         "toml": definition.to_toml(),
         "command": command,
+        "mark": _mark(study),
         "min_trials": MIN_TRIALS,
         **_draw(definition, study, trials, complete, chosen),
     }

@@ -88,6 +88,11 @@ def load_study(definition: StudyDefinition, storage: Storage) -> optuna.Study:
     return study
 
 
+def check_writable(study: optuna.Study) -> None:
+    """Raise `StorageError` if the study may only be read."""
+    storage_of(study).change_study_attrs(study._study_id, lambda attributes: {"fingerprint": attributes["fingerprint"]})
+
+
 def _check_identity(definition: StudyDefinition, study: optuna.Study) -> None:
     attributes = study.user_attrs
     if "fingerprint" not in attributes:

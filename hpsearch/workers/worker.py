@@ -186,7 +186,7 @@ class Worker:
 
     def _keep_traceback(self, trial: optuna.Trial) -> str:
         """Write the traceback of the current exception to the artifact store; return where it is."""
-        folder, name = checkpoint_folder(self.definition, self.study), f"trial-{trial.number}.txt"
+        folder, name = self.checkpoints, f"trial-{trial.number}.txt"
         try:
             folder.write(name, traceback.format_exc().encode())
         except OSError as error:

@@ -8,6 +8,7 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from filelock import FileLock
 from hpsearch.bundle import bundle, formats, manifest
 from hpsearch.bundle.evaluation import evaluate
 from hpsearch.data.dataset import ImageData, load_test
-from hpsearch.errors import BundleError, ImageError
+from hpsearch.errors import BundleError, ImageError, UsageError
 from hpsearch.plugins import NETWORKS, find
 from hpsearch.training.kinds import Hyperparameters
 from hpsearch.training.networks import build_network
@@ -231,6 +232,56 @@ def test_an_older_bundle_is_replaced_and_anything_else_is_not(copy: Path, digits
         with pytest.raises(BundleError, match=r"cannot replace .*; choose another --output"):
             save(make_contents(digits), target)
     assert (precious / "thesis.txt").read_text() == (copy / "notes.txt").read_text() == "all my work"
+
+
+def test_the_model_of_another_study_and_a_modified_one_are_replaced_only_by_force(
+    copy: Path, digits: ImageData
+) -> None:
+    mine, notes = make_contents(digits), "my own notes"
+    other = replace(mine, metrics=mine.metrics | {"study": "other"})
+    again = replace(mine, metrics=mine.metrics | {"study_id": "0123abcd"})
+    with pytest.raises(BundleError, match=r"it is the model of study 'small'; .* or replace it with --force"):
+        save(other, copy)
+    save(again, copy)  # the older model has no id
+    with pytest.raises(BundleError, match="it is the model of another study with the name 'small'"):
+        save(replace(mine, metrics=mine.metrics | {"study_id": "89abcdef"}), copy)
+    (copy / "README.md").write_text(notes)
+    with pytest.raises(BundleError, match=r"README.md was changed after the export .* --force"):
+        save(again, copy)
+    assert (copy / "README.md").read_text() == notes
+    save(other, copy, force=True)
+    assert json.loads((copy / "metrics.json").read_text())["study"] == "other"
+
+
+def test_a_place_that_cannot_be_replaced_is_refused(
+    tmp_path: Path, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.chdir(tmp_path / "here")
+    for target, reason in (
+        (Path(), "it is the current folder"),
+        (tmp_path / "here" / "..", "it is the current folder or contains it"),
+        (Path("/proc"), "it is a mount point"),
+        (Path("/proc/model"), "/proc/"),
+        (tmp_path / "file", "is not a folder"),
+        (tmp_path / "file" / "model", "file: File exists"),
+    ):
+        with pytest.raises(BundleError, match=rf"cannot (replace|create) .*{reason}.*; choose another --output$"):
+            bundle.check_target(target, bundle.Origin(study="small"), force=True)
+    with pytest.raises(UsageError, match=f"{saved} is a model folder"):
+        bundle.check_target(saved / "model", bundle.Origin(study="small"))
+    assert [*(tmp_path / "here").iterdir()] == []
+
+
+def test_a_full_disk_is_noticed_before_the_training(
+    tmp_path: Path, digits: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_contents(digits).config
+    bundle.check_space(tmp_path / "model", config, 4)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=2_000_000))
+    with pytest.raises(BundleError, match="only 2 MB free in"):
+        bundle.check_space(tmp_path / "model", config, 2)
 
 
 def test_an_older_bundle_is_put_back_if_the_new_one_cannot_take_its_place(

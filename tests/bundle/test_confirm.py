@@ -11,10 +11,10 @@ import pytest
 from hpsearch.bundle import confirm as module
 from hpsearch.bundle.confirm import choose_winner, confirm, mean_interval
 from hpsearch.config.definition import StudyDefinition
-from hpsearch.errors import NoCompletedTrial, UsageError, WorkerError
+from hpsearch.errors import NoCompletedTrial, StorageError, UsageError, WorkerError
 from hpsearch.search.objective import Objective
 from hpsearch.search.selection import explain_choice, find_best_few, find_winner
-from hpsearch.search.study import open_study
+from hpsearch.search.study import load_study, open_study
 from hpsearch.storage.rdb import open_storage
 from hpsearch.training.kinds import Hyperparameters
 
@@ -58,6 +58,16 @@ def test_each_candidate_is_trained_from_fresh_seeds_and_the_outcome_is_stored(
 def test_a_single_seed_shows_no_variance(searched: tuple[StudyDefinition, optuna.Study]) -> None:
     with pytest.raises(UsageError, match="--seeds 1: must be at least 2"):
         confirm(*searched, seeds=1)
+
+
+def test_a_study_that_may_only_be_read_is_noticed_before_the_training(
+    searched: tuple[StudyDefinition, optuna.Study], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    definition, _ = searched
+    monkeypatch.setattr(module, "load_study_data", None)
+    reading = load_study(definition, open_storage(definition.study.storage, reads_only=True))
+    with pytest.raises(StorageError, match="readonly database"):
+        confirm(definition, reading)
 
 
 def test_the_same_parameters_are_a_candidate_once(searched: tuple[StudyDefinition, optuna.Study]) -> None:

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from hpsearch.bundle.evaluation import Evaluation, evaluate
-from hpsearch.bundle.figures import draw_calibration, draw_confusion_matrix, draw_mistakes
+from hpsearch.bundle.figures import check_folder, draw_calibration, draw_confusion_matrix, draw_mistakes
+from hpsearch.errors import UsageError
 from hpsearch.plugins import DATA_SETS, find
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (60, 1, 28, 28), dtype=np.uint8)
@@ -93,3 +94,16 @@ def test_pictures_leave_the_users_own_pyplot_alone(tmp_path: Path) -> None:
     for draw in (draw_confusion_matrix, draw_calibration, draw_gallery):
         draw(make_evaluation(3), tmp_path / "a.png")
     assert plt.get_fignums() == []
+
+
+def test_a_folder_with_pictures_of_something_else_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "confusion_matrix.png"
+    draw_confusion_matrix(make_evaluation(1), file, "small")
+    check_folder(tmp_path, "small")
+    with pytest.raises(UsageError, match=r"has another confusion_matrix\.png; choose another folder"):
+        check_folder(tmp_path, "other")
+    for make in (lambda: file.write_bytes(b"my own"), lambda: file.symlink_to(tmp_path / "elsewhere")):
+        file.unlink()
+        make()
+        with pytest.raises(UsageError, match=r"has another confusion_matrix\.png"):
+            check_folder(tmp_path, "small")

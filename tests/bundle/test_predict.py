@@ -52,10 +52,12 @@ def test_a_folder_stands_for_its_images_sorted_without_hidden_ones(scans: Path) 
     assert names("scans") == ["scans/a.PNG", "scans/b.png", "scans/more/[d].png", "scans/more/c.png"]
 
 
-def test_a_pattern_stands_for_the_files_that_it_matches(scans: Path) -> None:
+def test_a_pattern_stands_for_the_files_that_it_matches(scans: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert names("scans/*.png") == ["scans/b.png"]
     assert names("scans/**/*.png") == ["scans/b.png", "scans/more/[d].png", "scans/more/c.png"]
     assert names("scans/*") == ["scans/a.PNG", "scans/b.png", "scans/notes.txt"]
+    monkeypatch.setenv("HOME", str(scans.parent))
+    assert names("~/scans/*.png") == [str(scans / "b.png")]
 
 
 def test_a_file_whose_name_looks_like_a_pattern_is_that_file(scans: Path) -> None:
@@ -193,7 +195,7 @@ def test_an_evaluation_is_told_in_full_and_drawn_where_asked(run: Run, saved: Pa
 def test_pictures_go_into_no_file_and_no_bundle(run: Run, saved: Path, tmp_path: Path) -> None:  # noqa: F811
     (tmp_path / "file").write_text("mine")
     for place, reason in (("file", "is a file"), ("file/x", "is a file"),
-                          (saved, "into the model folder itself"), (saved / "x", "into the model folder itself"),
+                          (saved, "is a model folder"), (saved / "x", "is a model folder"),
                           ("/proc/x", "--pictures /proc/x: ")):  # fmt: skip
         code, out, err = run("evaluate", saved, "--pictures", place)
         assert (code, out) == (2, "")

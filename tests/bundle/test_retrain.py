@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ import optuna
 import pytest
 import torch
 
-from hpsearch.bundle import retrain
+from hpsearch.bundle import bundle, retrain
 from hpsearch.config.definition import StudyDefinition
+from hpsearch.data import dataset
 from hpsearch.data.dataset import load_test
-from hpsearch.errors import BundleError, NoCompletedTrial, UsageError
-from hpsearch.search.study import open_study
+from hpsearch.errors import BundleError, DataError, NoCompletedTrial, StorageError, UsageError
+from hpsearch.search.study import load_study, open_study
 from hpsearch.storage.rdb import open_storage
 from hpsearch.training import run
 from hpsearch.training.trainer import Trainer
@@ -149,3 +151,50 @@ def test_a_target_that_is_in_the_way_is_refused_before_any_training(
     monkeypatch.setattr(run, "Trainer", None)
     with pytest.raises(BundleError, match=r"cannot replace .*; choose another --output"):
         retrain.export(definition, study, tmp_path / "precious")
+
+
+def test_what_can_fail_after_the_training_fails_before_it(
+    searched: tuple[StudyDefinition, optuna.Study], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    definition, study = searched
+    monkeypatch.setattr(run, "Trainer", None)
+    reading = load_study(definition, open_storage(definition.study.storage, reads_only=True))
+    with pytest.raises(StorageError, match="readonly database"):
+        retrain.export(definition, reading, tmp_path / "b")
+    with monkeypatch.context() as patch:
+        patch.setattr(bundle, "check_space", raise_error(BundleError("only 2 MB free")))
+        with pytest.raises(BundleError, match="only 2 MB free"):
+            retrain.export(definition, study, tmp_path / "b")
+    monkeypatch.setattr(dataset, "load_test", raise_error(DataError("no test images")))
+    with pytest.raises(DataError, match="no test images"):
+        retrain.export(definition, study, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+    assert "test_reads" not in study.user_attrs
+
+
+def test_a_test_set_that_could_not_be_read_does_not_count_as_read(
+    searched: tuple[StudyDefinition, optuna.Study], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    definition, study = searched
+    with monkeypatch.context() as patch:
+        patch.setattr(retrain, "load_test", raise_error(DataError("the disk was unplugged")))
+        with pytest.raises(DataError, match="unplugged"):
+            retrain.export(definition, study, tmp_path / "b")
+    assert "test_reads" not in study.user_attrs
+    assert retrain.export(definition, study, tmp_path / "b")["test_reads"] == 1
+
+
+def test_a_tilde_in_the_target_is_the_home_folder(
+    searched: tuple[StudyDefinition, optuna.Study], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "precious").write_text("all my work")
+    with pytest.raises(BundleError, match=f"cannot replace {tmp_path}/precious"):
+        retrain.export(*searched, Path("~/precious"))
+
+
+def raise_error(error: Exception) -> Callable[..., Any]:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return fail

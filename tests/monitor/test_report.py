@@ -387,6 +387,35 @@ def test_a_report_that_cannot_be_written_leaves_the_older_one(tmp_path: Path, de
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
 
 
+def test_only_a_report_of_the_same_study_is_replaced_without_force(tmp_path: Path, definition: StudyDefinition) -> None:
+    file, study = tmp_path / "small.db", make_study([make_trial()], id="0123abcd")
+    file.write_text("all my trials")
+    with pytest.raises(UsageError, match=r"is not a report of this study; .* --force"):
+        write_report(definition, study, file, command="small")
+    assert file.read_text() == "all my trials"
+    write_report(definition, study, file, command="small", force=True)
+    write_report(definition, study, file, command="small again")
+    before = file.read_text()
+    assert "small again" in before
+    with pytest.raises(UsageError, match="is not a report of this study"):
+        write_report(definition, make_study([make_trial()], id="89abcdef"), file, command="small")
+    assert file.read_text() == before
+    assert [each.name for each in tmp_path.iterdir()] == ["small.db"]
+
+
+def test_a_report_goes_into_no_device_and_no_bundle(
+    tmp_path: Path, definition: StudyDefinition, exported: Path
+) -> None:
+    device = tmp_path / "device"
+    device.symlink_to("/dev/null")
+    study = make_study([make_trial()])
+    with pytest.raises(UsageError, match="not a regular file"):
+        write_report(definition, study, device, command="small", force=True)
+    with pytest.raises(UsageError, match="is a model folder"):
+        write_report(definition, study, exported / "report.html", command="small", force=True)
+    bundle.load(exported)
+
+
 @pytest.fixture
 def command(
     study_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
@@ -406,7 +435,7 @@ def command(
 
 
 def test_the_verb_prints_the_file_that_it_wrote_and_nothing_else(
-    command: Callable[..., tuple[int, str, str]], tmp_path: Path
+    command: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     definition = load_definition("small.toml")
     storage = open_storage(definition.study.storage)
@@ -424,6 +453,9 @@ def test_the_verb_prints_the_file_that_it_wrote_and_nothing_else(
     (tmp_path / "dist" / "small" / "metrics.json").write_text(json.dumps({"study": "small"}))
     assert command("--output", "other.html")[:2] == (0, "other.html\n")
     assert "The exported model was ignored" in Page((tmp_path / "other.html").read_text()).text
+    monkeypatch.setenv("HOME", str(tmp_path / "dist"))
+    assert command("--output=~/mine.html")[:2] == (0, f"{tmp_path}/dist/mine.html\n")
+    assert not (tmp_path / "~").exists()
     storage.engine.dispose()
 
 

@@ -8,10 +8,10 @@ import pytest
 from optuna.trial import TrialState
 
 from hpsearch.bundle.retrain import record_test_use
-from hpsearch.errors import NoCompletedTrial, StudyMismatch, StudyNotFound
+from hpsearch.errors import NoCompletedTrial, StorageError, StudyMismatch, StudyNotFound
 from hpsearch.monitor.trials import list_trials, read_status
 from hpsearch.search.selection import find_best
-from hpsearch.search.study import load_study, open_study
+from hpsearch.search.study import check_writable, load_study, open_study
 from hpsearch.storage.rdb import Storage, open_storage
 
 from ..conftest import fill as write_many
@@ -143,6 +143,18 @@ def test_the_epochs_of_a_resumed_trial_count_once(storage: Storage) -> None:
     for epoch in (1, 2):
         resumed.report(0.5, epoch)
     assert read_status(make_definition("sqlite:///x"), study)["epochs"]["run"] == 2
+
+
+def test_a_study_that_may_only_be_read_is_found_out_and_unchanged(storage: Storage, url: str) -> None:
+    definition = make_definition()
+    study = open_study(definition, storage)
+    before = study.user_attrs
+    check_writable(study)
+    reading = open_storage(url, reads_only=True)
+    with pytest.raises(StorageError, match=r"readonly|read-only"):
+        check_writable(load_study(definition, reading))
+    reading.engine.dispose()
+    assert study.user_attrs == before
 
 
 def test_readings_of_the_test_set_that_meet_are_all_counted(storage: Storage, url: str) -> None:
