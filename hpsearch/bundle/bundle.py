@@ -249,9 +249,9 @@ def _check_place(target: Path) -> None:
             raise BundleError(f"{target} is {'a link' if target.is_symlink() else 'not a folder'}")
         target.parent.mkdir(parents=True, exist_ok=True)
     elif Path.cwd().is_relative_to(target.resolve()):
-        raise BundleError("it is the current folder or contains it")
+        raise BundleError("it is the current folder or contains it (name a new folder in it)")
     elif str(target.resolve()) in {part.mountpoint for part in psutil.disk_partitions(all=True)}:
-        raise BundleError("it is a mount point, which cannot be replaced, but a folder in it can")
+        raise BundleError("it is a mount point (name a new folder in it)")
     elif not os.access(target, os.W_OK):
         raise BundleError("it is not writable")
     tempfile.TemporaryDirectory(dir=target.parent).cleanup()

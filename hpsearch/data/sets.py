@@ -36,7 +36,9 @@ def data_folder(folder: Path | str | None = None) -> Path:
     except RuntimeError:
         path = Path("~")
     if str(path).startswith("~"):
-        raise DataError(f"no home folder found for {chosen or '~/.cache'}; set HOME, or point HPSEARCH_DATA at the data")
+        raise DataError(
+            f"no home folder found for {chosen or '~/.cache'}; set HOME, or point HPSEARCH_DATA at the data"
+        )
     return path
 
 
