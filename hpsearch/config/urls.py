@@ -79,7 +79,7 @@ def _parse(url: URL | str) -> URL:
 
 
 def _is_secret(key: str) -> bool:
-    return "pass" in key and key != "passfile"
+    return key != "passfile" and any(word in key for word in ("pass", "secret", "scram_"))
 
 
 def is_url(location: str) -> bool:

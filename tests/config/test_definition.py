@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from psycopg.pq import Conninfo
 
 from hpsearch.config.definition import StudyDefinition, evolve, load_definition, parse_definition
-from hpsearch.config.urls import parse_url
+from hpsearch.config.urls import find_secrets, parse_url, remove_secrets, show_url
 from hpsearch.errors import DefinitionError, UsageError
 from hpsearch.storage.rdb import open_storage
 
@@ -157,6 +158,16 @@ def test_neither_the_repr_nor_the_pickle_of_a_definition_has_a_password(url: str
     assert there.fingerprint == definition.fingerprint
     assert there.study.storage == url.replace(":secret", "").replace("&sslpassword=secret", "")
     assert copy.deepcopy(definition).study.storage == url
+
+
+def test_every_secret_of_libpq_is_hidden() -> None:
+    options = [option for option in Conninfo.get_defaults() if option.dispchar == b"*"]
+    names = {option.keyword.decode() for option in options}
+    assert names >= {"password", "sslpassword"}
+    url = f"postgresql://host/db?{'&'.join(f'{name}=s3cr3t' for name in names)}"
+    for shown in (show_url(url), remove_secrets(url), repr(make_definition(url))):
+        assert "s3cr3t" not in shown
+    assert len(find_secrets(url)) == len(names)
 
 
 def test_the_resolved_study_hides_the_password() -> None:
