@@ -44,6 +44,12 @@ def test_files_are_written_read_found_replaced_and_removed(folder: Folder) -> No
         folder.read("a.txt")
 
 
+def test_a_file_survives_a_power_loss(tmp_path: Path, survives_power_loss: Callable[[Path], bool]) -> None:
+    for content in (b"first", bytes(100_000)):
+        Folder(tmp_path).write("id/trial-0.ckpt", content)
+        assert survives_power_loss(tmp_path / "id" / "trial-0.ckpt")
+
+
 def test_files_of_another_process_are_seen_at_once(bucket: str, tmp_path: Path) -> None:
     mine = Folder(f"{bucket}/{tmp_path.name}")
     assert mine.find() == []

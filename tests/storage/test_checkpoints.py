@@ -213,6 +213,23 @@ def test_an_interrupted_trial_gets_the_value_that_it_would_have_had(digits: Imag
     assert study.get_trials()[-1].user_attrs["resumed_after"] == 2
 
 
+def test_a_trial_of_another_definition_or_with_other_values_begins_anew(digits: ImageData, tmp_path: Path) -> None:
+    definition, changed = make_definition(), make_definition(data={"split_seed": 1})
+    study = optuna.create_study(direction="maximize")
+    study.enqueue_trial({"width": 16, "lr": 0.01})
+    first = study.ask()
+    with pytest.raises(Drained):
+        Objective(definition, digits, checkpoints=tmp_path)(first, stop_after(7))  # of 5 an epoch
+    study.tell(first, state=TrialState.FAIL)
+    resumed = []
+    for which, width in ((changed, 16), (definition, 17), (definition, 16)):
+        study.enqueue_trial({"width": width, "lr": 0.01}, user_attrs={"attempts": [0]})
+        trial = study.ask()
+        Objective(which, digits, checkpoints=tmp_path)(trial)
+        resumed.append("resumed_after" in trial.user_attrs)
+    assert resumed == [False, False, True]
+
+
 def test_the_checkpoints_of_the_best_stay_and_those_that_will_be_resumed(digits: ImageData, tmp_path: Path) -> None:
     definition = make_definition(study={"artifacts": str(tmp_path)}, recovery={"keep": 2, "checkpoint": 1000})
     study = optuna.create_study(direction="maximize", study_name="small")
@@ -234,6 +251,29 @@ def test_the_checkpoints_of_the_best_stay_and_those_that_will_be_resumed(digits:
     final = checkpoints.read(folder, checkpoint_name(best[0].number))["state"]
     assert len(final["results"]) == 2
     assert final["results"][-1][2] == best[0].value
+
+
+def test_the_checkpoint_of_a_trial_that_begins_during_the_sweep_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    definition = make_definition(study={"artifacts": str(tmp_path)})
+    study = optuna.create_study(direction="maximize", study_name="small")
+    folder = checkpoint_folder(definition, study)
+    Checkpoint(folder, ["trial-7.ckpt"], {}).write({})
+
+    def then_begin_one(read: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            found = read(*arguments, **options)
+            trial = study.ask()
+            Checkpoint(folder, [checkpoint_name(trial.number)], {}).write({})
+            return found
+
+        return call
+
+    monkeypatch.setattr(checkpoints, "find_checkpoints", then_begin_one(find_checkpoints))
+    monkeypatch.setattr(study, "get_trials", then_begin_one(study.get_trials))
+    sweep_checkpoints(folder, study, keep=3)
+    assert find_checkpoints(folder) == ["trial-0.ckpt", "trial-1.ckpt"]
 
 
 def test_of_equal_trials_the_earlier_ones_keep_their_checkpoints(tmp_path: Path) -> None:

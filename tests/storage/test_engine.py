@@ -2,18 +2,20 @@
 
 import sqlite3
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pytest
+import sqlalchemy
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
 
 from hpsearch.errors import StorageError, UsageError
 from hpsearch.search.study import load_study, open_study
 from hpsearch.storage.backup import backup
-from hpsearch.storage.engine import check_location, network_file_system
+from hpsearch.storage.engine import check_location, create_engine, network_file_system
 from hpsearch.storage.rdb import open_storage
 from hpsearch.storage.retry import describe_cause, is_transient
 
@@ -73,6 +75,25 @@ def test_a_backup_does_not_go_beside_the_journal_of_another_database(tmp_path: P
     assert not (tmp_path / "copy.db").exists()
 
 
+def test_a_backup_survives_a_power_loss(tmp_path: Path, survives_power_loss: Callable[[Path], bool]) -> None:
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    open_study(make_definition(url), open_storage(url))
+    backup(make_url(url), tmp_path / "copy.db")
+    assert survives_power_loss(tmp_path / "copy.db")
+
+
+@pytest.mark.parametrize("converts", [True, False])
+def test_every_commit_waits_for_the_disk_even_where_sqlite_does_not_by_default(tmp_path: Path, converts: bool) -> None:
+    engine = create_engine(make_url(f"sqlite:///{tmp_path / 'study.db'}"), converts=converts, reads_only=False)
+
+    @sqlalchemy.event.listens_for(engine, "connect", insert=True)  # the default is set when SQLite is compiled
+    def set_default(connection: sqlite3.Connection, _record: object) -> None:
+        connection.execute("PRAGMA synchronous = NORMAL")
+
+    with engine.connect() as connection:
+        assert connection.execute(sqlalchemy.text("PRAGMA synchronous")).scalar() == 2  # FULL
+
+
 def test_a_backup_overwrites_nothing_and_needs_a_folder(tmp_path: Path) -> None:
     url = make_url(f"sqlite:///{tmp_path / 'study.db'}")
     (tmp_path / "there").write_text("precious")
@@ -96,6 +117,17 @@ def test_a_corrupt_database_is_not_backed_up(tmp_path: Path) -> None:
         content[page * 4096 : page * 4096 + 100] = bytes(100)
     file.write_bytes(content)
     with pytest.raises(StorageError, match=r"study\.db"):
+        backup(make_url(url), tmp_path / "copy.db")
+    assert [path.name for path in tmp_path.glob("copy*")] == []
+
+
+def test_a_backup_in_which_the_integrity_check_finds_a_problem_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    open_study(make_definition(url), open_storage(url))
+    monkeypatch.setattr("hpsearch.storage.backup.check_integrity", lambda connection: "row 3 missing from index")
+    with pytest.raises(StorageError, match=r"study\.db is corrupt, no backup written: row 3 missing from index"):
         backup(make_url(url), tmp_path / "copy.db")
     assert [path.name for path in tmp_path.glob("copy*")] == []
 

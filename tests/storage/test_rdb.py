@@ -35,7 +35,7 @@ from hpsearch.storage import retry, tables
 from hpsearch.storage.rdb import Storage, open_storage
 from hpsearch.storage.tables import INDEXES, BufferedTrial
 
-from ..conftest import make_definition
+from ..conftest import fill, make_definition
 
 pytestmark = pytest.mark.filterwarnings("ignore:Heartbeat of storage is supposed")
 
@@ -79,6 +79,54 @@ def test_a_queued_trial_needs_room_in_the_budget_too(storage: Storage) -> None:
     with pytest.raises(BudgetSpent):
         study.ask()
     assert study.trials[1].state == TrialState.WAITING
+
+
+def test_trials_that_wait_use_up_no_budget(storage: Storage) -> None:
+    study = start_study(storage, trials=2)
+    for width in (9, 10, 11):
+        study.enqueue_trial({"width": width})
+    storage.end_attempt(study.ask()._trial_id, 0, "interrupted", "Ctrl-C")  # it waits again
+    for _ in range(2):
+        study.tell(study.ask(), 0.5)
+    with pytest.raises(BudgetSpent, match="all 2 trials are finished"):
+        study.ask()
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE", "WAITING"]
+
+
+def add_retried(study: optuna.Study) -> None:
+    """Add a trial that an older version failed and retried as another one."""
+    failure = {"kind": "killed", "message": "gone", "retried": True}
+    study.add_trial(optuna.trial.create_trial(state=TrialState.FAIL, user_attrs={"failure": failure}))
+
+
+def test_a_failure_that_an_older_version_retried_does_not_count(storage: Storage) -> None:
+    study = start_study(storage, failures=1)
+    add_retried(study)
+    storage.end_attempt(study.ask()._trial_id, 0, "exception", "broken")
+    with pytest.raises(TooManyFailures, match="1 trials failed"):
+        study.ask()
+
+
+def test_another_study_in_the_database_uses_up_no_budget_and_is_not_touched(storage: Storage) -> None:
+    other = open_study(make_definition(study={"name": "other"}), storage)
+    fill(storage, other, 99)  # all limits below are reached there
+    with storage.engine.begin() as connection:
+        connection.execute(sqlalchemy.text("UPDATE trial_heartbeats SET heartbeat = '2026-01-01'"))
+    stop_study(other)
+    before = other.trials
+    study = start_study(storage, trials=2, target=0.5, minutes=1, failures=1)
+    add_retried(study)
+    for _ in range(2):
+        trial = study.ask()
+        assert storage.beat(trial._trial_id)
+        assert not storage.is_stopped
+        assert storage.reap(study._study_id, retries=2) == []
+        study.tell(trial, 0.4)
+    with pytest.raises(BudgetSpent, match="all 2 trials are finished"):
+        study.ask()
+    assert [trial.number for trial in study.trials] == [0, 1, 2]
+    assert storage.seconds_searched(study._study_id) < 30 < storage.seconds_searched(other._study_id)
+    assert other.trials == before
 
 
 def test_many_workers_at_once_start_exactly_the_budget(url: str) -> None:
@@ -231,6 +279,20 @@ def test_a_trial_whose_worker_died_counts_only_until_its_last_heartbeat(storage:
         study.ask()
 
 
+def test_an_attempt_that_is_reaped_has_ended_at_its_last_heartbeat(storage: Storage) -> None:
+    study = start_study(storage)
+    study.ask()
+    with storage.engine.begin() as connection:
+        now = tables.read_clock(connection).replace(tzinfo=None)
+        started = datetime.now(UTC).replace(tzinfo=None) - timedelta(minutes=62)
+        connection.execute(tables.TRIALS.update().values(datetime_start=started))
+        connection.execute(tables.HEARTBEATS.update().values(heartbeat=now - timedelta(minutes=60)))
+    [reaped] = storage.reap(study._study_id, retries=1)
+    [attempt] = reaped.user_attrs["interruptions"]
+    took = datetime.fromisoformat(attempt["ended"]) - datetime.fromisoformat(attempt["started"])
+    assert took.total_seconds() == pytest.approx(120, abs=10)
+
+
 def test_a_stopped_study_starts_no_trial_and_its_workers_see_it_until_it_is_resumed(
     storage: Storage,
 ) -> None:
@@ -307,10 +369,12 @@ def test_only_the_latest_attempt_may_write_to_a_trial(url: str) -> None:
         for write in (
             partial(first._flush, buffered),
             lambda: first.set_trial_state_values(trial._trial_id, TrialState.COMPLETE, [0.25]),
-            lambda: first.set_trial_user_attr(trial._trial_id, "late", 1),
         ):
+            first._buffered[trial._trial_id] = buffered  # each alone has to notice
             with pytest.raises(TrialLost):
                 write()
+        with pytest.raises(TrialLost):
+            first.set_trial_user_attr(trial._trial_id, "late", 1)
         assert first.end_attempt(trial._trial_id, 0, "interrupted", "late") is None
     second.set_trial_intermediate_value(trial._trial_id, 7, 0.75)
     second.set_trial_state_values(trial._trial_id, TrialState.COMPLETE, [0.75])
@@ -349,7 +413,10 @@ def test_a_claim_that_is_repeated_while_the_trial_is_reaped_never_shares_its_att
 
 def test_whoever_claims_a_re_queued_trial_is_not_taken_for_its_earlier_worker(storage: Storage) -> None:
     study = start_study(storage)
-    storage.end_attempt(study.ask()._trial_id, 0, "interrupted", "Ctrl-C")
+    trial_id = study.ask()._trial_id
+    with storage.engine.begin() as connection:
+        connection.execute(tables.HEARTBEATS.update().values(heartbeat=datetime(2026, 1, 1)))
+    storage.end_attempt(trial_id, 0, "interrupted", "Ctrl-C")
     storage.worker = None  # plain Optuna
     trial = study.ask()
     assert trial.number == 0
@@ -357,6 +424,16 @@ def test_whoever_claims_a_re_queued_trial_is_not_taken_for_its_earlier_worker(st
     assert storage.reap(study._study_id, retries=2) == []
     study.tell(trial, 0.5)
     assert study.trials[0].state == TrialState.COMPLETE
+
+
+def test_re_queuing_a_trial_leaves_the_worker_and_the_heartbeat_of_another(storage: Storage) -> None:
+    study = start_study(storage)
+    gone, other = study.ask(), study.ask()
+    storage.end_attempt(gone._trial_id, 0, "interrupted", "Ctrl-C")
+    assert storage._read_trial(other._trial_id).user_attrs["worker"] == "me-0"
+    with storage.engine.connect() as connection:
+        [(trial_id, _, age)] = tables.read_running(connection, study._study_id)
+    assert (trial_id, age is None) == (other._trial_id, False)
 
 
 def test_a_trial_of_an_older_study_counts_the_kills_of_its_earlier_rows(storage: Storage) -> None:
@@ -381,6 +458,7 @@ def test_an_interruption_uses_up_no_retry(storage: Storage) -> None:
     study = start_study(storage, trials=9)
     for attempt in range(4):
         storage.end_attempt(study.ask()._trial_id, attempt, "interrupted", "Ctrl-C", retries=0)
+    storage.end_attempt(study.ask()._trial_id, 4, "killed", "gone", retries=1)
     assert [trial.state.name for trial in study.trials] == ["WAITING"]
 
 

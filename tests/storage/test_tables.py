@@ -1,7 +1,9 @@
 """Trials are read as Optuna reads them; a worker's reports are buffered, and flushed in time and once."""
 
 import math
+import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import optuna
@@ -75,6 +77,25 @@ def test_every_trial_is_read_as_optuna_reads_it(storage: Storage) -> None:
         storage.get_trial(10_000)
 
 
+@pytest.mark.parametrize("zone", ["America/St_Johns", "Asia/Tokyo"])
+def test_times_are_stored_in_utc_and_read_in_the_time_zone_of_the_reader(
+    url: str, zone: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, storage = open_worker(url)
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", zone)
+        time.tzset()
+        trial = study.ask()
+        study.tell(trial, 0.5)
+        told = storage._read_trial(trial._trial_id)
+        read = [moment.astimezone(UTC) for moment in (told.datetime_start, told.datetime_complete)]
+    time.tzset()
+    with storage.engine.connect() as connection:
+        stored = connection.execute(sqlalchemy.select(tables.TRIALS)).one()
+    assert read == [moment.replace(tzinfo=UTC) for moment in (stored.datetime_start, stored.datetime_complete)]
+    assert abs(read[0] - datetime.now(UTC)) < timedelta(minutes=5)
+
+
 def test_a_trial_of_many_reports_is_written_in_three_transactions(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "WRITE_INTERVAL", 1000.0)
     study, storage = open_worker(url)
@@ -128,6 +149,18 @@ def test_a_report_is_seen_by_others_at_the_first_call_after_the_interval(
     assert seen_by_others(url, trial).intermediate_values == {1: 0.5, 2: 0.6}
 
 
+def test_a_worker_sees_the_reports_of_others_half_a_second_later(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    (study, _), (others, _) = open_worker(url), open_worker(url)
+    study.ask()
+    trial = others.ask()
+    for step in (1, 2):
+        now += 0.5
+        trial.report(step / 10, step)
+        assert study.trials[trial.number].last_step == step
+
+
 @pytest.mark.parametrize("late", ["store", "tell"])
 def test_nothing_is_written_to_a_trial_that_another_worker_failed(url: str, late: str) -> None:
     study, storage = open_worker(url)
@@ -169,6 +202,14 @@ def test_a_claimed_trial_draws_the_values_that_it_was_queued_with(url: str) -> N
     told = seen_by_others(url, trial)
     assert (told.params, told.value, told.user_attrs) == ({"width": 11}, 0.5, {"worker": "host-0"})
     assert storage.get_trial(trial._trial_id).state == TrialState.COMPLETE
+
+
+def test_what_was_read_of_a_running_trial_does_not_change(url: str) -> None:
+    study, storage = open_worker(url)
+    trial = study.ask()
+    read = storage.get_trial(trial._trial_id)
+    trial.report(0.5, 1)
+    assert (read.intermediate_values, storage.get_trial(trial._trial_id).intermediate_values) == ({}, {1: 0.5})
 
 
 def test_a_trial_that_is_pruned_before_its_first_report_has_no_value(url: str) -> None:
