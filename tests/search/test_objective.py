@@ -10,6 +10,7 @@ from optuna.trial import FixedTrial, TrialState
 from hpsearch.data.dataset import ImageData
 from hpsearch.search.objective import Objective
 from hpsearch.search.pruning import PruningCallback
+from hpsearch.training import run, trainer
 from hpsearch.training.run import trial_seed
 from hpsearch.training.trainer import EpochResult
 
@@ -33,6 +34,30 @@ def test_the_value_is_the_same_for_the_same_trial_and_differs_between_trials(dig
     values = [objective(trial) for trial in trials]
     assert values[0] == values[1]
     assert values[0] != values[2]
+
+
+def test_the_value_is_that_of_the_last_epoch_even_if_another_was_better(
+    digits: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accuracies = iter([0.9, 0.7])
+    monkeypatch.setattr(trainer, "measure_accuracy", lambda network, split: next(accuracies))
+    assert Objective(make_definition(), digits)(FixedTrial(PARAMS)) == 0.7  # type: ignore[arg-type]
+
+
+def test_a_trial_trains_on_the_training_split_and_is_measured_on_the_validation_split(
+    digits: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    splits: list[Any] = []
+
+    class Noting(trainer.Trainer):
+        def __init__(self, network: Any, split: Any, *arguments: Any, **options: Any) -> None:
+            splits.extend((split, options["validation"]))
+            super().__init__(network, split, *arguments, **options)
+
+    monkeypatch.setattr(run, "Trainer", Noting)
+    objective = Objective(make_definition(), digits)
+    objective(FixedTrial(PARAMS))  # type: ignore[arg-type]
+    assert splits == [objective.data.train, objective.data.validation]
 
 
 def test_a_retried_trial_has_the_seed_of_the_trial_that_it_repeats() -> None:

@@ -7,7 +7,7 @@ from optuna.trial import TrialState
 
 from hpsearch.config.definition import StudyDefinition, evolve
 from hpsearch.errors import UsageError
-from hpsearch.search.study import enqueue_trial, extend_study, open_study
+from hpsearch.search.study import enqueue_trial, extend_study, open_study, start_study, stop_study
 from hpsearch.storage.rdb import open_storage
 
 from ..conftest import make_definition
@@ -40,6 +40,15 @@ def test_an_extension_lasts_until_the_study_file_or_an_option_says_otherwise(def
     assert open_study(definition, storage).user_attrs["budget"]["trials"] == 6, "not 15: that was another budget's"
     assert extend_study(study, 1) == 7
     assert open_study(definition, storage, keeps_extension=False).user_attrs["budget"]["trials"] == 6
+
+
+def test_a_run_resumes_a_study_that_was_stopped_and_another_worker_does_not(definition: StudyDefinition) -> None:
+    study = open_study(definition, open_storage(definition.study.storage))
+    stop_study(study)
+    start_study(definition, resumes=False)
+    assert study.user_attrs["stopped"]
+    start_study(definition)
+    assert not study.user_attrs["stopped"]
 
 
 def test_extensions_at_the_same_time_all_count(definition: StudyDefinition) -> None:

@@ -48,6 +48,11 @@ def test_the_trials_to_try_first_are_queued_once(storage: Storage) -> None:
     assert [trial.system_attrs["fixed_params"] for trial in study.trials] == [{"width": 9}, {"lr": 0.01}]
 
 
+def test_a_study_that_is_resumed_keeps_its_id_and_so_its_checkpoints(storage: Storage) -> None:
+    ids = {open_study(make_definition(), storage).user_attrs["id"] for _ in range(2)}
+    assert len(ids) == 1
+
+
 def test_a_study_whose_creation_was_killed_is_completed(storage: Storage) -> None:
     definition = make_definition(None, **{"try": [{"width": 9}, {"width": 10}]})
     half = optuna.create_study(study_name="small", storage=storage, direction="maximize")
@@ -86,6 +91,12 @@ def test_a_study_that_hpsearch_did_not_make_is_left_alone(storage: Storage) -> N
     with pytest.raises(StudyMismatch, match="trials that hpsearch did not create"):
         open_study(make_definition(), storage)
     assert foreign.user_attrs == {}
+
+
+def test_a_study_that_minimizes_is_refused(storage: Storage) -> None:
+    optuna.create_study(study_name="small", storage=storage, direction="minimize")
+    with pytest.raises(StudyMismatch, match="'small' is a minimization study"):
+        open_study(make_definition(), storage)
 
 
 def test_a_half_created_study_is_not_worked_on(storage: Storage) -> None:

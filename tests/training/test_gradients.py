@@ -35,9 +35,10 @@ def make_network(kind: str = "mlp", **options: Any) -> tuple[Network, Hyperparam
 @pytest.mark.parametrize("options", PERCEPTRONS)
 def test_closed_form_gradients_and_loss_equal_autograd(blobs: Split, options: dict[str, Any]) -> None:
     network, hyperparameters = make_network(**options)
-    join_parameters(network)
+    joined = join_parameters(network)
     found = []
     for kind in (Autograd, PerceptronGradients):
+        joined.grad.fill_(torch.nan)  # type: ignore[union-attr]  # nothing is left of the other kind
         torch.manual_seed(1)  # of the dropout
         loss = kind(network, hyperparameters.label_smoothing)(blobs.images, blobs.labels)
         found.append([loss, *(parameter.grad.clone() for parameter in network.parameters())])  # type: ignore[union-attr]
@@ -69,6 +70,7 @@ def test_perceptrons_use_closed_form_gradients_and_other_networks_autograd() -> 
     assert isinstance(choose_gradients(make_network(dropout=0.1)[0], 0.0), PerceptronGradients)
     assert isinstance(choose_gradients(make_network("cnn")[0], 0.0), Autograd)
     assert isinstance(choose_gradients(Network(nn.Flatten(), nn.Linear(784, 2), nn.Tanh()), 0.0), Autograd)
+    assert isinstance(choose_gradients(Network(nn.Flatten(), nn.ReLU(), nn.Linear(784, 2)), 0.0), Autograd)
 
 
 @pytest.mark.parametrize("kind", ["mlp", "cnn"])
@@ -127,6 +129,11 @@ def test_fast_matmul_has_the_learning_curve_of_plain_matmul(blobs: Split, monkey
     monkeypatch.setattr(hpsearch.training.trainer, "fast_matmul", lambda n_parameters: nullcontext())
     is_rounded = torch.cpu.get_capabilities().get("amx_bf16") or platform.machine() != "x86_64"
     assert quick == pytest.approx(learn_losses(blobs, "mlp", 256), rel=0.05 if is_rounded else 1e-3)
+
+
+def test_networks_without_convolutions_are_computed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hpsearch.training.gradients, "_computes_bfloat16", lambda device: True)
+    assert [Autograd(make_network(kind)[0], 0.0).is_mixed for kind in ("mlp", "cnn")] == [False, True]
 
 
 def test_convolutions_in_bfloat16_have_the_learning_curve_of_float32(

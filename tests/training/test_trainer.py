@@ -18,7 +18,7 @@ from hpsearch.errors import Diverged
 from hpsearch.training.kinds import Hyperparameters
 from hpsearch.training.networks import Network, build_network
 from hpsearch.training.optimizers import build_optimizer, build_schedule
-from hpsearch.training.run import build_trainer
+from hpsearch.training.run import build_trainer, load_study_data
 from hpsearch.training.trainer import Trainer, measure_accuracy
 
 from ..conftest import make_definition
@@ -51,6 +51,17 @@ def test_a_trainer_is_pulled_an_epoch_at_a_time_until_it_is_done(blobs: Split) -
     assert third.loss < first.loss
     with pytest.raises(ValueError, match="done after 3 epochs"):
         trainer.run_epoch()
+
+
+def test_the_accuracy_is_that_of_the_validation_split(blobs: Split) -> None:
+    network, hyperparameters = small_network(lr=1e-2)
+    *_, result = Trainer(network, blobs, hyperparameters, 2, validation=Split(blobs.images, 1 - blobs.labels))
+    assert result.accuracy == 0.0
+
+
+def test_augmentation_changes_the_training(blobs: Split) -> None:
+    plain, augmented = (make_trainer(blobs, 1, dropout=0.0, augment=augment) for augment in (0.0, 0.5))
+    assert plain.run_epoch() != augmented.run_epoch()
 
 
 def test_the_check_is_called_before_each_batch_and_may_raise(blobs: Split) -> None:
@@ -94,6 +105,14 @@ def contents(trainer: Trainer) -> bytes:
     file = io.BytesIO()
     torch.save(trainer.state_dict(), file)
     return file.getvalue()
+
+
+def test_the_noise_continues_the_random_numbers_of_the_weights_as_in_earlier_versions(blobs: Split) -> None:
+    noise = make_trainer(blobs, 1).noise.get_state()
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        small_network(depth=2, width=4, dropout=0.3)
+        assert torch.equal(noise, torch.get_rng_state())
 
 
 @pytest.mark.parametrize("kind", ["mlp", "cnn"])
@@ -148,14 +167,23 @@ def test_a_trainer_whose_check_raised_goes_on_in_the_middle_of_the_epoch(blobs: 
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_ends_the_training(blobs: Split, bad: float) -> None:
-    images = blobs.images.clone()
-    images[7] = bad
+def test_a_loss_that_is_not_finite_ends_the_training(blobs: Split, bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
     network, hyperparameters = small_network()
-    trainer = Trainer(network, Split(images, blobs.labels), hyperparameters, 3)
-    with pytest.raises(Diverged, match="in epoch 1"):
+    monkeypatch.setattr(
+        "hpsearch.training.trainer.choose_gradients", lambda *_: lambda images, labels: torch.tensor(bad)
+    )
+    trainer = Trainer(network, blobs, hyperparameters, 3)
+    with pytest.raises(Diverged, match=f"loss is {bad} in epoch 1"):
         trainer.run_epoch()
     assert trainer.results == []
+
+
+def test_the_split_of_a_study_is_drawn_from_its_seed() -> None:
+    def held_out(seed: int) -> torch.Tensor:
+        return load_study_data(make_definition(data={"split_seed": seed})).validation.labels
+
+    assert torch.equal(held_out(1), held_out(1))
+    assert not torch.equal(held_out(1), held_out(2))
 
 
 def test_accuracy_is_the_share_of_right_answers(blobs: Split) -> None:
