@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from hpsearch.bundle import bundle, formats, manifest
 from hpsearch.bundle.evaluation import evaluate
@@ -179,6 +179,9 @@ def test_a_config_that_is_not_understood_is_refused(copy: Path) -> None:
         {"kind": "rnn"},
         {"extra": 1},
         {"hyperparameters": {"depth": -1}},
+        {"layers": config["layers"][:-1]},
+        {"class_names": [*config["class_names"][:-1], "ten"]},
+        {"image_shape": [1, 14, 56]},
     ):
         (copy / "config.json").write_text(json.dumps(config | change))
         sign(copy)
@@ -187,10 +190,32 @@ def test_a_config_that_is_not_understood_is_refused(copy: Path) -> None:
 
 
 def test_weights_that_do_not_fit_the_config_are_refused(copy: Path) -> None:
-    (copy / "model.safetensors").write_bytes(safetensors.torch.save({"0.weight": torch.zeros(2)}))
+    right = safetensors.torch.load_file(copy / "model.safetensors")
+    for state in (
+        {"0.weight": torch.zeros(2)},
+        {name: tensor.double() for name, tensor in right.items()},
+        right | {"1.weight": right["1.weight"].T.contiguous()},
+    ):
+        (copy / "model.safetensors").write_bytes(safetensors.torch.save(state))
+        sign(copy)
+        with pytest.raises(BundleError, match=r"model\.safetensors does not match"):
+            bundle.load(copy)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_refused(copy: Path, bad: float) -> None:
+    state = safetensors.torch.load_file(copy / "model.safetensors")
+    state["1.weight"][0, 0] = bad
+    safetensors.torch.save_file(state, copy / "model.safetensors")
     sign(copy)
-    with pytest.raises(BundleError, match=r"model\.safetensors does not match"):
+    with pytest.raises(BundleError, match=r"model\.safetensors contains NaN or infinite weights"):
         bundle.load(copy)
+
+
+def test_probabilities_that_are_nan_are_a_mismatch() -> None:
+    expected = np.full((2, 10), 0.1, dtype=np.float32)
+    with pytest.raises(BundleError, match=r"the probabilities of model\.onnx differ by up to nan"):
+        formats._compare("model.onnx", expected * np.nan, expected, np.zeros(2, dtype=np.int64))
 
 
 def test_a_mismatch_in_a_fresh_process_leaves_the_older_bundle(
@@ -364,6 +389,17 @@ def test_what_killed_exports_left_behind_is_removed_by_the_next_one(digits: Imag
     with FileLock(tmp_path / ".b.12345678" / "lock"):
         save(make_contents(digits), tmp_path / "b")
     assert {file.name for file in tmp_path.iterdir()} == {"b", ".b.12345678", ".b.other.abcdefgh"}
+
+
+def test_an_export_leaves_another_one_to_the_same_place_alone(tmp_path: Path) -> None:
+    with manifest.replace_folder(tmp_path / "b") as slow:
+        (slow / "a.txt").touch()
+        with pytest.raises(Timeout), FileLock(slow.parent / "lock", timeout=0):
+            pass
+        with manifest.replace_folder(tmp_path / "b") as fast:
+            (fast / "b.txt").touch()
+        assert [file.name for file in slow.iterdir()] == ["a.txt"]
+    assert [file.name for file in (tmp_path / "b").iterdir()] == ["a.txt"]
 
 
 def test_an_older_bundle_that_was_being_replaced_is_put_back(copy: Path) -> None:

@@ -3,20 +3,26 @@
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import optuna
 import pytest
 
 from hpsearch.bundle import confirm as module
+from hpsearch.bundle import retrain
 from hpsearch.bundle.confirm import choose_winner, confirm, mean_interval
 from hpsearch.config.definition import StudyDefinition
+from hpsearch.data.dataset import Split
 from hpsearch.errors import NoCompletedTrial, StorageError, UsageError, WorkerError
 from hpsearch.search.objective import Objective
 from hpsearch.search.selection import explain_choice, find_best_few, find_winner
 from hpsearch.search.study import load_study, open_study
 from hpsearch.storage.rdb import open_storage
+from hpsearch.training import run
 from hpsearch.training.kinds import Hyperparameters
+from hpsearch.training.networks import Network
+from hpsearch.training.trainer import Trainer
 
 from ..acceptance.commands import processes_of, start, wait_for
 from ..conftest import make_definition
@@ -53,6 +59,47 @@ def test_each_candidate_is_trained_from_fresh_seeds_and_the_outcome_is_stored(
     assert confirmation["optimism"] == pytest.approx(best["search_value"] - best["mean"])
     assert confirmation["winner"] in numbers
     assert find_winner(study).number == confirmation["winner"]
+
+
+def test_no_training_of_a_trial_has_the_seed_of_another_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    definition = make_definition(
+        f"sqlite:///{tmp_path / 'study.db'}", budget={"trials": 1, "epochs": 1}, retrain={"seeds": 2}
+    )
+    study = open_study(definition, open_storage(definition.study.storage))
+    seeds: list[int] = []
+
+    class Noting(Trainer):
+        def __init__(self, *arguments: Any, seed: int, **options: Any) -> None:
+            seeds.append(seed)
+            super().__init__(*arguments, seed=seed, **options)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "Trainer", Noting)
+    monkeypatch.setattr(retrain, "load_test", stop)  # after all training
+    study.optimize(Objective(definition), n_trials=1)
+    confirm(definition, study, top=1, seeds=2)
+    with pytest.raises(KeyboardInterrupt):
+        retrain.export(definition, study, tmp_path / "b")
+    assert len(seeds) == 1 + 2 + 2
+    assert len(set(seeds)) == len(seeds)
+
+
+def test_a_candidate_trains_and_is_measured_on_the_splits_of_the_search(
+    searched: tuple[StudyDefinition, optuna.Study], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n_trained = set[int]()
+
+    class Noting(Trainer):
+        def __init__(self, network: Network, split: Split, *arguments: Any, **options: Any) -> None:
+            n_trained.add(len(split))
+            super().__init__(network, split, *arguments, **options)
+
+    monkeypatch.setattr(run, "Trainer", Noting)
+    monkeypatch.setattr(module, "measure_accuracy", lambda network, split: len(split) / 1000)
+    [candidate] = confirm(*searched, top=1, seeds=2)["candidates"]
+    assert (n_trained, candidate["accuracies"]) == ({300}, [0.2, 0.2])
 
 
 def test_a_single_seed_shows_no_variance(searched: tuple[StudyDefinition, optuna.Study]) -> None:
