@@ -182,6 +182,13 @@ def test_a_worker_that_is_killed_is_replaced_and_its_trial_re_queued_at_once(fil
     assert fake.reasons() == ["killed: worker worker-1 was killed (SIGKILL)"]
 
 
+def test_the_trial_of_a_worker_elsewhere_goes_on_when_one_of_these_is_killed(file: Path) -> None:
+    fake = Fake(file, trains(KILLED), ends(SPENT))
+    fake.begin(Handle(0, "elsewhere-0"))
+    fake.supervisor.run()
+    assert [trial.state.name for trial in fake.study.trials] == ["RUNNING", "WAITING"]
+
+
 @pytest.mark.parametrize("n_workers", [1, 2])
 def test_workers_that_die_before_a_trial_are_not_replaced_for_ever(file: Path, n_workers: int) -> None:
     fake = Fake(file, ends(WorkerExit("exited with status 3", is_dead=True)), n_workers=n_workers)

@@ -21,6 +21,7 @@ from hpsearch.data.dataset import ImageData
 from hpsearch.errors import Drained, Interrupted, RepeatedFailures, Stopped, StorageUnavailable, TooManyFailures
 from hpsearch.search.study import open_study, resume_study, stop_study
 from hpsearch.search.trials import TrialEvent
+from hpsearch.storage import tables
 from hpsearch.storage.checkpoints import artifact_folder, checkpoint_folder, find_checkpoints, read
 from hpsearch.storage.rdb import Storage, open_storage
 from hpsearch.storage.tables import BufferedTrial
@@ -138,6 +139,22 @@ def test_three_failures_in_a_row_end_a_worker_and_say_what_to_do(bench: Callable
     assert len(b.study.trials) == 3
 
 
+def test_failures_with_a_result_in_between_are_not_in_a_row(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    b = bench(budget={"trials": 9, "failures": 9})
+    worker = b.worker(max_trials=6)
+
+    def fail_each_second(trial: optuna.Trial, _check: object) -> float:
+        if trial.number % 2:
+            raise RuntimeError("odd")
+        return 0.5
+
+    monkeypatch.setattr(worker, "objective", fail_each_second)
+    assert worker.run() == "--max-trials reached (6)"
+    assert b.ends() == ["complete", "failed"] * 3
+
+
 def test_too_many_failures_end_the_worker(bench: Callable[..., Bench]) -> None:
     b = bench(budget={"trials": 9, "failures": 2})
     worker = b.worker()
@@ -204,6 +221,36 @@ def test_a_worker_beats_and_notices_that_its_trial_was_taken(
     assert b.ends() == ["dropped"]
 
 
+def test_a_worker_beats_on_after_an_outage_and_reaps_others_during_its_training(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    b = bench(budget={"trials": 2}, recovery={"heartbeat": 1, "grace": 2})
+    worker = b.worker(max_trials=1)
+    beat, outages = worker.storage.beat, [StorageUnavailable("away")]
+
+    def fail_once(trial_id: int) -> bool:
+        if outages:
+            raise outages.pop()
+        return bool(beat(trial_id))
+
+    def train_until_the_other_is_reaped(trial: optuna.Trial, _check: object) -> float:
+        b.storage.worker = "dead-0"
+        with pytest.warns(UserWarning, match="Heartbeat"):
+            number = b.study.ask().number
+        with b.storage.engine.begin() as connection:
+            connection.execute(
+                sqlalchemy.text("UPDATE trial_heartbeats SET heartbeat = '2026-01-01' WHERE trial_id = 2")
+            )
+        wait_for(lambda: b.study.trials[number].state == TrialState.WAITING, "the reaping", seconds=60)
+        return 0.5
+
+    monkeypatch.setattr(worker.storage, "beat", fail_once)
+    monkeypatch.setattr(worker, "objective", train_until_the_other_is_reaped)
+    worker.run()
+    assert b.ends() == ["requeued", "complete"]
+    assert outages == []
+
+
 @pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, Drained), (signal.SIGINT, Interrupted)])
 def test_a_signal_finishes_the_batch_and_hands_the_trial_back(
     bench: Callable[..., Bench], number: signal.Signals, error: type[Drained]
@@ -223,6 +270,41 @@ def test_a_signal_finishes_the_batch_and_hands_the_trial_back(
     assert trial.state == TrialState.WAITING
     assert [each["kind"] for each in trial.user_attrs["interruptions"]] == ["interrupted"]
     assert trial.params
+
+
+def test_a_worker_that_stops_hands_back_its_own_trial_only(bench: Callable[..., Bench]) -> None:
+    b = bench()
+    workers = [b.worker(), b.worker()]
+    for worker in workers:
+        worker._ask()
+    workers[1]._requeue_own()
+    assert [trial.state for trial in b.study.trials] == [TrialState.RUNNING, TrialState.WAITING]
+
+
+def test_a_worker_that_stops_in_an_outage_retries_to_hand_its_trial_back(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    b = bench()
+    worker = b.worker()
+    worker._ask()
+    lock, outages = tables.lock_trial, [OperationalError("SELECT", {}, Exception("database is locked"))]
+
+    def fail_once(connection: Connection, trial_id: int) -> tuple[TrialState, int, bool]:
+        if outages:
+            raise outages.pop()
+        return lock(connection, trial_id)
+
+    monkeypatch.setattr(tables, "lock_trial", fail_once)
+    worker.storage.giving_up.set()
+    worker._requeue_own()
+    assert [trial.state for trial in b.study.trials] == [TrialState.WAITING]
+    assert outages == []
+
+
+def test_workers_draw_other_values(bench: Callable[..., Bench]) -> None:
+    b = bench()
+    values = [worker._ask().suggest_float("lr", 1e-3, 1e-1, log=True) for worker in (b.worker(), b.worker())]
+    assert values[0] != values[1]
 
 
 def test_a_second_signal_stops_at_once_and_still_hands_the_trial_back(
