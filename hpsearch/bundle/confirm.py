@@ -14,7 +14,6 @@ from optuna.trial import FrozenTrial
 from scipy import stats
 
 from hpsearch.config.definition import StudyDefinition
-from hpsearch.config.space import suggest
 from hpsearch.data.dataset import ImageData
 from hpsearch.errors import Diverged, HpsearchError, UsageError, WorkerError
 from hpsearch.search.selection import find_best_few
@@ -125,7 +124,7 @@ def mean_interval(accuracies: list[float]) -> list[float]:
 
 
 def _count_parameters(definition: StudyDefinition, data: ImageData, trial: FrozenTrial) -> int:
-    hyperparameters, n_classes = suggest(trial, definition.space), len(data.class_names)
+    hyperparameters, n_classes = definition.space.read(trial.params), len(data.class_names)
     with torch.device("meta"):
         network = build_network(definition.network.kind, hyperparameters, data.image_shape, n_classes)
     return sum(parameter.numel() for parameter in network.parameters())
@@ -192,7 +191,7 @@ def _measure(definition: StudyDefinition, data: ImageData, run: Run, check: Call
     """Retrain a trial with the new seed of that index, and return its validation accuracy."""
     trial, i = run
     seed = trial_seed(definition.study.seed, trial, _FIRST_REPETITION + i)
-    trainer = build_trainer(definition, data, suggest(trial, definition.space), seed)
+    trainer = build_trainer(definition, data, definition.space.read(trial.params), seed)
     try:
         while not trainer.is_done:
             trainer.run_epoch(check)

@@ -11,7 +11,6 @@ import torch
 from optuna.trial import FrozenTrial
 
 from hpsearch.config.definition import StudyDefinition
-from hpsearch.config.space import suggest
 from hpsearch.errors import Diverged, NoCompletedTrial
 from hpsearch.search.trials import name_state
 from hpsearch.training.run import build_trainer, describe_environment, load_study_data, trial_seed
@@ -40,7 +39,7 @@ def replay(
     torch.set_num_threads(then.get("threads", before))
     try:
         data = load_study_data(definition, folder).to(device)
-        seed, hyperparameters = trial_seed(definition.study.seed, trial), suggest(trial, definition.space)
+        seed, hyperparameters = trial_seed(definition.study.seed, trial), definition.space.read(trial.params)
         trainer = build_trainer(definition, data, hyperparameters, seed, validation=data.validation)
         with suppress(Diverged):
             for result in islice(trainer, trial.last_step):

@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial
 from hpsearch.bundle import bundle, formats
 from hpsearch.bundle.evaluation import Evaluation, evaluate
 from hpsearch.config.definition import StudyDefinition
-from hpsearch.config.space import TrainingHyperparameters, suggest
+from hpsearch.config.space import TrainingHyperparameters
 from hpsearch.config.urls import expand_home
 from hpsearch.data.dataset import ImageData, check_test, load_test
 from hpsearch.errors import Diverged
@@ -54,7 +54,7 @@ def export(
     target = Path(expand_home(str(target)))
     bundle.check_target(target, bundle.Origin.model_validate(_describe_search(study, trial)), force=force)
     check_writable(study)
-    hyperparameters = suggest(trial, definition.space)
+    hyperparameters = definition.space.read(trial.params)
     data = load_study_data(definition, folder)
     check_test(definition.data.name, folder)
     config = _describe_network(definition, data, hyperparameters)

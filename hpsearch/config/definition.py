@@ -223,6 +223,15 @@ def parse_definition(raw: Mapping[str, Any], source: str = "study") -> StudyDefi
         raise DefinitionError(source, list(describe(error, StudyDefinition))) from error
 
 
+def read_identity(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the stored identity of a study as this version writes it. Raises `DefinitionError` if it is not valid."""
+    tables: dict[str, Any] = {}
+    for key, value in identity.items():
+        section, _, name = key.partition(".")
+        tables |= {section: tables.get(section, {}) | {name: value}} if name else {section: value}
+    return parse_definition(tables).identity
+
+
 def evolve(definition: StudyDefinition, section: str, **values: Any) -> StudyDefinition:
     """Return the definition with some values of a section replaced. Raises `UsageError` if they are invalid."""
     table = getattr(definition, section)

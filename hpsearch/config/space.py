@@ -73,11 +73,15 @@ class Dimension(Table):
         """Return the value that the trial samples."""
 
     @abstractmethod
-    def has(self, value: Any) -> bool:
-        """Return whether the dimension contains the value."""
+    def snap(self, value: Any) -> Scalar | None:
+        """Return the value as the dimension has it, e.g. 0.3 as its third step; None if it has no such value."""
 
-    def is_active(self, values: Mapping[str, Any]) -> bool:
-        return all(name in values and is_among(values[name], allowed) for name, allowed in self.when.items())
+    def has(self, value: Any) -> bool:
+        return self.snap(value) is not None
+
+    @property
+    def is_continuous(self) -> bool:
+        return False
 
 
 class Range(Dimension):
@@ -101,12 +105,16 @@ class Range(Dimension):
             raise PydanticCustomError("bounds", message, bounds | {"step": self.step})
         return self
 
-    def has(self, value: Any) -> bool:
+    def snap(self, value: Any) -> Any:
         low, high = self.values  # both int or both float
         if not isinstance(value, int | type(low)) or isinstance(value, bool) or not low <= value <= high:
-            return False
-        steps = (value - low) / self.step if self.step else 0.0
-        return bool(abs(steps - round(steps)) < 1e-8)  # as Optuna's FloatDistribution allows
+            return None
+        if not self.step:
+            return type(low)(value)
+        n_steps = (value - low) / self.step
+        if abs(n_steps - round(n_steps)) >= 1e-8:  # as Optuna's FloatDistribution allows
+            return None
+        return min(round(n_steps) * self.step + low, high)  # the arithmetic of Optuna's samplers
 
 
 class IntRange(Range):
@@ -120,6 +128,10 @@ class IntRange(Range):
 class FloatRange(Range):
     values: list[float] = Field(alias="float", min_length=2, max_length=2)
     step: float | None = Field(None, gt=0)
+
+    @property
+    def is_continuous(self) -> bool:
+        return self.step is None and self.values[0] < self.values[1]
 
     def suggest(self, trial: Suggests, name: str) -> float:
         return trial.suggest_float(name, *self.values, log=self.log, step=self.step)
@@ -138,8 +150,8 @@ class Choice(Dimension):
         value: Scalar = trial.suggest_categorical(name, self.values)
         return value
 
-    def has(self, value: Any) -> bool:
-        return is_among(value, self.values)
+    def snap(self, value: Any) -> Scalar | None:
+        return next((choice for choice in self.values if is_among(value, [choice])), None)
 
 
 _DIMENSIONS: dict[str, type[Dimension]] = {"int": IntRange, "float": FloatRange, "choice": Choice}
@@ -185,6 +197,28 @@ class SearchSpace:
     def is_conditional(self) -> bool:
         return any(dimension.when for dimension in self.dimensions.values())
 
+    def is_active(self, name: str, values: Mapping[str, Any]) -> bool:
+        """Return whether the `when` of a dimension holds for the values of the other hyperparameters."""
+        conditions = self.dimensions[name].when.items()
+        return all(parent in values and self.allows(parent, values[parent], allowed) for parent, allowed in conditions)
+
+    def allows(self, name: str, value: Any, allowed: Iterable[Any]) -> bool:
+        """Return whether a value of a hyperparameter is among the allowed ones; those of a step are equal if close."""
+        return is_among(self.snap(name, value), [self.snap(name, other) for other in allowed])
+
+    def snap(self, name: str, value: Any) -> Any:
+        """Return a value of a hyperparameter as its dimension has it, or unchanged if none has it."""
+        snapped = self.dimensions[name].snap(value) if name in self.dimensions else None
+        return value if snapped is None else snapped
+
+    def read(self, params: Mapping[str, Any]) -> TrainingHyperparameters:
+        """Return the hyperparameters of a trial that ended with these parameters. Raises `KeyError` if one is missing.
+
+        Unlike `suggest`, it does not judge conditions again: older versions did not see that 0.3 is a value of a step.
+        """
+        names = [name for name, dimension in self.dimensions.items() if name in params or not dimension.when]
+        return self.hyperparameters(**{**self.fixed, **{name: params[name] for name in names}})
+
 
 def suggest(trial: Suggests, space: SearchSpace) -> TrainingHyperparameters:
     """Sample the hyperparameters of a trial; those not searched are fixed or have their default.
@@ -193,9 +227,15 @@ def suggest(trial: Suggests, space: SearchSpace) -> TrainingHyperparameters:
     """
     values = dict(space.fixed)
     for name, dimension in space.dimensions.items():
-        if dimension.is_active(values):
+        if space.is_active(name, values):
             values[name] = dimension.suggest(trial, name)
     return space.hyperparameters(**values)
+
+
+def read_number(name: str, value: Any, hyperparameters: type[TrainingHyperparameters]) -> Any:
+    """Return a valid value of a hyperparameter; a number as its field has it, so that 1 becomes 1.0 in a float."""
+    read = getattr(hyperparameters.model_validate({name: value}), name)
+    return read if isinstance(read, int | float) and read == value else value
 
 
 def is_among(value: Any, allowed: Iterable[Any]) -> bool:

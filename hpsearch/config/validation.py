@@ -11,7 +11,15 @@ from typing import Any
 from pydantic import BaseModel, TypeAdapter, ValidationError, ValidationInfo
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from hpsearch.config.space import AnyDimension, Dimension, SearchSpace, TrainingHyperparameters, is_among
+from hpsearch.config.space import (
+    AnyDimension,
+    Choice,
+    Dimension,
+    SearchSpace,
+    TrainingHyperparameters,
+    is_among,
+    read_number,
+)
 from hpsearch.plugins import NETWORKS, find
 
 Values = Mapping[str, Any]
@@ -21,7 +29,10 @@ _DIMENSION_KEYS = ("int", "float", "choice", "log", "step", "when")
 
 
 def read_search(tables: Any, info: ValidationInfo) -> Any:
-    """Return the dimensions of [search]. Raises `ValidationError` with all of its problems."""
+    """Return the dimensions of [search], with equal numbers written alike: 1 in a float as 1.0, 0.3 as a step's value.
+
+    Raises `ValidationError` with all of its problems.
+    """
     if not isinstance(tables, Mapping):
         return tables  # pydantic says what is wrong
     search, problems = _read_dimensions(tables)
@@ -38,6 +49,22 @@ def read_search(tables: Any, info: ValidationInfo) -> Any:
                 sentences = _check_condition(parent, allowed, search, space.fixed)
                 problems += [((name, "when", parent), sentence) for sentence in sentences]
     _raise(problems)
+    return _write_alike(search, space)
+
+
+def _write_alike(search: dict[str, Dimension], space: SearchSpace) -> dict[str, Dimension]:
+    def read(name: str, value: Any) -> Any:
+        return read_number(name, value, space.hyperparameters)
+
+    for name, dimension in search.items():
+        if isinstance(dimension, Choice):
+            search[name] = dimension.model_copy(update={"values": [read(name, value) for value in dimension.values]})
+    for name, dimension in search.items():
+        when = {
+            parent: [search[parent].snap(value) if parent in search else read(parent, value) for value in allowed]
+            for parent, allowed in dimension.when.items()
+        }
+        search[name] = dimension.model_copy(update={"when": when})
     return search
 
 
@@ -61,6 +88,8 @@ def _check_condition(parent: str, allowed: list[Any], search: Mapping[str, Dimen
     for value in allowed:
         if not (search[parent].has(value) if parent in search else is_among(value, [fixed[parent]])):
             yield f"{parent} can never be {value!r} in this search"
+        elif parent in search and search[parent].is_continuous:
+            yield f"{parent} is practically never {value!r}: its range is continuous; give it a step or choices"
 
 
 def check_fixed(values: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
@@ -72,13 +101,16 @@ def check_fixed(values: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
 
 
 def check_first(first: list[dict[str, Any]], info: ValidationInfo) -> list[dict[str, Any]]:
-    """Return the tables of [[try]] if they have no problems, else raise `ValidationError`."""
+    """Return the tables of [[try]], completed by `complete_try`. Raises `ValidationError` with all their problems."""
     tables = _written(info, "search")
     search, _ = _read_dimensions(tables)
     space, unread = _space(search, info), tables.keys() - search.keys()
     problems = [((i, *path), text) for i, values in enumerate(first) for path, text in check_try(values, space)]
     _raise(problem for problem in problems if problem[0][1] not in unread)
-    return first
+    if "search" not in info.data:  # it has problems of its own
+        return first
+    space = _space(info.data["search"], info)
+    return [complete_try(values, space) for values in first]
 
 
 def _space(search: Mapping[str, Dimension], info: ValidationInfo) -> SearchSpace:
@@ -112,7 +144,6 @@ def check_values(values: Values, hyperparameters: type[TrainingHyperparameters])
 
 def check_try(values: Values, space: SearchSpace) -> Iterator[Problem]:
     """Yield the problems of a trial to try first: unknown names, invalid values, and values without effect."""
-    known = {**space.fixed, **values}
     for name, value in values.items():
         dimension = space.dimensions.get(name)
         if dimension is None:
@@ -122,9 +153,26 @@ def check_try(values: Values, space: SearchSpace) -> Iterator[Problem]:
             yield from problems
         elif not dimension.has(value):
             yield (name,), f"{value!r} is outside the search range {dimension.values}"
-        for parent, allowed in dimension.when.items():
-            if parent in known and not is_among(known[parent], allowed):
+    complete = complete_try(values, space)
+    known = {**space.fixed, **complete}
+    for name in complete:
+        for parent, allowed in space.dimensions[name].when.items():
+            if parent in known and not space.allows(parent, known[parent], allowed):
                 yield (name,), f"has no effect when {parent} = {known[parent]!r}"
+
+
+def complete_try(values: Values, space: SearchSpace) -> dict[str, Any]:
+    """Return the values of a trial to try first as their dimensions have them, with those that their `when` needs.
+
+    Where the `when` of a value allows several values of another hyperparameter and none is given, the first is taken.
+    """
+    complete = {name: space.snap(name, value) for name, value in values.items() if name in space.dimensions}
+    for name in reversed(space.dimensions):
+        if name in complete:
+            for parent, allowed in space.dimensions[name].when.items():
+                if parent in space.dimensions and allowed:
+                    complete.setdefault(parent, space.snap(parent, allowed[0]))
+    return complete
 
 
 def describe(error: ValidationError, model: type[BaseModel]) -> Iterator[str]:

@@ -4,6 +4,7 @@ import json
 import uuid
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import optuna
@@ -11,10 +12,10 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
-from hpsearch.config.definition import StudyDefinition
+from hpsearch.config.definition import StudyDefinition, read_identity
 from hpsearch.config.urls import show_url
-from hpsearch.config.validation import check_try
-from hpsearch.errors import StudyMismatch, StudyNotFound, UsageError
+from hpsearch.config.validation import check_try, complete_try
+from hpsearch.errors import DefinitionError, StudyMismatch, StudyNotFound, UsageError
 from hpsearch.storage.artifacts import Folder
 from hpsearch.storage.engine import creation_lock
 from hpsearch.storage.rdb import Storage, open_storage, storage_of
@@ -69,7 +70,8 @@ def open_study(definition: StudyDefinition, storage: Storage, *, keeps_extension
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             study.set_metric_names(["validation accuracy"])
-        study.set_user_attr("fingerprint", definition.fingerprint)  # last: it marks the study as complete
+        if "fingerprint" not in study.user_attrs:
+            study.set_user_attr("fingerprint", definition.fingerprint)  # last: it marks the study as complete
     return study
 
 
@@ -93,6 +95,15 @@ def check_writable(study: optuna.Study) -> None:
     storage_of(study).change_study_attrs(study._study_id, lambda attributes: {"fingerprint": attributes["fingerprint"]})
 
 
+def check_direction(study: optuna.Study) -> None:
+    """Raise `StudyMismatch` unless the study maximizes one value, as accuracies need."""
+    if study.directions != [StudyDirection.MAXIMIZE]:
+        raise StudyMismatch(
+            f"study '{study.study_name}' does not maximize one value, the accuracy; create another one with "
+            "direction='maximize'"
+        )
+
+
 def _check_identity(definition: StudyDefinition, study: optuna.Study) -> None:
     attributes = study.user_attrs
     if "fingerprint" not in attributes:
@@ -100,19 +111,26 @@ def _check_identity(definition: StudyDefinition, study: optuna.Study) -> None:
             raise StudyMismatch(
                 f"study '{study.study_name}' contains trials that hpsearch did not create; choose another study.name"
             )
-        if study.direction != StudyDirection.MAXIMIZE:
-            raise StudyMismatch(f"study '{study.study_name}' is a minimization study; choose another study.name")
-    elif attributes["fingerprint"] != definition.fingerprint:
-        stored, wanted = attributes["identity"], json.loads(json.dumps(definition.identity))
-        differing = [
-            f"\n  {key}: {stored.get(key, 'absent')} -> {wanted.get(key, 'absent')}"
-            for key in sorted(stored.keys() | wanted.keys())
-            if stored.get(key) != wanted.get(key)
-        ]
+        check_direction(study)
+    elif differing := _find_differences(attributes, definition):
         raise StudyMismatch(
             f"study '{study.study_name}' was started with different settings:{''.join(differing)}\n"
             "Undo the change, or set study.name in the file to start a new study."
         )
+
+
+def _find_differences(attributes: dict[str, Any], definition: StudyDefinition) -> list[str]:
+    """Return a line for each setting that differs; equal numbers, which older versions wrote as in the file, do not."""
+    if attributes["fingerprint"] == definition.fingerprint:
+        return []
+    stored, wanted = attributes["identity"], definition.identity
+    with suppress(DefinitionError):  # of another version; then it is compared as it is
+        stored = read_identity(stored)
+    return [
+        f"\n  {key}: {stored.get(key, 'absent')} -> {wanted.get(key, 'absent')}"
+        for key in sorted(stored.keys() | wanted.keys())
+        if json.dumps(stored.get(key), sort_keys=True) != json.dumps(wanted.get(key), sort_keys=True)
+    ]
 
 
 def stop_study(study: optuna.Study) -> None:
@@ -161,6 +179,7 @@ def enqueue_trial(definition: StudyDefinition, study: optuna.Study, settings: It
         problems = [f"--set {name}: {message}" for (name, *_), message in check_try(values, definition.space)]
     if problems:
         raise UsageError("\n".join(problems))
+    values = complete_try(values, definition.space)
     trial = optuna.trial.create_trial(state=TrialState.WAITING, system_attrs={"fixed_params": values})
     storage = storage_of(study)
     return storage.get_trial_number_from_id(storage.create_new_trial(study._study_id, template_trial=trial))

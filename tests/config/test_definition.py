@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from optuna.trial import FixedTrial
 from psycopg.pq import Conninfo
 
 from hpsearch.config.definition import StudyDefinition, evolve, load_definition, parse_definition
+from hpsearch.config.space import suggest
 from hpsearch.config.urls import find_secrets, parse_url, remove_secrets, show_url
 from hpsearch.errors import DefinitionError, UsageError
 from hpsearch.storage.rdb import open_storage
@@ -68,6 +70,15 @@ ERRORS = [
     (
         "[search]\nlr = { float = [0.1, 0.2], when = { depth = [9] } }\ndepth = { int = [2, 4] }",
         "search.lr.when.depth: depth can never be 9 in this search",
+    ),
+    (
+        "[search]\nlr = { float = [0.1, 0.2], when = { dropout = [0.3] } }\ndropout = { float = [0.1, 0.4] }",
+        "search.lr.when.dropout: dropout is practically never 0.3: its range is continuous; give it a step or choices",
+    ),
+    (
+        "[search]\noptimizer = { choice = ['sgd', 'adam'] }\nlr = { float = [0, 1], when = { optimizer = ['adam'] } }\n"
+        "momentum = { float = [0, 0.9], when = { optimizer = ['sgd'] } }\n[[try]]\nmomentum = 0.5\nlr = 0.1",
+        "try.0.lr: has no effect when optimizer = 'sgd'",
     ),
     (
         "[search]\nlr = { float = [1, 2], when = { depth = [2] } }\ndepth = { int = [2, 4], when = { lr = [1] } }",
@@ -137,6 +148,68 @@ def test_the_study_file_of_the_design_is_valid() -> None:
 @pytest.mark.parametrize("path", sorted(STUDIES.glob("*.toml")), ids=lambda path: path.stem)
 def test_the_study_files_of_the_project_are_valid(path: Path) -> None:
     assert load_definition(path).study.name == path.stem
+
+
+NUMBERS = """
+    study = { name = "numbers" }
+    fixed = { weight_decay = 0 }
+    try = [{ lr = 1, dropout = 0, batch_size = 64, augment = 0.3 }]
+    [search]
+    lr = { float = [1e-3, 1], log = true }
+    dropout = { choice = [0, 0.5] }
+    augment = { float = [0, 1], step = 0.1 }
+    batch_size = { choice = [64, 128] }
+    momentum = { float = [0.0, 0.9], when = { dropout = [0], weight_decay = [0], augment = [0.3] } }
+"""
+
+
+@pytest.mark.parametrize(
+    ("integer", "same"),
+    [
+        ("lr = 1,", "lr = 1.0,"),
+        ("dropout = 0,", "dropout = 0.0,"),
+        ("augment = 0.3 ", "augment = 0.30000000000000004 "),
+        ("weight_decay = 0 ", "weight_decay = 0.0 "),
+        ("[1e-3, 1]", "[0.001, 1.0]"),
+        ("[0, 0.5]", "[0.0, 0.5]"),
+        ("[0, 1], step", "[0.0, 1.0], step"),
+        ("dropout = [0]", "dropout = [0.0]"),
+        ("weight_decay = [0]", "weight_decay = [0.0]"),
+        ("augment = [0.3]", "augment = [0.30000000000000004]"),
+        ("[0.0, 0.9]", "[0, 0.9]"),
+    ],
+)
+def test_equal_numbers_are_the_same_study_however_they_are_written(integer: str, same: str) -> None:
+    assert integer in NUMBERS
+    definition, other = (parse_definition(tomllib.loads(text)) for text in (NUMBERS, NUMBERS.replace(integer, same)))
+    assert other == definition
+    assert repr(other.first) == repr(definition.first)
+    assert other.fingerprint == definition.fingerprint
+    assert parse_definition(tomllib.loads(definition.to_toml())).fingerprint == definition.fingerprint
+
+
+def test_a_value_to_try_brings_what_its_condition_needs_and_no_value_is_dropped() -> None:
+    text = """
+        [search]
+        optimizer = { choice = ["adam", "sgd", "rmsprop"], when = { depth = [3] } }
+        depth = { int = [2, 4] }
+        momentum = { float = [0.0, 0.9], when = { optimizer = ["sgd", "rmsprop"] } }
+        [[try]]
+        momentum = 0.5
+        [[try]]
+        momentum = 0.5
+        optimizer = "rmsprop"
+        [[try]]
+        depth = 2
+    """
+    definition = parse_definition(tomllib.loads(text))
+    assert definition.first == [
+        {"momentum": 0.5, "optimizer": "sgd", "depth": 3},
+        {"momentum": 0.5, "optimizer": "rmsprop", "depth": 3},
+        {"depth": 2},
+    ]
+    drawn = [suggest(FixedTrial(values), definition.space) for values in definition.first[:2]]
+    assert [each.momentum for each in drawn] == [0.5, 0.5]
 
 
 def test_the_resolved_study_reads_back_as_the_same_study() -> None:

@@ -1,5 +1,6 @@
 """The search table becomes distributions, and a trial becomes hyperparameters."""
 
+from decimal import Decimal
 from typing import Any
 
 import optuna
@@ -7,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from optuna.trial import FixedTrial
+from pydantic import TypeAdapter
 
-from hpsearch.config.space import suggest
+from hpsearch.config.space import AnyDimension, suggest
 from hpsearch.training.kinds import Hyperparameters
 
 from ..conftest import make_definition
@@ -42,13 +44,46 @@ def test_a_condition_may_name_a_fixed_value() -> None:
     assert suggest(FixedTrial({"momentum": 0.5}), space).momentum == 0.5
 
 
+@pytest.mark.parametrize("sampled", [0.1 + 2 * 0.1, 0.3, 0.3 - 1e-16])
+def test_a_condition_on_a_value_of_a_step_holds_however_a_sampler_rounds_it(sampled: float) -> None:
+    smoothing = {"float": [0.0, 0.2], "when": {"dropout": [0.3]}}
+    space = space_of({"dropout": {"float": [0.1, 0.4], "step": 0.1}, "label_smoothing": smoothing})
+    drawn: Any = suggest(FixedTrial({"dropout": sampled, "label_smoothing": 0.05}), space)
+    assert (drawn.dropout, drawn.label_smoothing) == (sampled, 0.05)
+    assert suggest(FixedTrial({"dropout": 0.2}), space).label_smoothing == 0.0
+
+
+@given(
+    seed=st.integers(0, 1000),
+    low=st.decimals(0, "0.5", places=3),
+    step=st.decimals("0.001", "0.2", places=3),
+    n_steps=st.integers(1, 9),
+)
+def test_every_value_that_is_drawn_from_steps_is_a_value_that_one_can_write(
+    seed: int, low: Decimal, step: Decimal, n_steps: int
+) -> None:
+    table = {"float": [float(low), float(low + n_steps * step)], "step": float(step)}
+    dimension: Any = TypeAdapter(AnyDimension).validate_python(table)
+    drawn = dimension.suggest(optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed)).ask(), "x")
+    assert drawn in [dimension.snap(float(low + n * step)) for n in range(n_steps + 1)]
+    assert dimension.snap(drawn) == drawn
+
+
+def test_a_trial_of_an_older_version_keeps_the_hyperparameters_that_it_was_trained_with() -> None:
+    smoothing = {"float": [0.1, 0.2], "when": {"dropout": [0.3]}}
+    space = space_of({"dropout": {"float": [0.1, 0.4], "step": 0.1}, "label_smoothing": smoothing})
+    assert space.read({"dropout": 0.1 + 2 * 0.1, "of another": 1}).label_smoothing == 0.0
+    with pytest.raises(KeyError, match="dropout"):
+        space.read({})
+
+
 def test_a_stored_trial_gives_the_hyperparameters_that_it_was_run_with() -> None:
     space = space_of({"width": {"int": [8, 32]}, "lr": {"float": [1e-3, 1e-1], "log": True}})
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
     trial = study.ask()
     drawn = suggest(trial, space)
     study.tell(trial, 0.5)
-    assert suggest(study.trials[0], space) == drawn
+    assert suggest(study.trials[0], space) == space.read(study.trials[0].params) == drawn
 
 
 @given(
@@ -72,10 +107,6 @@ def test_every_drawn_value_can_be_queued_again(seed: int, low: float, ratio: flo
     ],
 )
 def test_a_dimension_knows_its_values(table: dict[str, Any], inside: list[Any], outside: list[Any]) -> None:
-    from pydantic import TypeAdapter
-
-    from hpsearch.config.space import AnyDimension
-
     dimension: Any = TypeAdapter(AnyDimension).validate_python(table)
     assert all(dimension.has(value) for value in inside)
     assert not any(dimension.has(value) for value in outside)

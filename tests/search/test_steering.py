@@ -77,6 +77,17 @@ def test_given_values_wait_with_their_types(definition: StudyDefinition) -> None
     assert second.system_attrs["fixed_params"] == {"optimizer": "adam"}
 
 
+def test_given_numbers_are_those_that_the_search_has_and_bring_what_their_condition_needs(url: str) -> None:
+    step = {"float": [0.1, 0.4], "step": 0.1}
+    definition = make_definition(url, search=SEARCH | {"dropout": step, "lr": {"float": [1e-3, 1]}})
+    study = open_study(definition, open_storage(url))
+    enqueue_trial(definition, study, ["momentum=0", "lr=1", "dropout=0.3"])
+    [waiting] = study.trials
+    values = waiting.system_attrs["fixed_params"]
+    assert values == {"momentum": 0.0, "optimizer": "sgd", "lr": 1.0, "dropout": 0.1 + 2 * 0.1}
+    assert isinstance(values["lr"], float)
+
+
 def test_every_setting_that_cannot_be_used_is_named_and_nothing_is_queued(definition: StudyDefinition) -> None:
     study = open_study(definition, open_storage(definition.study.storage))
     for settings, lines in [

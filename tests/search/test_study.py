@@ -75,6 +75,32 @@ def test_a_changed_search_is_refused_with_the_differing_keys_and_changes_nothing
     assert study.user_attrs == before
 
 
+def test_a_study_of_an_older_version_opens_with_the_file_that_made_it_or_with_equal_numbers(storage: Storage) -> None:
+    search: dict[str, Any] = {"lr": {"float": [0.001, 1.0], "log": True}, "dropout": {"choice": [0, 0.5]}}
+    made, equal, other = (
+        make_definition(None, search=search, **{"try": [{"lr": lr, "dropout": dropout}]})
+        for lr, dropout in ((1, 0), (1.0, 0.0), (0.5, 0))
+    )
+    study = open_study(made, storage)
+    identity = made.identity | {"search.dropout": {"choice": [0, 0.5]}, "try": [{"lr": 1, "dropout": 0}]}
+    study.set_user_attr("identity", identity)  # as it was written in the file
+    study.set_user_attr("fingerprint", "of that")
+    for definition in (made, equal):
+        assert open_study(definition, storage).user_attrs["fingerprint"] == "of that", "older versions can open it, too"
+    with pytest.raises(StudyMismatch, match=r"try: .*'lr': 1\.0.* -> .*'lr': 0\.5") as caught:
+        open_study(other, storage)
+    assert "search" not in str(caught.value)
+
+
+@pytest.mark.parametrize("directions", [["minimize"], ["maximize", "maximize"]])
+def test_a_study_that_does_not_maximize_one_value_is_not_taken(storage: Storage, directions: Any) -> None:
+    optuna.create_study(study_name="small", storage=storage, directions=directions)
+    with pytest.raises(StudyMismatch, match="'small' does not maximize one value"):
+        load_study(make_definition(), storage)
+    with pytest.raises(StudyMismatch, match="does not maximize"):
+        find_best(optuna.create_study(directions=directions))
+
+
 @pytest.mark.parametrize(
     ("section", "values"),
     [("budget", {"trials": 9}), ("recovery", {"grace": 99}), ("retrain", {"epochs": 9})],
