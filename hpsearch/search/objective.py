@@ -1,5 +1,6 @@
 """The Optuna objective: suggests hyperparameters, trains a network and returns its validation accuracy."""
 
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from hpsearch.config.space import TrainingHyperparameters, suggest
 from hpsearch.data.dataset import ImageData
 from hpsearch.errors import Diverged, Drained, StorageUnavailable
 from hpsearch.search.pruning import PruningCallback
+from hpsearch.search.study import check_direction
 from hpsearch.storage.artifacts import Folder
 from hpsearch.storage.checkpoints import Checkpoint, checkpoints_of
 from hpsearch.storage.tables import by_value
@@ -20,6 +22,7 @@ from hpsearch.training.run import build_trainer, describe_environment, load_stud
 from hpsearch.training.trainer import EpochResult
 
 _CHECKPOINT_FORMAT = 3
+_loading = threading.Lock()  # the threads of `n_jobs` share the data
 
 
 class Objective:
@@ -27,7 +30,8 @@ class Objective:
 
     Works with plain Optuna: `study.optimize(Objective(definition), n_trials=3)`. The data are loaded at the first
     trial. A trial whose loss is not finite is pruned. If `checkpoints` names a folder, training states are saved there,
-    and a retried trial resumes from its last checkpoint.
+    and a retried trial resumes from its last checkpoint. With `n_jobs`, trials have the values that they have without,
+    because they take turns, an epoch at a time; only processes, as of `hpsearch run`, train at the same time.
     """
 
     def __init__(
@@ -40,6 +44,7 @@ class Objective:
         checkpoints: Folder | Path | str | None = None,
     ) -> None:
         self.definition = definition
+        self.fingerprint = definition.fingerprint  # of the study, in checkpoints
         self.checkpoints = checkpoints if isinstance(checkpoints, Folder | None) else Folder(checkpoints)
         self.folder = folder
         self.device = device
@@ -47,16 +52,20 @@ class Objective:
 
     @property
     def data(self) -> ImageData:
-        if self._data is None:
-            self._data = load_study_data(self.definition, self.folder).to(self.device)
+        with _loading:
+            if self._data is None:
+                self._data = load_study_data(self.definition, self.folder).to(self.device)
         return self._data
 
     def __call__(self, trial: optuna.Trial, check: Callable[..., None] = lambda **_: None) -> float:
         """Run a trial: load its checkpoint, then train, report, ask the pruner and save, epoch by epoch.
 
         `check()` is called before each batch, and `check(between_epochs=True)` between epochs. Either may raise to end
-        the trial; on `Drained` and `StorageUnavailable`, the training state is saved first.
+        the trial; on `Drained` and `StorageUnavailable`, the training state is saved first. Raises `StudyMismatch` in a
+        study that does not maximize.
         """
+        if isinstance(trial, optuna.Trial):
+            check_direction(trial.study)
         hyperparameters = suggest(trial, self.definition.space)
         seed = trial_seed(self.definition.study.seed, trial)
         trial.set_user_attr("environment", describe_environment(self.device))
@@ -96,7 +105,7 @@ class Objective:
             return None
         identity = {
             "format": _CHECKPOINT_FORMAT,
-            "study": self.definition.fingerprint,
+            "study": self.fingerprint,
             "seed": trial_seed(self.definition.study.seed, trial),
             "hyperparameters": hyperparameters.model_dump(),
         }

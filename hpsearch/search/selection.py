@@ -4,11 +4,16 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from hpsearch.errors import NoCompletedTrial
+from hpsearch.search.study import check_direction
 from hpsearch.storage.tables import by_value
 
 
 def find_best(study: optuna.Study, number: int | None = None) -> FrozenTrial:
-    """Return the best completed trial, or the completed trial with that number; raises `NoCompletedTrial`."""
+    """Return the best completed trial, or the completed trial with that number.
+
+    Raises `NoCompletedTrial`, and `StudyMismatch` if the study does not maximize.
+    """
+    check_direction(study)
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     chosen = [trial for trial in complete if number is None or trial.number == number]
     if not chosen:

@@ -4,6 +4,7 @@ In a small perceptron, autograd's bookkeeping takes more time than the arithmeti
 kernels in the same order without it.
 """
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,7 @@ Gradients = Callable[[Tensor, Tensor], Tensor]
 
 _aten: Any = torch.ops.aten
 _FAST_MATMUL_FROM = 2**16  # parameters; in smaller perceptrons oneDNN's overhead per product outweighs the gain
+_matmul_lock = threading.RLock()
 
 
 def join_parameters(network: nn.Module) -> nn.Parameter:
@@ -43,14 +45,16 @@ def fast_matmul(n_parameters: int) -> Iterator[None]:
     """Use torch's fastest float32 matrix multiplication inside the `with` block, if the network is large enough.
 
     With AVX-512 this is oneDNN, still in float32 and about twice as fast as MKL on AMD processors. With AMX or on a GPU
-    the products are rounded (`torch.set_float32_matmul_precision`). The setting applies to the whole process.
+    the products are rounded (`torch.set_float32_matmul_precision`). The setting applies to the whole process, so only
+    one thread at a time is inside.
     """
-    previous = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if n_parameters >= _FAST_MATMUL_FROM else previous)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(previous)
+    with _matmul_lock:
+        previous = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("medium" if n_parameters >= _FAST_MATMUL_FROM else previous)
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(previous)
 
 
 def choose_gradients(network: Network, label_smoothing: float) -> Gradients:

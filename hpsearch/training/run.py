@@ -1,6 +1,7 @@
 """Loads the data of a study, and builds trainers that depend only on a seed."""
 
 import platform
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from hpsearch.data.dataset import ImageData, Split, load_data
 from hpsearch.training.devices import tune_malloc
 from hpsearch.training.networks import build_network
 from hpsearch.training.trainer import Trainer
+
+_building = threading.Lock()  # threads share torch's default generator
 
 
 def load_study_data(definition: StudyDefinition, folder: Path | str | None = None) -> ImageData:
@@ -37,7 +40,7 @@ def build_trainer(
     """
     split = split or data.train
     tune_malloc()
-    with torch.random.fork_rng(devices=()):
+    with _building, torch.random.fork_rng(devices=()):
         torch.default_generator.manual_seed(seed)
         network = build_network(definition.network.kind, hyperparameters, data.image_shape, len(data.class_names))
         after_weights = torch.get_rng_state()

@@ -1,5 +1,7 @@
 """The objective: a trial becomes a value, in plain Optuna as well, the same for the same seed."""
 
+import threading
+from contextlib import suppress
 from typing import Any
 
 import optuna
@@ -8,9 +10,11 @@ import torch
 from optuna.trial import FixedTrial, TrialState
 
 from hpsearch.data.dataset import ImageData
+from hpsearch.errors import StudyMismatch
 from hpsearch.search.objective import Objective
 from hpsearch.search.pruning import PruningCallback
 from hpsearch.training import run, trainer
+from hpsearch.training.networks import build_network
 from hpsearch.training.run import trial_seed
 from hpsearch.training.trainer import EpochResult
 
@@ -26,6 +30,37 @@ def test_the_objective_runs_in_plain_optuna() -> None:
     assert study.best_value > 0.3
     assert all(list(trial.intermediate_values) == [1, 2] for trial in study.trials)
     assert study.trials[0].value == study.trials[0].intermediate_values[2]
+
+
+def test_a_study_that_minimizes_is_refused_before_anything_is_trained(digits: ImageData) -> None:
+    study = optuna.create_study()
+    with pytest.raises(StudyMismatch, match=r"does not maximize .* create another one with direction='maximize'"):
+        study.optimize(Objective(make_definition(), digits), n_trials=1)
+    assert study.trials[0].params == {}
+
+
+def test_trials_in_threads_have_the_values_that_they_have_one_after_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Threads meet while they draw weights, if nothing keeps them apart."""
+    definition = make_definition(fixed={"dropout": 0.3, "augment": 0.5}, pruner={"kind": "none"})
+    meeting = threading.Barrier(3)
+
+    def build_together(*arguments: Any) -> Any:
+        with suppress(threading.BrokenBarrierError):
+            meeting.wait(timeout=0.1)
+        return build_network(*arguments)
+
+    def run(n_jobs: int) -> dict[int, float | None]:
+        study = optuna.create_study(direction="maximize")
+        for i in range(3):
+            study.enqueue_trial({"lr": 0.01 * (i + 1), "width": 16})
+        study.optimize(Objective(definition), n_trials=3, n_jobs=n_jobs)
+        return {trial.number: trial.value for trial in study.trials}
+
+    one_by_one = run(1)
+    monkeypatch.setattr("hpsearch.training.run.build_network", build_together)
+    assert run(3) == one_by_one
 
 
 def test_the_value_is_the_same_for_the_same_trial_and_differs_between_trials(digits: ImageData) -> None:

@@ -1,6 +1,7 @@
 """The closed-form gradients equal autograd's, and so do the trainings that use them."""
 
 import platform
+import threading
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 import hpsearch.training.gradients
 import hpsearch.training.trainer
 from hpsearch.data.dataset import Split
-from hpsearch.training.gradients import Autograd, PerceptronGradients, choose_gradients, join_parameters
+from hpsearch.training.gradients import Autograd, PerceptronGradients, choose_gradients, fast_matmul, join_parameters
 from hpsearch.training.kinds import Hyperparameters
 from hpsearch.training.networks import Dropout, Network, build_network
 from hpsearch.training.trainer import EpochResult, Trainer
@@ -30,6 +31,22 @@ def make_network(kind: str = "mlp", **options: Any) -> tuple[Network, Hyperparam
     torch.manual_seed(0)
     hyperparameters = Hyperparameters(**{"width": 12, "batch_size": 64, "lr": 1e-2} | options)
     return build_network(kind, hyperparameters, SHAPE, 2), hyperparameters
+
+
+def test_the_precision_of_a_training_in_one_thread_is_not_that_of_another() -> None:
+    found = list[str]()
+
+    def train_small_network() -> None:
+        with fast_matmul(100):
+            found.append(torch.get_float32_matmul_precision())
+
+    thread = threading.Thread(target=train_small_network)
+    before = torch.get_float32_matmul_precision()
+    with fast_matmul(10**6):
+        thread.start()
+        thread.join(0.2)  # it has to wait
+    thread.join()
+    assert found == [before] == [torch.get_float32_matmul_precision()]
 
 
 @pytest.mark.parametrize("options", PERCEPTRONS)
