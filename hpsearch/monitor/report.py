@@ -214,8 +214,8 @@ def _sum_time(rows: Sequence[dict[str, Any]], full: int, trials: Sequence[Frozen
     """Return trials, epochs and seconds by state and by worker, and the seconds saved by pruning."""
     started = [row | {"seconds": row["seconds"] or 0.0} for row in rows if row["state"] != "waiting"]
     pruned = [row for row in started if row["state"] == "pruned" and row["epoch"]]
-    starts = [trial.datetime_start for trial in trials if trial.datetime_start]
-    ends = [trial.datetime_complete for trial in trials if trial.datetime_complete]
+    starts = [trial.datetime_start.astimezone() for trial in trials if trial.datetime_start]
+    ends = [trial.datetime_complete.astimezone() for trial in trials if trial.datetime_complete]
     return {
         "seconds": sum(row["seconds"] for row in started),
         "by_state": _group(started, "state"),

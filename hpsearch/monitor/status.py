@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from hpsearch.monitor.trials import describe_trial, read_status
 from hpsearch.search.selection import explain_choice, find_best
 from hpsearch.search.study import load_study
 from hpsearch.search.trials import TrialEvent, make_event
-from hpsearch.storage.budget import find_limit, is_final
+from hpsearch.storage.budget import find_limit, is_final, measure_trial
 from hpsearch.storage.rdb import open_storage
 from hpsearch.storage.tables import count_interruptions
 
@@ -97,12 +97,12 @@ class Watch:
         stale = set(self.storage.find_stale(self.study._study_id))
         running = [trial for trial in trials if trial.state == TrialState.RUNNING]
         ended = [trial for trial in trials if trial.state.is_finished() and trial.datetime_complete]
-        ended.sort(key=lambda trial: (trial.datetime_complete, trial.number), reverse=True)
+        now = datetime.now(UTC)
+        ended.sort(key=lambda trial: ((trial.datetime_complete or now).timestamp(), trial.number), reverse=True)
         finished = [trial for trial in ended if trial.state != TrialState.FAIL]
         failed = [
             trial for trial in ended if trial.state == TrialState.FAIL and is_final(trial.user_attrs.get("failure", {}))
         ]
-        now = datetime.now()
         seconds = self.storage.seconds_searched(self.study._study_id)
         seconds_left = estimate_seconds_left(
             finished[:_N_RECENT],
@@ -184,13 +184,13 @@ def estimate_seconds_left(
     recent ones, a new trial starts as soon as a worker is free, and a running trial lasts longer than its current age.
     An estimate needs at least one worker, three recent trials, and two recent trials per worker.
     """
-    durations = np.array([trial.duration.total_seconds() for trial in recent if trial.duration])
+    durations = np.array([seconds for trial in recent if (seconds := measure_trial(trial))])
     n_workers = min(len(running), n_left)
     if n_workers < 1 or len(durations) < max(3, 2 * len(running)):
         return None
     generator = np.random.default_rng(0)  # fixed, so that the range does not flicker
     samples = generator.choice(durations, (_N_DRAWS, len(durations)))
-    ages = sorted((now - trial.datetime_start).total_seconds() for trial in running if trial.datetime_start)
+    ages = sorted(measure_trial(trial, now) or 0.0 for trial in running)
     free = np.stack([_draw_rest(generator, durations, age) for age in ages[-n_workers:]], axis=1)
     n_last = min(n_left - n_workers, 4 * n_workers)  # simulated one by one; the trials before keep all workers busy
     n_before = n_left - n_workers - n_last

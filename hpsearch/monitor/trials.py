@@ -3,7 +3,6 @@
 import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
 from typing import Any
 from unicodedata import normalize
 
@@ -15,6 +14,7 @@ from hpsearch.config.urls import show_url
 from hpsearch.config.validation import did_you_mean
 from hpsearch.errors import UsageError
 from hpsearch.search.trials import explain_end, name_state
+from hpsearch.storage.budget import measure_trial
 from hpsearch.storage.tables import by_value, count_interruptions
 
 _FORMULA_STARTS = tuple("=+-@")  # see OWASP's "CSV Injection"
@@ -37,18 +37,9 @@ def describe_trial(trial: FrozenTrial) -> dict[str, Any]:
         "params": trial.params or trial.system_attrs.get("fixed_params", {}),
         "attempts": count_interruptions(trial) + (trial.state != TrialState.WAITING),
         "worker": trial.user_attrs.get("worker"),
-        "seconds": _sum_seconds(trial),
+        "seconds": measure_trial(trial),
         "note": explain_end(trial),
     }
-
-
-def _sum_seconds(trial: FrozenTrial) -> float | None:
-    """Return how long all attempts at a trial took; None before its end."""
-    if trial.duration is None:
-        return None
-    times = ((each["started"], each["ended"]) for each in trial.user_attrs.get("interruptions", ()))
-    earlier = (datetime.fromisoformat(end) - datetime.fromisoformat(start) for start, end in times)
-    return sum(earlier, trial.duration).total_seconds()
 
 
 def describe_in_full(study: optuna.Study, number: int) -> dict[str, Any]:

@@ -5,12 +5,13 @@ Other transactions that start trials of the study wait until this one ends.
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from itertools import chain
 from typing import Any
 
+from optuna.trial import FrozenTrial
 from sqlalchemy import Connection
 
 from hpsearch.errors import BudgetInFlight, BudgetSpent, Stopped, TooManyFailures
@@ -78,6 +79,46 @@ def is_final(failure: Mapping[str, Any]) -> bool:
     return not failure.get("retried")
 
 
+def _spans_of(
+    interruptions: Iterable[Mapping[str, Any]], pauses: Iterable[Sequence[str]], start: datetime | None, end: datetime
+) -> Iterator[Span]:
+    """Yield the start and end of each span in which an attempt at a trial ran, with time zones.
+
+    `pauses`, `start` and `end` are those of the current attempt; `start` is None if there is none.
+    """
+    attempts: list[Mapping[str, Any]] = [*interruptions]
+    if start:
+        attempts.append({"started": start.isoformat(), "pauses": pauses, "ended": end.isoformat()})
+    for attempt in attempts:
+        texts = [attempt["started"], *chain.from_iterable(attempt.get("pauses", ())), attempt["ended"]]
+        times = [datetime.fromisoformat(text) for text in texts]
+        yield from zip(times[::2], times[1::2], strict=True)
+
+
+def _spans_of_row(row: Any, now: datetime, database_now: datetime) -> Iterator[Span]:
+    start, end, heartbeat = row.datetime_start, row.datetime_complete, row.heartbeat
+    last_seen = now - (database_now - heartbeat) if heartbeat else now
+    interruptions, pauses = (json.loads(text or "[]") for text in (row.interruptions, row.pauses))
+    return _spans_of(
+        interruptions, pauses, start and start.replace(tzinfo=UTC), end.replace(tzinfo=UTC) if end else last_seen
+    )
+
+
+def measure_trial(trial: FrozenTrial, now: datetime | None = None) -> float | None:
+    """Return the seconds in which all attempts at a trial ran, the current one until its end or `now`, without pauses.
+
+    None if it has neither. `now` is local time or has a time zone. Like Optuna, a trial has local times, which summer
+    time makes jump.
+    """
+    start, end = trial.datetime_start, trial.datetime_complete or now
+    if start is None or end is None:
+        return None
+    attributes = trial.user_attrs
+    times = start.astimezone(UTC), end.astimezone(UTC)
+    spans = _spans_of(attributes.get("interruptions", ()), attributes.get("pauses", ()), *times)
+    return sum(max(end - start, timedelta()).total_seconds() for start, end in spans)
+
+
 def seconds_searched(spans: Iterable[Span]) -> float:
     """Return the seconds in which at least one trial ran, from the starts and ends of their attempts."""
     return sum((end - start).total_seconds() for start, end in _merge(spans))
@@ -100,21 +141,10 @@ def read_seconds_searched(connection: Connection, study_id: int, searched: Searc
     """
     rows = tables.read_times(connection, study_id, searched.until)
     now, database_now = datetime.now(UTC), tables.read_clock(connection).replace(tzinfo=None)
-    spans = [_spans_of(row, now, database_now) for row in rows]
+    spans = [[*_spans_of_row(row, now, database_now)] for row in rows]
     seconds = seconds_searched(chain(searched.spans, *spans))
     n_ended = next((i for i, row in enumerate(rows) if not row.state.is_finished()), len(rows))
     if n_ended:
         searched.until = rows[n_ended - 1].trial_id
         searched.spans = _merge(chain(searched.spans, *spans[:n_ended]))
     return seconds
-
-
-def _spans_of(row: Any, now: datetime, database_now: datetime) -> list[Span]:
-    """Return the start and end of each attempt at a trial, with time zones."""
-    earlier = json.loads(row.interruptions or "[]")
-    spans = [(datetime.fromisoformat(each["started"]), datetime.fromisoformat(each["ended"])) for each in earlier]
-    if row.datetime_start:
-        silence = max(database_now - (row.heartbeat or database_now), timedelta())
-        end = row.datetime_complete.replace(tzinfo=UTC) if row.datetime_complete else now - silence
-        spans.append((row.datetime_start.replace(tzinfo=UTC), end))
-    return spans

@@ -116,7 +116,7 @@ def create_engine(url: URL, *, converts: bool, reads_only: bool) -> sqlalchemy.E
 
     `converts` changes the journal mode of the database to the safe one. With `reads_only`, the engine cannot write, and
     SQLite takes only read locks, for the duration of a read. On PostgreSQL, it has one connection per process, or up to
-    `_N_READERS` if it only reads.
+    `_N_READERS` if it only reads; its clock is read and written in UTC, whatever the time zones of server and clients.
     """
     if url.get_backend_name() == "sqlite":
         engine = sqlalchemy.create_engine(url, connect_args=connect_arguments(url))
@@ -125,8 +125,7 @@ def create_engine(url: URL, *, converts: bool, reads_only: bool) -> sqlalchemy.E
         return engine
     pool = {"pool_size": 1, "max_overflow": _N_READERS - 1 if reads_only else 0, "pool_timeout": _POOL_TIMEOUT}
     engine = sqlalchemy.create_engine(url, connect_args=connect_arguments(url), pool_pre_ping=True, **pool)
-    if reads_only:
-        sqlalchemy.event.listen(engine, "connect", lambda connection, _: setattr(connection, "read_only", True))
+    sqlalchemy.event.listen(engine, "connect", partial(_configure_postgresql, reads_only))
     return engine
 
 
@@ -137,6 +136,13 @@ def _configure_sqlite(converts: bool, connection: sqlite3.Connection, _record: o
     if converts or not is_wal:
         connection.execute(f"PRAGMA journal_mode = {safe_journal()}")
     connection.execute("PRAGMA synchronous = FULL")
+
+
+def _configure_postgresql(reads_only: bool, connection: Any, _record: object) -> None:
+    connection.execute("SET TIME ZONE 'UTC'")
+    connection.commit()
+    if reads_only:
+        connection.read_only = True
 
 
 def _begin(connection: sqlalchemy.Connection) -> None:

@@ -86,8 +86,8 @@ class Storage(RDBStorage):
         self._ended: dict[int, BufferedTrial] = {}  # only the last one
         self._fresh_until = 0.0  # when to read the trials of other workers again
         self._searched = defaultdict[int, SearchTime](SearchTime)  # by study
-        self._last_answer = time.time()
-        self.trusts_heartbeats_from = 0.0  # seconds since 1970
+        self._last_answer = time.time(), time.monotonic()
+        self.trusts_heartbeats_from = 0.0  # on the monotonic clock
         # Optuna formats the URL as a template, so braces in a password would break it.
         template = url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
         with warnings.catch_warnings():
@@ -158,6 +158,7 @@ class Storage(RDBStorage):
         with self.engine.begin() as connection:
             if tables.lock_trial(connection, trial_id)[:2] == (TrialState.RUNNING, attempt):
                 if buffered := self._buffered.get(trial_id):
+                    buffered.note_time()
                     buffered.write(connection)
                 trial = tables.read_trial(connection, trial_id)
                 end, interruptions = datetime.now() - silence, trial.user_attrs.get("interruptions", [])
@@ -184,7 +185,7 @@ class Storage(RDBStorage):
         because other workers could not send heartbeats either.
         """
         stale = self._find_stale(study_id, adopts=True)
-        if time.time() < self.trusts_heartbeats_from:
+        if time.monotonic() < self.trusts_heartbeats_from:
             return []
         message = f"no heartbeat for {self.grace_period} s"
         ended = [
@@ -194,33 +195,46 @@ class Storage(RDBStorage):
         return [trial for trial in ended if trial]
 
     def _note_answer(self) -> None:
-        """After a long outage, declare no workers dead for one grace period (wall-clock time, so a suspend counts)."""
-        now, interval, grace = time.time(), self.heartbeat_interval or 0, self.grace_period or 0
-        if now - self._last_answer > max(1.5 * interval, (grace - interval) / 2):
-            self.trusts_heartbeats_from = now + grace
-        self._last_answer = now
+        """After a long outage, declare no workers dead for one grace period.
+
+        It is seen on two clocks: a suspend on the wall clock only, an outage in which that was set back on the other.
+        """
+        before, self._last_answer = self._last_answer, (time.time(), time.monotonic())
+        silence = max(now - then for now, then in zip(self._last_answer, before, strict=True))
+        interval, grace = self.heartbeat_interval or 0, self.grace_period or 0
+        if silence > max(1.5 * interval, (grace - interval) / 2):
+            self.trusts_heartbeats_from = time.monotonic() + grace
 
     def find_stale(self, study_id: int) -> list[int]:
-        """Return the ids of stale running trials, also of those that never had a heartbeat; changes nothing."""
+        """Return the ids of stale running trials; changes nothing."""
         return [trial_id for trial_id, *_ in self._find_stale(study_id)]
 
     @retry_on_outage
     def _find_stale(self, study_id: int, *, adopts: bool = False) -> list[tuple[int, int, timedelta]]:
         """Return the id and attempt of each stale running trial, and the age of its heartbeat.
 
-        A trial that never had a heartbeat is stale; with `adopts`, it gets one and becomes stale after a grace period.
+        A trial without a heartbeat is stale, and so is one whose heartbeat lies in the future, because a clock was set
+        back. With `adopts`, it gets one of now and becomes stale after a grace period, unless its worker is alive.
         """
+        interval, grace = (timedelta(seconds=limit or 0) for limit in (self.heartbeat_interval, self.grace_period))
         stale: list[tuple[int, int, timedelta]] = []
         with self.engine.begin() as connection:
             for trial_id, attempt, age in tables.read_running(connection, study_id):
-                if age is None and adopts:
-                    tables.beat(connection, trial_id)
-                elif age is None or age > timedelta(seconds=self.grace_period or 0):
+                is_orphan = age is None or age < -interval
+                if is_orphan and adopts:
+                    tables.adopt(connection, trial_id, age)
+                elif age is None or is_orphan or age > grace:
                     stale.append((trial_id, attempt, age or timedelta.max))
         return stale
 
+    def note_time(self, trial_id: int) -> None:
+        """Note that a buffered trial is running: see `BufferedTrial.note_time`."""
+        if buffered := self._buffered.get(trial_id):
+            buffered.note_time()
+
     def flush(self, trial_id: int) -> None:
         """Write a trial's buffered reports if due. Raises `TrialLost` if it is another worker's now."""
+        self.note_time(trial_id)
         buffered = self._buffered.get(trial_id)
         if buffered and time.monotonic() >= buffered.is_due_at:
             self._flush(buffered)
@@ -231,10 +245,12 @@ class Storage(RDBStorage):
         buffered = self._buffered.get(trial_id)
         if buffered is None:
             return False
+        buffered.note_time()
         with self.engine.begin() as connection:
             is_own = self._owns(connection, buffered)
             if is_own:
                 tables.beat(connection, trial_id)
+                buffered.write_pauses(connection)
         return is_own
 
     def _owns(self, connection: Connection, buffered: BufferedTrial) -> bool:
@@ -339,6 +355,7 @@ class Storage(RDBStorage):
     @retry_on_outage
     def _end(self, buffered: BufferedTrial, state: TrialState, values: Any) -> None:
         """Write the trial's buffered rows, its values and its final state."""
+        buffered.note_time()
         ended = buffered.snapshot()
         ended.state, ended.values, ended.datetime_complete = state, values, datetime.now()
         with self._writing(buffered) as connection:

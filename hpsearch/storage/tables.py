@@ -26,6 +26,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from hpsearch.config.space import Suggests
 
 WRITE_INTERVAL = 0.5  # minimum seconds between two flushes of reports
+_MAX_SILENCE = 5.0  # seconds after which a trial without a note of the time was not running
 _TABLES = ("params", "distributions", "user_attrs", "system_attrs", "intermediate_values")  # of a FrozenTrial
 _MAX_VARIABLES = 500  # per statement; SQLite's default limit is higher
 STUDIES: Any = models.StudyModel.__table__
@@ -53,6 +54,7 @@ class BufferedTrial:
 
     def __init__(self, trial: FrozenTrial) -> None:
         self.trial, self.attempt = trial, count_interruptions(trial)
+        self.seen_at = time.time()
         self.rows: dict[Any, list[dict[str, Any]]] = defaultdict(list)
         self.is_due_at, self.written_at = float("inf"), time.monotonic()
 
@@ -79,8 +81,25 @@ class BufferedTrial:
         self.trial.system_attrs[key] = value
         self._add(SYSTEM_ATTRS, WRITE_INTERVAL, key=key, value_json=json.dumps(value))
 
+    def note_time(self) -> None:
+        """Note that the trial is running, as its worker does every second.
+
+        If the last note is not about a second old, the machine was asleep, the process was stopped or the clock was
+        set. The time in between becomes a pause: its start and end in the user attribute `pauses`.
+        """
+        before, self.seen_at = self.seen_at, time.time()
+        if abs(self.seen_at - before) > _MAX_SILENCE:
+            pause = [datetime.fromtimestamp(seconds, UTC).isoformat() for seconds in (before, self.seen_at)]
+            self.trial.user_attrs["pauses"] = [*self.trial.user_attrs.get("pauses", ()), pause]
+
+    def write_pauses(self, connection: Connection) -> None:
+        """Write the pauses in the connection's transaction."""
+        if pauses := self.trial.user_attrs.get("pauses"):
+            write_user_attr(connection, self.trial, "pauses", pauses)
+
     def write(self, connection: Connection) -> None:
         """Write the buffered rows in the connection's transaction; call `clear_rows` after the commit."""
+        self.write_pauses(connection)
         for table, rows in self.rows.items():
             connection.execute(_upsert(table, connection.dialect.name), rows)
 
@@ -177,15 +196,18 @@ def assign_worker(connection: Connection, trial: FrozenTrial, worker: str) -> No
 def requeue(connection: Connection, trial: FrozenTrial, kind: str, message: str, end: datetime) -> None:
     """Let a trial wait for another attempt, with what ended this one at its user attribute `interruptions`.
 
-    Its worker and heartbeat go, so that whoever claims it next is not taken for that worker.
+    Its worker and heartbeat go, so that whoever claims it next is not taken for that worker. Its pauses go with the
+    reason.
     """
     reason = {"kind": kind, "message": message, "epoch": trial.last_step or 0}
     reason |= {"worker": trial.user_attrs.pop("worker", "unknown"), "ended": end.astimezone(UTC).isoformat()}
     reason |= {"started": (trial.datetime_start or end).astimezone(UTC).isoformat()}
+    if pauses := trial.user_attrs.pop("pauses", None):
+        reason["pauses"] = pauses
     write_user_attr(connection, trial, "interruptions", [*trial.user_attrs.get("interruptions", ()), reason])
     connection.execute(sqlalchemy.delete(HEARTBEATS).where(HEARTBEATS.c.trial_id == trial._trial_id))
-    is_worker = (USER_ATTRS.c.trial_id == trial._trial_id) & (USER_ATTRS.c.key == "worker")
-    connection.execute(sqlalchemy.delete(USER_ATTRS).where(is_worker))
+    is_of_attempt = (USER_ATTRS.c.trial_id == trial._trial_id) & USER_ATTRS.c.key.in_(("worker", "pauses"))
+    connection.execute(sqlalchemy.delete(USER_ATTRS).where(is_of_attempt))
     trial.state, trial.datetime_start = TrialState.WAITING, None
     write_state(connection, trial)
 
@@ -217,17 +239,32 @@ def beat(connection: Connection, trial_id: int) -> None:
     connection.execute(_upsert(HEARTBEATS, connection.dialect.name), {"trial_id": trial_id})
 
 
+def adopt(connection: Connection, trial_id: int, age: timedelta | None) -> None:
+    """Give a running trial a heartbeat in place of none, or of one in the future, whose negative age is given.
+
+    The clock was set back since such a heartbeat, so the time in between is a pause.
+    """
+    if age is not None:
+        now, trial = datetime.now(UTC), read_trial(connection, trial_id)
+        pauses = [*trial.user_attrs.get("pauses", ()), [(now - age).isoformat(), now.isoformat()]]
+        write_user_attr(connection, trial, "pauses", pauses)
+    beat(connection, trial_id)
+
+
 def read_clock(connection: Connection) -> datetime:
-    """Return the database's time: SQLite's in UTC without a time zone, PostgreSQL's with the session's."""
+    """Return the database's time, in UTC: SQLite's without a time zone, PostgreSQL's with one."""
     now: datetime = connection.execute(sqlalchemy.select(sqlalchemy.func.now())).scalar_one()
     return now
 
 
 def read_running(connection: Connection, study_id: int) -> list[tuple[int, int, timedelta | None]]:
-    """Return the id, attempt, and age of the heartbeat of each running trial; the age is None if it has none."""
+    """Return the id, attempt, and age of the heartbeat of each running trial; the age is None if it has none.
+
+    An age is negative if the clock was set back since.
+    """
     query = _WITH_HEARTBEATS.where(TRIALS.c.study_id == study_id, TRIALS.c.state == TrialState.RUNNING)
     rows = connection.execute(query.order_by(TRIALS.c.trial_id)).all()
-    now = read_clock(connection).replace(tzinfo=None)  # heartbeats are in the session's time zone
+    now = read_clock(connection).replace(tzinfo=None)
     return [
         (row.trial_id, len(json.loads(row.interruptions or "[]")), row.heartbeat and now - row.heartbeat)
         for row in rows
@@ -250,7 +287,7 @@ def read_best_value(connection: Connection, study_id: int, target: float) -> flo
 
 
 def read_times(connection: Connection, study_id: int, above: int) -> Sequence[Any]:
-    """Return state, times, heartbeat and interruptions of the study's trials with ids above `above`."""
+    """Return state, times, heartbeat, interruptions and pauses of the study's trials with ids above `above`."""
     query = _WITH_HEARTBEATS.where(TRIALS.c.study_id == study_id, TRIALS.c.trial_id > above)
     return connection.execute(query.order_by(TRIALS.c.trial_id)).all()
 
@@ -368,9 +405,9 @@ _SELECT_SPENT = sqlalchemy.select(
     *(sqlalchemy.func.count().filter(TRIALS.c.state == state).label(state.name.lower()) for state in _UNFINISHED),
 ).where(TRIALS.c.study_id == _STUDY, TRIALS.c.state.in_(_UNFINISHED))
 # To find stale trials, and the time that was searched.
-_WITH_HEARTBEATS = sqlalchemy.select(TRIALS, HEARTBEATS.c.heartbeat, _INTERRUPTIONS).outerjoin(
-    HEARTBEATS, HEARTBEATS.c.trial_id == TRIALS.c.trial_id
-)
+_WITH_HEARTBEATS = sqlalchemy.select(
+    TRIALS, HEARTBEATS.c.heartbeat, _INTERRUPTIONS, _attr(USER_ATTRS, "pauses", TRIALS.c.trial_id)
+).outerjoin(HEARTBEATS, HEARTBEATS.c.trial_id == TRIALS.c.trial_id)
 
 
 @lru_cache
@@ -416,4 +453,4 @@ def _to_utc(local: datetime | None) -> datetime | None:
 
 
 def _to_local(utc: datetime | None) -> datetime | None:
-    return utc and utc.replace(tzinfo=UTC).astimezone().replace(tzinfo=None)
+    return utc and datetime.fromtimestamp(utc.replace(tzinfo=UTC).timestamp())  # unlike `astimezone`, it sets `fold`

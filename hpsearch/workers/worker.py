@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 RETRY_SECONDS = 600.0  # how long a worker retries when the database does not respond
 REQUEUE_SECONDS = 15.0  # how long a worker that is stopping tries to re-queue its trial
 _POLL = 0.25  # seconds between two checks for room in the budget
+_TICK = 0.5  # seconds between two notes of the time
 _MAX_FAILURES = 3  # failed trials in a row after which a worker gives up
 
 
@@ -86,6 +87,7 @@ class Worker:
             self.study.sampler, self.study.pruner = build_sampler(definition, stream), build_pruner(definition)
         self.checkpoints = checkpoint_folder(definition, self.study)
         self.objective = Objective(definition, data, device=device, checkpoints=self.checkpoints)
+        self.objective.fingerprint = self.study.user_attrs["fingerprint"]  # an older version's may differ
         self._next_reap = time.monotonic()
         self._failures: list[str] = []  # in a row
 
@@ -138,7 +140,7 @@ class Worker:
                     return self._drop(trial)
                 kind = "out-of-memory" if _is_out_of_memory(error) else "exception"
                 return self._fail(trial, kind, f"{type(error).__name__}: {error}; {self._keep_traceback(trial)}")
-        return self._tell(trial, value, state)
+            return self._tell(trial, value, state)
 
     def _requeue_own(self) -> None:
         """Hand back this worker's running trial, if any."""
@@ -219,8 +221,13 @@ class Heartbeat(threading.Thread):
             raise Stopped
 
     def run(self) -> None:
-        storage = self.worker.storage
-        while not self.ended.wait(self.worker.definition.recovery.heartbeat):
+        storage, interval = self.worker.storage, self.worker.definition.recovery.heartbeat
+        is_due_at = time.monotonic() + interval
+        while not self.ended.wait(_TICK):
+            storage.note_time(self.trial_id)
+            if time.monotonic() < is_due_at:
+                continue
+            is_due_at = time.monotonic() + interval
             try:
                 if not storage.beat(self.trial_id):
                     self.lost.set()
@@ -284,7 +291,7 @@ def open_worker_storage(definition: StudyDefinition, drain: Drain, *, waits: boo
     )
     storage.patience = RETRY_SECONDS
     # After an outage for all, every running worker sends a heartbeat within the grace period.
-    storage.trusts_heartbeats_from = time.time() + definition.recovery.grace
+    storage.trusts_heartbeats_from = time.monotonic() + definition.recovery.grace
     return storage
 
 

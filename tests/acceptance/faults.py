@@ -697,5 +697,5 @@ def _reap_all(worker: str, url: str, n: int) -> list[int]:
     storage = open_storage(url, patience=120)
     study = optuna.load_study(study_name="small", storage=storage)
     _barrier.wait(timeout=120)
-    storage._last_answer = time.time()  # waiting for the others was no outage
+    storage._last_answer = time.time(), time.monotonic()  # waiting for the others was no outage
     return [trial.number for trial in storage.reap(study._study_id, retries=2)]

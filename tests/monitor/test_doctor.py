@@ -2,6 +2,7 @@
 
 import gzip
 import sqlite3
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from hpsearch.config.definition import StudyDefinition
 from hpsearch.monitor import doctor
 from hpsearch.monitor.doctor import run_checks
 from hpsearch.search.study import open_study
+from hpsearch.storage import tables
 from hpsearch.storage.checkpoints import Checkpoint, artifact_folder, checkpoint_folder, checkpoint_name
 from hpsearch.storage.rdb import open_storage
 
@@ -75,6 +77,17 @@ def test_a_running_trial_without_a_heartbeat_is_given_a_grace_period(url: str, t
     assert "without a worker: trial 0" in wrong(definition)["trials"]
     assert "0 of 1 stuck trials fixed; run doctor --fix again" in wrong(definition, fix=True)["trials"]
     assert study.trials[0].state == TrialState.RUNNING
+
+
+def test_a_trial_whose_heartbeat_lies_in_the_future_is_found(url: str, tmp_path: Path) -> None:
+    definition = make_definition(url, study={"artifacts": str(tmp_path)}, recovery={"heartbeat": 1, "grace": 2})
+    storage = open_storage(url)
+    storage.worker = "host-0"
+    open_study(definition, storage).ask()
+    with storage.engine.begin() as connection:
+        connection.execute(tables.HEARTBEATS.update().values(heartbeat=datetime(2100, 1, 1)))
+    assert "without a worker: trial 0" in wrong(definition)["trials"]
+    assert "0 of 1 stuck trials fixed; run doctor --fix again in 2 s" in wrong(definition, fix=True)["trials"]
 
 
 def test_checkpoints_that_no_trial_needs_are_found_and_removed_when_asked(url: str, tmp_path: Path) -> None:

@@ -480,6 +480,23 @@ def test_stale_trials_are_reaped_and_orphans_a_grace_period_later(storage: Stora
     assert storage.get_trial(live._trial_id).state == TrialState.RUNNING
 
 
+def test_a_heartbeat_in_the_future_is_no_sign_of_life_and_a_worker_that_lives_replaces_it(storage: Storage) -> None:
+    study = start_study(storage)
+    dead, live, fresh = (study.ask()._trial_id for _ in range(3))
+    with storage.engine.begin() as connection:
+        now = tables.read_clock(connection).replace(tzinfo=None)
+        is_ahead = tables.HEARTBEATS.c.trial_id != fresh
+        connection.execute(tables.HEARTBEATS.update().where(is_ahead).values(heartbeat=now + timedelta(hours=2)))
+    assert storage.find_stale(study._study_id) == [dead, live]
+    assert storage.reap(study._study_id, retries=2) == []
+    assert storage.find_stale(study._study_id) == [], "each has a grace period from now on"
+    with storage.engine.begin() as connection:
+        connection.execute(tables.HEARTBEATS.update().values(heartbeat=now - timedelta(hours=1)))
+    for trial_id in (live, fresh):
+        storage.beat(trial_id)
+    assert [trial._trial_id for trial in storage.reap(study._study_id, retries=2)] == [dead]
+
+
 def test_no_two_workers_get_the_same_stream(url: str) -> None:
     storages = [open_storage(url) for _ in range(4)]
     study = open_study(make_definition(), storages[0])

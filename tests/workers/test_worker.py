@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from hpsearch.errors import Drained, Interrupted, RepeatedFailures, Stopped, Sto
 from hpsearch.search.study import open_study, resume_study, stop_study
 from hpsearch.search.trials import TrialEvent
 from hpsearch.storage import tables
+from hpsearch.storage.budget import measure_trial
 from hpsearch.storage.checkpoints import artifact_folder, checkpoint_folder, find_checkpoints, read
 from hpsearch.storage.rdb import Storage, open_storage
 from hpsearch.storage.tables import BufferedTrial
@@ -408,13 +410,71 @@ def test_nobody_is_judged_right_after_a_silence_of_the_storage(
         optuna.load_study(study_name="small", storage=storage).ask()
     with storage.engine.begin() as connection:
         connection.execute(sqlalchemy.text("UPDATE trial_heartbeats SET heartbeat = '2026-01-01'"))
-    now = time.time()
-    monkeypatch.setattr("hpsearch.storage.rdb.time.time", lambda: now + 3)  # an outage, or a laptop that slept
-    assert storage.reap(b.study._study_id, 2) == []
-    for seconds in (4, 5, 6, 7):
-        monkeypatch.setattr("hpsearch.storage.rdb.time.time", lambda seconds=seconds: now + seconds)
+    clocks = {"time": time.time(), "monotonic": time.monotonic()}
+    for name in clocks:
+        monkeypatch.setattr(f"hpsearch.storage.rdb.time.{name}", lambda name=name: clocks[name])
+    jumps: dict[str, dict[str, float]] = {  # seconds that each clock moves
+        "a laptop that slept": {"time": 3},
+        "an outage": {"time": 3, "monotonic": 3},
+        "an outage in which the clock was set back": {"time": -7200, "monotonic": 3},
+    }
+    for jump in jumps.values():
+        clocks |= {name: clocks[name] + seconds for name, seconds in jump.items()}
+        assert storage.reap(b.study._study_id, 2) == []
+    for _ in range(4):
+        clocks |= {"time": clocks["time"] + 1, "monotonic": clocks["monotonic"] + 1}
         storage.get_all_trials(b.study._study_id)
     assert [trial.number for trial in storage.reap(b.study._study_id, 2)] == [0]
+
+
+@pytest.mark.parametrize("method", ["infer_relative_search_space", "after_trial"])
+def test_a_worker_sends_heartbeats_while_its_sampler_takes_its_time(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    b = bench(budget={"trials": 1}, recovery={"heartbeat": 1, "grace": 2})
+    worker, has_beaten = b.worker(), threading.Event()
+    beat, original = worker.storage.beat, getattr(worker.study.sampler, method)
+
+    def beat_and_tell(trial_id: int) -> bool:
+        has_beaten.set()
+        return bool(beat(trial_id))
+
+    def wait_for_heartbeat(*arguments: Any) -> Any:
+        has_beaten.clear()
+        assert has_beaten.wait(20)
+        return original(*arguments)
+
+    monkeypatch.setattr(worker.storage, "beat", beat_and_tell)
+    monkeypatch.setattr(worker.study.sampler, method, wait_for_heartbeat)
+    worker.run()
+    assert b.ends() == ["complete"]
+
+
+def test_time_in_which_a_machine_slept_is_no_time_of_its_trial(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    b = bench(budget={"trials": 1})
+    worker = b.worker()
+    begun = worker.storage._start
+
+    def sleep_and_train(trial: optuna.Trial, check: Callable[..., None]) -> float:
+        worker.storage._buffered[trial._trial_id].seen_at -= 3600  # as if nothing had run for an hour
+        wait_for(lambda: "pauses" in trial.user_attrs, "the thread that notes the time")
+        return 0.5
+
+    def start_an_hour_ago(*arguments: Any) -> Any:
+        trial = begun(*arguments)
+        worker.storage._buffered[trial._trial_id].trial.datetime_start = datetime.now() - timedelta(hours=1)
+        return trial
+
+    monkeypatch.setattr(worker.storage, "_start", start_an_hour_ago)
+    monkeypatch.setattr(worker, "objective", sleep_and_train)
+    worker.run()
+    [trial] = b.study.trials
+    assert trial.duration
+    assert trial.duration > timedelta(hours=1)
+    assert (measure_trial(trial) or 3600) < 60
+    assert b.storage.seconds_searched(b.study._study_id) < 60
 
 
 def test_a_result_whose_acknowledgement_was_lost_counts_once(
