@@ -458,8 +458,9 @@ def test_time_in_which_a_machine_slept_is_no_time_of_its_trial(
     begun = worker.storage._start
 
     def sleep_and_train(trial: optuna.Trial, check: Callable[..., None]) -> float:
-        worker.storage._buffered[trial._trial_id].seen_at -= 3600  # as if nothing had run for an hour
-        wait_for(lambda: "pauses" in trial.user_attrs, "the thread that notes the time")
+        buffered = worker.storage._buffered[trial._trial_id]
+        buffered.seen_at -= 3600  # as if nothing had run for an hour
+        wait_for(lambda: "pauses" in buffered.trial.user_attrs, "the thread that notes the time", 20)
         return 0.5
 
     def start_an_hour_ago(*arguments: Any) -> Any:
