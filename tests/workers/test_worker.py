@@ -453,7 +453,7 @@ def test_a_worker_sends_heartbeats_while_its_sampler_takes_its_time(
 def test_time_in_which_a_machine_slept_is_no_time_of_its_trial(
     bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    b = bench(budget={"trials": 1})
+    b = bench(budget={"trials": 1}, recovery={"heartbeat": 600, "grace": 700})  # the time is noted more often
     worker = b.worker()
     begun = worker.storage._start
 
