@@ -20,6 +20,17 @@ folder leads through them:
     >>> hpsearch.load("dist/mnist-mlp").predict_proba(images)
 """
 
+import sys
+
+# `python -m hpsearch` imports nothing but its own source from the current folder: not the user's torch.py.
+if (
+    sys.argv[:1] == ["-m"]  # while Python looks for the module
+    and sys.orig_argv[-len(sys.argv)].endswith("hpsearch")
+    and not sys.flags.safe_path
+    and __file__ != f"{sys.path[0]}/hpsearch/__init__.py"
+):
+    del sys.path[0]
+
 import re
 from importlib import import_module
 from pathlib import Path

@@ -1,7 +1,9 @@
 """The entry point of `hpsearch` and `python -m hpsearch`: runs a command and turns errors into exit statuses."""
 
 import logging
+import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from typer.exceptions import TyperException
@@ -14,6 +16,7 @@ _INTERRUPTED = 130  # typer returns it on Ctrl-C without printing anything
 
 def main() -> None:
     """Run the command line. Errors become short messages on stderr and set the exit status."""
+    _open_standard_streams()
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     is_debug = len(arguments) < len(sys.argv) - 1
     handler = logging.lastResort or logging.StreamHandler()  # the former writes to the stderr of Rich's live table, too
@@ -44,6 +47,15 @@ def main() -> None:
             raise
         hint = "This looks like a bug in hpsearch. Re-run with --debug for the full traceback."
         _exit_with(f"internal error: {type(error).__name__}: {error}\n{hint}", 1)
+
+
+def _open_standard_streams() -> None:
+    """Open those that are closed on the null device: other files would get their numbers, and what is printed."""
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            stream = Path(os.devnull).open(mode)  # noqa: SIM115 - until this process exits
+            os.dup2(stream.fileno(), number)
+            setattr(sys, name, stream)
 
 
 def _exit_with(message: str, exit_status: int, prefix: str = "error: ") -> None:

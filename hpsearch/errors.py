@@ -25,7 +25,19 @@ HpsearchError                 1
 └── Diverged                  1
 """
 
+import ast
+import inspect
+import textwrap
 from collections.abc import Sequence
+from typing import Any
+
+
+def read_docstring(documented: Any) -> str:
+    """Return the docstring of a class or function, from its source if Python has dropped it (PYTHONOPTIMIZE=2)."""
+    if documented.__doc__ is not None:
+        return str(documented.__doc__)
+    [node] = ast.parse(textwrap.dedent(inspect.getsource(documented))).body
+    return ast.get_docstring(node) or ""  # type: ignore[arg-type]  # a class or function
 
 
 class HpsearchError(Exception):
@@ -34,7 +46,7 @@ class HpsearchError(Exception):
     exit_status = 1
 
     def __init__(self, message: str | None = None) -> None:
-        super().__init__(message or type(self).__doc__)
+        super().__init__(message or read_docstring(type(self)))
 
 
 class UsageError(HpsearchError):

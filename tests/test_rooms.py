@@ -23,7 +23,9 @@ PRIVATE = {
     ("monitor/dashboard/server.py", "_map"),  # of waitress
     ("monitor/dashboard/auth.py", "_replace"),  # public, of named tuples
     ("config/urls.py", "_replace"),
-    ("workers/forkserver.py", "_forkserver_pid"),  # of multiprocessing
+    ("workers/forkserver.py", "_config"),  # of multiprocessing: where it makes sockets
+    ("workers/forkserver.py", "_forkserver_pid"),
+    ("workers/forkserver.py", "_stop"),
 }
 
 

@@ -22,7 +22,7 @@ from hpsearch.storage.rdb import storage_of
 from hpsearch.training.networks import build_network
 from hpsearch.training.run import build_trainer, load_study_data, trial_seed
 from hpsearch.training.trainer import measure_accuracy
-from hpsearch.workers.processes import Processes, Send, Task
+from hpsearch.workers.processes import Processes, Send, Task, share
 from hpsearch.workers.shutdown import Drain
 from hpsearch.workers.worker import WorkerExit
 
@@ -58,7 +58,7 @@ def confirm(
     data = load_study_data(definition, folder)
     done: dict[str, float] = dict(study.user_attrs.get("confirmed_runs", {}))
     missing = [(trial, i) for i in range(seeds) for trial in trials if f"{trial.number}/{i}" not in done]
-    for (trial, i), accuracy in _train_all(definition, data, missing, n_workers, devices):
+    for (trial, i), accuracy in _train_all(definition, data, missing, n_workers, devices, folder):
         new = {f"{trial.number}/{i}": accuracy}
         done |= storage_of(study).change_study_attrs(study._study_id, partial(_add_runs, new))["confirmed_runs"]
         on_run(trial.number, i, accuracy)
@@ -131,7 +131,12 @@ def _count_parameters(definition: StudyDefinition, data: ImageData, trial: Froze
 
 
 def _train_all(
-    definition: StudyDefinition, data: ImageData, runs: list[Run], n_workers: int, devices: Sequence[str]
+    definition: StudyDefinition,
+    data: ImageData,
+    runs: list[Run],
+    n_workers: int,
+    devices: Sequence[str],
+    folder: Path | str | None,
 ) -> Iterator[tuple[Run, float]]:
     """Train all runs, and yield each with its accuracy in order of completion. No process outlives the iteration."""
     n_workers = min(n_workers, len(runs))
@@ -139,14 +144,15 @@ def _train_all(
         here = data.to(devices[0])
         yield from ((run, _measure(definition, here, run)) for run in runs)
         return
-    next_run = multiprocessing.get_context("forkserver").Value("i")
+    shared = share(data) or folder
     n_threads = max(1, torch.get_num_threads() // n_workers)
 
     def prepare(slot: int) -> tuple[str, Task]:
         device = devices[slot % len(devices)]
-        return f"confirm {slot}", partial(_work, definition, data, device, n_threads, runs, next_run)
+        return f"confirm {slot}", partial(_work, definition, shared, device, n_threads, runs, next_run)
 
     processes = Processes(prepare)
+    next_run = multiprocessing.get_context("forkserver").Value("i")
     try:
         for slot in range(n_workers):
             processes.start(slot)
@@ -167,7 +173,7 @@ def _train_all(
 
 def _work(
     definition: StudyDefinition,
-    data: ImageData,
+    data: ImageData | Path | str | None,
     device: str,
     n_threads: int,
     runs: list[Run],
@@ -175,9 +181,12 @@ def _work(
     drain: Drain,
     send: Send,
 ) -> str:
-    """Train runs that no other process has taken, and send the index and accuracy of each."""
+    """Train runs that no other process has taken, and send the index and accuracy of each.
+
+    `data` is the data, or the folder to load them from.
+    """
     torch.set_num_threads(n_threads)
-    here = data.to(device)
+    here = (data if isinstance(data, ImageData) else load_study_data(definition, data)).to(device)
     while True:
         with next_run.get_lock():
             i = next_run.value

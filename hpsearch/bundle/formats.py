@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from hpsearch.data.dataset import normalise
 from hpsearch.errors import BundleError, UsageError
 from hpsearch.training.networks import Network, from_layers
+from hpsearch.workers.forkserver import import_path
 
 logger = logging.getLogger(__name__)
 
@@ -163,7 +165,13 @@ def _predict(file: Path, pixels: Path) -> NDArray[np.float32]:
     command = [sys.executable, "-W", "ignore", "-c", program, str(pixels.resolve()), str(output.resolve())]
     try:
         process = subprocess.run(  # noqa: S603
-            command, cwd=file.parent, capture_output=True, text=True, check=False, timeout=_TIMEOUT
+            command,
+            cwd=file.parent,
+            env=os.environ | import_path(),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_TIMEOUT,
         )
     except subprocess.TimeoutExpired as error:
         raise BundleError(f"verification of {file.name} timed out after {_TIMEOUT} s") from error

@@ -4,7 +4,6 @@ Commands import what they need inside the function: torch takes seconds to impor
 """
 
 import json
-import signal
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Annotated
@@ -15,7 +14,7 @@ from hpsearch.cli import options
 from hpsearch.cli.care import app as care_app
 from hpsearch.cli.result import app as result_app
 from hpsearch.cli.watch import app as watch_app
-from hpsearch.errors import Drained, StorageError, UsageError
+from hpsearch.errors import Drained, StorageError, UsageError, read_docstring
 from hpsearch.monitor.text import echo
 from hpsearch.workers.shutdown import Drain
 
@@ -99,7 +98,7 @@ def run(
     from hpsearch.training.devices import default_workers
     from hpsearch.workers.processes import run_pool
 
-    drain, n_workers = Drain().listen(signal.SIGINT, signal.SIGTERM), workers or default_workers()
+    drain, n_workers = Drain().listen(), workers or default_workers()
 
     def search(view: "LiveView") -> str:
         return run_pool(named.definition, drain, n_workers, folder=data, emit=view)
@@ -133,7 +132,7 @@ def worker(
     watch = named.watch()
     from hpsearch.workers.worker import run_worker
 
-    drain = Drain().listen(signal.SIGINT, signal.SIGTERM)
+    drain = Drain().listen()
     with LiveView(watch) as view:
         reason = run_worker(named.definition, drain, view, data=data, max_trials=max_trials)
     echo("done: " + reason.replace(" STUDY", f" {named.arguments}"))
@@ -167,7 +166,7 @@ def launch(
         raise UsageError("--detach needs a cluster that outlives this command; start one with: ray start --head")
     named = options.Named(study, storage, artifacts=artifacts, trials=trials)
     with connect(named.definition, Resources(cpus, gpus), address=address, folder=data) as cluster:
-        drain = Drain().listen(signal.SIGINT, signal.SIGTERM)  # replaces the handlers that Ray installed
+        drain = Drain().listen()  # replaces the handlers that Ray installed
         n_workers = workers or cluster.n_fitting
         if not n_workers:
             raise UsageError("no node has enough free CPUs or GPUs for a worker; pass --workers N to queue them anyway")
@@ -213,3 +212,6 @@ def _show_search(
 app.add_typer(watch_app)
 app.add_typer(result_app)
 app.add_typer(care_app)
+for _app in (app, watch_app, result_app, care_app):
+    for _command in _app.registered_commands:
+        _command.help = read_docstring(_command.callback)

@@ -175,7 +175,8 @@ def _check_checkpoints(definition: StudyDefinition, study: optuna.Study, fix: bo
 
 def _check_threads(study: optuna.Study) -> Finding:
     n_cores, load = count_cores(), psutil.getloadavg()[0]
-    n_threads = int(os.environ.get("OMP_NUM_THREADS") or 1)
+    first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # a list has a number per nested level
+    n_threads = int(first) if first.isdecimal() else 1
     running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
     here = [trial for trial in running if str(trial.user_attrs.get("worker")).startswith(f"{socket.gethostname()}-")]
     message = f"{n_cores} CPU cores, {len(here)} workers of this study here, load average {load:.1f}"

@@ -35,6 +35,7 @@ _LOCK_POLL = 0.1  # seconds
 # Timeouts to detect a lost server, in seconds; tcp_user_timeout is in milliseconds.
 _TIMEOUTS = {"connect_timeout": 10, "keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
 _TIMEOUTS |= {"tcp_user_timeout": 60_000}
+_VERSIONS = ("version_info", "alembic_version")  # tables of Optuna, which it fills last
 _TRY_LOCK = sqlalchemy.text("SELECT pg_try_advisory_xact_lock(hashtext('hpsearch'))")
 
 
@@ -96,6 +97,15 @@ def check_tables(url: URL) -> None:
             f"{show_url(url)} is not an Optuna/hpsearch database (it has the tables {', '.join(sorted(foreign))}); "
             "choose another one"
         )
+
+
+def is_created(url: URL) -> bool:
+    """Return whether Optuna has finished creating its tables in the database. Changes nothing, as Optuna would."""
+    engine = sqlalchemy.create_engine(url, poolclass=NullPool, connect_args=connect_arguments(url))
+    with engine.connect() as connection:
+        names = {*sqlalchemy.inspect(connection).get_table_names()}
+        queries = (sqlalchemy.text(f"SELECT 1 FROM {name}") for name in _VERSIONS if name in names)  # noqa: S608
+        return sum(connection.execute(query).first() is not None for query in queries) == len(_VERSIONS)
 
 
 def connect_arguments(url: URL) -> dict[str, Any]:

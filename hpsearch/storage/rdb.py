@@ -10,10 +10,10 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import optuna
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
@@ -21,15 +21,22 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import Connection
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from hpsearch.config.urls import parse_url, show_url
 from hpsearch.errors import StorageError, StudyNotFound, TrialLost, UsageError
 from hpsearch.storage import tables
 from hpsearch.storage.budget import SearchTime, admit, read_seconds_searched
-from hpsearch.storage.engine import check_location, check_tables, connect_arguments, create_engine, creation_lock
-from hpsearch.storage.retry import build_retrier, describe_cause, make_error, retry_on_outage
+from hpsearch.storage.engine import (
+    check_location,
+    check_tables,
+    connect_arguments,
+    create_engine,
+    creation_lock,
+    is_created,
+)
+from hpsearch.storage.retry import build_retrier, make_error, repeat_creation, retry_on_outage
 from hpsearch.storage.tables import BufferedTrial
 
 
@@ -416,22 +423,22 @@ def open_storage(
 
     options: dict[str, Any] = {"heartbeat": heartbeat, "grace": grace, "reads_only": reads_only}
 
+    def create() -> Storage:
+        check_tables(parsed)
+        return Storage(parsed, creates=True, **options)
+
     def connect() -> Storage:
-        with ExitStack() as stack:
-            if not must_exist:
-                check_location(parsed)
-                stack.enter_context(creation_lock(parsed))
-                check_tables(parsed)
-            try:
-                return Storage(parsed, creates=not must_exist, **options)
-            except IntegrityError:  # a reader and a creator make Optuna's version table at the same moment
-                return Storage(parsed, creates=not must_exist, **options)
+        if not must_exist:
+            check_location(parsed)
+            with creation_lock(parsed):
+                return cast(Storage, repeat_creation(create))
+        if not is_created(parsed):  # Optuna would create the rest, under the hands of whoever is creating it
+            raise StudyNotFound(f"{show_url(parsed)} contains no study; start one with: hpsearch run STUDY")
+        return Storage(parsed, creates=False, **options)
 
     try:
         storage = build_retrier(parsed, patience, heartbeat, giving_up)(connect)
     except (StorageInternalError, SQLAlchemyError) as error:
-        if must_exist and "version_info" in describe_cause(parsed, error):
-            raise StudyNotFound(f"{show_url(parsed)} contains no study; start one with: hpsearch run STUDY") from error
         raise make_error(parsed, error) from error
     except RuntimeError as error:  # from another version of Optuna
         raise StorageError(f"{show_url(parsed)}: {error}") from error

@@ -14,7 +14,7 @@ from typing import Any
 import tenacity
 from optuna.exceptions import StorageInternalError
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import IntegrityError, InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from hpsearch.config.urls import find_secrets, show_url
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 _MESSAGE_INTERVAL = 30.0  # seconds between two messages about a database that does not respond
 _next_message = 0.0
+_MAX_CREATIONS = 10
 _TRANSIENT_CODES = {
     *(sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL),
     *(sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PROTOCOL),
@@ -93,6 +94,20 @@ def is_transient(error: BaseException) -> bool:
     if isinstance(cause, OperationalError | InterfaceError):
         return (code is None or code in _TRANSIENT_CODES) and not advise(cause)
     return isinstance(cause, PoolTimeout)
+
+
+def repeat_creation(create: Callable[[], Any]) -> Any:
+    """Call `create`, and repeat it while another program, such as Optuna itself, creates the same tables."""
+    return tenacity.Retrying(
+        retry=tenacity.retry_if_exception(_is_collision),
+        wait=tenacity.wait_random(max=0.5),
+        stop=tenacity.stop_after_attempt(_MAX_CREATIONS),
+        reraise=True,
+    )(create)
+
+
+def _is_collision(error: BaseException) -> bool:
+    return isinstance(_cause(error), IntegrityError) or "already exists" in str(_cause(error))
 
 
 def make_error(url: URL, error: BaseException) -> StorageError:

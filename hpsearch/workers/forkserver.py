@@ -3,36 +3,114 @@
 import atexit
 import multiprocessing
 import os
+import shutil
 import signal
+import sys
+import tempfile
 import threading
-from multiprocessing import forkserver
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing import forkserver, process
+from pathlib import Path
+from typing import Any
+
+from hpsearch.errors import WorkerError
 
 _PRELOADED = [
     "hpsearch.workers.worker",
     "torch._dynamo",  # imported by the first optimizer; takes as long as torch itself
     *("alembic.command", "alembic.script"),  # imported by the first RDBStorage
 ]
+_server: Any = getattr(forkserver, "_forkserver")  # noqa: B009 - not in the types of the standard library
+_folders: list[str] = []  # temporary, for its sockets
 
 
 def start_fork_server() -> None:
-    """Start the fork server unless it is running; it imports in parallel with this process."""
+    """Start the fork server unless it is running; it imports in parallel with this process. Raises `WorkerError`."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOADED)
-    # Ctrl-C reaches the whole process group; the fork server ignores it, since the supervisor stops the workers.
-    if threading.current_thread() is not threading.main_thread():
-        return forkserver.ensure_running()
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    reasons: dict[str, str] = {}
+    # The path of a socket has at most 107 characters, so TMPDIR may be too long for it.
+    for place in dict.fromkeys((tempfile.gettempdir(), "/tmp", "/var/tmp")):  # noqa: S108 - mkdtemp is safe
+        try:
+            if not _folders or reasons or not Path(_folders[-1]).is_dir():
+                _folders.append(tempfile.mkdtemp(prefix="hpsearch-", dir=place))
+                process.current_process()._config["tempdir"] = _folders[-1]  # type: ignore[attr-defined]
+            with _signals_ignored(), _imports_restricted():
+                return forkserver.ensure_running()
+        except OSError as error:
+            reasons[place] = error.strerror or str(error)
+    tried = "; ".join(f"{place}: {reason}" for place, reason in reasons.items())
+    raise WorkerError(f"cannot start processes, which need a socket in a temporary folder ({tried}); set TMPDIR")
+
+
+def start_process(new: process.BaseProcess) -> None:
+    """Start a process in the fork server, or in a new one if it was killed or its socket removed; workers live on.
+
+    Raises `WorkerError`.
+    """
+    start_fork_server()
     try:
-        forkserver.ensure_running()
+        return new.start()
+    except (OSError, EOFError):
+        _kill_fork_server()
+    start_fork_server()
+    try:
+        return new.start()
+    except (OSError, EOFError) as error:
+        _kill_fork_server()
+        reason = getattr(error, "strerror", None) or "the process from which it is forked was killed"
+        raise WorkerError(f"cannot start a process: {reason}; check memory, ulimit -n and ulimit -u") from error
+
+
+def import_path() -> dict[str, str]:
+    """Return the environment variables with which a new Python process imports what this one can.
+
+    Without them, `python -c` imports the user's torch.py from the current folder, and not what only `sys.path` has.
+    """
+    return {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(filter(os.path.isabs, sys.path))}
+
+
+@contextmanager
+def _imports_restricted() -> Iterator[None]:
+    """Let new processes have the variables of `import_path`."""
+    variables = import_path()
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+@contextmanager
+def _signals_ignored() -> Iterator[None]:
+    """Let new processes ignore the signals of a terminal to its whole process group: the supervisor stops workers."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _kill_fork_server() -> None:
+    if _server._forkserver_pid is not None:
+        os.kill(_server._forkserver_pid, signal.SIGKILL)
+        with suppress(FileNotFoundError):  # its socket
+            _server._stop()
 
 
 @atexit.register
 def _stop_fork_server() -> None:
     """Stop the fork server when this process exits; on its own it would notice only after its imports."""
-    pid = getattr(forkserver, "_forkserver")._forkserver_pid  # noqa: B009 - not in the types of the standard library
-    if pid is not None:
-        try:
-            os.kill(pid, signal.SIGTERM)
-        except ProcessLookupError:
-            return
+    if _server._forkserver_pid is not None:
+        with suppress(ProcessLookupError):
+            os.kill(_server._forkserver_pid, signal.SIGTERM)
+    for folder in _folders:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 import logging
 import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -24,13 +25,14 @@ from hpsearch.search.trials import Emit
 from hpsearch.training.devices import count_cores, list_devices
 from hpsearch.training.run import load_study_data
 from hpsearch.workers.executor import Handle, Supervisor
-from hpsearch.workers.forkserver import start_fork_server
+from hpsearch.workers.forkserver import start_fork_server, start_process
 from hpsearch.workers.shutdown import Drain
 from hpsearch.workers.worker import WorkerExit, capture_exit, open_worker_storage, run_worker, worker_name
 
 logger = logging.getLogger(__name__)
 
 _POLL = 0.2  # seconds within which the supervisor reacts to a signal
+_UNKNOWN = 255  # what multiprocessing takes for the status of a process whose fork server was killed, even if it runs
 
 Send = Callable[[Any], None]
 Task = Callable[[Drain, Send], str]  # sends messages, and returns the reason it ended
@@ -50,7 +52,7 @@ def run_pool(
     """
     storage = open_worker_storage(definition, drain)
     study = load_study(definition, storage)
-    data = _share(load_study_data(definition, folder))
+    data = share(load_study_data(definition, folder))
     drain.check()
     devices = list_devices()
     options: dict[str, Any] = {"data": data or folder, "n_threads": max(1, count_cores() // n_workers), "waits": True}
@@ -63,8 +65,8 @@ def run_pool(
     return Supervisor(Processes(prepare), n_workers, definition, study, storage, drain, emit).run()
 
 
-def _share(data: ImageData) -> ImageData | None:
-    """Move the data to shared memory. Returns None if that is too small, as with Docker's defaults."""
+def share(data: ImageData) -> ImageData | None:
+    """Move the data to shared memory. Returns None, with a warning, if that is too small, as with Docker's defaults."""
     try:
         return data.share_memory()
     except RuntimeError as error:
@@ -79,11 +81,33 @@ def _work(definition: StudyDefinition, url: str, drain: Drain, send: Send, **opt
 
 @dataclass(eq=False, kw_only=True)
 class ProcessHandle(Handle):
-    """A process, the pipe for its messages, and the `WorkerExit` that it sent."""
+    """A process, the pipe for its messages, and the `WorkerExit` that it sent.
+
+    The pipe is open as long as the process lives, and that is better evidence than its exit status: the fork server,
+    which reports it, may have been killed.
+    """
 
     process: Any
     pipe: connection.Connection
+    is_open: bool = True
     exit: WorkerExit | None = None
+
+    @property
+    def status(self) -> int | None:
+        """The exit status; None while the process runs."""
+        code: int | None = self.process.exitcode
+        return None if code == _UNKNOWN and self.is_open else code
+
+    @property
+    def ends(self) -> list[Any]:
+        """What to wait for: a message or the end of the process."""
+        is_known = self.process.exitcode != _UNKNOWN
+        return [*([self.pipe] if self.is_open else []), *([self.process.sentinel] if is_known else [])]
+
+    def send_signal(self, number: signal.Signals) -> None:
+        if self.status is None:
+            with suppress(ProcessLookupError):
+                os.kill(self.process.pid, number)
 
 
 class Processes:
@@ -104,38 +128,46 @@ class Processes:
         receiver, sender = context.Pipe(duplex=False)
         arguments = (task, sender, logging.getLogger().getEffectiveLevel())
         process = context.Process(target=_run_task, args=arguments, name=name)
-        process.start()
-        sender.close()
+        with sender:
+            start_process(process)
         handle = ProcessHandle(slot, name, process=process, pipe=receiver)
         self.running.append(handle)
         return handle
 
     def wait(self) -> Iterator[tuple[ProcessHandle, Any]]:
-        connection.wait([end for each in self.running for end in (each.pipe, each.process.sentinel)], _POLL)
+        connection.wait([end for each in self.running for end in each.ends], _POLL)
         for each in list(self.running):
-            code = each.process.exitcode  # checked before reading the pipe, so no message is missed
+            status = each.status  # checked before reading the pipe, so no message is missed
             for message in _read(each):
                 yield each, message
-            if code is not None:
+            if status is not None:
                 self.running.remove(each)
-                how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"exited with status {code}"
-                yield each, each.exit or WorkerExit(how, is_dead=True)
+                yield each, each.exit or WorkerExit(_describe(status), is_dead=True)
 
     def stop(self) -> None:
         for each in self.running:
-            each.process.terminate()
+            each.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
         for each in self.running:
-            each.process.kill()
+            each.send_signal(signal.SIGKILL)
         for each in self.running:
-            each.process.join()
+            while each.status is None:
+                connection.wait(each.ends)
+                for _ in _read(each):
+                    pass
+
+
+def _describe(status: int) -> str:
+    if status == _UNKNOWN:
+        return "ended like the process from which it was forked"
+    return f"was killed ({signal.Signals(-status).name})" if status < 0 else f"exited with status {status}"
 
 
 def _read(handle: ProcessHandle) -> Iterator[Any]:
     """Yield the messages of a process; handle its log messages, and keep the `WorkerExit` that it sends last."""
-    with suppress(EOFError, OSError):  # killed, possibly in the middle of a message
-        while handle.exit is None and handle.pipe.poll():
+    try:
+        while handle.is_open and handle.pipe.poll():
             message = handle.pipe.recv()
             if isinstance(message, WorkerExit):
                 handle.exit = message
@@ -143,11 +175,14 @@ def _read(handle: ProcessHandle) -> Iterator[Any]:
                 logging.getLogger(message.name).handle(message)
             else:
                 yield message
+    except (EOFError, OSError):  # it has ended, or was killed in the middle of a message
+        handle.is_open = False
 
 
 def _run_task(task: Task, pipe: connection.Connection, log_level: int) -> None:
     """Run a task in this process; send its messages and its `WorkerExit`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # multiprocessing installs Python's own handler in its children
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the supervisor decides, as for Ctrl-C
     drain = Drain().listen(signal.SIGTERM)
     threading.Thread(target=_watch_parent, args=(drain,), daemon=True).start()
     lock = threading.Lock()  # the heartbeat thread sends, too

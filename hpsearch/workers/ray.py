@@ -5,11 +5,12 @@ import math
 import os
 import signal
 import socket
+import sys
 import threading
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -196,7 +197,8 @@ def connect(
     }
     options = {"namespace": _NAMESPACE, "log_to_driver": False, "logging_level": logging.ERROR}
     try:
-        ray.init(address, runtime_env=environment, **options)
+        with chdir(sys.prefix):  # workers import from the folder in which Ray is initialized, before all others
+            ray.init(address, runtime_env=environment, **options)
     except ConnectionError as error:
         where = "" if address == "auto" else f" at {address} ({last_line(error)})"
         raise ClusterError(f"no running Ray cluster found{where}; {_ADVICE}") from error

@@ -1,5 +1,6 @@
 """Turn signals into a request to stop, which is checked between batches."""
 
+import os
 import signal
 import threading
 import time
@@ -22,8 +23,11 @@ class Drain:
         self._since = 0.0
 
     def listen(self, *signals: signal.Signals) -> Self:
-        self._signals = signals
-        for number in signals:
+        """Take the signals for requests to stop, by default all that ask for it; `nohup` makes SIGHUP none of them."""
+        wanted = signals or (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        self._signals = tuple(number for number in wanted if not (number == signal.SIGHUP and is_nohup))
+        for number in self._signals:
             signal.signal(number, self._receive)
         return self
 
@@ -44,6 +48,8 @@ class Drain:
             raise self.error
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            _leave_closed_terminal()
         if self.ignores_signals:
             return
         if self.event.is_set():
@@ -52,3 +58,12 @@ class Drain:
                 raise KeyboardInterrupt
             return
         self.set(Interrupted() if number == signal.SIGINT else Drained())
+
+
+def _leave_closed_terminal() -> None:
+    """Discard from now on what this process prints to a terminal that was closed, instead of failing."""
+    for stream in (1, 2):
+        try:
+            os.write(stream, b"")
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)

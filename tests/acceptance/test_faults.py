@@ -91,8 +91,8 @@ def test_ctrl_c_ends_a_run_cleanly_and_the_next_run_goes_on(study_file: WriteStu
     reached = {row["epoch"] for row in json.loads(hpsearch("trials", file.name, "--json", cwd=file.parent).stdout)}
     run = start("run", file.name, "--workers", 2, cwd=file.parent, log=file.parent / "log")
     wait_for(runs_a_trial(file, 2, above=max(reached)), "both trials that go on from there")
-    os.killpg(run.pid, signal.SIGTERM)  # `timeout` signals both the group and its member: that is one request
-    run.terminate()
+    os.killpg(run.pid, signal.SIGHUP)  # a terminal that is closed signals the group, and its shell does: one request
+    run.send_signal(signal.SIGHUP)
     assert run.wait(timeout=120) == 75
     assert status(file)["trials"] == {"complete": 0, "pruned": 0, "failed": 0, "running": 0, "waiting": 2}
     rows = json.loads(hpsearch("trials", file.name, "--state", "waiting", "--json", cwd=file.parent).stdout)

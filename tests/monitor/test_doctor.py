@@ -164,6 +164,8 @@ def test_a_slow_lock_a_wrong_clock_a_full_disk_and_a_busy_machine_are_named(
     assert "CPU overloaded" in found["threads"]
     monkeypatch.setenv("OMP_NUM_THREADS", "4096")
     assert "OMP_NUM_THREADS=4096" in wrong(definition)["threads"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "4096,2")  # for nested regions, as OpenMP allows
+    assert "OMP_NUM_THREADS=4096" in wrong(definition)["threads"]
 
 
 def test_a_database_on_a_network_file_system_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

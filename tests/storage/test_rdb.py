@@ -4,6 +4,7 @@ import pickle
 import re
 import sqlite3
 import threading
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -13,6 +14,7 @@ from typing import Any
 import optuna
 import pytest
 import sqlalchemy
+from alembic.runtime.migration import MigrationContext
 from optuna.storages._rdb import models
 from optuna.trial import TrialState
 from sqlalchemy.exc import OperationalError
@@ -629,6 +631,39 @@ def test_reading_a_foreign_database_does_not_change_it(tmp_path: Path) -> None:
     with pytest.raises(StudyNotFound, match="contains no study"):
         open_storage(f"sqlite:///{file}", must_exist=True)
     assert file.read_bytes() == before
+
+
+def test_reading_a_database_that_is_being_created_does_not_change_it(url: str) -> None:
+    engine = sqlalchemy.create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
+    models.BaseModel.metadata.create_all(engine)
+    tables = sqlalchemy.inspect(engine).get_table_names()
+    with pytest.raises(StudyNotFound, match="contains no study"):
+        open_storage(url, reads_only=True)
+    with pytest.raises(StudyNotFound, match="contains no study"):
+        open_storage(url, must_exist=True)
+    assert sqlalchemy.inspect(engine).get_table_names() == tables
+    with engine.begin() as connection:
+        assert connection.execute(sqlalchemy.select(models.VersionInfoModel)).first() is None
+    engine.dispose()
+
+
+def test_creating_a_database_is_repeated_where_another_program_creates_it_at_the_same_moment(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = MigrationContext.get_current_heads
+
+    def read_before_others_write(self: MigrationContext) -> tuple[str, ...]:
+        heads = read(self)
+        if any(frame.name == "stamp" for frame in traceback.extract_stack()):
+            monkeypatch.setattr(MigrationContext, "get_current_heads", read)
+            optuna.storages.RDBStorage(url.replace("postgresql:", "postgresql+psycopg:")).engine.dispose()
+        return heads
+
+    monkeypatch.setattr(MigrationContext, "get_current_heads", read_before_others_write)
+    storage = open_storage(url)
+    assert MigrationContext.get_current_heads is read
+    assert storage.get_all_studies() == []
+    storage.engine.dispose()
 
 
 def test_a_password_with_braces_and_other_signs_reaches_the_server(postgres_url: str) -> None:
