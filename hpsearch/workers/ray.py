@@ -202,6 +202,9 @@ def connect(
     except ConnectionError as error:
         where = "" if address == "auto" else f" at {address} ({last_line(error)})"
         raise ClusterError(f"no running Ray cluster found{where}; {_ADVICE}") from error
+    except OSError as error:
+        advice = "Ray needs a short path of a local disk in RAY_TMPDIR or TMPDIR"
+        raise ClusterError(f"cannot start Ray: {error}; {advice}") from error
     except (ValueError, RuntimeError) as error:  # other versions of Ray or Python, among others
         where = "" if address == "auto" else f" at {address}"
         raise ClusterError(f"cannot use the Ray cluster{where}: {' '.join(str(error).split())}") from error

@@ -87,8 +87,21 @@ def test_one_node_that_is_another_machine_needs_shared_places_too(monkeypatch: p
         Cluster(make_definition("sqlite:///x.db"), Resources())
 
 
+def test_a_temporary_folder_whose_path_is_too_long_for_ray_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path / ("scratch-of-job-" * 6)))
+    definition = make_definition(f"sqlite:///{tmp_path}/study.db")
+    with (
+        pytest.raises(ClusterError, match=r"cannot start Ray: .*scratch-of-job.*TMPDIR"),
+        connect(definition, Resources(), address="local"),
+    ):
+        pass
+
+
 def test_a_machine_by_itself_is_a_cluster_where_sqlite_and_a_folder_will_do(study_file: Callable[..., Path]) -> None:
     file = study_file()
+    (file.parent / "torch.py").write_text("raise SystemExit('this file of the user is not torch')")
     arguments = ("launch", file.name, "--address", "local", "--workers", 2, "--trials", 3, "--json")
     launched = hpsearch(*arguments, cwd=file.parent)
     assert json.loads(launched.stdout)["trials"]["complete"] == 3
