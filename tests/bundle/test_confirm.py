@@ -13,7 +13,7 @@ from hpsearch.bundle import confirm as module
 from hpsearch.bundle import retrain
 from hpsearch.bundle.confirm import choose_winner, confirm, mean_interval
 from hpsearch.config.definition import StudyDefinition
-from hpsearch.data.dataset import Split
+from hpsearch.data.dataset import ImageData, Split
 from hpsearch.errors import NoCompletedTrial, StorageError, UsageError, WorkerError
 from hpsearch.search.objective import Objective
 from hpsearch.search.selection import explain_choice, find_best_few, find_winner
@@ -100,6 +100,17 @@ def test_a_candidate_trains_and_is_measured_on_the_splits_of_the_search(
     monkeypatch.setattr(module, "measure_accuracy", lambda network, split: len(split) / 1000)
     [candidate] = confirm(*searched, top=1, seeds=2)["candidates"]
     assert (n_trained, candidate["accuracies"]) == ({300}, [0.2, 0.2])
+
+
+def test_processes_read_the_data_themselves_where_shared_memory_is_too_small(
+    searched: tuple[StudyDefinition, optuna.Study], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(_: ImageData) -> ImageData:
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device")
+
+    monkeypatch.setattr(ImageData, "share_memory", refuse)
+    assert len(confirm(*searched, top=1, seeds=2, n_workers=2)["candidates"][0]["accuracies"]) == 2
+    assert "each worker loads its own copy" in caplog.text
 
 
 def test_a_single_seed_shows_no_variance(searched: tuple[StudyDefinition, optuna.Study]) -> None:

@@ -353,6 +353,36 @@ def test_messages_to_a_full_disk_end_nothing_but_a_closed_pipe_does(monkeypatch:
         echo("trial 3 complete 0.9")
 
 
+def test_python_m_imports_no_file_of_the_current_folder(tmp_path: Path) -> None:
+    for name in ("enum", "random", "optuna", "typer"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('this file is the user's')")
+    command = [sys.executable, "-m", "hpsearch", "status", "missing.toml"]
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert process.returncode == 2
+    assert "missing.toml: study file not found" in process.stderr
+
+
+def test_closed_standard_streams_end_no_command(study_file: Callable[..., Path]) -> None:
+    file = study_file()
+    definition = load_definition(file)
+    open_study(definition, open_storage(definition.study.storage))
+    command = ["bash", "-c", 'exec "$0" "$@" <&- >&- 2>&-', sys.executable, "-m", "hpsearch", "trials", str(file)]
+    for options in ([], ["--csv"]):
+        subprocess.run([*command, *options], check=True)
+
+
+def test_help_and_errors_have_words_even_if_python_drops_docstrings() -> None:
+    program = (
+        "import sys; from hpsearch import __main__, errors\n"
+        "print(errors.Drained())\n"
+        "sys.argv = ['hpsearch', 'status', '--help']; __main__.main()"
+    )
+    command = [sys.executable, "-OO", "-c", program]
+    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "Stopped before the budget was used up; run the same command to continue." in told
+    assert "Show the progress of a search" in told
+
+
 def test_no_description_of_a_command_is_cut_off(run: Run) -> None:
     assert "..." not in run("--help")[1].partition("Commands:")[2]
 

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import os
+import pwd
 import shutil
 import threading
 from functools import partial
@@ -263,6 +264,14 @@ def test_the_data_folder_is_the_argument_else_the_variable_else_the_cache(monkey
     for folder in (None, "~/data"):
         with pytest.raises(DataError, match="set HOME, or point HPSEARCH_DATA"):
             data_folder(folder)
+
+
+def test_without_a_home_folder_one_for_the_data_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HOME", "XDG_CACHE_HOME", "HPSEARCH_DATA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # nor is there an entry of this user
+    with pytest.raises(DataError, match=r"home directory.*--data or HPSEARCH_DATA"):
+        data_folder()
 
 
 @pytest.mark.skipif(
