@@ -40,7 +40,9 @@ def start_fork_server() -> None:
         except OSError as error:
             reasons[place] = error.strerror or str(error)
     tried = "; ".join(f"{place}: {reason}" for place, reason in reasons.items())
-    raise WorkerError(f"cannot start processes, which need a socket in a temporary folder ({tried}); set TMPDIR")
+    raise WorkerError(
+        f"cannot start processes with a socket in a temporary folder ({tried}); check TMPDIR and ulimit -n"
+    )
 
 
 def start_process(new: process.BaseProcess) -> None:

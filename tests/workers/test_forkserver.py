@@ -121,7 +121,7 @@ def test_a_socket_is_put_elsewhere_if_tmpdir_is_too_long_for_it_and_tmpdir_is_na
 
     monkeypatch.setattr(forkserver, "_folders", [])
     monkeypatch.setattr(tempfile, "mkdtemp", refuse)
-    with pytest.raises(WorkerError, match=f"{long}: No space left on device; /tmp: .*set TMPDIR"):
+    with pytest.raises(WorkerError, match=f"{long}: No space left on device; /tmp: .*check TMPDIR"):
         start_fork_server()
 
 
