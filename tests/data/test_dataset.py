@@ -270,7 +270,7 @@ def test_without_a_home_folder_one_for_the_data_is_asked_for(monkeypatch: pytest
     for name in ("HOME", "XDG_CACHE_HOME", "HPSEARCH_DATA"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # nor is there an entry of this user
-    with pytest.raises(DataError, match=r"home directory.*--data or HPSEARCH_DATA"):
+    with pytest.raises(DataError, match=r"no home folder found.*HPSEARCH_DATA"):
         data_folder()
 
 
