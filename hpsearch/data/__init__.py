@@ -1,7 +1,26 @@
 """Data sets as tensors in memory, image files as pixels.
 
-sets          the built-in data sets: what is known of each, and how it is downloaded and read
-dataset       splits and batches
-augment       randomly shifts, rotates and scales a batch
-image_files   converts image files of any size and color, and handwriting, to a network's input
+sets           the built-in data sets: what is known of each, and how it is downloaded and read
+dataset        splits and batches
+augment        randomly shifts, rotates and scales a batch
+image_files    converts image files of any size, depth and color to a network's input
+mnist_images   converts handwriting to MNIST's format: removes paper, thickens strokes, centers digits
+page_lines     removes ruled lines, frames and edges from the ink of a page
+
+Scripts import `load_data` and `load_test` from here; `import hpsearch.data` alone does not import torch.
 """
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hpsearch.data.dataset import load_data, load_test
+
+__all__ = ["load_data", "load_test"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from hpsearch.data import dataset
+
+    return getattr(dataset, name)

@@ -176,7 +176,7 @@ class Digits(DataSet):
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
 
-        from hpsearch.data.image_files import scale_and_center
+        from hpsearch.data.mnist_images import scale_and_center
 
         bunch: Any = load_digits()
         parts = train_test_split(range(len(bunch.target)), test_size=self.n_test, stratify=bunch.target, random_state=0)

@@ -13,7 +13,7 @@ import optuna
 from hpsearch.data.dataset import load_test
 from hpsearch.data.sets import data_folder
 from hpsearch.errors import HpsearchError
-from tests.benchmark import many, pieces, quality, searches, watching
+from tests.benchmark import many, pictures, pieces, quality, searches, watching
 from tests.benchmark.report import UNFAIR, Options, Row, show
 
 PARTS = {
@@ -27,6 +27,7 @@ PARTS = {
     "watching": watching.watching,
     "gpu": searches.gpu,
     "many": many.many,
+    "pictures": pictures.pictures,
 }
 
 

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torchvision
+from torch import nn
 
-from hpsearch.data.dataset import load_data
-from tests.benchmark import many, pieces, searches, textbook, watching
+from hpsearch.data.dataset import ImageData, load_data
+from hpsearch.training.networks import Network
+from tests.benchmark import many, pictures, pieces, searches, textbook, watching
 from tests.benchmark.report import Options, Row, show, summarize
 from tests.benchmark.textbook import Outcome
 
@@ -67,6 +69,18 @@ def test_the_cost_of_watching_is_measured(tmp_path: Path) -> None:
     rows = watching.watching(tmp_path, Options(1, tmp_path, tmp_path), n_before=20, n_trials=3)
     assert [row.unit for row in rows] == ["x", "%", "s"]
     assert all(row.median and row.median > 0 for row in rows)
+
+
+def test_pictures_of_all_kinds_are_written_and_read(tmp_path: Path, digits: ImageData) -> None:
+    images, labels = pictures.choose(digits, 1)
+    network = Network(nn.Flatten(), nn.Linear(28 * 28, 10))
+    rows = [
+        pictures.measure(kind, pictures.write(kind, images, tmp_path / "pictures"), labels, network, digits)
+        for kind in pictures.KINDS
+    ]
+    assert len(rows) >= 20
+    assert [row.what.split(":")[0] for row in rows if "1 refused" in row.what] == ["blank", "blank, photographed"]
+    assert [row.median for row in rows][-2:] == [100, 100]
 
 
 def test_rows_are_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,8 @@ import hashlib
 import os
 import pwd
 import shutil
+import subprocess
+import sys
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -17,6 +19,7 @@ import torchvision
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
+from hpsearch.data import dataset
 from hpsearch.data.augment import augment
 from hpsearch.data.dataset import ImageData, Split, load_data, load_test, normalise
 from hpsearch.data.sets import data_folder
@@ -285,3 +288,13 @@ def test_the_real_mnist_is_read_from_its_archives(tmp_path: Path) -> None:
     data = load_data("mnist", tmp_path, validation=10_000)
     assert data.mean == pytest.approx(0.1307, abs=0.001)
     assert data.std == pytest.approx(0.3081, abs=0.001)
+
+
+def test_scripts_import_the_loaders_from_the_room_which_does_not_import_torch_before() -> None:
+    from hpsearch.data import load_data, load_test
+
+    assert (load_data, load_test) == (dataset.load_data, dataset.load_test)
+    program = "import sys, hpsearch.data; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
+    with pytest.raises(ImportError, match="no_such_name"):
+        from hpsearch.data import no_such_name  # noqa: F401

@@ -4,14 +4,16 @@ import os
 import resource
 import struct
 import zlib
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from hpsearch.data.image_files import FORMATS, read_image
+from hpsearch.data.sets import DIGITS
 from hpsearch.errors import ImageError
 
 SHAPE = (1, 28, 28)
@@ -26,12 +28,47 @@ def draw_one(size: tuple[int, int], ink: int, paper: int, offset: int = 0) -> Im
     return image
 
 
-def test_an_image_of_the_right_size_and_ground_is_read_as_it_is(tmp_path: Path) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (28, 28), dtype=np.uint8)
-    pixels[[0, -1]] = 0
-    pixels[:, [0, -1]] = 0
-    Image.fromarray(pixels).save(tmp_path / "raw.png")
-    assert np.array_equal(read_image(tmp_path / "raw.png", SHAPE)[0], pixels)
+@pytest.fixture(scope="module")
+def digits() -> np.ndarray:
+    """Five digits as in MNIST, uint8, shape (5, 28, 28)."""
+    return DIGITS.read(None, is_train=True)[0][:5, 0].numpy()
+
+
+def difference(a: Path, b: Path) -> float:
+    """The mean difference between two files as they are read, of 255."""
+    read = [read_image(file, SHAPE).astype(float) for file in (a, b)]
+    return float(np.abs(read[0] - read[1]).mean())
+
+
+def save_page(digit: np.ndarray, file: Path) -> Image.Image:
+    """Black ink on white paper, 320 pixels wide."""
+    page = ImageOps.expand(Image.fromarray(255 - np.kron(digit, np.ones((8, 8), np.uint8))), 48, 255)
+    page.save(file)
+    return page
+
+
+def test_an_image_made_as_in_mnist_is_read_as_it_is(tmp_path: Path, digits: np.ndarray) -> None:
+    for pixels in digits:
+        Image.fromarray(pixels).save(tmp_path / "raw.png")
+        assert np.array_equal(read_image(tmp_path / "raw.png", SHAPE)[0], pixels)
+        Image.fromarray(255 - pixels).save(tmp_path / "raw.png")
+        assert np.array_equal(read_image(tmp_path / "raw.png", SHAPE)[0], pixels)
+
+
+def test_an_image_of_28x28_pixels_that_was_not_made_as_in_mnist_is_brought_there(
+    tmp_path: Path, digits: np.ndarray
+) -> None:
+    for pixels in digits:
+        Image.fromarray(pixels).save(tmp_path / "raw.png")
+        Image.fromarray(np.roll(pixels, (3, -3), axis=(0, 1))).save(tmp_path / "shifted.png")
+        Image.fromarray(200 - pixels // 2).save(tmp_path / "grey.png")
+        green = [80 + pixels // 3, np.full_like(pixels, 100), np.full_like(pixels, 90)]
+        Image.fromarray(np.stack(green, axis=-1)).save(tmp_path / "colored.png")
+        small = Image.new("L", (28, 28))
+        small.paste(Image.fromarray(pixels).resize((20, 20), Image.Resampling.BOX), (8, 1))
+        small.save(tmp_path / "small.png")
+        for name in ("shifted", "grey", "colored", "small"):
+            assert difference(tmp_path / f"{name}.png", tmp_path / "raw.png") < 24, name
 
 
 def test_dark_on_light_and_light_on_dark_give_the_same(tmp_path: Path) -> None:
@@ -92,6 +129,95 @@ def test_noise_does_not_stretch_the_box_of_the_ink(tmp_path: Path, kind: str) ->
     Image.fromarray(clean.astype(np.uint8)).save(tmp_path / "clean.png")
     a, b = (read_image(tmp_path / name, SHAPE).astype(int) for name in (f"noisy.{kind}", "clean.png"))
     assert np.abs(a - b).mean() < 12
+
+
+@pytest.mark.parametrize("top", [255, 1023, 4095, 65535])
+@pytest.mark.parametrize("kind", ["png", "tif", "int32", "float"])
+def test_pixels_of_more_than_8_bits_are_read_like_those_of_8(
+    tmp_path: Path, digits: np.ndarray, top: int, kind: str
+) -> None:
+    for large in (digits[0], np.asarray(save_page(digits[0], tmp_path / "page.png"))):
+        Image.fromarray(large).save(tmp_path / "8.png")
+        deep = large * (top / 255)
+        if kind == "float":
+            Image.fromarray(np.float32(deep if top > 255 else large / 255)).save(tmp_path / "deep.tif")
+        elif kind == "int32":
+            Image.fromarray(deep.round().astype(np.int32)).save(tmp_path / "deep.tif")
+        else:
+            words = deep.round().astype("<u2")
+            Image.frombytes("I;16", words.shape[::-1], words.tobytes()).save(tmp_path / f"deep.{kind}")
+        [file] = tmp_path.glob("deep.*")
+        assert difference(file, tmp_path / "8.png") < 2
+
+
+def test_normalized_floats_are_read(tmp_path: Path, digits: np.ndarray) -> None:
+    Image.fromarray((digits[0] / np.float32(255) - np.float32(0.13)) / np.float32(0.31)).save(tmp_path / "a.tif")
+    assert np.abs(read_image(tmp_path / "a.tif", SHAPE)[0] - digits[0] * (255 / digits[0].max())).max() <= 1
+
+
+@pytest.mark.parametrize("value", [np.float32("nan"), np.float32("inf"), np.int32(-5)])
+def test_pixels_that_are_no_shades_are_refused(tmp_path: Path, digits: np.ndarray, value: np.generic) -> None:
+    pixels = digits[0].astype(value.dtype)
+    pixels[3, 4] = value
+    Image.fromarray(pixels).save(tmp_path / "a.tif")
+    with pytest.raises(ImageError, match="cannot be read as shades of gray"):
+        read_image(tmp_path / "a.tif", SHAPE)
+
+
+def box(page: ImageDraw.ImageDraw) -> None:
+    page.rectangle([20, 20, 300, 300], outline=0, width=3)
+
+
+def double_box(page: ImageDraw.ImageDraw) -> None:
+    page.rectangle([10, 10, 310, 310], outline=60, width=8)
+    page.rectangle([25, 25, 295, 295], outline=60, width=2)
+
+
+def frame(page: ImageDraw.ImageDraw) -> None:
+    page.rectangle([0, 0, 319, 319], outline=0, width=6)
+
+
+def edge(page: ImageDraw.ImageDraw) -> None:
+    page.rectangle([0, 0, 12, 319], fill=30)
+
+
+def two_edges(page: ImageDraw.ImageDraw) -> None:
+    page.polygon([(0, 0), (319, 0), (319, 30), (25, 15), (10, 319), (0, 319)], fill=50)
+
+
+def rules(page: ImageDraw.ImageDraw) -> None:
+    for y in range(20, 320, 40):
+        page.line([0, y, 319, y], fill=190, width=2)
+
+
+def squares(page: ImageDraw.ImageDraw) -> None:
+    for place in range(5, 320, 30):
+        page.line([0, place, 319, place], fill=150, width=2)
+        page.line([place, 0, place, 319], fill=150, width=2)
+
+
+@pytest.mark.parametrize("draw", [box, double_box, frame, edge, two_edges, rules, squares])
+@pytest.mark.parametrize("is_light", [False, True])
+def test_frames_edges_and_lines_do_not_matter(
+    tmp_path: Path, digits: np.ndarray, draw: Callable[[ImageDraw.ImageDraw], None], is_light: bool
+) -> None:
+    for digit in digits[2:4]:
+        page = save_page(digit, tmp_path / "plain.png")
+        drawn = page.copy()
+        draw(ImageDraw.Draw(drawn))
+        lines = Image.fromarray(np.minimum(np.asarray(page), np.asarray(drawn)))
+        (ImageOps.invert(lines) if is_light else lines).save(tmp_path / "drawn.png")
+        assert difference(tmp_path / "drawn.png", tmp_path / "plain.png") < 8
+
+
+def test_a_digit_that_fills_its_picture_loses_nothing(tmp_path: Path) -> None:
+    font = ImageFont.load_default(200)
+    for figure in "0123456789":
+        page = Image.new("L", (300, 300), 255)
+        ImageDraw.Draw(page).text((150, 150), figure, fill=0, font=font, anchor="mm")
+        page.save(tmp_path / "page.png")
+        page.crop(ImageOps.invert(page).getbbox()).save(tmp_path / "crop.png")
+        assert difference(tmp_path / "crop.png", tmp_path / "page.png") < 8, figure
 
 
 def test_what_is_no_digit_fills_the_picture(tmp_path: Path) -> None:
@@ -188,6 +314,60 @@ def test_what_is_transparent_is_paper_for_black_and_for_white_ink(tmp_path: Path
     pixels = read_image(tmp_path / "a.png", SHAPE)[0]
     assert pixels[14, 14] > 200
     assert pixels[0, 0] == 0
+
+
+@pytest.mark.parametrize("is_light", [False, True])
+@pytest.mark.parametrize("kind", ["LA", "alpha alone", "palette", "grey", "16 bits"])
+def test_whatever_is_declared_transparent_is_paper(
+    tmp_path: Path, digits: np.ndarray, kind: str, is_light: bool
+) -> None:
+    ink = ImageOps.invert(page := save_page(digits[4], tmp_path / "page.png").resize((300, 300)))
+    shades, paper = (ink, 0) if is_light else (page, 255)
+    file = tmp_path / "a.png"
+    if kind == "LA":
+        Image.merge("LA", [shades, ink.point(lambda shade: 255 * (shade > 0))]).save(file)
+    elif kind == "alpha alone":
+        Image.merge("LA", [Image.new("L", ink.size, 255 - paper), ink]).save(file)
+    elif kind == "palette":
+        shades.quantize(16).save(file, transparency=shades.quantize(16).getpixel((0, 0)))
+    elif kind == "grey":
+        shades.save(file, transparency=paper)
+    else:
+        words = np.asarray(shades).astype("<u2") * 257
+        Image.frombytes("I;16", ink.size, words.tobytes()).save(file, transparency=paper * 257)
+    assert difference(file, tmp_path / "page.png") < 8
+
+
+def test_a_page_with_transparent_surroundings_is_white(tmp_path: Path, digits: np.ndarray) -> None:
+    page = save_page(digits[4], tmp_path / "page.png")
+    ImageOps.expand(page.convert("RGBA"), 30, (0, 0, 0, 0)).rotate(3).save(tmp_path / "a.png")
+    page.rotate(3, fillcolor=255).save(tmp_path / "turned.png")
+    assert difference(tmp_path / "a.png", tmp_path / "turned.png") < 8
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0MM\0*\0\0\0\x08\0\x40broken", b"Exif\0\0"])
+def test_broken_exif_is_ignored(tmp_path: Path, exif: bytes) -> None:
+    draw_one((120, 120), 0, 255).save(tmp_path / "a.jpg")
+    draw_one((120, 120), 0, 255).save(tmp_path / "broken.jpg", exif=exif)
+    assert np.array_equal(read_image(tmp_path / "broken.jpg", SHAPE), read_image(tmp_path / "a.jpg", SHAPE))
+
+
+def test_of_several_pictures_the_first_is_read(tmp_path: Path) -> None:
+    first, second = draw_one((120, 120), 0, 255), draw_one((120, 120), 0, 255).rotate(90)
+    first.save(tmp_path / "a.png")
+    for kind in ("tif", "gif", "webp"):
+        first.save(tmp_path / f"a.{kind}", save_all=True, append_images=[second], lossless=True)
+        assert np.array_equal(read_image(tmp_path / f"a.{kind}", SHAPE), read_image(tmp_path / "a.png", SHAPE))
+
+
+@pytest.mark.parametrize("side", [28, 56, 300])
+@pytest.mark.parametrize("shade", [0, 90, 255])
+@pytest.mark.parametrize("grain", [0, 4])
+def test_a_blank_picture_is_refused_whatever_its_size(tmp_path: Path, side: int, shade: int, grain: int) -> None:
+    pixels = shade + np.random.default_rng(0).normal(0, grain, (side, side))
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(tmp_path / "a.jpg")
+    with pytest.raises(ImageError, match="image is blank"):
+        read_image(tmp_path / "a.jpg", SHAPE)
 
 
 def test_tiny_and_lopsided_images_are_read(tmp_path: Path) -> None:
