@@ -20,7 +20,7 @@ def remove_paper(pixels: Pixels) -> Pixels:
         paper = _estimate_paper(small, is_dark)
     paper = np.asarray(Image.fromarray(paper).resize(pixels.shape[::-1], Image.Resampling.BILINEAR))
     # Light multiplies dark ink, so that ink in a shadow is as black as elsewhere; chalk on a blackboard adds to it.
-    ink = np.float32(255) * (1 - pixels / np.maximum(paper, np.float32(16))) if is_dark else pixels - paper
+    ink = np.asarray(255 * (1 - pixels / np.maximum(paper, 16)) if is_dark else pixels - paper, dtype=np.float32)
     _check_for_ink(ink)
     return ink.clip(0, None)
 
