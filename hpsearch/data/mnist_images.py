@@ -76,7 +76,7 @@ def is_like_mnist(pixels: Pixels) -> bool:
 def _check_for_ink(ink: Pixels) -> None:
     """Raise `ImageError` if nothing stands out from the grain of the paper."""
     small = resize(ink, 96)
-    grain = np.median(np.abs(np.diff(small)))
+    grain = np.median(np.abs(np.diff(small, axis=int(np.argmax(small.shape)))))
     if ink.max() < 16 or small.max() < 14 * grain:
         raise ImageError("image is blank")
 
