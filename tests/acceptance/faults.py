@@ -552,7 +552,7 @@ def refuse(folder: Path, n: int, rng: random.Random) -> str:
     refused(changed, "data.train: 300 -> 301\n  search.width: {'int': [8, 32]} -> {'int': [8, 64]}\n")
     refused(original.replace("[study]", '[study]\ndirection = "minimize"'), "study.direction: unknown")
     optuna.create_study(storage=f"sqlite:///{folder}/minimize.db", study_name="small", direction="minimize")
-    refused(original, "is a minimization study", "--storage", f"sqlite:///{folder}/minimize.db")
+    refused(original, "does not maximize one value", "--storage", f"sqlite:///{folder}/minimize.db")
     (folder / "text.db").write_text("not a database, but something precious")
     refused(original, "file is not a database", "--storage", f"sqlite:///{folder}/text.db", expect=1)
     with sqlite3.connect(folder / "other.db") as connection:
