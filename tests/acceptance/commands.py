@@ -92,6 +92,7 @@ def _run(words: list[str], cwd: Path, env: dict[str, str], out: Path, err: Path)
         os.dup2(descriptor, number)
         os.close(descriptor)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     sys.argv = ["hpsearch", *words]
     multiprocessing.util.spawnv_passfds = _spawn_or_fork  # type: ignore[assignment]
     from hpsearch.__main__ import main

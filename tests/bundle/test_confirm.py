@@ -13,6 +13,7 @@ from hpsearch.bundle import confirm as module
 from hpsearch.bundle import retrain
 from hpsearch.bundle.confirm import choose_winner, confirm, mean_interval
 from hpsearch.config.definition import StudyDefinition
+from hpsearch.config.space import SearchSpace
 from hpsearch.data.dataset import ImageData, Split
 from hpsearch.errors import NoCompletedTrial, StorageError, UsageError, WorkerError
 from hpsearch.search.objective import Objective
@@ -155,7 +156,7 @@ def test_a_training_that_diverges_counts_as_nothing(
     searched: tuple[StudyDefinition, optuna.Study], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     definition, study = searched
-    monkeypatch.setattr(module, "suggest", lambda trial, space: Hyperparameters(width=8, lr=1e38, optimizer="sgd"))
+    monkeypatch.setattr(SearchSpace, "read", lambda space, params: Hyperparameters(width=8, lr=1e38, optimizer="sgd"))
     assert confirm(definition, study, top=1, seeds=2)["candidates"][0]["accuracies"] == [0, 0]
 
 
