@@ -126,6 +126,7 @@ def seconds_searched(spans: Iterable[Span]) -> float:
 
 def _merge(spans: Iterable[Span]) -> list[Span]:
     """Merge overlapping spans, so that the result has none."""
+    # A span of a machine whose clock was ahead also covers what others train until then, which is not counted twice.
     merged: list[Span] = []
     for start, end in sorted(spans):
         if merged and start <= merged[-1][1]:

@@ -168,7 +168,8 @@ class Storage(RDBStorage):
                     buffered.note_time()
                     buffered.write(connection)
                 trial = tables.read_trial(connection, trial_id)
-                end, interruptions = datetime.now() - silence, trial.user_attrs.get("interruptions", [])
+                end = datetime.fromtimestamp(time.time() - silence.total_seconds())  # local, and it sets `fold`
+                interruptions = trial.user_attrs.get("interruptions", [])
                 n_kills = sum(earlier["kind"] == "killed" for earlier in interruptions)
                 n_kills += len(trial.system_attrs.get("retry_history", ()))  # of an older study
                 if kind == "interrupted" or (kind == "killed" and n_kills < retries):

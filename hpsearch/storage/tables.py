@@ -242,9 +242,10 @@ def beat(connection: Connection, trial_id: int) -> None:
 def adopt(connection: Connection, trial_id: int, age: timedelta | None) -> None:
     """Give a running trial a heartbeat in place of none, or of one in the future, whose negative age is given.
 
-    The clock was set back since such a heartbeat, so the time in between is a pause.
+    The clock was set back since such a heartbeat, so on SQLite, whose clock is the machine's, the time in between is a
+    pause. The clock of a PostgreSQL server says nothing about when the trial ran.
     """
-    if age is not None:
+    if age is not None and connection.dialect.name == "sqlite":
         now, trial = datetime.now(UTC), read_trial(connection, trial_id)
         pauses = [*trial.user_attrs.get("pauses", ()), [(now - age).isoformat(), now.isoformat()]]
         write_user_attr(connection, trial, "pauses", pauses)

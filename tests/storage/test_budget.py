@@ -72,6 +72,33 @@ def test_summer_time_does_not_change_how_long_a_trial_takes(url: str, start: str
     assert storage.seconds_searched(study._study_id) == 1200
 
 
+@pytest.mark.usefixtures("in_berlin")
+@pytest.mark.parametrize(
+    "now",
+    [
+        "2026-03-29T01:01:00",  # summer time began a minute ago
+        "2026-10-25T01:01:00",  # it ended: 1:59 before is 2:59 o'clock, and now it is 2:01
+        "2026-10-25T01:30:00",  # 2:30 o'clock, for the second time
+    ],
+)
+def test_an_attempt_ends_when_it_fell_silent_also_if_summer_time_began_or_ended_since(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch, now: str
+) -> None:
+    study = open_study(make_definition(), storage)
+    trial_ids = [study.ask()._trial_id for _ in range(2)]
+    at, silence = datetime.fromisoformat(f"{now}Z"), timedelta(minutes=2)
+    monkeypatch.setattr(time, "time", at.timestamp)
+    killed, failed = (
+        storage.end_attempt(trial_id, 0, "killed", "gone", retries=retries, silence=silence)
+        for trial_id, retries in zip(trial_ids, (1, 0), strict=True)
+    )
+    assert killed
+    assert killed.user_attrs["interruptions"][0]["ended"] == (at - silence).isoformat()
+    assert failed
+    assert failed.datetime_complete
+    assert failed.datetime_complete.astimezone(UTC) == at - silence
+
+
 def test_pauses_and_jumps_of_the_clock_are_left_out() -> None:
     slept = ["2026-01-01T10:01:00+00:00", "2026-01-01T18:00:00+00:00"]
     set_back = ["2026-01-01T18:01:00+00:00", "2026-01-01T16:00:00+00:00"]
@@ -123,6 +150,7 @@ def test_a_worker_that_notes_the_time_regularly_has_no_pauses(storage: Storage) 
     assert "pauses" not in study.trials[0].user_attrs
 
 
+@pytest.mark.parametrize("new_url", ["sqlite"], indirect=True)
 def test_the_time_of_a_worker_that_died_with_a_clock_ahead_counts(storage: Storage) -> None:
     study = open_study(make_definition(budget={"minutes": 3, "trials": 9}), storage)
     storage.worker = "me-0"
@@ -139,6 +167,18 @@ def test_the_time_of_a_worker_that_died_with_a_clock_ahead_counts(storage: Stora
     assert storage.seconds_searched(study._study_id) == pytest.approx(240, abs=30)
     with pytest.raises(BudgetSpent, match="time limit reached"):
         study.ask()
+
+
+@pytest.mark.parametrize("new_url", ["postgresql"], indirect=True)
+def test_the_clock_of_a_server_that_was_set_back_adds_no_time(storage: Storage) -> None:
+    study = open_study(make_definition(), storage)
+    storage.worker = "me-0"
+    study.ask()
+    with storage.engine.begin() as connection:
+        heartbeat = tables.read_clock(connection).replace(tzinfo=None) + timedelta(hours=2)
+        connection.execute(tables.HEARTBEATS.update().values(heartbeat=heartbeat))
+    storage.reap(study._study_id, retries=2)  # gives it a heartbeat of now
+    assert storage.seconds_searched(study._study_id) == pytest.approx(0, abs=60)
 
 
 @pytest.mark.parametrize("new_url", ["postgresql"], indirect=True)
