@@ -1,5 +1,6 @@
 """The Optuna objective: suggests hyperparameters, trains a network and returns its validation accuracy."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from hpsearch.storage.tables import by_value
 from hpsearch.training.run import build_trainer, describe_environment, load_study_data, trial_seed
 from hpsearch.training.trainer import EpochResult
 
+logger = logging.getLogger(__name__)
 _CHECKPOINT_FORMAT = 3
 _loading = threading.Lock()  # the threads of `n_jobs` share the data
 
@@ -67,6 +69,14 @@ class Objective:
         if isinstance(trial, optuna.Trial):
             check_direction(trial.study)
         hyperparameters = suggest(trial, self.definition.space)
+        for name in getattr(trial, "_fixed_params", {}):  # of `study.enqueue_trial`
+            if name not in trial.params:
+                logger.warning(
+                    "trial %d: the value of %s that was enqueued is ignored: it is not in [search], or its `when` does "
+                    "not hold",
+                    trial.number,
+                    name,
+                )
         seed = trial_seed(self.definition.study.seed, trial)
         trial.set_user_attr("environment", describe_environment(self.device))
         trainer = build_trainer(self.definition, self.data, hyperparameters, seed, validation=self.data.validation)

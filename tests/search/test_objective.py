@@ -39,6 +39,20 @@ def test_a_study_that_minimizes_is_refused_before_anything_is_trained(digits: Im
     assert study.trials[0].params == {}
 
 
+def test_an_enqueued_value_that_is_not_used_is_named(digits: ImageData, caplog: pytest.LogCaptureFixture) -> None:
+    momentum = {"float": [0.0, 0.9], "when": {"optimizer": ["sgd"]}}
+    search = {"width": {"int": [8, 32]}, "optimizer": {"choice": ["adam", "sgd"]}, "momentum": momentum}
+    study = optuna.create_study(direction="maximize")
+    study.enqueue_trial({"optimizer": "adam", "momentum": 0.9, "witdh": 9})
+    study.enqueue_trial({"optimizer": "sgd", "momentum": 0.9})
+    study.optimize(Objective(make_definition(search=search), digits), n_trials=2)
+    said = [record.message for record in caplog.records if record.name == "hpsearch.search.objective"]
+    assert [message.partition(" that was")[0] for message in said] == [
+        "trial 0: the value of momentum",
+        "trial 0: the value of witdh",
+    ]
+
+
 def test_trials_in_threads_have_the_values_that_they_have_one_after_the_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
