@@ -62,7 +62,7 @@ def check(
     as_json: options.JsonOption = False,
 ) -> None:
     """Check a study file and print it with all defaults filled in."""
-    from hpsearch.config.definition import StudyDefinition, load_definition
+    from hpsearch.config.definition import StudyDefinition, check_new, load_definition
 
     if schema:
         print(json.dumps(StudyDefinition.model_json_schema(), indent=2))
@@ -70,6 +70,7 @@ def check(
         raise UsageError("missing argument STUDY (or use --schema)")
     else:
         definition = load_definition(study)
+        check_new(definition, study)
         print(json.dumps(definition.to_tables(), indent=2) if as_json else definition.to_toml().rstrip())
 
 

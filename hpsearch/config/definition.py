@@ -17,7 +17,7 @@ from tomlkit.items import InlineTable
 
 from hpsearch.config.space import AnyDimension, SearchSpace, Table
 from hpsearch.config.urls import expand_home, is_url, parse_url, remove_secrets, show_url
-from hpsearch.config.validation import check_first, check_fixed, describe, did_you_mean, read_search
+from hpsearch.config.validation import check_first, check_fixed, describe, did_you_mean, find_unused, read_search
 from hpsearch.errors import DefinitionError, UsageError
 from hpsearch.plugins import DATA_SETS, NETWORKS, find
 
@@ -221,6 +221,14 @@ def parse_definition(raw: Mapping[str, Any], source: str = "study") -> StudyDefi
         return StudyDefinition.model_validate(raw)
     except ValidationError as error:
         raise DefinitionError(source, list(describe(error, StudyDefinition))) from error
+
+
+def check_new(definition: StudyDefinition, source: str = "study") -> None:
+    """Raise `DefinitionError` if something in the definition of a new study would have no effect: see `find_unused`."""
+    reaches_bounds = definition.sampler.kind in ("gp", "cmaes")
+    problems = find_unused(definition.space, definition.first, reaches_bounds=reaches_bounds)
+    if lines := [f"{'.'.join(map(str, path))}: {text}" for path, text in problems]:
+        raise DefinitionError(source, lines)
 
 
 def read_identity(identity: Mapping[str, Any]) -> dict[str, Any]:

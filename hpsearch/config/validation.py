@@ -6,6 +6,7 @@ as it was written, so that each table is checked against the others even if thos
 
 from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
+from itertools import chain
 from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError, ValidationInfo
@@ -88,8 +89,6 @@ def _check_condition(parent: str, allowed: list[Any], search: Mapping[str, Dimen
     for value in allowed:
         if not (search[parent].has(value) if parent in search else is_among(value, [fixed[parent]])):
             yield f"{parent} can never be {value!r} in this search"
-        elif parent in search and search[parent].is_continuous:
-            yield f"{parent} is practically never {value!r}: its range is continuous; give it a step or choices"
 
 
 def check_fixed(values: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
@@ -105,7 +104,11 @@ def check_first(first: list[dict[str, Any]], info: ValidationInfo) -> list[dict[
     tables = _written(info, "search")
     search, _ = _read_dimensions(tables)
     space, unread = _space(search, info), tables.keys() - search.keys()
-    problems = [((i, *path), text) for i, values in enumerate(first) for path, text in check_try(values, space)]
+    problems = [
+        ((i, *path), text)
+        for i, values in enumerate(first)
+        for path, text in chain(_check_known(values, space), _check_effect(values, space))
+    ]
     _raise(problem for problem in problems if problem[0][1] not in unread)
     if "search" not in info.data:  # it has problems of its own
         return first
@@ -143,7 +146,31 @@ def check_values(values: Values, hyperparameters: type[TrainingHyperparameters])
 
 
 def check_try(values: Values, space: SearchSpace) -> Iterator[Problem]:
-    """Yield the problems of a trial to try first: unknown names, invalid values, and values without effect."""
+    """Yield the problems of a trial to try: unknown names, invalid values, and values without effect."""
+    yield from _check_known(values, space)
+    yield from _check_effect(complete_try(values, space), space)
+
+
+def find_unused(space: SearchSpace, first: Iterable[Values], *, reaches_bounds: bool) -> Iterator[Problem]:
+    """Yield the conditions that practically never hold, and the values of the completed `first` without effect.
+
+    Older versions started studies with them, so they are problems of new studies only. `reaches_bounds` says whether
+    the sampler suggests the bounds of a continuous range.
+    """
+    for name, dimension in space.dimensions.items():
+        for parent, allowed in dimension.when.items():
+            if parent in space.dimensions and space.dimensions[parent].is_continuous:
+                possible = [values[parent] for values in first if parent in values]
+                possible += space.dimensions[parent].values if reaches_bounds else []
+                for value in allowed:
+                    if value not in possible:
+                        sentence = f"{parent} is practically never {value!r}: its range is continuous"
+                        yield ("search", name, "when", parent), f"{sentence}; give it a step or choices"
+    for i, values in enumerate(first):
+        yield from ((("try", i, *path), text) for path, text in _check_effect(values, space))
+
+
+def _check_known(values: Values, space: SearchSpace) -> Iterator[Problem]:
     for name, value in values.items():
         dimension = space.dimensions.get(name)
         if dimension is None:
@@ -153,25 +180,29 @@ def check_try(values: Values, space: SearchSpace) -> Iterator[Problem]:
             yield from problems
         elif not dimension.has(value):
             yield (name,), f"{value!r} is outside the search range {dimension.values}"
-    complete = complete_try(values, space)
-    known = {**space.fixed, **complete}
-    for name in complete:
-        for parent, allowed in space.dimensions[name].when.items():
-            if parent in known and not space.allows(parent, known[parent], allowed):
+
+
+def _check_effect(values: Values, space: SearchSpace) -> Iterator[Problem]:
+    known = {**space.fixed, **values}
+    for name, dimension in space.dimensions.items():
+        for parent, allowed in dimension.when.items():
+            if name in values and parent in known and not space.allows(parent, known[parent], allowed):
                 yield (name,), f"has no effect when {parent} = {known[parent]!r}"
 
 
 def complete_try(values: Values, space: SearchSpace) -> dict[str, Any]:
     """Return the values of a trial to try first as their dimensions have them, with those that their `when` needs.
 
-    Where the `when` of a value allows several values of another hyperparameter and none is given, the first is taken.
+    Of a hyperparameter that is not given, it is the first value that the `when` of all others allow.
     """
     complete = {name: space.snap(name, value) for name, value in values.items() if name in space.dimensions}
     for name in reversed(space.dimensions):
-        if name in complete:
-            for parent, allowed in space.dimensions[name].when.items():
-                if parent in space.dimensions and allowed:
-                    complete.setdefault(parent, space.snap(parent, allowed[0]))
+        conditions = [
+            space.dimensions[child].when.get(name) for child in reversed(space.dimensions) if child in complete
+        ]
+        if name not in complete and (needed := [allowed for allowed in conditions if allowed]):
+            fitting = (value for value in needed[0] if all(space.allows(name, value, allowed) for allowed in needed))
+            complete[name] = space.snap(name, next(fitting, needed[0][0]))
     return complete
 
 

@@ -12,7 +12,7 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
-from hpsearch.config.definition import StudyDefinition, read_identity
+from hpsearch.config.definition import StudyDefinition, check_new, read_identity
 from hpsearch.config.urls import show_url
 from hpsearch.config.validation import check_try, complete_try
 from hpsearch.errors import DefinitionError, StudyMismatch, StudyNotFound, UsageError
@@ -46,10 +46,15 @@ def open_study(definition: StudyDefinition, storage: Storage, *, keeps_extension
 
     The trials of `first` are enqueued once. Trials added by `extend` are kept while the definition's number of trials
     stays the same, unless `keeps_extension` is false. Raises `StudyMismatch`, and changes nothing, if the stored study
-    was started with a different definition; budget, recovery and retrain may differ.
+    was started with a different definition; budget, recovery and retrain may differ. Raises the errors of `check_new`
+    if there is no such study yet.
     """
     name = definition.study.name
     with creation_lock(storage.engine.url):
+        try:
+            storage.get_study_id_from_name(name)
+        except KeyError:
+            check_new(definition, f"study '{name}'")
         study = optuna.create_study(study_name=name, storage=storage, direction="maximize", load_if_exists=True)
         _check_identity(definition, study)
         if "fingerprint" not in study.user_attrs:

@@ -3,6 +3,8 @@
 import copy
 import pickle
 import tomllib
+from contextlib import nullcontext
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 from optuna.trial import FixedTrial
 from psycopg.pq import Conninfo
 
-from hpsearch.config.definition import StudyDefinition, evolve, load_definition, parse_definition
+from hpsearch.config.definition import StudyDefinition, check_new, evolve, load_definition, parse_definition
 from hpsearch.config.space import suggest
 from hpsearch.config.urls import find_secrets, parse_url, remove_secrets, show_url
 from hpsearch.errors import DefinitionError, UsageError
@@ -70,15 +72,6 @@ ERRORS = [
     (
         "[search]\nlr = { float = [0.1, 0.2], when = { depth = [9] } }\ndepth = { int = [2, 4] }",
         "search.lr.when.depth: depth can never be 9 in this search",
-    ),
-    (
-        "[search]\nlr = { float = [0.1, 0.2], when = { dropout = [0.3] } }\ndropout = { float = [0.1, 0.4] }",
-        "search.lr.when.dropout: dropout is practically never 0.3: its range is continuous; give it a step or choices",
-    ),
-    (
-        "[search]\noptimizer = { choice = ['sgd', 'adam'] }\nlr = { float = [0, 1], when = { optimizer = ['adam'] } }\n"
-        "momentum = { float = [0, 0.9], when = { optimizer = ['sgd'] } }\n[[try]]\nmomentum = 0.5\nlr = 0.1",
-        "try.0.lr: has no effect when optimizer = 'sgd'",
     ),
     (
         "[search]\nlr = { float = [1, 2], when = { depth = [2] } }\ndepth = { int = [2, 4], when = { lr = [1] } }",
@@ -210,6 +203,49 @@ def test_a_value_to_try_brings_what_its_condition_needs_and_no_value_is_dropped(
     ]
     drawn = [suggest(FixedTrial(values), definition.space) for values in definition.first[:2]]
     assert [each.momentum for each in drawn] == [0.5, 0.5]
+
+
+CONFLICT = """
+    [search]
+    optimizer = { choice = ["sgd", "adam"] }
+    lr = { float = [0.1, 1], when = { optimizer = ["adam"] } }
+    momentum = { float = [0, 0.9], when = { optimizer = ["sgd"] } }
+    [[try]]
+    momentum = 0.5
+    lr = 0.1
+"""
+DROPOUT = "[search]\nlr = { float = [0.1, 0.2], when = { dropout = [0.4] } }\ndropout = { float = [0.1, 0.4] }"
+NEVER = "search.lr.when.dropout: dropout is practically never 0.4: its range is continuous; give it a step or choices"
+
+
+@pytest.mark.parametrize(
+    ("text", "problems"),
+    [
+        (CONFLICT, ["try.0.lr: has no effect when optimizer = 'sgd'"]),
+        (DROPOUT, [NEVER]),
+        (f"{DROPOUT}\n[[try]]\ndropout = 0.3", [NEVER]),
+        (f"{DROPOUT}\n[[try]]\ndropout = 0.4", []),
+        (f"{DROPOUT}\n[sampler]\nkind = 'gp'", []),
+    ],
+)
+def test_what_has_no_effect_is_a_problem_of_a_new_study(text: str, problems: list[str]) -> None:
+    definition = parse_definition(tomllib.loads(text))
+    with pytest.raises(DefinitionError) if problems else nullcontext() as caught:
+        check_new(definition)
+    assert [*(caught.value.problems if caught else ())] == problems
+
+
+@pytest.mark.parametrize("lines", list(permutations(range(3))))
+def test_values_to_try_get_what_suits_all_of_them_whatever_their_order(lines: tuple[int, ...]) -> None:
+    search = [
+        'optimizer = { choice = ["sgd", "adam", "rmsprop"] }',
+        'lr = { float = [0.1, 1.0], when = { optimizer = ["rmsprop"] } }',
+        'momentum = { float = [0.0, 0.9], when = { optimizer = ["sgd", "rmsprop"] } }',
+    ]
+    table = "\n".join(["[search]", *(search[line] for line in lines), "[[try]]", "lr = 0.1", "momentum = 0.5"])
+    definition = parse_definition(tomllib.loads(table))
+    assert definition.first == [{"lr": 0.1, "momentum": 0.5, "optimizer": "rmsprop"}]
+    check_new(definition)
 
 
 def test_the_resolved_study_reads_back_as_the_same_study() -> None:

@@ -8,7 +8,7 @@ import pytest
 from optuna.trial import TrialState
 
 from hpsearch.bundle.retrain import record_test_use
-from hpsearch.errors import NoCompletedTrial, StorageError, StudyMismatch, StudyNotFound
+from hpsearch.errors import DefinitionError, NoCompletedTrial, StorageError, StudyMismatch, StudyNotFound
 from hpsearch.monitor.trials import list_trials, read_status
 from hpsearch.search.selection import find_best
 from hpsearch.search.study import check_writable, load_study, open_study
@@ -90,6 +90,21 @@ def test_a_study_of_an_older_version_opens_with_the_file_that_made_it_or_with_eq
     with pytest.raises(StudyMismatch, match=r"try: .*'lr': 1\.0.* -> .*'lr': 0\.5") as caught:
         open_study(other, storage)
     assert "search" not in str(caught.value)
+
+
+def test_a_study_with_settings_without_effect_goes_on_but_none_is_created(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = {"lr": {"float": [0.01, 0.1], "when": {"dropout": [0.3]}}, "dropout": {"float": [0.1, 0.4]}}
+    definition = make_definition(None, search=search)
+    with pytest.raises(DefinitionError, match=r"study 'small': search\.lr\.when\.dropout: .* practically never"):
+        open_study(definition, storage)
+    assert optuna.get_all_study_names(storage) == []
+    with monkeypatch.context() as patch:
+        patch.setattr("hpsearch.search.study.check_new", lambda *_: None)  # as in an older version
+        open_study(definition, storage)
+    open_study(definition, storage)
+    assert load_study(definition, storage).user_attrs["fingerprint"] == definition.fingerprint
 
 
 @pytest.mark.parametrize("directions", [["minimize"], ["maximize", "maximize"]])
