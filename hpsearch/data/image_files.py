@@ -72,7 +72,8 @@ def read_image(file: Path | str, image_shape: tuple[int, int, int], *, is_digit:
 
 
 def _find_digit(pixels: Pixels) -> Pixels:
-    ink = remove_stains(remove_lines(remove_paper(cover_table(pixels))))
+    bare = 255 - cover_table(255 - cover_table(pixels))  # a dark sheet may have light margins
+    ink = remove_stains(remove_lines(remove_paper(bare)))
     return thicken_strokes(crop_to_ink(ink))
 
 
@@ -109,11 +110,10 @@ def _turn_upright(image: Image.Image) -> Image.Image:
 
 def _to_grey(image: Image.Image) -> Pixels:
     if image.mode[0] in "IF":  # integers of 16 or 32 bits, or floats
-        values = np.asarray(image)
-        grey = _pixels(_shrink(Image.fromarray(_scale_to_8_bits(values))))
+        grey = _scale_to_8_bits(image.convert("I") if ";" in image.mode else image)
         if "transparency" in image.info:
-            is_opaque = np.float32(values != image.info["transparency"])
-            return _lay_on_paper(grey, _pixels(_shrink(Image.fromarray(is_opaque))))
+            is_opaque = Image.fromarray(np.asarray(image) != image.info["transparency"])
+            return _lay_on_paper(grey, _pixels(_shrink(is_opaque.convert("L"))) / np.float32(255))
         return grey
     if image.has_transparency_data:
         rgba = _shrink(image.convert("RGBA"))
@@ -129,18 +129,21 @@ def _spread(channel: Image.Image) -> float:
     return ImageStat.Stat(channel).stddev[0]
 
 
-def _scale_to_8_bits(values: NDArray[Any]) -> Pixels:
+def _scale_to_8_bits(image: Image.Image) -> Pixels:
     """Scale white to 255: for floats 1 or the largest value, for integers the largest of as many bits as they take."""
-    low, high = float(values.min()), float(values.max())
-    if not np.isfinite([low, high]).all() or (low < 0 and values.dtype.kind != "f"):
+    low, high = np.array(image.getextrema()).tolist()
+    is_float, values = image.mode == "F", _pixels(_shrink(image))
+    if not np.isfinite(values).all():
+        raise ImageError("pixel values that are infinite or not a number cannot be read as shades of gray")
+    if low < 0 and not is_float:
         raise ImageError(f"pixel values from {low:g} to {high:g} cannot be read as shades of gray")
-    if values.dtype.kind == "f" and low < 0:  # normalized
+    if is_float and low < 0:  # normalized
         white = max(high, low + 1e-6)
-    elif values.dtype.kind == "f" and high <= 16:
+    elif is_float and high <= 16:
         low, white = 0, max(high, 1)
     else:
         low, white = 0, 2 ** max(8, int(high).bit_length()) - 1
-    return np.asarray(((values.astype(np.float32) - low) * (255 / (white - low))).clip(0, 255), dtype=np.float32)
+    return np.asarray(((values - low) * (255 / (white - low))).clip(0, 255), dtype=np.float32)
 
 
 def _lay_on_paper(grey: Pixels, opacity: Pixels) -> Pixels:

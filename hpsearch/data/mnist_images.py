@@ -120,9 +120,11 @@ def crop_to_ink(ink: Pixels) -> Pixels:
 
 
 def thicken_strokes(ink: Pixels) -> Pixels:
-    """Dilate the ink until its strokes are at least `_PEN` wide."""
+    """Dilate the ink until its strokes are at least `_PEN` wide. The longer side becomes 400 or less."""
     from scipy import ndimage
 
+    small = resize(ink, 400)
+    ink = small * (ink.max() / small.max())  # a thin line is fainter in the small picture
     rows, columns = _bounds(ink)
     side = max(rows.stop - rows.start, columns.stop - columns.start)
     is_ink = ink > ink.max() / 3

@@ -6,7 +6,7 @@ from PIL import Image
 
 from hpsearch.data.mnist_images import Pixels, resize
 
-_Box = NDArray[np.int64]  # top, left, bottom, right
+_Boxes = NDArray[np.int64]  # top, left, bottom, right; of one box or of N, shape (N, 4)
 
 
 def cover_table(pixels: Pixels) -> Pixels:
@@ -28,12 +28,18 @@ def cover_table(pixels: Pixels) -> Pixels:
     paper, [darkest, shade] = np.median(small[sheet]), np.percentile(small[table], [2, 50])
     is_even = shade < paper / 2 and shade - darkest < (paper - shade) / 4
     has_ink = is_dark[box][sheet[box]].any()
-    if not (is_even and has_ink and sheet.mean() > 0.35 and sheet[box].mean() > 0.81):
+    if not (is_even and has_ink and sheet.mean() > 0.35 and _is_rectangle(sheet[box])):
         return pixels
     beside = ndimage.binary_dilation(table, iterations=2)
     nearest = ndimage.distance_transform_edt(beside, return_distances=False, return_indices=True)
     covered = Image.fromarray(small[tuple(nearest)]).resize(pixels.shape[::-1])
     return np.where(_enlarge(beside, pixels.shape), np.asarray(covered), pixels)
+
+
+def _is_rectangle(part: NDArray[np.bool_]) -> bool:
+    """Return whether a part fills its box up to the corners: a slightly turned rectangle does, a bold 0 does not."""
+    y, x = ((np.argwhere(part) + 0.5) / part.shape - 0.5).T
+    return bool(part.mean() > 0.81 and min(np.max(a * x + b * y) for a in (-1, 1) for b in (-1, 1)) > 0.83)
 
 
 def remove_lines(ink: Pixels) -> Pixels:
@@ -100,38 +106,30 @@ def _remove_frames(ink: Pixels) -> Pixels:
     from scipy import ndimage
 
     parts, _ = ndimage.label(ink > ink.max() / 6, np.ones((3, 3)))
-    are_dark = np.unique(parts[ink > ink.max() / 2])
-    boxes = {
-        i: np.array([rows.start, columns.start, rows.stop, columns.stop])
-        for i, (rows, columns) in enumerate(ndimage.find_objects(parts), 1)
-        if i in are_dark
-    }
-    removed = list[int]()
-    for i in sorted(boxes, key=lambda i: -_height(boxes[i])):
-        if any(_is_within(other, boxes[i]) and _height(other) > _height(boxes[i]) / 4 for other in boxes.values()):
-            removed.append(i)
-            del boxes[i]
-    whole = np.array([0, 0, *ink.shape])
-    inner = [box for box in boxes.values() if _is_within(box, whole)]
-    if inner:
-        digit = max(inner, key=_height)
-        is_large = _height(digit) > len(ink) / 4
-        for i, box in boxes.items():
-            if not _is_within(box, whole):
-                spans = (box == whole)[[0, 2]].all() or (box == whole)[[1, 3]].all()
-                if (is_large and spans) or _gap(box, digit) > _height(digit) * (0.15 if is_large else 0.5):
-                    removed.append(i)
-    return np.where(np.isin(parts, removed), np.float32(0), ink) if removed else ink
+    numbers = np.unique(parts[ink > ink.max() / 2])
+    places = ndimage.find_objects(parts)
+    corners = [[rows.start, columns.start, rows.stop, columns.stop] for rows, columns in places]
+    boxes, whole = np.array(corners).reshape(-1, 4)[numbers - 1], np.array([0, 0, *ink.shape])
+    heights = boxes[:, 2] - boxes[:, 0]
+    is_removed = np.zeros(len(boxes), dtype=bool)
+    for i in np.flatnonzero(heights > min(ink.shape) / 32):  # specks are no frames
+        is_removed[i] = (_are_within(boxes, boxes[i]) & (heights > heights[i] / 4)).any()
+    is_inside = _are_within(boxes, whole)
+    if (is_inner := is_inside & ~is_removed).any():
+        digit = boxes[np.where(is_inner, heights, 0).argmax()]
+        height = digit[2] - digit[0]
+        is_large = height > len(ink) / 4
+        at_sides = boxes == whole
+        spans = at_sides[:, [0, 2]].all(axis=1) | at_sides[:, [1, 3]].all(axis=1)
+        are_far = _gaps(boxes, digit) > height * (0.15 if is_large else 0.5)
+        is_removed |= ~is_inside & (is_large & spans | are_far)
+    return np.where(np.isin(parts, numbers[is_removed]), np.float32(0), ink) if is_removed.any() else ink
 
 
-def _height(box: _Box) -> int:
-    return int(box[2] - box[0])
+def _are_within(boxes: _Boxes, outer: _Boxes) -> NDArray[np.bool_]:
+    return np.asarray((boxes[:, :2] > outer[:2]).all(axis=1) & (boxes[:, 2:] < outer[2:]).all(axis=1))
 
 
-def _is_within(inner: _Box, outer: _Box) -> bool:
-    return bool((inner[:2] > outer[:2]).all() and (inner[2:] < outer[2:]).all())
-
-
-def _gap(a: _Box, b: _Box) -> int:
-    """The larger of the vertical and the horizontal distance between two boxes; negative if they overlap."""
-    return int(np.maximum(a[:2] - b[2:], b[:2] - a[2:]).max())
+def _gaps(boxes: _Boxes, box: _Boxes) -> _Boxes:
+    """The larger of the vertical and the horizontal distance of each box from one; negative if they overlap."""
+    return np.asarray(np.maximum(boxes[:, :2] - box[2:], box[:2] - boxes[:, 2:]).max(axis=1))

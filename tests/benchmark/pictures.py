@@ -238,6 +238,11 @@ def sheet_on_a_table(digit: Digit, rng: Rng) -> Image.Image:
     return _lit(table, rng, 1, 3)
 
 
+def negative_with_white_margins(digit: Digit, rng: Rng) -> Image.Image:
+    """White ink on a black sheet, with the margins of a scanner or a plot."""
+    return ImageOps.expand(ImageOps.invert(page(digit, rng)), tuple(rng.integers(8, 150, 2).tolist()), 255)
+
+
 def ruled_paper(digit: Digit, rng: Rng) -> Image.Image:
     image = page(digit, rng)
     _rule(image, rng, horizontal=True)
@@ -370,6 +375,7 @@ KINDS: dict[str, tuple[Draw, str, dict[str, Any]]] = {
     "frame at the border": (frame_at_the_border, ".png", {}),
     "dark edge of a table": (dark_edge, ".png", {}),
     "sheet on a table": (sheet_on_a_table, ".jpg", {"quality": 85}),
+    "negative with white margins": (negative_with_white_margins, ".png", {}),
     "ruled paper": (ruled_paper, ".png", {}),
     "ruled paper, photographed": (photographed(ruled_paper), ".jpg", {"quality": 85}),
     "squared paper": (squared_paper, ".png", {}),

@@ -3,6 +3,7 @@
 import os
 import resource
 import struct
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from hpsearch.data.image_files import FORMATS, read_image
+from hpsearch.data.mnist_images import thicken_strokes
 from hpsearch.data.sets import DIGITS
 from hpsearch.errors import ImageError
 
@@ -155,6 +157,18 @@ def test_normalized_floats_are_read(tmp_path: Path, digits: np.ndarray) -> None:
     assert np.abs(read_image(tmp_path / "a.tif", SHAPE)[0] - digits[0] * (255 / digits[0].max())).max() <= 1
 
 
+def test_deep_pictures_are_shrunk_before_they_are_scaled(tmp_path: Path, digits: np.ndarray) -> None:
+    page = np.asarray(save_page(digits[0], tmp_path / "page.png").resize((3200, 3200)))
+    Image.fromarray(page).save(tmp_path / "8.png", compress_level=1)
+    Image.fromarray(page.astype(np.uint16) * 257).save(tmp_path / "16.tif")
+    tracemalloc.start()
+    read_image(tmp_path / "16.tif", SHAPE)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 * page.size  # bytes: the size of the file
+    assert difference(tmp_path / "16.tif", tmp_path / "8.png") < 2
+
+
 @pytest.mark.parametrize("value", [np.float32("nan"), np.float32("inf"), np.int32(-5)])
 def test_pixels_that_are_no_shades_are_refused(tmp_path: Path, digits: np.ndarray, value: np.generic) -> None:
     pixels = digits[0].astype(value.dtype)
@@ -210,13 +224,31 @@ def test_frames_edges_and_lines_do_not_matter(
         assert difference(tmp_path / "drawn.png", tmp_path / "plain.png") < 8
 
 
-def test_a_digit_that_fills_its_picture_loses_nothing(tmp_path: Path) -> None:
+def test_specks_do_not_matter(tmp_path: Path, digits: np.ndarray) -> None:
+    page = save_page(digits[2], tmp_path / "page.png").resize((900, 900)).convert("1", dither=Image.Dither.NONE)
+    page.save(tmp_path / "plain.png")
+    specks = np.random.default_rng(0).random(page.size) < 0.01
+    Image.fromarray(np.asarray(page) & ~specks).save(tmp_path / "specks.png")
+    assert difference(tmp_path / "specks.png", tmp_path / "plain.png") < 8
+
+
+@pytest.mark.parametrize("margins", [(40, 40), (120, 30), (10, 200)])
+def test_a_dark_sheet_may_have_light_margins(tmp_path: Path, digits: np.ndarray, margins: tuple[int, int]) -> None:
+    for digit in digits:
+        page = save_page(digit, tmp_path / "page.png")
+        ImageOps.expand(ImageOps.invert(page), margins, 255).save(tmp_path / "negative.png")
+        assert difference(tmp_path / "negative.png", tmp_path / "page.png") < 8
+
+
+@pytest.mark.parametrize(("bold", "margin"), [(0, 0), (6, 5)])
+def test_a_digit_that_fills_its_picture_loses_nothing(tmp_path: Path, bold: int, margin: int) -> None:
     font = ImageFont.load_default(200)
     for figure in "0123456789":
         page = Image.new("L", (300, 300), 255)
-        ImageDraw.Draw(page).text((150, 150), figure, fill=0, font=font, anchor="mm")
+        ImageDraw.Draw(page).text((150, 150), figure, fill=0, font=font, anchor="mm", stroke_width=bold)
         page.save(tmp_path / "page.png")
-        page.crop(ImageOps.invert(page).getbbox()).save(tmp_path / "crop.png")
+        crop = page.crop(ImageOps.invert(page).getbbox())
+        ImageOps.expand(crop, margin, 255).save(tmp_path / "crop.png")
         assert difference(tmp_path / "crop.png", tmp_path / "page.png") < 8, figure
 
 
@@ -284,6 +316,14 @@ def test_thin_strokes_become_as_wide_as_those_of_mnist_and_wide_ones_stay(tmp_pa
     assert widths[3] == pytest.approx(1.4, abs=0.6)  # 20 / 14
     assert widths[6] == pytest.approx(1.4, abs=0.6)
     assert widths[60] == pytest.approx(6, abs=0.6)
+
+
+def test_a_thin_line_on_a_long_strip_is_thickened_in_a_small_picture(tmp_path: Path) -> None:
+    image = Image.new("L", (1500, 100), 255)
+    ImageDraw.Draw(image).line([(300, 30), (1200, 70)], fill=0, width=2)
+    image.save(tmp_path / "strip.png")
+    assert (read_image(tmp_path / "strip.png", SHAPE)[0].max(axis=0) > 128).sum() == 20
+    assert max(thicken_strokes(255 - np.asarray(image, dtype=np.float32)).shape) == 400
 
 
 def test_a_small_digit_on_a_large_page_fills_the_box(tmp_path: Path) -> None:
