@@ -55,6 +55,7 @@ def _open_standard_streams() -> None:
         if getattr(sys, name) is None:
             stream = Path(os.devnull).open(mode)  # noqa: SIM115 - until this process exits
             os.dup2(stream.fileno(), number)
+            os.set_inheritable(number, True)  # `dup2` does so only if the numbers differ
             setattr(sys, name, stream)
 
 

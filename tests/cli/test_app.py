@@ -371,6 +371,15 @@ def test_closed_standard_streams_end_no_command(study_file: Callable[..., Path])
         subprocess.run([*command, *options], check=True)
 
 
+def test_standard_streams_that_were_closed_are_open_in_new_processes_too() -> None:
+    look = "for number in 0 1 2; do test -e /proc/self/fd/$number || exit 3; done"
+    program = (
+        "import subprocess; from hpsearch import __main__; __main__._open_standard_streams()\n"
+        f"subprocess.run(['bash', '-c', '{look}'], check=True)"
+    )
+    subprocess.run(["bash", "-c", 'exec "$0" -c "$1" <&- >&- 2>&-', sys.executable, program], check=True)
+
+
 def test_help_and_errors_have_words_even_if_python_drops_docstrings() -> None:
     program = (
         "import sys; from hpsearch import __main__, errors\n"
