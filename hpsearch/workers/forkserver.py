@@ -35,7 +35,7 @@ def start_fork_server() -> None:
             if not _folders or reasons or not Path(_folders[-1]).is_dir():
                 _folders.append(tempfile.mkdtemp(prefix="hpsearch-", dir=place))
                 process.current_process()._config["tempdir"] = _folders[-1]  # type: ignore[attr-defined]
-            with _signals_ignored(), _imports_restricted():
+            with signals_ignored(signal.SIGINT, signal.SIGHUP), _imports_restricted():
                 return forkserver.ensure_running()
         except OSError as error:
             reasons[place] = error.strerror or str(error)
@@ -88,12 +88,12 @@ def _imports_restricted() -> Iterator[None]:
 
 
 @contextmanager
-def _signals_ignored() -> Iterator[None]:
+def signals_ignored(*signals: signal.Signals) -> Iterator[None]:
     """Let new processes ignore the signals of a terminal to its whole process group: the supervisor stops workers."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in signals}
     try:
         yield
     finally:

@@ -27,6 +27,7 @@ from hpsearch.storage.artifacts import Folder
 from hpsearch.storage.engine import network_file_system
 from hpsearch.training.run import load_study_data
 from hpsearch.workers.executor import Handle, Supervisor
+from hpsearch.workers.forkserver import signals_ignored
 from hpsearch.workers.shutdown import Drain
 from hpsearch.workers.worker import WorkerExit, capture_exit, open_worker_storage, run_worker
 
@@ -197,7 +198,9 @@ def connect(
     }
     options = {"namespace": _NAMESPACE, "log_to_driver": False, "logging_level": logging.ERROR}
     try:
-        with chdir(sys.prefix):  # workers import from the folder in which Ray is initialized, before all others
+        # Workers import from the folder in which Ray is initialized, before all others. Ray itself keeps only Ctrl-C
+        # from the processes of its own that it starts here.
+        with chdir(sys.prefix), signals_ignored(*([signal.SIGHUP] if address == "local" else [])):
             ray.init(address, runtime_env=environment, **options)
     except ConnectionError as error:
         where = "" if address == "auto" else f" at {address} ({last_line(error)})"

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -97,6 +98,24 @@ def test_a_temporary_folder_whose_path_is_too_long_for_ray_is_named(
         connect(definition, Resources(), address="local"),
     ):
         pass
+
+
+@pytest.mark.parametrize(("address", "is_ignored"), [("local", True), ("auto", False)])
+def test_a_closed_terminal_does_not_reach_the_processes_of_a_cluster_that_starts_here(
+    address: str, is_ignored: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handlers = []
+
+    def stop_here(*_: object, **__: object) -> None:
+        handlers.append(signal.getsignal(signal.SIGHUP))
+        raise ConnectionError
+
+    monkeypatch.setattr("ray.init", stop_here)
+    before = signal.getsignal(signal.SIGHUP)
+    with pytest.raises(ClusterError), connect(make_definition("sqlite:///x.db"), Resources(), address=address):
+        pass
+    assert handlers == [signal.SIG_IGN if is_ignored else before]
+    assert signal.getsignal(signal.SIGHUP) == before
 
 
 def test_a_machine_by_itself_is_a_cluster_where_sqlite_and_a_folder_will_do(study_file: Callable[..., Path]) -> None:
