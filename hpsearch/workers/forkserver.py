@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import chdir, contextmanager, nullcontext, suppress
 from multiprocessing import forkserver, process
 from pathlib import Path
 from typing import Any
@@ -74,12 +74,13 @@ def import_path() -> dict[str, str]:
 
 @contextmanager
 def _imports_restricted() -> Iterator[None]:
-    """Let new processes have the variables of `import_path`."""
+    """Let new processes have the variables of `import_path`; `python -E` ignores them, but not the current folder."""
     variables = import_path()
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
-        yield
+        with chdir(sys.prefix) if sys.flags.ignore_environment else nullcontext():
+            yield
     finally:
         for name, value in before.items():
             os.environ.pop(name)

@@ -136,10 +136,6 @@ def test_a_closed_terminal_reaches_the_supervisor_alone() -> None:
     assert type(end.error) is Drained
 
 
-def tell_environment(drain: Drain, send: Send) -> str:
-    return os.environ["PYTHONSAFEPATH"]
-
-
 def test_new_processes_import_what_this_one_can_and_nothing_from_the_current_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,10 +146,21 @@ def test_new_processes_import_what_this_one_can_and_nothing_from_the_current_fol
     monkeypatch.setattr(sys, "path", ["", *sys.path])  # as an interactive Python has it
     command = [sys.executable, "-c", "import zipapp, ours"]
     subprocess.run(command, cwd=tmp_path, env=os.environ | import_path(), check=True)
-    executor = Processes(lambda slot: ("environment", tell_environment))
-    handle = executor.start(0)
-    assert ends(executor) == {handle: WorkerExit("1")}
-    assert "PYTHONSAFEPATH" not in os.environ
+
+
+@pytest.mark.parametrize("options", [[], ["-E"]])
+def test_the_fork_server_imports_nothing_from_the_current_folder_where_its_processes_work(
+    options: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "random.py").write_text("raise SystemExit('this is not the module of the standard library')")
+    program = (
+        f"import sys; sys.path[:] = {sys.path}\n"
+        "import multiprocessing, os; from hpsearch.workers import forkserver; forkserver._PRELOADED.clear()\n"
+        "process = multiprocessing.get_context('forkserver').Process(target=os.mkdir, args=('made',))\n"
+        "forkserver.start_process(process); process.join(); assert 'PYTHONSAFEPATH' not in os.environ"
+    )
+    subprocess.run([sys.executable, *options, "-c", program], cwd=tmp_path, check=True)
+    assert (tmp_path / "made").is_dir()
 
 
 def test_a_closed_terminal_is_a_request_to_stop_after_which_messages_are_lost_and_nothing_else() -> None:
