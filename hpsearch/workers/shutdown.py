@@ -1,6 +1,7 @@
 """Turn signals into a request to stop, which is checked between batches."""
 
 import os
+import select
 import signal
 import threading
 import time
@@ -10,10 +11,14 @@ from typing import Self
 from hpsearch.errors import Drained, Interrupted
 
 _REPEAT_WINDOW = 0.5  # seconds within which a repeated signal counts as the same request
+_HANGUP_WINDOW = 100  # milliseconds within which the reader of a pipe ends that gets the same SIGHUP
 
 
 class Drain:
-    """A request to stop: the current batch is finished and the trial re-queued. A second signal stops immediately."""
+    """A request to stop: the current batch is finished and the trial re-queued. A second signal stops immediately.
+
+    SIGHUP never counts as the second: a terminal may be closed after Ctrl-C.
+    """
 
     def __init__(self) -> None:
         self.event = threading.Event()
@@ -50,7 +55,7 @@ class Drain:
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGHUP:
             _leave_closed_terminal()
-        if self.ignores_signals:
+        if self.ignores_signals or (number == signal.SIGHUP and self.event.is_set()):
             return
         if self.event.is_set():
             # `timeout` and similar tools signal both the group and its members: that is one request, not two.
@@ -61,9 +66,9 @@ class Drain:
 
 
 def _leave_closed_terminal() -> None:
-    """Discard from now on what this process prints to a terminal that was closed, instead of failing."""
+    """Discard from now on what this process prints to a terminal that was closed, or through `tee`, without failing."""
     for stream in (1, 2):
-        try:
-            os.write(stream, b"")
-        except OSError:
+        closed = select.poll()
+        closed.register(stream, 0)  # reports errors and hang-ups only
+        if closed.poll(_HANGUP_WINDOW):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream)

@@ -163,11 +163,16 @@ def test_the_fork_server_imports_nothing_from_the_current_folder_where_its_proce
     assert (tmp_path / "made").is_dir()
 
 
-def test_a_closed_terminal_is_a_request_to_stop_after_which_messages_are_lost_and_nothing_else() -> None:
+@pytest.mark.parametrize("is_piped", [False, True])
+def test_a_closed_terminal_is_a_request_to_stop_after_which_messages_are_lost_and_nothing_else(is_piped: bool) -> None:
+    reader, writer = os.pipe()  # to `tee`, which a closed terminal ends, too
     pid, terminal = pty.fork()
     if pid == 0:
         status = 1
         try:
+            os.close(reader)
+            if is_piped:
+                os.dup2(writer, 1)
             drain = Drain().listen()
             sys.stdout = os.fdopen(1, "w", closefd=False)  # not that of pytest
             print("listening", flush=True)
@@ -176,7 +181,9 @@ def test_a_closed_terminal_is_a_request_to_stop_after_which_messages_are_lost_an
             status = 0 if type(drain.error) is Drained and drain.event.is_set() else 2
         finally:
             os._exit(status)
-    assert b"listening" in os.read(terminal, 100)
+    os.close(writer)
+    assert b"listening" in os.read(reader if is_piped else terminal, 100)
+    os.close(reader)
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
@@ -188,3 +195,15 @@ def test_nohup_makes_a_closed_terminal_no_request_to_stop() -> None:
         "signal.raise_signal(signal.SIGTERM); assert drain.event.is_set()"
     )
     subprocess.run(["nohup", sys.executable, "-c", program], check=True, stdin=subprocess.DEVNULL, capture_output=True)
+
+
+def test_a_terminal_that_is_closed_after_a_request_to_stop_is_no_second_request() -> None:
+    program = (
+        "import signal; from hpsearch.workers import shutdown; shutdown._REPEAT_WINDOW = -1.0\n"
+        "drain = shutdown.Drain().listen()\n"
+        "for number in (signal.SIGINT, signal.SIGHUP): signal.raise_signal(number)\n"
+        "try: signal.raise_signal(signal.SIGTERM)\n"
+        "except KeyboardInterrupt: assert type(drain.error) is shutdown.Interrupted\n"
+        "else: raise SystemExit('a second request')"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
