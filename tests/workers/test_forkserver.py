@@ -31,6 +31,7 @@ def _own_fork_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("_forkserver_pid", "_forkserver_alive_fd", "_forkserver_address"):
         monkeypatch.setattr(forkserver._server, name, None)
     monkeypatch.setattr(forkserver, "_folders", [])
+    monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", None)  # type: ignore[attr-defined]
     monkeypatch.setattr(multiprocessing.util, "spawnv_passfds", _spawn_or_fork)
     yield
     forkserver._kill_fork_server()
@@ -176,7 +177,7 @@ def test_a_closed_terminal_is_a_request_to_stop_after_which_messages_are_lost_an
             drain = Drain().listen()
             sys.stdout = os.fdopen(1, "w", closefd=False)  # not that of pytest
             print("listening", flush=True)
-            drain.event.wait(60)
+            wait_for(drain.event.is_set, "SIGHUP")
             print("nobody reads this", flush=True)
             status = 0 if type(drain.error) is Drained and drain.event.is_set() else 2
         finally:
