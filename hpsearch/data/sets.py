@@ -4,6 +4,7 @@ Checking a study file imports this module, so the packages that read images are 
 """
 
 import gzip
+import hashlib
 import os
 import tempfile
 import zlib
@@ -21,6 +22,27 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _FILES = {part: (f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte") for part in ("train", "t10k")}
+# The checksums of the archives, as in torchvision's `resources`; all three data sets have the same files and sizes.
+_MD5 = {
+    "MNIST": {
+        "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+        "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
+        "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
+        "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
+    },
+    "FashionMNIST": {
+        "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+        "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
+        "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
+        "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
+    },
+    "KMNIST": {
+        "train-images-idx3-ubyte.gz": "bdb82020997e1d708af4cf47b453dcf7",
+        "train-labels-idx1-ubyte.gz": "e144d726b3acfaa3e44228e80efcd344",
+        "t10k-images-idx3-ubyte.gz": "5c965bf0a639b31b8f53240b1b52f4d7",
+        "t10k-labels-idx1-ubyte.gz": "7320c461ea6c1c855c0b718fb2a4b134",
+    },
+}
 
 
 def data_folder(folder: Path | str | None = None) -> Path:
@@ -84,6 +106,8 @@ class Torchvision(DataSet):
                 problem = f"{missing}; "
                 self._download(raw, files)
                 contents = [_read(file) for file in files]
+            for file in files:
+                self._check_archive(file)
             images, labels = map(_parse_idx, contents)
             if not len(images) == len(labels) == n_images:
                 raise ValueError(f"unexpected size: {len(images)} images, {len(labels)} labels")
@@ -103,6 +127,15 @@ class Torchvision(DataSet):
 
     def _raw(self, folder: Path | str | None) -> Path:
         return data_folder(folder) / self.class_name / "raw"
+
+    def _check_archive(self, file: Path) -> None:
+        """Raise `ValueError` if a file is read from an archive that is not one of this data set."""
+        archive = file.with_name(f"{file.name}.gz")
+        if file.exists():
+            return
+        digest = hashlib.md5(archive.read_bytes(), usedforsecurity=False).hexdigest()
+        if digest != _MD5[self.class_name][archive.name]:
+            raise ValueError(f"{archive.name} is not that of {self.class_name} (its MD5 differs); remove it")
 
     def _download(self, raw: Path, files: list[Path]) -> None:
         """Download the archives that are missing; each appears complete."""

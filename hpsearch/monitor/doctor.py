@@ -190,7 +190,7 @@ def _check_threads(study: optuna.Study) -> Finding:
 
 
 def _check_folder(name: str, folder: Path) -> Finding:
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    existing = _find_existing(folder)
     kind, free = network_file_system(existing), shutil.disk_usage(existing).free / 1e6
     if kind and name == "database":
         advice = "where SQLite locking is unreliable; move the database to a local disk, or use PostgreSQL"
@@ -198,6 +198,11 @@ def _check_folder(name: str, folder: Path) -> Finding:
     if not os.access(existing, os.W_OK):
         return Finding(name, False, f"{existing} is not writable; fix its permissions or choose another folder")
     return _judge(name, free >= _MIN_FREE, f"{free:,.0f} MB free in {folder}", "low disk space; free some space")
+
+
+def _find_existing(folder: Path) -> Path:
+    """Return the folder, else the closest folder above it that can be seen."""
+    return next(path for path in (folder, *folder.parents) if os.path.exists(path))  # noqa: PTH110 - no error
 
 
 def _check_store(artifacts: Folder) -> Finding:
@@ -212,12 +217,18 @@ def _check_data(definition: StudyDefinition, folder: Path | str | None) -> Findi
     name = definition.data.name
     try:
         if missing := find(DATA_SETS, name).find_missing(folder):
+            place = data_folder(folder)
             advice = "the next run downloads them (offline: copy them there yourself)"
-            message = f"{name}: missing or corrupt in {data_folder(folder)}: {', '.join(missing)}"
+            if not os.access(_find_existing(place), os.W_OK | os.X_OK):
+                advice = "the folder is not writable: copy them there yourself, or point HPSEARCH_DATA at another one"
+            message = f"{name}: missing or corrupt in {place}: {', '.join(missing)}"
             return Finding("data", False, f"{message}; {advice}")
         data = load_study_data(definition, folder)
     except HpsearchError as error:
         return Finding("data", False, str(error))
+    except OSError as error:
+        advice = "fix its permissions, or point HPSEARCH_DATA at another folder"
+        return Finding("data", False, f"{name}: cannot read {error.filename}: {error.strerror}; {advice}")
     counts = f"{len(data.train):,} training and {len(data.validation):,} validation images"
     return Finding("data", True, f"{name}: complete ({counts})")
 

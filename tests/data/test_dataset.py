@@ -19,7 +19,7 @@ import torchvision
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from hpsearch.data import dataset
+from hpsearch.data import dataset, sets
 from hpsearch.data.augment import augment
 from hpsearch.data.dataset import ImageData, Split, load_data, load_test, normalise
 from hpsearch.data.sets import data_folder
@@ -41,6 +41,7 @@ def write_archives(raw: Path, monkeypatch: pytest.MonkeyPatch, class_name: str =
             file.write_bytes(gzip.compress(header + array.tobytes(), compresslevel=0))
             resources.append((file.name, hashlib.md5(file.read_bytes()).hexdigest()))
     monkeypatch.setattr(getattr(torchvision.datasets, class_name), "resources", resources)
+    monkeypatch.setitem(sets._MD5, class_name, dict(resources))
 
 
 def test_digits_come_as_mnist_shaped_images(digits: ImageData) -> None:
@@ -188,7 +189,7 @@ def test_only_what_is_missing_is_downloaded(tmp_path: Path, monkeypatch: pytest.
     for name, content in mine.items():
         (raw / name).write_bytes(content)
     (raw / "t10k-images-idx3-ubyte.gz").write_bytes(b"torn")
-    with pytest.raises(DataError, match=r"t10k-images-idx3-ubyte\.gz is damaged; not an IDX file"):
+    with pytest.raises(DataError, match=r"images-idx3-ubyte\.gz is damaged; t10k-labels.* is not that of MNIST"):
         load_test("mnist", tmp_path / "data")
     assert {name: (raw / name).read_bytes() for name in mine} == mine
     assert {file.name for file in raw.iterdir()} == {
@@ -254,6 +255,18 @@ def test_a_corrupt_archive_is_not_used(tmp_path: Path, monkeypatch: pytest.Monke
         stream.write(b"damage")
     with pytest.raises(DataError, match="MNIST"):
         load_data("mnist", tmp_path, validation=10_000)
+
+
+def test_archives_of_another_data_set_are_refused_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, checksums in sets._MD5.items():
+        assert checksums == dict(getattr(torchvision.datasets, name).resources)
+    raw = tmp_path / "MNIST" / "raw"
+    write_archives(raw, monkeypatch)
+    monkeypatch.setitem(sets._MD5, "MNIST", sets._MD5["KMNIST"])
+    before = {file: file.read_bytes() for file in raw.iterdir()}
+    with pytest.raises(DataError, match=r"t10k-images-idx3-ubyte\.gz is not that of MNIST \(its MD5 differs\)"):
+        load_test("mnist", tmp_path)
+    assert {file: file.read_bytes() for file in raw.iterdir()} == before
 
 
 def test_the_data_folder_is_the_argument_else_the_variable_else_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """The doctor finds problems, says how to fix them, writes nothing unless asked, and fixes what is safe."""
 
 import gzip
+import os
 import sqlite3
 from datetime import datetime
 from pathlib import Path
@@ -174,6 +175,20 @@ def test_a_database_on_a_network_file_system_is_named(tmp_path: Path, monkeypatc
     assert "network file system (nfs4)" in wrong(define(tmp_path))["database"]
 
 
+def test_data_that_cannot_be_read_or_downloaded_are_one_finding_of_several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    definition = define(tmp_path, data={"name": "mnist", "validation": 10_000, "train": 1000})
+    file = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte.gz"
+    file.mkdir(parents=True)  # no permission would stop root
+    findings = wrong(definition, folder=tmp_path)
+    assert f"cannot read {file}: Is a directory; fix its permissions" in findings["data"]
+    assert "no search found" in findings["study"]
+    file.rmdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # as for a user who is not root
+    assert "the folder is not writable: copy them there yourself" in wrong(definition, folder=tmp_path)["data"]
+
+
 def test_missing_and_damaged_data_are_named_and_nothing_is_downloaded(tmp_path: Path) -> None:
     definition = define(tmp_path, data={"name": "mnist", "validation": 10_000, "train": 1000})
     message = wrong(definition, folder=tmp_path)["data"]
@@ -185,6 +200,9 @@ def test_missing_and_damaged_data_are_named_and_nothing_is_downloaded(tmp_path: 
     for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
         (raw / f"{name}-ubyte.gz").write_bytes(gzip.compress(b"something else")[:-9])
     assert ": train-images-idx3-ubyte.gz" in wrong(definition, folder=tmp_path)["data"]
+    for archive in raw.iterdir():
+        archive.write_bytes(gzip.compress(b"something else"))
+    assert "train-images-idx3-ubyte.gz is not that of MNIST" in wrong(definition, folder=tmp_path)["data"]
     for archive in list(raw.iterdir()):
         archive.with_suffix("").write_bytes(b"damaged")
     assert "is corrupt" in wrong(definition, folder=tmp_path)["data"]
