@@ -3,6 +3,7 @@
 import base64
 import json
 import math
+import os
 import platform
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -70,12 +71,16 @@ def write_report(
 def _check_output(file: Path, study: optuna.Study, *, force: bool) -> None:
     """Raise `UsageError` for a file in a model folder and, without `force`, for all but a report of the study."""
     check_outside(file, "--output")
+    if file.exists() and not file.is_file():
+        raise UsageError(f"cannot write {file}: it is not a regular file; choose another --output")
+    folder = file.resolve().parent
+    if not os.access(folder, os.W_OK | os.X_OK):
+        reason = "is not writable" if folder.exists() else "does not exist"
+        raise UsageError(f"cannot write {file}: folder {folder} {reason}; choose another --output")
     if not file.exists():
         return
-    if not file.is_file():
-        raise UsageError(f"cannot write {file}: it is not a regular file; choose another --output")
     with file.open("rb") as stream:
-        if not force and f'content="{_mark(study)}"'.encode() not in stream.read(2**12):
+        if not force and not _is_report(stream.read(2**12).decode(errors="replace"), study):
             raise UsageError(
                 f"{file} exists and is not a report of this study; choose another --output, or replace it with --force"
             )
@@ -84,6 +89,14 @@ def _check_output(file: Path, study: optuna.Study, *, force: bool) -> None:
 def _mark(study: optuna.Study) -> str:
     """Return what identifies the reports of the study."""
     return f"hpsearch {study.study_name} {study.user_attrs.get('id', '')}"
+
+
+def _is_report(head: str, study: optuna.Study) -> bool:
+    """Return whether a file with that head is a report of the study; older versions wrote no id, or only the title."""
+    name = study.study_name
+    if 'name="generator"' not in head:
+        return f"<title>{name}: hyperparameter search report</title>" in head
+    return any(f'content="{mark}"' in head for mark in (_mark(study), f"hpsearch {name} "))
 
 
 def find_bundle(folder: Path, name: str) -> Path | None:

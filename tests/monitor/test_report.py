@@ -403,6 +403,28 @@ def test_only_a_report_of_the_same_study_is_replaced_without_force(tmp_path: Pat
     assert [each.name for each in tmp_path.iterdir()] == ["small.db"]
 
 
+def test_a_report_of_an_older_version_or_from_before_the_study_had_an_id_is_replaced(
+    tmp_path: Path, definition: StudyDefinition
+) -> None:
+    file, study = tmp_path / "report.html", make_study([make_trial()], id="0123abcd")
+    write_report(definition, make_study([make_trial()]), file, command="before")
+    write_report(definition, study, file, command="after")
+    assert "after" in file.read_text()
+    file.write_text(re.sub('<meta name="generator".*\n', "", file.read_text()))
+    write_report(definition, study, file, command="again")
+    file.write_text("<title>another: hyperparameter search report</title>")
+    with pytest.raises(UsageError, match="is not a report of this study"):
+        write_report(definition, study, file, command="small")
+
+
+def test_a_report_in_a_missing_folder_is_refused_before_it_is_drawn(
+    tmp_path: Path, definition: StudyDefinition, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("hpsearch.monitor.report._collect")
+    with pytest.raises(UsageError, match=r"folder .*missing does not exist; choose another --output"):
+        write_report(definition, make_study([make_trial()]), tmp_path / "missing" / "report.html", command="small")
+
+
 def test_a_report_goes_into_no_device_and_no_bundle(
     tmp_path: Path, definition: StudyDefinition, exported: Path
 ) -> None:
@@ -453,6 +475,9 @@ def test_the_verb_prints_the_file_that_it_wrote_and_nothing_else(
     (tmp_path / "dist" / "small" / "metrics.json").write_text(json.dumps({"study": "small"}))
     assert command("--output", "other.html")[:2] == (0, "other.html\n")
     assert "The exported model was ignored" in Page((tmp_path / "other.html").read_text()).text
+    (tmp_path / "other.html").write_text("mine")
+    assert command("--output", "other.html")[0] == 2
+    assert command("--output", "other.html", "--force")[:2] == (0, "other.html\n")
     monkeypatch.setenv("HOME", str(tmp_path / "dist"))
     assert command("--output=~/mine.html")[:2] == (0, f"{tmp_path}/dist/mine.html\n")
     assert not (tmp_path / "~").exists()
