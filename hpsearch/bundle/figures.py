@@ -25,15 +25,17 @@ PLOTS = ("confusion_matrix.png", "calibration.png", "mistakes.png")
 _KEY = "hpsearch study"  # of a text in the PNG file
 
 
-def check_folder(folder: Path, study: str) -> None:
+def check_folder(folder: Path, study: str, *, force: bool = False) -> None:
     """Create a folder for plots of the study's model.
 
-    Raises `UsageError` if it is not writable, is or is in a model folder, or has other files with the names of plots.
+    Raises `UsageError` if it is not writable, is a model folder or inside one, or has other files with the names of
+    plots; with `force`, these are replaced.
     """
     check_outside(folder / PLOTS[0], "--pictures")
     for file in (folder / name for name in PLOTS):
-        if os.path.lexists(file) and not _is_plot(file, study):
-            raise UsageError(f"--pictures {folder}: has another {file.name}; choose another folder")
+        if os.path.lexists(file) and not (file.is_file() and (force or _is_plot(file, study))):
+            advice = ", or replace it with --force" if file.is_file() else ""
+            raise UsageError(f"--pictures {folder}: has another {file.name}; choose another folder{advice}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:

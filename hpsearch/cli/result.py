@@ -51,7 +51,9 @@ def export(
     output: Annotated[
         Path | None, typer.Option(help="Output folder. [default: dist/<study>]", callback=options.expand_path)
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Also replace the model of another study.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also replace a modified model, or one of another study.")
+    ] = False,
     onnx: Annotated[bool, typer.Option("--onnx", help="Also write model.onnx (needs hpsearch[onnx]).")] = False,
     torch_export: Annotated[bool, typer.Option("--torch-export", help="Also write model.pt2 (torch.export).")] = False,
     storage: options.StorageOption = None,
@@ -161,6 +163,9 @@ def evaluate(
             callback=options.expand_path,
         ),
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also replace pictures that are no plots of the study.")
+    ] = False,
     data: options.DataOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
@@ -174,7 +179,7 @@ def evaluate(
 
     classifier, name = load(bundle), read_origin(bundle).study
     if pictures:
-        check_folder(pictures, name)
+        check_folder(pictures, name, force=force)
     evaluation = classifier.evaluate(data)
     options.print_document(asdict(evaluation), render_evaluation, as_json=as_json)
     if pictures:

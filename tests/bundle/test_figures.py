@@ -8,7 +8,14 @@ import pytest
 from PIL import Image
 
 from hpsearch.bundle.evaluation import Evaluation, evaluate
-from hpsearch.bundle.figures import check_folder, draw_calibration, draw_confusion_matrix, draw_mistakes
+from hpsearch.bundle.figures import (
+    PLOTS,
+    check_folder,
+    draw_calibration,
+    draw_confusion_matrix,
+    draw_evaluation,
+    draw_mistakes,
+)
 from hpsearch.errors import UsageError
 from hpsearch.plugins import DATA_SETS, find
 
@@ -97,13 +104,22 @@ def test_pictures_leave_the_users_own_pyplot_alone(tmp_path: Path) -> None:
 
 
 def test_a_folder_with_pictures_of_something_else_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "confusion_matrix.png"
-    draw_confusion_matrix(make_evaluation(1), file, "small")
+    draw_evaluation(make_evaluation(1), IMAGES, tmp_path, "small")
     check_folder(tmp_path, "small")
-    with pytest.raises(UsageError, match=r"has another confusion_matrix\.png; choose another folder"):
-        check_folder(tmp_path, "other")
+    for name in PLOTS:
+        before = (tmp_path / name).read_bytes()
+        draw_confusion_matrix(make_evaluation(1), tmp_path / name)  # as an older version did
+        with pytest.raises(UsageError, match=f"has another {name}; choose another folder, or replace it with --force"):
+            check_folder(tmp_path, "small")
+        check_folder(tmp_path, "small", force=True)
+        (tmp_path / name).write_bytes(before)
+    file = tmp_path / "confusion_matrix.png"
     for make in (lambda: file.write_bytes(b"my own"), lambda: file.symlink_to(tmp_path / "elsewhere")):
         file.unlink()
         make()
         with pytest.raises(UsageError, match=r"has another confusion_matrix\.png"):
             check_folder(tmp_path, "small")
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(UsageError, match=r"has another confusion_matrix\.png; choose another folder$"):
+        check_folder(tmp_path, "small", force=True)

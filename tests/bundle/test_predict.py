@@ -184,6 +184,11 @@ def test_an_evaluation_is_told_in_full_and_drawn_where_asked(run: Run, saved: Pa
     pictures = sorted(file.name for file in (tmp_path / "new" / "pictures").iterdir())
     assert pictures == ["calibration.png", "confusion_matrix.png", "mistakes.png"]
     assert all(name in err for name in pictures)
+    (tmp_path / "new" / "pictures" / "mistakes.png").write_text("mine")
+    assert run("evaluate", saved, "--pictures", "new/pictures")[0] == 2
+    assert (tmp_path / "new" / "pictures" / "mistakes.png").read_text() == "mine"
+    for options in (["--force"], []):  # the second time, they are its own
+        assert run("evaluate", saved, "--pictures", "new/pictures", *options)[0] == 0
     code, out, err = run("evaluate", saved, "--json")
     assert set(json.loads(out)) == {
         *("accuracy", "interval", "confusion_matrix", "per_class", "calibration", "mistakes"),
