@@ -200,7 +200,8 @@ def save(
     `images` (uint8, (N, C, H, W)). If the probabilities agree, the folder replaces the target in one step; otherwise
     raises `BundleError` and leaves the target unchanged.
     """
-    check_target(target, Origin.model_validate(contents.metrics), force=force)
+    origin = Origin.model_validate(contents.metrics)
+    check_target(target, origin, force=force)
     with replace_folder(target) as new:
         formats.write_models(contents.network, contents.config, new, onnx=onnx, torch_export=torch_export)
         _write_json(contents.config, new / "config.json")
@@ -210,6 +211,7 @@ def save(
         verified = formats.verify_models(contents.network, contents.config, new, images, labels)
         _write_texts(contents, new, verified)
         load(new)
+        check_target(target, origin, force=force)  # it may have changed during the verification
     return verified
 
 
@@ -249,12 +251,15 @@ def _check_place(target: Path) -> None:
             raise BundleError(f"{target} is {'a link' if target.is_symlink() else 'not a folder'}")
         target.parent.mkdir(parents=True, exist_ok=True)
     elif Path.cwd().is_relative_to(target.resolve()):
-        raise BundleError("it is the current folder or contains it (name a new folder in it)")
+        raise BundleError("it is the current folder or contains it")
     elif str(target.resolve()) in {part.mountpoint for part in psutil.disk_partitions(all=True)}:
-        raise BundleError("it is a mount point (name a new folder in it)")
+        raise BundleError("it is a mount point")
     elif not os.access(target, os.W_OK):
         raise BundleError("it is not writable")
-    tempfile.TemporaryDirectory(dir=target.parent).cleanup()
+    try:  # the names of `replace_folder`
+        tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.").cleanup()
+    except OSError as error:
+        raise BundleError(f"no folder can be created in {target.parent} ({error.strerror})") from error
 
 
 def read_origin(folder: Path) -> Origin:

@@ -44,9 +44,10 @@ def export(
 
     The network is retrained on training and validation images together, once for each of `retrain.seeds`; the first
     model is exported. The test set is used only after all training, so nothing can be selected on it, and the study
-    counts each use. What can fail is checked before the training. With `force`, a model of another study is replaced.
-    Raises `NoCompletedTrial`, `DataError`, `StorageError` if the study cannot be written, `UsageError` if packages for
-    ONNX are missing, `Diverged`, and `BundleError`. If verification fails, nothing is written.
+    counts each use. What can fail is checked before the training. With `force`, a modified model or
+    one of another study is replaced too. Raises `NoCompletedTrial`, `DataError`, `StorageError` if the study cannot be
+    written, `UsageError` if packages for ONNX are missing, `Diverged`, and `BundleError`. If verification fails,
+    nothing is written.
     """
     trial = find_winner(study) if number is None else find_best(study, number)
     if onnx:

@@ -278,6 +278,22 @@ def test_the_model_of_another_study_and_a_modified_one_are_replaced_only_by_forc
     assert json.loads((copy / "metrics.json").read_text())["study"] == "other"
 
 
+def test_what_was_changed_in_the_target_during_the_verification_is_kept(
+    copy: Path, digits: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verify = formats.verify_models
+
+    def verify_while_someone_writes(*arguments: Any) -> dict[str, dict[str, float]]:
+        (copy / "notes.txt").write_text("all my work")
+        return verify(*arguments)
+
+    monkeypatch.setattr(formats, "verify_models", verify_while_someone_writes)
+    with pytest.raises(BundleError, match=r"unexpected file: notes\.txt; choose another --output"):
+        save(make_contents(digits), copy)
+    assert (copy / "notes.txt").read_text() == "all my work"
+    assert [file.name for file in copy.parent.iterdir()] == ["copy"]
+
+
 def test_a_place_that_cannot_be_replaced_is_refused(
     tmp_path: Path, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,6 +307,7 @@ def test_a_place_that_cannot_be_replaced_is_refused(
         (Path("/proc/model"), "/proc/"),
         (tmp_path / "file", "is not a folder"),
         (tmp_path / "file" / "model", "file: File exists"),
+        (tmp_path / ("x" * 250), rf"no folder can be created in {tmp_path} \(File name too long\)"),
     ):
         with pytest.raises(BundleError, match=rf"cannot (replace|create) .*{reason}.*; choose another --output$"):
             bundle.check_target(target, bundle.Origin(study="small"), force=True)
