@@ -46,11 +46,13 @@ def backup(
     """Back up a study's SQLite database (safe while workers run)."""
     from sqlalchemy.engine import URL
 
+    from hpsearch.bundle.manifest import check_outside
     from hpsearch.config.urls import parse_url
     from hpsearch.storage.backup import backup as backup_database
 
     named = options.Named(study, storage)
     named.load_study()
+    check_outside(file, "FILE")
     backup_database(parse_url(named.definition.study.storage), file, force=force)
     place = shlex.quote(str(URL.create("sqlite", database=str(file))))
     command = f"hpsearch status {shlex.quote(study)} --storage {place}"

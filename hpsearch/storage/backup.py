@@ -17,11 +17,17 @@ def backup(url: URL, file: Path, *, force: bool = False) -> None:
     """Copy a SQLite database to a new file, which appears after an integrity check; the database may be in use.
 
     SQLite's online backup makes a consistent snapshot. With `force`, it replaces an existing file, but never the
-    database itself. Raises `UsageError` and `StorageError`.
+    database itself, or a file that belongs to a database. Raises `UsageError` and `StorageError`.
     """
     if url.get_backend_name() != "sqlite":
         raise UsageError(f"`hpsearch backup` only supports SQLite; back up {show_url(url)} with pg_dump")
     database = Path(url.database or "")
+    for suffix in ("-journal", "-wal", "-shm", ".lock"):
+        owner = Path(str(file.resolve()).removesuffix(suffix))
+        if owner != file.resolve() and owner.is_file():
+            raise UsageError(
+                f"{file} would be taken for the {suffix[1:]} file of {owner.name}; choose another file name"
+            )
     may_replace = file.is_file() and not (database.exists() and file.samefile(database))
     if file.exists() and not (force and may_replace):
         advice = ", or replace it with --force" if may_replace else ""

@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -16,6 +17,8 @@ import pytest
 from sqlalchemy.exc import OperationalError
 
 from hpsearch import __main__
+from hpsearch.bundle.bundle import REQUIRED
+from hpsearch.bundle.manifest import write_manifest
 from hpsearch.cli.render import render_trials
 from hpsearch.config.definition import load_definition
 from hpsearch.monitor.text import echo, show, trial_line
@@ -23,6 +26,8 @@ from hpsearch.search.study import open_study
 from hpsearch.search.trials import TrialEvent
 from hpsearch.storage import tables
 from hpsearch.storage.rdb import open_storage
+
+from ..conftest import fill
 
 Run = Callable[..., tuple[int, str, str]]
 VERBS = (
@@ -192,6 +197,28 @@ def test_exporting_without_a_complete_trial_gives_status_4(
     code, _, err = run(verb, "small.toml")
     assert code == 4
     assert "no completed trial yet" in err
+
+
+def test_backup_and_export_replace_a_file_or_a_model_of_another_study_only_with_force(
+    run: Run, study_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = open_storage(load_definition(study_file()).study.storage)
+    fill(storage, open_study(load_definition("small.toml"), storage), 4, n_running=0)
+    model = tmp_path / "model"
+    model.mkdir()
+    for name in REQUIRED:
+        (model / name).write_text('{"study": "other"}')
+    write_manifest(model)
+    for verb in (["backup", "small.toml", "copy.db"], ["export", "small.toml", "--output", "model"]):
+        (tmp_path / "copy.db").write_text("mine")
+        code, _, err = run(*verb)
+        assert (code, "replace it with --force" in err) == (1 + (verb[0] == "backup"), True), err
+    assert (tmp_path / "copy.db").read_text() == "mine"
+    assert run("backup", "small.toml", "copy.db", "--force")[0] == 0
+    assert "model is a model folder" in run("backup", "small.toml", "model/copy.db")[2]
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))  # it ends before the training
+    assert "0 MB free" in run("export", "small.toml", "--output", "model", "--force")[2]
+    storage.engine.dispose()
 
 
 def test_a_changed_study_file_gives_status_2_and_names_the_keys(run: Run, study_file: Callable[..., Path]) -> None:

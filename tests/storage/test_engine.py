@@ -75,6 +75,18 @@ def test_a_backup_does_not_go_beside_the_journal_of_another_database(tmp_path: P
     assert not (tmp_path / "copy.db").exists()
 
 
+@pytest.mark.parametrize("suffix", ["-journal", "-wal", "-shm", ".lock"])
+def test_a_backup_is_never_taken_for_a_log_or_lock_of_a_database(tmp_path: Path, suffix: str) -> None:
+    url, file = make_url(f"sqlite:///{tmp_path / 'study.db'}"), tmp_path / f"study.db{suffix}"
+    open_storage(str(url)).engine.dispose()
+    file.write_text("in use")
+    (tmp_path / "link").symlink_to(file)
+    for target in (file, tmp_path / "link"):
+        with pytest.raises(UsageError, match=r"would be taken for the .* file of study\.db; choose another file name"):
+            backup(url, target, force=True)
+    assert file.read_text() == "in use"
+
+
 def test_a_backup_survives_a_power_loss(tmp_path: Path, survives_power_loss: Callable[[Path], bool]) -> None:
     url = f"sqlite:///{tmp_path / 'study.db'}"
     open_study(make_definition(url), open_storage(url))
