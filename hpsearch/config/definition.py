@@ -272,14 +272,14 @@ def _relative_to(folder: Path, url: str) -> str:
 
 
 def _resolve_artifacts(folder: Path, location: str) -> str:
+    scheme, separator, rest = location.partition("://")
+    if separator and not rest.strip("/"):
+        raise UsageError(f"{location}: bucket or path missing")
     local = re.sub(r"^(file|local)://", "", location)
     if not is_url(local):
         return str(folder.resolve() / expand_home(local))
-    scheme, _, rest = location.partition("://")
     if ":" in rest.rpartition("@")[0]:
         raise UsageError("logs show this URL, so it must not contain a password; set credentials in the environment")
-    if not rest.strip("/"):
-        raise UsageError(f"{location}: bucket or path missing")
     if scheme == "memory":
         raise UsageError("memory:// is not shared between processes; use a folder or an object store")
     return location

@@ -309,6 +309,14 @@ def test_a_password_in_the_url_of_artifacts_is_refused_and_not_repeated(tmp_path
     assert load_definition(file, artifacts="sftp://me@host/folder").study.artifacts == "sftp://me@host/folder"
 
 
+@pytest.mark.parametrize("url", ["file://", "file:///", "local://", "s3://"])
+def test_a_url_of_artifacts_without_a_path_is_refused(tmp_path: Path, url: str) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(f'[study]\nartifacts = "{url}"\n[search]\nwidth = {{ int = [8, 32] }}')
+    with pytest.raises(DefinitionError, match=f"study.artifacts: {url}: bucket or path missing"):
+        load_definition(file)
+
+
 def test_a_tilde_is_the_home_folder_wherever_a_path_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     file = tmp_path / "mine.toml"
