@@ -110,7 +110,7 @@ def _dump_manifest(digests: dict[str, str]) -> bytes:
 
 
 def check_outside(path: Path, option: str) -> None:
-    """Raise `UsageError` if the path is in a model folder, which can not be loaded with other files in it."""
+    """Raise `UsageError` if the path is in a model folder, which cannot be loaded with other files in it."""
     for folder in path.resolve().parents:
         if (folder / MANIFEST).is_file() and (folder / "model.safetensors").is_file():
             raise UsageError(f"{option} {path}: {folder} is a model folder; choose a place outside of it")
