@@ -225,8 +225,7 @@ def parse_definition(raw: Mapping[str, Any], source: str = "study") -> StudyDefi
 
 def check_new(definition: StudyDefinition, source: str = "study") -> None:
     """Raise `DefinitionError` if something in the definition of a new study would have no effect: see `find_unused`."""
-    reaches_bounds = definition.sampler.kind in ("gp", "cmaes")
-    problems = find_unused(definition.space, definition.first, reaches_bounds=reaches_bounds)
+    problems = find_unused(definition.space, definition.first)
     if lines := [f"{'.'.join(map(str, path))}: {text}" for path, text in problems]:
         raise DefinitionError(source, lines)
 

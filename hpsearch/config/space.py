@@ -214,7 +214,7 @@ class SearchSpace:
     def read(self, params: Mapping[str, Any]) -> TrainingHyperparameters:
         """Return the hyperparameters of a trial that ended with these parameters. Raises `KeyError` if one is missing.
 
-        Unlike `suggest`, it does not judge conditions again: older versions did not see that 0.3 is a value of a step.
+        Unlike `suggest`, it ignores `when`, because older versions did not recognize 0.3 as the value of a step.
         """
         names = [name for name, dimension in self.dimensions.items() if name in params or not dimension.when]
         return self.hyperparameters(**{**self.fixed, **{name: params[name] for name in names}})

@@ -30,7 +30,7 @@ _DIMENSION_KEYS = ("int", "float", "choice", "log", "step", "when")
 
 
 def read_search(tables: Any, info: ValidationInfo) -> Any:
-    """Return the dimensions of [search], with equal numbers written alike: 1 in a float as 1.0, 0.3 as a step's value.
+    """Return the dimensions of [search]. Equal numbers become the same: 1 is 1.0 in a float, 0.3 the value of its step.
 
     Raises `ValidationError` with all of its problems.
     """
@@ -151,17 +151,15 @@ def check_try(values: Values, space: SearchSpace) -> Iterator[Problem]:
     yield from _check_effect(complete_try(values, space), space)
 
 
-def find_unused(space: SearchSpace, first: Iterable[Values], *, reaches_bounds: bool) -> Iterator[Problem]:
+def find_unused(space: SearchSpace, first: Iterable[Values]) -> Iterator[Problem]:
     """Yield the conditions that practically never hold, and the values of the completed `first` without effect.
 
-    Older versions started studies with them, so they are problems of new studies only. `reaches_bounds` says whether
-    the sampler suggests the bounds of a continuous range.
+    Older versions started studies with them, so they are problems of new studies only.
     """
     for name, dimension in space.dimensions.items():
         for parent, allowed in dimension.when.items():
             if parent in space.dimensions and space.dimensions[parent].is_continuous:
                 possible = [values[parent] for values in first if parent in values]
-                possible += space.dimensions[parent].values if reaches_bounds else []
                 for value in allowed:
                     if value not in possible:
                         sentence = f"{parent} is practically never {value!r}: its range is continuous"

@@ -225,7 +225,7 @@ NEVER = "search.lr.when.dropout: dropout is practically never 0.4: its range is 
         (DROPOUT, [NEVER]),
         (f"{DROPOUT}\n[[try]]\ndropout = 0.3", [NEVER]),
         (f"{DROPOUT}\n[[try]]\ndropout = 0.4", []),
-        (f"{DROPOUT}\n[sampler]\nkind = 'gp'", []),
+        (f"{DROPOUT}\n[sampler]\nkind = 'gp'", [NEVER]),
     ],
 )
 def test_what_has_no_effect_is_a_problem_of_a_new_study(text: str, problems: list[str]) -> None:
