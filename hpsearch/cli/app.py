@@ -91,7 +91,7 @@ def run(
     """Start or resume a search until its budget is used up."""
     from hpsearch.workers.forkserver import start_fork_server
 
-    named = options.Named(study, storage, artifacts=artifacts, trials=trials)
+    named = options.NamedStudy(study, storage, artifacts=artifacts, trials=trials)
     start_fork_server()
     from hpsearch.search.study import start_study
 
@@ -125,7 +125,7 @@ def worker(
     """Add a worker to a study, from any terminal or machine."""
     from hpsearch.monitor.live import LiveView
 
-    named = options.Named(study, storage, artifacts=artifacts)
+    named = options.NamedStudy(study, storage, artifacts=artifacts)
     if creates:
         from hpsearch.search.study import start_study
 
@@ -165,7 +165,7 @@ def launch(
 
     if detaches and address == "local":
         raise UsageError("--detach needs a cluster that outlives this command; start one with: ray start --head")
-    named = options.Named(study, storage, artifacts=artifacts, trials=trials)
+    named = options.NamedStudy(study, storage, artifacts=artifacts, trials=trials)
     with connect(named.definition, Resources(cpus, gpus), address=address, folder=data) as cluster:
         drain = Drain().listen()  # replaces the handlers that Ray installed
         n_workers = workers or cluster.n_fitting
@@ -186,7 +186,7 @@ def launch(
 
 
 def _show_search(
-    named: options.Named, search: Callable[["LiveView"], str], n_workers: int, drain: Drain, *, as_json: bool
+    named: options.NamedStudy, search: Callable[["LiveView"], str], n_workers: int, drain: Drain, *, as_json: bool
 ) -> None:
     """Show a search while it runs, and then its result."""
     from hpsearch.monitor.live import LiveView

@@ -27,7 +27,7 @@ def doctor(
     from hpsearch.cli.render import render_findings
     from hpsearch.monitor.doctor import run_checks
 
-    definition = options.Named(study, storage, artifacts=artifacts).definition
+    definition = options.NamedStudy(study, storage, artifacts=artifacts).definition
     findings = [asdict(finding) for finding in run_checks(definition, folder=data, fix=fix)]
     options.print_document(findings, render_findings, as_json=as_json)
     if not all(finding["is_ok"] for finding in findings):
@@ -50,7 +50,7 @@ def backup(
     from hpsearch.config.urls import parse_url
     from hpsearch.storage.backup import backup as backup_database
 
-    named = options.Named(study, storage)
+    named = options.NamedStudy(study, storage)
     named.load_study()
     check_outside(file, "FILE")
     backup_database(parse_url(named.definition.study.storage), file, force=force)
@@ -76,7 +76,7 @@ def copy(
     from hpsearch.search.copy import copy_study
 
     parse_url(to)  # an empty URL must not fall back to the study file's
-    definition = options.Named(study, storage, artifacts=artifacts).definition
+    definition = options.NamedStudy(study, storage, artifacts=artifacts).definition
     target = load_definition(study, storage=to, artifacts=artifacts_to or artifacts)
     options.warn_about_password("--to", to)
     made = copy_study(definition, target)

@@ -55,7 +55,7 @@ WorkersOption = Annotated[
 ]
 
 
-class Named:
+class NamedStudy:
     """A study as a command names it: its `definition`, and the `arguments` that name it in other commands.
 
     `trials` overrides `budget.trials`. The arguments are quoted for a shell, with the password of the database URL

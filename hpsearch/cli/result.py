@@ -24,7 +24,7 @@ def confirm(
     as_json: options.JsonOption = False,
 ) -> None:
     """Retrain the best trials with new seeds and pick the winner. It is picked on validation data; `export` uses it."""
-    named = options.Named(study, storage)
+    named = options.NamedStudy(study, storage)
     stored = named.load_study()
     from hpsearch.bundle.confirm import confirm as confirm_trials
     from hpsearch.cli.render import render_confirmation
@@ -61,7 +61,7 @@ def export(
     as_json: options.JsonOption = False,
 ) -> None:
     """Retrain the winner, test it once and save it. Trains on the training and validation images together."""
-    named = options.Named(study, storage)
+    named = options.NamedStudy(study, storage)
     definition, stored = named.definition, named.load_study()
     from hpsearch.bundle.retrain import export as export_bundle
     from hpsearch.cli.render import render_export
@@ -101,7 +101,7 @@ def replay(
     as_json: options.JsonOption = False,
 ) -> None:
     """Re-run a trial and check that its learning curve is reproduced."""
-    named = options.Named(study, storage)
+    named = options.NamedStudy(study, storage)
     stored = named.load_study()
     from hpsearch.bundle.replay import replay as replay_trial
     from hpsearch.cli.render import render_replay
@@ -136,7 +136,7 @@ def report(
     storage: options.StorageOption = None,
 ) -> None:
     """Write an HTML report. Shows the winner, how certain its accuracy is, and how the search went; opens offline."""
-    named = options.Named(study, storage)
+    named = options.NamedStudy(study, storage)
     stored, name = named.load_study(), named.definition.study.name
     from hpsearch.bundle.bundle import load
     from hpsearch.monitor.report import find_bundle, write_report

@@ -26,7 +26,7 @@ def status(
     as_json: options.JsonOption = False,
 ) -> None:
     """Show the progress of a search: trials, best, workers, epochs."""
-    named = options.Named(study, storage)
+    named = options.NamedStudy(study, storage)
     if watch and as_json:
         raise UsageError("--watch cannot be combined with --json; poll `status --json` instead")
     watched = named.watch()
@@ -62,7 +62,7 @@ def trials(
 
     if as_json and as_csv:
         raise UsageError("--json and --csv cannot be combined")
-    named = options.Named(study, storage)
+    named = options.NamedStudy(study, storage)
     known = list_columns(named.definition.search)
     chosen = [name.strip() for name in columns.split(",")] if columns else []
     check_columns(known, [sort, *chosen])
@@ -86,7 +86,7 @@ def show(
     from hpsearch.cli.render import render_trial
     from hpsearch.monitor.trials import describe_in_full
 
-    document = describe_in_full(options.Named(study, storage).load_study(), number)
+    document = describe_in_full(options.NamedStudy(study, storage).load_study(), number)
     options.print_document(document, render_trial, as_json=as_json)
 
 
@@ -95,7 +95,7 @@ def stop(study: options.StudyArgument, storage: options.StorageOption = None) ->
     """Stop all workers on all machines after their current epoch. `run` resumes."""
     from hpsearch.search.study import stop_study
 
-    named = options.Named(study, storage)
+    named = options.NamedStudy(study, storage)
     stop_study(named.load_study())
     watch, n_waiting = named.watch(), 0
     while (snapshot := watch.poll()).is_stopped and snapshot.n_alive:
@@ -119,7 +119,7 @@ def extend(
     """Add trials to a study's budget. Running workers pick them up."""
     from hpsearch.search.study import extend_study
 
-    named = options.Named(study, storage)
+    named = options.NamedStudy(study, storage)
     n_trials = extend_study(named.load_study(), trials)
     echo(f"budget is now {n_trials} trials; {named.watch().poll().suggest_next(named.arguments)}")
 
@@ -135,7 +135,7 @@ def enqueue(
     """Queue a trial with hyperparameters of your choice."""
     from hpsearch.search.study import enqueue_trial
 
-    named = options.Named(study, storage)
+    named = options.NamedStudy(study, storage)
     number = enqueue_trial(named.definition, named.load_study(), settings)
     suggestion = named.watch().poll().suggest_next(named.arguments)
     echo(f"trial {number} queued with {', '.join(settings)}; {suggestion}")
@@ -158,7 +158,7 @@ def dashboard(
 
     from hpsearch.monitor.dashboard.app import serve
 
-    named = options.Named(study, storage)
+    named = options.NamedStudy(study, storage)
     with serve(named.definition, named.arguments, host=host, port=port, token=token, opens=opens) as address:
         echo("Optuna dashboard (read-only), press Ctrl-C to stop:")
         print(address, flush=True)

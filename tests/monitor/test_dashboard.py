@@ -616,7 +616,7 @@ def test_a_browser_is_given_a_file_that_only_this_user_can_read(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("webbrowser.open", look)
-    monkeypatch.setattr(options, "Named", lambda *_: SimpleNamespace(definition=searched, arguments="small.toml"))
+    monkeypatch.setattr(options, "NamedStudy", lambda *_: SimpleNamespace(definition=searched, arguments="small.toml"))
     with pytest.raises(KeyboardInterrupt):
         watch.dashboard("small.toml", token=None, host="127.0.0.1", port=0, opens=True)
     [file] = seen
