@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def _open_standard_streams() -> None:
-    """Open those that are closed on the null device: other files would get their numbers, and what is printed."""
+    """Open closed streams on the null device. Otherwise, files opened later get their numbers, and what is printed."""
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         if getattr(sys, name) is None:
             stream = Path(os.devnull).open(mode)  # noqa: SIM115 - until this process exits

@@ -98,7 +98,7 @@ def _read_grey(file: Path) -> Pixels:
 
 
 def _turn_upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF rotation. Like a viewer, ignore what cannot be read in it."""
+    """Apply the EXIF rotation, and like a viewer ignore broken EXIF, at which Pillow's `exif_transpose` fails."""
     image.load()
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)

@@ -157,7 +157,7 @@ class Torchvision(DataSet):
 
 
 class _Missing(ValueError):
-    """A file is neither there nor in a whole archive."""
+    """A file is missing, and so is an intact archive of it."""
 
 
 def _read(file: Path) -> bytes:

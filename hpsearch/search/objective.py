@@ -32,8 +32,8 @@ class Objective:
 
     Works with plain Optuna: `study.optimize(Objective(definition), n_trials=3)`. The data are loaded at the first
     trial. A trial whose loss is not finite is pruned. If `checkpoints` names a folder, training states are saved there,
-    and a retried trial resumes from its last checkpoint. With `n_jobs`, trials have the values that they have without,
-    because they take turns, an epoch at a time; only processes, as of `hpsearch run`, train at the same time.
+    and a retried trial resumes from its last checkpoint. With `n_jobs`, trials have the same values as
+    without: they take turns, an epoch at a time. Only processes, such as those of `hpsearch run`, train in parallel.
     """
 
     def __init__(

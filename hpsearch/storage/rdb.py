@@ -205,7 +205,7 @@ class Storage(RDBStorage):
     def _note_answer(self) -> None:
         """After a long outage, declare no workers dead for one grace period.
 
-        It is seen on two clocks: a suspend on the wall clock only, an outage in which that was set back on the other.
+        Only the wall clock sees a suspend, and only the monotonic one an outage in which the wall clock was set back.
         """
         before, self._last_answer = self._last_answer, (time.time(), time.monotonic())
         silence = max(now - then for now, then in zip(self._last_answer, before, strict=True))
@@ -433,7 +433,7 @@ def open_storage(
             check_location(parsed)
             with creation_lock(parsed):
                 return cast(Storage, repeat_creation(create))
-        if not is_created(parsed):  # Optuna would create the rest, under the hands of whoever is creating it
+        if not is_created(parsed):  # Optuna would create the rest, although another process may be doing so
             raise StudyNotFound(f"{show_url(parsed)} contains no study; start one with: hpsearch run STUDY")
         return Storage(parsed, creates=False, **options)
 

@@ -196,8 +196,8 @@ def assign_worker(connection: Connection, trial: FrozenTrial, worker: str) -> No
 def requeue(connection: Connection, trial: FrozenTrial, kind: str, message: str, end: datetime) -> None:
     """Let a trial wait for another attempt, with what ended this one at its user attribute `interruptions`.
 
-    Its worker and heartbeat go, so that whoever claims it next is not taken for that worker. Its pauses go with the
-    reason.
+    Its worker and heartbeat are deleted, so that whoever claims it next is not taken for that worker. Its pauses move
+    into the reason.
     """
     reason = {"kind": kind, "message": message, "epoch": trial.last_step or 0}
     reason |= {"worker": trial.user_attrs.pop("worker", "unknown"), "ended": end.astimezone(UTC).isoformat()}

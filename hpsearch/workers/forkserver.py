@@ -74,7 +74,7 @@ def import_path() -> dict[str, str]:
 
 @contextmanager
 def _imports_restricted() -> Iterator[None]:
-    """Let new processes have the variables of `import_path`; `python -E` ignores them, but not the current folder."""
+    """Give new processes the variables of `import_path`, and under `python -E`, which ignores them, another folder."""
     variables = import_path()
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
@@ -90,7 +90,7 @@ def _imports_restricted() -> Iterator[None]:
 
 @contextmanager
 def signals_ignored(*signals: signal.Signals) -> Iterator[None]:
-    """Let new processes ignore the signals of a terminal to its whole process group: the supervisor stops workers."""
+    """Let new processes ignore signals that a terminal sends to the whole group; the supervisor stops workers."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

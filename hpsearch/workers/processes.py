@@ -32,7 +32,7 @@ from hpsearch.workers.worker import WorkerExit, capture_exit, open_worker_storag
 logger = logging.getLogger(__name__)
 
 _POLL = 0.2  # seconds within which the supervisor reacts to a signal
-_UNKNOWN = 255  # what multiprocessing takes for the status of a process whose fork server was killed, even if it runs
+_UNKNOWN = 255  # what multiprocessing reports once the fork server is dead, even for a running process
 
 Send = Callable[[Any], None]
 Task = Callable[[Drain, Send], str]  # sends messages, and returns the reason it ended
@@ -160,7 +160,7 @@ class Processes:
 
 def _describe(status: int) -> str:
     if status == _UNKNOWN:
-        return "ended like the process from which it was forked"
+        return "ended with an unknown status, because the fork server was killed"
     return f"was killed ({signal.Signals(-status).name})" if status < 0 else f"exited with status {status}"
 
 

@@ -11,7 +11,7 @@ from typing import Self
 from hpsearch.errors import Drained, Interrupted
 
 _REPEAT_WINDOW = 0.5  # seconds within which a repeated signal counts as the same request
-_HANGUP_WINDOW = 100  # milliseconds within which the reader of a pipe ends that gets the same SIGHUP
+_HANGUP_WINDOW = 100  # milliseconds; the reader of a pipe gets the same SIGHUP, and may end a little later
 
 
 class Drain:
@@ -28,7 +28,7 @@ class Drain:
         self._since = 0.0
 
     def listen(self, *signals: signal.Signals) -> Self:
-        """Take the signals for requests to stop, by default all that ask for it; `nohup` makes SIGHUP none of them."""
+        """Take signals as requests to stop: by default SIGINT, SIGTERM and, unless under `nohup`, SIGHUP."""
         wanted = signals or (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         self._signals = tuple(number for number in wanted if not (number == signal.SIGHUP and is_nohup))
@@ -66,7 +66,7 @@ class Drain:
 
 
 def _leave_closed_terminal() -> None:
-    """Discard from now on what this process prints to a terminal that was closed, or through `tee`, without failing."""
+    """If the terminal or the reader of a pipe, such as `tee`, is gone, discard what is printed instead of failing."""
     for stream in (1, 2):
         closed = select.poll()
         closed.register(stream, 0)  # reports errors and hang-ups only

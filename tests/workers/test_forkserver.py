@@ -82,7 +82,7 @@ def test_processes_whose_fork_server_was_killed_are_not_taken_for_dead_and_new_o
         assert list(executor.wait()) == []
     handles.append(start(executor, 2))
     os.kill(handles[0].process.pid, signal.SIGKILL)
-    end = WorkerExit("ended like the process from which it was forked", is_dead=True)
+    end = WorkerExit("ended with an unknown status, because the fork server was killed", is_dead=True)
     assert receive(executor) == [(handles[0], end)]
     executor.stop()
     assert {handle: type(end.error) for handle, end in ends(executor).items()} == dict.fromkeys(handles[1:], Drained)
