@@ -113,11 +113,12 @@ class Torchvision(DataSet):
                 raise ValueError(f"unexpected size: {len(images)} images, {len(labels)} labels")
         except (RuntimeError, OSError, EOFError, ValueError, AssertionError, TypeError) as error:
             # torchvision checks file headers with assertions, and torch raises RuntimeError for truncated data.
-            reason = problem + (" ".join(str(error).split()) or type(error).__name__)
+            # A message about a download lists the failure of each mirror; the last one is enough.
+            reason = " ".join(str(error).split()).rpartition("got: ")[2] or type(error).__name__
             raise DataError(
-                f"could not load {self.class_name} from {raw} or download it ({reason}). To work offline, put only its "
-                "four *-ubyte.gz files into that folder, point --data or HPSEARCH_DATA at a folder with "
-                f'{self.class_name}/raw, or set data.name = "digits" in the study file (no download)'
+                f"could not load {self.class_name} from {raw} or download it ({problem}{reason})\n"
+                "To work offline, put only its four *-ubyte.gz files into it, point --data or HPSEARCH_DATA at "
+                f'a folder with {self.class_name}/raw, or set data.name = "digits" in the study file (no download).'
             ) from error
         return images.unsqueeze(1), labels.long()
 
