@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 
 import optuna
+import torchvision
 
 from hpsearch.data.dataset import load_test
 from hpsearch.data.sets import data_folder
@@ -43,9 +44,10 @@ def main() -> None:
     warnings.filterwarnings("ignore", "Heartbeat of storage is supposed to be used with Study.optimize")
     logging.getLogger("ray").setLevel(logging.ERROR)
     try:
-        load_test("mnist")  # downloads and unpacks what is missing
+        load_test("mnist")  # downloads what is missing
     except HpsearchError as error:
         sys.exit(f"error: {error}")
+    torchvision.datasets.MNIST(str(data_folder()), download=True)  # the textbook way reads the unpacked files
     options.output.parent.mkdir(parents=True, exist_ok=True)
     settings = Options(options.repeats, data_folder(), options.output.parent)
     os.environ["HPSEARCH_DATA"] = str(settings.data.absolute())
