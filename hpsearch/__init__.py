@@ -17,7 +17,7 @@ folder leads through them:
     >>> study = optuna.create_study(direction="maximize")
     >>> study.optimize(hpsearch.Objective(definition), n_trials=3)
 
-    >>> hpsearch.load("dist/mnist-mlp").predict_proba(images)
+    >>> hpsearch.load("models/mnist-mlp").predict_proba(images)
 """
 
 import sys

@@ -27,7 +27,7 @@ app = typer.Typer(
     epilog="\b\nGetting started:\n"
     "  hpsearch run digits                  search (about a minute)\n"
     "  hpsearch export digits               save the best model\n"
-    "  hpsearch predict dist/digits IMAGE   classify an image",
+    "  hpsearch predict models/digits IMAGE   classify an image",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,

@@ -44,12 +44,12 @@ def confirm(
     echo(f"next: hpsearch export {named.arguments}")
 
 
-@app.command(epilog="Example:  hpsearch export studies/mnist-mlp.toml --onnx --output dist/mnist-mlp")
+@app.command(epilog="Example:  hpsearch export studies/mnist-mlp.toml --onnx --output models/mnist-mlp")
 def export(
     study: options.StudyArgument,
     trial: Annotated[int | None, typer.Option(min=0, help="Export this trial instead of the winner.")] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Output folder. [default: dist/<study>]", callback=options.expand_path)
+        Path | None, typer.Option(help="Output folder. [default: models/<study>]", callback=options.expand_path)
     ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Also replace a modified model, or one of another study.")
@@ -68,7 +68,7 @@ def export(
     from hpsearch.search.selection import explain_choice
     from hpsearch.training.devices import list_devices
 
-    target = output or Path("dist") / definition.study.name
+    target = output or Path("models") / definition.study.name
     n_models, n_epochs = definition.retrain.seeds, definition.retrain.epochs or definition.budget.epochs
     if trial is None:
         echo(explain_choice(stored, named.arguments))
@@ -130,7 +130,7 @@ def report(
     bundle: Annotated[
         Path | None,
         typer.Option(
-            help="Model folder to include. [default: dist/<study>, if it exists]", callback=options.expand_path
+            help="Model folder to include. [default: models/<study>, if it exists]", callback=options.expand_path
         ),
     ] = None,
     storage: options.StorageOption = None,
@@ -144,7 +144,7 @@ def report(
     file = output or Path(f"{name}-report.html")
     if bundle:
         load(bundle)
-    chosen = bundle or find_bundle(Path("dist") / name, name)
+    chosen = bundle or find_bundle(Path("models") / name, name)
     write_report(named.definition, stored, file, bundle=chosen, command=named.arguments, force=force)
     print(file)
     if chosen is None:
@@ -152,7 +152,7 @@ def report(
         echo(f"no exported model found, so the report has no test accuracy; to add it: {again}")
 
 
-@app.command(epilog="Example:  hpsearch evaluate dist/mnist-mlp --pictures pictures")
+@app.command(epilog="Example:  hpsearch evaluate models/mnist-mlp --pictures pictures")
 def evaluate(
     bundle: options.BundleArgument,
     pictures: Annotated[
@@ -189,7 +189,7 @@ def evaluate(
         echo(f"next: hpsearch evaluate {shlex.quote(str(bundle))} --pictures DIR")
 
 
-@app.command(epilog="Example:  hpsearch predict dist/mnist-mlp digit.png scans/ 'more/**/*.jpg'")
+@app.command(epilog="Example:  hpsearch predict models/mnist-mlp digit.png scans/ 'more/**/*.jpg'")
 def predict(
     bundle: options.BundleArgument,
     images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="Image files, folders or quoted glob patterns.")],

@@ -503,7 +503,7 @@ def kill_exports(folder: Path, n: int, rng: random.Random) -> str:
     """Kill -9 of `export` at random moments, every other one while the bundle is written; half replace an older one."""
     search = Search(folder, trials=1, epochs=2)
     search.end(search.run(1))
-    target, seen = folder / "dist" / "small", Counter[str]()
+    target, seen = folder / "models" / "small", Counter[str]()
     began = time.monotonic()
     search.end(search.start("export", "--output", target))
     duration = time.monotonic() - began

@@ -74,7 +74,7 @@ def test_the_confirmed_winner_is_exported(searched: Path) -> None:
     confirm = hpsearch("confirm", "digits", "--top", 2, "--seeds", 2, "--json", cwd=searched)
     assert ", run " not in confirm.stderr, "stored runs were repeated"
     confirmation = json.loads(confirm.stdout)
-    metrics = json.loads((searched / "dist" / "digits" / "metrics.json").read_text())
+    metrics = json.loads((searched / "models" / "digits" / "metrics.json").read_text())
     assert metrics["trial"] == confirmation["winner"]
     assert metrics["confirmed"]["accuracies"] in [each["accuracies"] for each in confirmation["candidates"]]
     assert [*metrics["verified"]] == ["model.safetensors", "model.pt", "model.onnx"]
@@ -93,16 +93,16 @@ def test_trials_of_the_search_can_be_replayed(searched: Path) -> None:
 
 
 def test_the_exported_model_is_good_and_says_how_good(searched: Path) -> None:
-    metrics = json.loads((searched / "dist" / "digits" / "metrics.json").read_text())
-    evaluated = json.loads(hpsearch("evaluate", "dist/digits", "--json", cwd=searched).stdout)
+    metrics = json.loads((searched / "models" / "digits" / "metrics.json").read_text())
+    evaluated = json.loads(hpsearch("evaluate", "models/digits", "--json", cwd=searched).stdout)
     assert metrics["test_accuracy"] == evaluated["accuracy"] > 0.95
     assert metrics["confusion_matrix"] == evaluated["confusion_matrix"]
     assert np.trace(np.array(evaluated["confusion_matrix"])) / 360 == pytest.approx(evaluated["accuracy"])
-    assert f"test accuracy {evaluated['accuracy']:.4f}" in hpsearch("evaluate", "dist/digits", cwd=searched).stdout
+    assert f"test accuracy {evaluated['accuracy']:.4f}" in hpsearch("evaluate", "models/digits", cwd=searched).stdout
 
 
 def test_both_weight_files_hold_the_same_weights(searched: Path) -> None:
-    bundle = searched / "dist" / "digits"
+    bundle = searched / "models" / "digits"
     pickled = torch.load(bundle / "model.pt", weights_only=True)
     safe = safetensors.torch.load_file(bundle / "model.safetensors")
     assert pickled.keys() == safe.keys()
@@ -110,7 +110,7 @@ def test_both_weight_files_hold_the_same_weights(searched: Path) -> None:
 
 
 def test_a_program_with_torch_alone_reproduces_the_predictions(searched: Path) -> None:
-    bundle = searched / "dist" / "digits"
+    bundle = searched / "models" / "digits"
     card = (bundle / "README.md").read_text()
     code = FORMATS["model.pt"]
     assert code.loading in card
@@ -136,12 +136,12 @@ def test_pictures_of_digits_are_recognized_in_any_size_and_ground(searched: Path
             picture = picture.resize((300, 300), Image.Resampling.BICUBIC).point(lambda value: 255 - value)
         files.append(searched / f"{i}.{'png' if i % 3 else 'jpg'}")
         picture.convert("RGB" if i % 5 else "L").save(files[-1], quality=95)
-    rows = json.loads(hpsearch("predict", "dist/digits", *files, "--json", cwd=searched).stdout)
+    rows = json.loads(hpsearch("predict", "models/digits", *files, "--json", cwd=searched).stdout)
     assert [row["image"] for row in rows] == [str(file) for file in files]
     assert all(len(row["top"]) == 3 for row in rows)
     right = sum(row["top"][0]["class"] == str(int(label)) for row, label in zip(rows, labels, strict=False))
     assert right >= 17
-    line = hpsearch("predict", "dist/digits", files[0], cwd=searched).stdout
+    line = hpsearch("predict", "models/digits", files[0], cwd=searched).stdout
     assert line.startswith(f"{files[0]}  {rows[0]['top'][0]['class']} ")
 
 
@@ -149,7 +149,7 @@ def test_a_file_that_is_no_image_is_named_and_the_others_are_predicted(searched:
     images, _ = load_test("digits")
     Image.fromarray(images[0, 0].numpy()).save(searched / "good.png")
     (searched / "bad.png").write_text("no image")
-    process = hpsearch("predict", "dist/digits", "bad.png", "good.png", cwd=searched, expect=1)
+    process = hpsearch("predict", "models/digits", "bad.png", "good.png", cwd=searched, expect=1)
     assert process.stderr == "error: bad.png: not a readable image\n"
     assert process.stdout.startswith("good.png  ")
 
@@ -162,7 +162,7 @@ def test_a_small_search_on_real_mnist_ends_in_a_good_model(tmp_path: Path) -> No
     (tmp_path / "mnist-mlp.toml").write_text(text)
     hpsearch("run", "mnist-mlp.toml", "--workers", 2, cwd=tmp_path)
     hpsearch("export", "mnist-mlp.toml", cwd=tmp_path)
-    metrics = json.loads((tmp_path / "dist" / "mnist-mlp" / "metrics.json").read_text())
+    metrics = json.loads((tmp_path / "models" / "mnist-mlp" / "metrics.json").read_text())
     assert metrics["n_images"] == {"train": 60_000, "validation": 10_000, "test": 10_000}
     assert metrics["validation_accuracy"] > 0.965
     assert metrics["test_accuracy"] > 0.97

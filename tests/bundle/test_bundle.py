@@ -69,7 +69,7 @@ def save(contents: bundle.Contents, target: Path, n: int = 8, **options: bool) -
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory, digits: ImageData) -> Path:
-    target = tmp_path_factory.mktemp("dist") / "small"
+    target = tmp_path_factory.mktemp("models") / "small"
     save(make_contents(digits), target)
     return target
 

@@ -51,7 +51,7 @@ def bundles(
     tmp_path_factory: pytest.TempPathFactory, digits: ImageData, forked_verification: None
 ) -> tuple[Path, Path]:
     """A bundle, and one of another network of the same shape."""
-    folder = tmp_path_factory.mktemp("dist")
+    folder = tmp_path_factory.mktemp("models")
     for name in ("one", "other"):
         save(make_contents(digits), folder / name)
         bundle.load(folder / name)  # whatever is imported for loading is imported now

@@ -26,7 +26,7 @@ DIGIT = Path(__file__).parents[1] / "digit.png"
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory, digits: ImageData, forked_verification: None) -> Path:
-    target = tmp_path_factory.mktemp("dist") / "small"
+    target = tmp_path_factory.mktemp("models") / "small"
     save(make_contents(digits), target)
     return target
 

@@ -122,7 +122,7 @@ BAD_ARGUMENTS = [
         "must not contain a password",
     ),
     (["evaluate"], "Missing argument 'BUNDLE'"),
-    (["predict", "dist/small"], "Missing argument 'IMAGE'"),
+    (["predict", "models/small"], "Missing argument 'IMAGE'"),
     (["check"], "missing argument STUDY"),
 ]
 
@@ -157,8 +157,8 @@ def test_a_wrong_argument_gives_one_clear_message_and_status_2(
         (["launch", "small.toml", "--address", "127.0.0.1:9"], 1, "no response from a Ray cluster at 127.0.0.1:9"),
         (["dashboard", "small.toml"], 1, "no search found"),
         (["copy", "small.toml", "--to", "sqlite:///x.db"], 1, "no search found"),
-        (["evaluate", "dist/small"], 1, "is not a model folder"),
-        (["predict", "dist/small", "x.png"], 1, "is not a model folder"),
+        (["evaluate", "models/small"], 1, "is not a model folder"),
+        (["predict", "models/small", "x.png"], 1, "is not a model folder"),
         (["status", "small.toml", "--storage", "postgresql://me:secret@127.0.0.1:9/db"], 75, "cannot reach"),
     ],
 )

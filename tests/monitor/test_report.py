@@ -158,7 +158,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, digits: ImageData, forked
         "confusion_matrix": evaluation.confusion_matrix,
         "versions": {"python": "3.11.7", "torch": "2.14.9"},
     }
-    target = tmp_path_factory.mktemp("dist") / "small"
+    target = tmp_path_factory.mktemp("models") / "small"
     contents = bundle.Contents(network, config, metrics, evaluation, '[study]\nname = "small"\n')
     images, labels = load_test("digits")
     bundle.save(contents, target, images[:20], labels[:20].numpy())
@@ -464,22 +464,22 @@ def test_the_verb_prints_the_file_that_it_wrote_and_nothing_else(
     study = open_study(definition, storage)
     trial = make_trial(params={"width": 16, "lr": 0.01})
     study.add_trial(trial)
-    (tmp_path / "dist" / "small").mkdir(parents=True)
-    (tmp_path / "dist" / "small" / "metrics.json").write_text(json.dumps({"study": "other"}))
+    (tmp_path / "models" / "small").mkdir(parents=True)
+    (tmp_path / "models" / "small" / "metrics.json").write_text(json.dumps({"study": "other"}))
     status, out, err = command()
     assert (status, out) == (0, "small-report.html\n")
     assert err.endswith("to add it: hpsearch export small.toml, then run report again\n")
     page = Page((tmp_path / "small-report.html").read_text())
     assert "hpsearch run small.toml" in page.text
-    assert "was ignored" not in page.text, "the bundle of another study in dist/small should not be looked at"
-    (tmp_path / "dist" / "small" / "metrics.json").write_text(json.dumps({"study": "small"}))
+    assert "was ignored" not in page.text, "the bundle of another study in models/small should not be looked at"
+    (tmp_path / "models" / "small" / "metrics.json").write_text(json.dumps({"study": "small"}))
     assert command("--output", "other.html")[:2] == (0, "other.html\n")
     assert "The exported model was ignored" in Page((tmp_path / "other.html").read_text()).text
     (tmp_path / "other.html").write_text("mine")
     assert command("--output", "other.html")[0] == 2
     assert command("--output", "other.html", "--force")[:2] == (0, "other.html\n")
-    monkeypatch.setenv("HOME", str(tmp_path / "dist"))
-    assert command("--output=~/mine.html")[:2] == (0, f"{tmp_path}/dist/mine.html\n")
+    monkeypatch.setenv("HOME", str(tmp_path / "models"))
+    assert command("--output=~/mine.html")[:2] == (0, f"{tmp_path}/models/mine.html\n")
     assert not (tmp_path / "~").exists()
     storage.engine.dispose()
 
