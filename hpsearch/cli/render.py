@@ -3,21 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from hpsearch.monitor.text import (
-    count,
-    describe_best,
-    describe_epochs,
-    format_cell,
-    join_params,
-    printable,
-    shorten,
-)
-from hpsearch.monitor.trials import describe_interruption, flatten, list_columns
+from hpsearch.monitor.tables import Column, FittedTable, tabulate
+from hpsearch.monitor.text import count, describe_best, describe_epochs, join_params, printable, shorten
+from hpsearch.monitor.trials import describe_interruption
 
 _N_ERRORS = 5  # shown by `evaluate`
 
@@ -38,24 +30,6 @@ def render_status(status: Mapping[str, Any]) -> RenderableType:
     for worker in status["workers"]:
         text = f"{worker['id']}: trial {worker['trial']}, epoch {worker['epoch']}"
         table.add_row("worker", Text(printable(text)))
-    return table
-
-
-def render_trials(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> RenderableType:
-    """Return a table with one row per trial, by default with a column for each hyperparameter that any of them has.
-
-    On a terminal, a note is cut at the end of the line.
-    """
-    names = dict.fromkeys(name for row in rows for name in row["params"])
-    columns = columns or [name for name in list_columns(names) if name != "worker"]
-    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=0)
-    for name in columns:
-        is_text = name in ("state", "worker", "note")
-        heading = "trial" if name == "number" else name
-        table.add_column(heading, justify="left" if is_text else "right", no_wrap=name != "note")
-    for row in map(flatten, rows):
-        cells = [printable(format_cell(row.get(name), name)) for name in columns]
-        table.add_row(*(Text(cell, no_wrap=True, overflow="ellipsis") for cell in cells))
     return table
 
 
@@ -99,17 +73,22 @@ def render_findings(findings: Sequence[Mapping[str, Any]]) -> RenderableType:
 
 def render_confirmation(confirmation: Mapping[str, Any]) -> RenderableType:
     """Return the document of `confirm --json` as text: one row per candidate, and the verdict."""
-    table = Table(box=SIMPLE_HEAD, show_edge=False)
-    for heading in ("trial", "search acc.", "mean acc.", "95% CI", "min", "max", "params"):
-        table.add_column(heading, justify="right")
     candidates = {candidate["number"]: candidate for candidate in confirmation["candidates"]}
-    for number, candidate in candidates.items():
-        low, high = candidate["interval"]
-        values = candidate["accuracies"]
-        means = [f"{value:.4f}" for value in (candidate["search_value"], candidate["mean"])]
-        ends = [f"{value:.4f}" if value else "diverged" for value in (min(values), max(values))]
-        row = [str(number), *means, f"{low:.4f} to {high:.4f}", *ends, f"{candidate['n_parameters']:,}"]
-        table.add_row(*row, style="bold" if number == confirmation["winner"] else None)
+    table = tabulate(
+        [
+            {
+                "trial": str(number),
+                "mean acc.": f"{candidate['mean']:.4f}",
+                "95% CI": "{:.4f} to {:.4f}".format(*candidate["interval"]),
+                "search acc.": f"{candidate['search_value']:.4f}",
+                "min": _show_accuracy(min(candidate["accuracies"])),
+                "max": _show_accuracy(max(candidate["accuracies"])),
+                "params": f"{candidate['n_parameters']:,}",
+            }
+            for number, candidate in candidates.items()
+        ],
+        emphasized=list(candidates).index(confirmation["winner"]),
+    )
     winner, seeds = candidates[confirmation["winner"]], confirmation["seeds"]
     verdict = f"trial {winner['number']}, mean accuracy {winner['mean']:.4f} over {seeds} seeds"
     tie = "tie: the differences are within noise, so the smallest network is chosen: "
@@ -118,6 +97,10 @@ def render_confirmation(confirmation: Mapping[str, Any]) -> RenderableType:
     side = "that much above" if optimism > 0 else "that much below" if optimism < 0 else "equal to"
     bias = f"selection bias: {optimism:+.4f} (the search's best value is {side} the mean of its retrainings)"
     return Group(table, "", Text(verdict, style="bold"), Text(bias))
+
+
+def _show_accuracy(value: float) -> str:
+    return f"{value:.4f}" if value else "diverged"
 
 
 def render_export(target: str, metrics: Mapping[str, Any]) -> RenderableType:
@@ -133,10 +116,15 @@ def render_export(target: str, metrics: Mapping[str, Any]) -> RenderableType:
         n_models = len(several["of_each_seed"])
         mean, std = f"mean {several['mean']:.4f}", f"standard deviation {several['std']:.4f}"
         lines.append(f"{n_models} models with different seeds: {mean}, {std}")
-    table = Table("file", "max. probability difference", "test accuracy", box=SIMPLE_HEAD, show_edge=False)
-    for name, check in metrics["verified"].items():
-        table.add_row(name, f"{check['difference']:.1e}", f"{check['accuracy']:.4f}")
-    return Group(*(Text(line) for line in lines), "", table)
+    files = [
+        {
+            "file": name,
+            "test accuracy": f"{check['accuracy']:.4f}",
+            "max. probability difference": shorten(check["difference"]),
+        }
+        for name, check in metrics["verified"].items()
+    ]
+    return Group(*(Text(line) for line in lines), "", tabulate(files, texts={"file"}))
 
 
 def render_replay(document: Mapping[str, Any]) -> RenderableType:
@@ -157,22 +145,42 @@ def render_replay(document: Mapping[str, Any]) -> RenderableType:
 def render_evaluation(evaluation: Mapping[str, Any]) -> RenderableType:
     """Return accuracy, calibration, and tables of per-class metrics, the confusion matrix and the worst errors."""
     rows = evaluation["per_class"]
-    per_class = Table("class", "precision", "recall", "F1", "images", box=SIMPLE_HEAD, show_edge=False)
-    for row in rows:
-        scores = [f"{row[key]:.4f}" for key in ("precision", "recall", "f1")]
-        per_class.add_row(row["name"], *scores, str(row["support"]))
-    matrix = Table("true \\ predicted", *(row["name"] for row in rows), box=SIMPLE_HEAD, show_edge=False)
-    for row, counts in zip(rows, evaluation["confusion_matrix"], strict=True):
-        matrix.add_row(row["name"], *(str(count) if count else "." for count in counts))
+    per_class = [
+        {
+            "class": row["name"],
+            **{heading: f"{row[heading.lower()]:.4f}" for heading in ("precision", "recall", "F1")},
+            "images": str(row["support"]),
+        }
+        for row in rows
+    ]
     n_images = sum(row["support"] for row in rows)
     low, high = evaluation["interval"]
     accuracy = f"test accuracy {evaluation['accuracy']:.4f} (95% CI {low:.3f} to {high:.3f}) on {n_images:,} images"
     calibration = f"expected calibration error {evaluation['calibration']['error']:.4f}"
-    errors = Table("most confident errors", "true", "predicted", "confidence", box=SIMPLE_HEAD, show_edge=False)
-    for row in evaluation["mistakes"][:_N_ERRORS]:
-        errors.add_row(f"test image #{row['index']}", row["true"], row["predicted"], f"{row['probability']:.4f}")
-    worst: list[RenderableType] = ["", errors] if errors.rows else []
-    return Group(accuracy, calibration, "", per_class, "", matrix, *worst)
+    errors = [
+        {
+            "test image": str(row["index"]),
+            **{name: row[name] for name in ("true", "predicted")},
+            "confidence": f"{row['probability']:.4f}",
+        }
+        for row in evaluation["mistakes"][:_N_ERRORS]
+    ]
+    matrix = _tabulate_confusion([row["name"] for row in rows], evaluation["confusion_matrix"])
+    parts: list[RenderableType] = [accuracy, calibration, "", tabulate(per_class, texts={"class"}), "", matrix]
+    if errors:
+        parts += ["", "most confident errors:", tabulate(errors, texts={"true", "predicted"})]
+    return Group(*parts)
+
+
+def _tabulate_confusion(names: Sequence[str], matrix: Sequence[Sequence[int]]) -> FittedTable:
+    """Return a row for each true class and a column for each predicted one; long names of columns become numbers."""
+    cells = [[str(n) if n else "." for n in counts] for counts in zip(*matrix, strict=True)]
+    widest = max(len(cell) for column in cells for cell in column)
+    true, predicted = list(names), list(names)
+    if max(map(len, names)) > widest:
+        true, predicted = [f"{i} {name}" for i, name in enumerate(names)], [str(i) for i in range(len(names))]
+    columns = [Column(*column) for column in zip(predicted, cells, strict=True)]
+    return FittedTable([Column("true \\ predicted", true, is_text=True), *columns], continues=True)
 
 
 def prediction_line(prediction: Mapping[str, Any]) -> str:

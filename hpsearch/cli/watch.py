@@ -43,21 +43,21 @@ def status(
     return None
 
 
-@app.command(epilog="Example:  hpsearch trials studies/mnist-mlp.toml --sort value --limit 5 --columns number,value,lr")
+@app.command(epilog="Example:  hpsearch trials studies/mnist-mlp.toml --sort value --limit 5 --columns trial,value,lr")
 def trials(
     study: options.StudyArgument,
     state: Annotated[options.State | None, typer.Option(help="Show only trials in this state.")] = None,
-    sort: Annotated[str, typer.Option(metavar="COLUMN", help="Sort by this column; value: best first.")] = "number",
+    sort: Annotated[str, typer.Option(metavar="COLUMN", help="Sort by this column; value: best first.")] = "trial",
     limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Show at most N trials.")] = None,
     columns: Annotated[
-        str | None, typer.Option(metavar="A,B,...", help="Columns to show: number, state, value, lr, ...")
+        str | None, typer.Option(metavar="A,B,...", help="Columns to show: trial, state, value, lr, ...")
     ] = None,
     storage: options.StorageOption = None,
     as_json: options.JsonOption = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV (formulas are escaped).")] = False,
 ) -> None:
     """List trials; filter, sort, or print them as CSV or JSON."""
-    from hpsearch.cli.render import render_trials
+    from hpsearch.monitor.tables import tabulate_trials
     from hpsearch.monitor.trials import check_columns, flatten, list_columns, list_trials, to_csv
 
     if as_json and as_csv:
@@ -72,7 +72,7 @@ def trials(
     elif as_json and chosen:
         options.print_document([{name: flatten(row).get(name) for name in chosen} for row in rows], str, as_json=True)
     else:
-        options.print_document(rows, lambda rows: render_trials(rows, chosen), as_json=as_json)
+        options.print_document(rows, lambda rows: tabulate_trials(rows, chosen), as_json=as_json)
 
 
 @app.command(epilog="Example:  hpsearch show studies/mnist-mlp.toml 17")

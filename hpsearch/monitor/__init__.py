@@ -2,6 +2,7 @@
 
 text        formatting of messages, numbers and durations
 trials      the trials and the progress of a study as documents and tables
+tables      tables that fit the console: they leave out columns, never digits
 status      a snapshot of a running search, and the remaining time
 live        the live table, or one line per finished trial
 plots       the plots of a report

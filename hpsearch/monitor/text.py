@@ -65,13 +65,18 @@ def describe_epochs(run: int, saved: int) -> str:
 
 
 def join_params(params: Mapping[str, Any]) -> str:
-    """Return a text such as `depth 3, lr 0.00106`."""
+    """Return a text such as `depth 3, lr 1.06e-3`."""
     return ", ".join(f"{name} {shorten(value)}" for name, value in params.items())
 
 
 def shorten(value: Any) -> str:
-    """Return a float with three significant digits; other values unchanged."""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    """Return a float with three significant digits, such as `0.5` or `2.1e-3`; other values unchanged."""
+    if not isinstance(value, float):
+        return str(value)
+    mantissa, _, exponent = f"{value:.2e}".partition("e")
+    if value == 0 or not exponent or -2 <= int(exponent) <= 2:  # no exponent: nan, inf
+        return f"{value:.3g}"
+    return f"{float(mantissa):g}e{int(exponent)}"
 
 
 def format_cell(value: Any, column: str = "") -> str:

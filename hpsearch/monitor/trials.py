@@ -119,8 +119,8 @@ def list_trials(study: optuna.Study, state: str | None, sort: str, limit: int | 
 
 
 def flatten(row: Row) -> dict[str, Any]:
-    """Return the row with one column per hyperparameter in place of `params`."""
-    flat: dict[str, Any] = {}
+    """Return the row with one column per hyperparameter in place of `params`, and `number` also as `trial`."""
+    flat: dict[str, Any] = {"trial": row["number"]}
     for name, cell in row.items():
         flat |= cell if name == "params" else {name: cell}
     return flat
@@ -128,13 +128,13 @@ def flatten(row: Row) -> dict[str, Any]:
 
 def list_columns(hyperparameters: Iterable[str]) -> list[str]:
     """Return all columns of a study with these hyperparameters."""
-    return ["number", "state", "value", "epoch", *hyperparameters, "worker", "seconds", "note"]
+    return ["trial", "state", "value", "epoch", *hyperparameters, "worker", "seconds", "note"]
 
 
 def check_columns(known: Sequence[str], names: Sequence[str]) -> None:
-    """Raise `UsageError` for an unknown column."""
+    """Raise `UsageError` for an unknown column. `number`, which `trials --json` prints, is the column `trial`."""
     for name in names:
-        if name not in known:
+        if name not in (*known, "number"):
             raise UsageError(f"unknown column '{name}'; {did_you_mean(name, known)}")
 
 

@@ -19,9 +19,8 @@ from sqlalchemy.exc import OperationalError
 from hpsearch import __main__
 from hpsearch.bundle.bundle import REQUIRED
 from hpsearch.bundle.manifest import write_manifest
-from hpsearch.cli.render import render_trials
 from hpsearch.config.definition import load_definition
-from hpsearch.monitor.text import echo, show, trial_line
+from hpsearch.monitor.text import echo, trial_line
 from hpsearch.search.study import open_study
 from hpsearch.search.trials import TrialEvent
 from hpsearch.storage import tables
@@ -494,12 +493,6 @@ def test_verbs_that_train_nothing_do_not_wait_for_torch(study_file: Callable[...
 )
 def test_a_finished_trial_is_one_line(event: TrialEvent, line: str) -> None:
     assert trial_line(event) == line
-
-
-def test_a_pipe_gets_tables_that_are_not_cut_off(capsys: pytest.CaptureFixture[str]) -> None:
-    row = {"number": 1, "state": "failed", "value": None, "epoch": 0, "params": {}, "seconds": None, "note": "x" * 300}
-    show(render_trials([row]))
-    assert "x" * 300 in capsys.readouterr().out
 
 
 def test_a_worker_creates_the_study_where_it_is_asked_to(run: Run, study_file: Callable[..., Path]) -> None:

@@ -33,7 +33,7 @@ def study(url: str) -> optuna.Study:
     return study
 
 
-@pytest.mark.parametrize("column", ["number", "lr", "width", "epoch", "seconds", "state", "worker", "note"])
+@pytest.mark.parametrize("column", ["trial", "lr", "width", "epoch", "seconds", "state", "worker", "note"])
 def test_rows_are_sorted_by_any_column_and_those_without_it_come_last(study: optuna.Study, column: str) -> None:
     cells = [flatten(row).get(column) for row in list_trials(study, None, column, None)]
     there = [cell for cell in cells if cell is not None]
@@ -59,7 +59,7 @@ def test_by_value_the_best_complete_trial_comes_first(study: optuna.Study) -> No
 def test_an_unknown_column_is_named_with_those_that_there_are() -> None:
     with pytest.raises(UsageError, match="unknown column 'widht'; did you mean 'width'"):
         check_columns(list_columns(["width", "lr"]), ["widht"])
-    with pytest.raises(UsageError, match=r"unknown column 'loss'; .*number, state, value, epoch, width, lr, worker"):
+    with pytest.raises(UsageError, match=r"unknown column 'loss'; .*trial, state, value, epoch, width, lr, worker"):
         check_columns(list_columns(["width", "lr"]), ["lr", "loss"])
 
 
@@ -67,8 +67,8 @@ def test_csv_reads_back_as_what_the_trials_are(study: optuna.Study) -> None:
     rows = list_trials(study, None, "number", None)
     columns = list_columns(["width", "lr"])
     read = list(csv.DictReader(io.StringIO(to_csv(rows, columns))))
-    assert list(read[0]) == ["number", "state", "value", "epoch", "width", "lr", "worker", "seconds", "note"]
-    assert [int(line["number"]) for line in read] == list(range(40))
+    assert list(read[0]) == ["trial", "state", "value", "epoch", "width", "lr", "worker", "seconds", "note"]
+    assert [int(line["trial"]) for line in read] == list(range(40))
     assert float(read[0]["value"]) == rows[0]["value"]
     assert read[36]["value"] == read[36]["seconds"] == ""
 
