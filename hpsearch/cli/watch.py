@@ -72,7 +72,9 @@ def trials(
     elif as_json and chosen:
         options.print_document([{name: flatten(row).get(name) for name in chosen} for row in rows], str, as_json=True)
     else:
-        options.print_document(rows, lambda rows: tabulate_trials(rows, chosen), as_json=as_json)
+        options.print_document(
+            rows, lambda rows: tabulate_trials(rows, named.definition.search, chosen), as_json=as_json
+        )
 
 
 @app.command(epilog="Example:  hpsearch show studies/mnist-mlp.toml 17")

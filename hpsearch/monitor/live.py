@@ -4,12 +4,11 @@ import os
 import sys
 import termios
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import IO, Any, Self
+from typing import IO, Self
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions, Group, OverflowMethod, RenderableType, RenderResult
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -18,6 +17,15 @@ from rich.text import Text
 
 from hpsearch.errors import StorageError
 from hpsearch.monitor.status import Snapshot, Watch
+from hpsearch.monitor.tables import (
+    STYLES,
+    Column,
+    FittedTable,
+    describe_hidden,
+    make_columns,
+    tabulate,
+    tabulate_trials,
+)
 from hpsearch.monitor.text import (
     count,
     describe_best,
@@ -34,12 +42,10 @@ from hpsearch.search.trials import TrialEvent
 _REFRESH = 1.0  # seconds between two polls of the study
 _MIN_ROWS = 3  # of each list, even on a low terminal
 _MAX_FAILED = 3
-_WIDE = 120  # columns from which the workers' hyperparameters fit
+_LEAST_BAR = 8  # columns
 _CURVE_WIDTH = 12
 _NAME_WIDTH = 20  # shows the end of a worker's name, which is its number
 _BLOCKS, _ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-~=+*#"
-_RIGHT = {"justify": "right"}
-_STYLES = {"complete": "green", "pruned": "yellow", "failed": "red"}
 
 
 class LiveView:
@@ -170,53 +176,69 @@ class SnapshotTable:
     trouble: str = ""
     is_own: bool = False
 
-    def __rich_console__(self, _console: Console, options: ConsoleOptions) -> RenderResult:
-        snapshot, width = self.snapshot, options.max_width
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        snapshot = self.snapshot
         cut: OverflowMethod = "crop" if options.ascii_only else "ellipsis"
-        n_failed = min(len(snapshot.failed), _MAX_FAILED)
-        n_rows = options.max_height - 10 - (n_failed and n_failed + 1) - bool(self.trouble)
+        head = _render_head(snapshot, is_own=self.is_own, width=options.max_width)
+        # Two lines above the finished trials, and one each that is blank, names hidden columns, and stays empty.
+        n_rows = options.max_height - len(console.render_lines(head, options)) - 5 - bool(self.trouble)
+        failed = snapshot.failed[: min(max(n_rows - 11, 1), _MAX_FAILED)]
+        n_rows -= len(failed) and len(failed) + 1
         n_workers = min(len(snapshot.workers), max(n_rows // 2, _MIN_ROWS))
-        yield _render_head(snapshot, is_own=self.is_own)
+        hidden: list[Column] = []
+        yield head
         yield ""
         if snapshot.workers:
             blocks = _ASCII_BLOCKS if options.ascii_only else _BLOCKS
-            yield _render_workers(snapshot, n_workers, blocks, cut, is_wide=width >= _WIDE)
+            table, more = _tabulate_workers(snapshot, n_workers, blocks).fit(options)
+            hidden += more
+            yield table
+            if len(snapshot.workers) > n_workers:
+                yield Text(f"and {len(snapshot.workers) - n_workers} more", style="dim")
             yield ""
-            n_rows -= n_workers + 3
+            n_rows -= n_workers + 4
         if snapshot.finished:
-            yield _render_finished(snapshot.finished[: max(n_rows, _MIN_ROWS)], cut, is_wide=width >= _WIDE)
-        if n_failed:
+            rows = snapshot.finished[: max(n_rows, _MIN_ROWS)]
+            table, more = tabulate_trials(rows, snapshot.hyperparameters).fit(options)
+            hidden += more
+            yield table
+        if hidden:
+            yield _one_line(describe_hidden(hidden), cut, style="dim")
+        if failed:
             yield ""
-        for row in snapshot.failed[:n_failed]:
+        for row in failed:
             yield _one_line(f"trial {row['number']} failed: {row['note']}", cut, style="red")
         if self.trouble:
             yield _one_line(self.trouble, cut, style="bold red")
 
 
-def _render_head(snapshot: Snapshot, *, is_own: bool) -> RenderableType:
+def _render_head(snapshot: Snapshot, *, is_own: bool, width: int) -> RenderableType:
     status = snapshot.status
     counts, epochs, best = status["trials"], status["epochs"], status["best"]
     n_trials = status["budget"]["trials"]
-    top = Table.grid(padding=(0, 2), expand=True)
-    for column in ({}, {"ratio": 1}, {}, {"justify": "right"}):
-        top.add_column(no_wrap=True, **column)
-    done = min(snapshot.n_finished, n_trials)
-    bar = ProgressBar(total=n_trials, completed=done, complete_style="cyan", finished_style="green")
-    top.add_row(
-        Text(status["study"], style="bold"),
-        bar,
-        f"{snapshot.n_finished} of {n_trials}",
-        _format_time_left(snapshot, is_own=is_own),
-    )
+    name, progress = Text(status["study"], style="bold"), f"{snapshot.n_finished} of {n_trials}"
+    time = _format_time_left(snapshot, is_own=is_own)
+    is_narrow = name.cell_len + len(progress) + time.cell_len + _LEAST_BAR + 6 > width
     head = Table.grid(padding=(0, 2))
-    states = [Text(f"{n} {state}", style=_STYLES.get(state, "") if n else "dim") for state, n in counts.items()]
+    if is_narrow:
+        head.add_row("study", name)
+        head.add_row("done", Text(f"{progress}, ") + time)
+    else:
+        top = Table.grid(padding=(0, 2), expand=True)
+        for column in ({}, {"ratio": 1}, {}, {"justify": "right"}):
+            top.add_column(no_wrap=True, **column)
+        done = min(snapshot.n_finished, n_trials)
+        bar = ProgressBar(total=n_trials, completed=done, complete_style="cyan", finished_style="green")
+        top.add_row(name, bar, progress, time)
+    states = [Text(f"{n} {state}", style=STYLES.get(state, "") if n else "dim") for state, n in counts.items()]
     head.add_row("trials", Text(", ").join(states))
-    head.add_row("epochs", describe_epochs(**epochs))
+    if not is_narrow:
+        head.add_row("epochs", describe_epochs(**epochs))
     value = Text(describe_best(best), style="bold green" if best else "")
-    if best:
+    if best and not is_narrow:
         value.append(f"  {join_params(best['params'])}", style="not bold default")
     head.add_row("best", value)
-    return Group(top, head)
+    return head if is_narrow else Group(top, head)
 
 
 def _format_time_left(snapshot: Snapshot, *, is_own: bool) -> Text:
@@ -237,24 +259,19 @@ def _format_range(low: float, high: float) -> str:
     return f"{high_number} {high_unit}" if low_number == high_number else f"{low_number} to {high_number} {high_unit}"
 
 
-def _render_workers(snapshot: Snapshot, n_shown: int, blocks: str, cut: OverflowMethod, *, is_wide: bool) -> Table:
+def _tabulate_workers(snapshot: Snapshot, n_shown: int, blocks: str) -> FittedTable:
     epochs, workers = snapshot.status["budget"]["epochs"], snapshot.workers
-    columns: dict[str, dict[str, Any]] = {"worker": {}, "trial": _RIGHT, "epoch": _RIGHT, "val. acc.": _RIGHT}
-    columns |= {"curve": {"min_width": _CURVE_WIDTH}, "images/s": _RIGHT}
-    columns |= {"params": {"ratio": 1, "overflow": cut}} if is_wide else {}
-    table = _new_table(columns, expand=is_wide)
     values = [value for worker in workers for value in worker["curve"]]
     ends = (min(values), max(values)) if values else (0.0, 1.0)
+    rows = []
     for worker in workers[:n_shown]:
-        name, epoch = printable(worker["worker"][-_NAME_WIDTH:]), f"{worker['epoch']}/{epochs}"
         curve = "not responding" if worker["is_lost"] else draw_curve(worker["curve"], ends, blocks)
         speed = "" if worker["images_per_second"] is None else f"{worker['images_per_second']:,}"
-        accuracy, params = format_cell(worker["accuracy"], "value"), Text(join_params(worker["params"]), style="dim")
-        row: list[str | Text] = [Text(name), str(worker["trial"]), epoch, accuracy, curve, speed]
-        table.add_row(*row, *([params] if is_wide else []))
-    if len(workers) > n_shown:
-        table.add_row(f"and {len(workers) - n_shown} more", style="dim")
-    return table
+        row = {"worker": worker["worker"][-_NAME_WIDTH:], "trial": str(worker["trial"])}
+        row |= {"epoch": f"{worker['epoch']}/{epochs}", "value": format_cell(worker["accuracy"], "value")}
+        rows.append(row | {"curve": f"{curve:{_CURVE_WIDTH}}", "images/s": speed})
+    chosen = make_columns([worker["params"] for worker in workers[:n_shown]], snapshot.hyperparameters)
+    return FittedTable([*tabulate(rows, texts={"worker", "curve"}).columns, *chosen])
 
 
 def draw_curve(values: Sequence[float], ends: tuple[float, float], blocks: str = _BLOCKS) -> str:
@@ -265,26 +282,6 @@ def draw_curve(values: Sequence[float], ends: tuple[float, float], blocks: str =
     shown = [values[min(int((i + 1) * step) - 1, len(values) - 1)] for i in range(n_shown)]
     top = len(blocks) - 1
     return "".join(blocks[round((value - low) / ((high - low) or 1) * top)] for value in shown)
-
-
-def _render_finished(rows: Sequence[Mapping[str, Any]], cut: OverflowMethod, *, is_wide: bool) -> Table:
-    columns: dict[str, dict[str, Any]] = {"trial": _RIGHT, "state": {}, "val. acc.": _RIGHT, "epochs": _RIGHT}
-    columns |= {"time (s)": _RIGHT} if is_wide else {}
-    table = _new_table(columns | {"": {"ratio": 1, "overflow": cut}}, expand=True)
-    for row in rows:
-        names = ("value", "epoch", *(["seconds"] if is_wide else []))
-        note = Text(printable(row["note"])) if row["note"] else Text(join_params(row["params"]), style="dim")
-        state = Text(row["state"], style=_STYLES[row["state"]])
-        table.add_row(str(row["number"]), state, *(format_cell(row[name], name) for name in names), note)
-    return table
-
-
-def _new_table(columns: Mapping[str, dict[str, Any]], *, expand: bool) -> Table:
-    """Return a table without rows; `columns` maps each heading to the options of its column."""
-    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), expand=expand)
-    for heading, settings in columns.items():
-        table.add_column(heading, no_wrap=True, **settings)
-    return table
 
 
 def _one_line(text: str, cut: OverflowMethod, style: str) -> Text:

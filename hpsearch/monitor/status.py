@@ -29,12 +29,14 @@ _N_LISTED = 50  # finished and failed trials each
 class Snapshot:
     """The state of a search at one moment.
 
-    `status` is the document of `status --json`. `workers`, `finished` and `failed` are rows, the latter two with the
-    latest first. `news` lists the trials that ended since the last snapshot, in order. `seconds` is the time searched;
-    `seconds_left` is the estimated range of the remaining time, or None if there is no estimate.
+    `status` is the document of `status --json`. `hyperparameters` are those that the sampler chooses. `workers`,
+    `finished` and `failed` are rows, the latter two with the latest first. `news` lists the trials that ended since the
+    last snapshot, in order. `seconds` is the time searched; `seconds_left` is the estimated range of the remaining
+    time, or None if there is no estimate.
     """
 
     status: Mapping[str, Any]
+    hyperparameters: Sequence[str]
     workers: Sequence[Mapping[str, Any]]
     finished: Sequence[Mapping[str, Any]]
     failed: Sequence[Mapping[str, Any]]
@@ -119,6 +121,7 @@ class Watch:
         self._known = {*attempts}
         return Snapshot(
             status=status,
+            hyperparameters=list(self.definition.search),
             workers=sorted(
                 (_describe_worker(trial, is_lost=trial._trial_id in stale) for trial in running),
                 key=lambda row: (row["worker"], row["trial"]),

@@ -1,6 +1,6 @@
 """Tables that fit the console: where the width is short, they leave out columns, never digits."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,28 +97,28 @@ def tabulate(
 
 
 def describe_hidden(columns: Sequence[Column]) -> str:
-    """Return a text such as `not shown for lack of width: momentum, dropout`."""
-    return f"not shown for lack of width: {', '.join(dict.fromkeys(printable(column.heading) for column in columns))}"
+    """Return a text such as `no room for: momentum, dropout`."""
+    return f"no room for: {', '.join(dict.fromkeys(printable(column.heading) for column in columns))}"
 
 
 def tabulate_trials(
-    rows: Sequence[Mapping[str, Any]], names: Sequence[str] = (), hint: str = "; see --columns"
+    rows: Sequence[Mapping[str, Any]],
+    hyperparameters: Iterable[str],
+    columns: Sequence[str] = (),
+    hint: str = "; see --columns",
 ) -> FittedTable:
-    """Return a table with a row for each trial, whose headings are the names of its columns.
+    """Return a table of the rows of `list_trials`, whose headings are the names of its columns.
 
-    `rows` are those of `list_trials`. By default, it has all columns but `worker`, and a note only if there is one.
+    By default, it has all columns but `worker`, and a note only if there is one.
     """
-    hyperparameters = dict.fromkeys(name for row in rows for name in row["params"])
-    unwanted = {"worker"} | ({"note"} if not any(row["note"] for row in rows) else set())
-    names = names or [name for name in list_columns(hyperparameters) if name not in unwanted]
-    flat = [flatten(row) for row in rows]
-    return FittedTable([_make_column(name, [row.get(name) for row in flat]) for name in names], hint)
+    unwanted = ("worker",) if any(row["note"] for row in rows) else ("worker", "note")
+    names = columns or [name for name in list_columns(hyperparameters) if name not in unwanted]
+    return FittedTable(make_columns([flatten(row) for row in rows], names), hint)
 
 
-def tabulate_hyperparameters(params: Sequence[Mapping[str, Any]]) -> list[Column]:
-    """Return a column for each hyperparameter that any of the `params` has."""
-    names = dict.fromkeys(name for row in params for name in row)
-    return [_make_column(name, [row.get(name) for row in params]) for name in names]
+def make_columns(rows: Sequence[Mapping[str, Any]], names: Iterable[str]) -> list[Column]:
+    """Return columns of rows that `flatten` returned, or of hyperparameters."""
+    return [_make_column(name, [row.get(name) for row in rows]) for name in names]
 
 
 def _make_column(name: str, values: Sequence[Any]) -> Column:

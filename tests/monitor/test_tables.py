@@ -58,7 +58,7 @@ EVALUATION = {
     "mistakes": [{"index": 9999, "true": "T-shirt/top", "predicted": "[bold]", "probability": 0.9991}],
 }
 EVERY = [
-    *(tabulate_trials(ROWS), tabulate_trials(ROWS, ["trial", "note"]), tabulate_trials([])),
+    *(tabulate_trials(ROWS, PARAMS), tabulate_trials(ROWS, PARAMS, ["trial", "note"]), tabulate_trials([], PARAMS)),
     *(render_confirmation(CONFIRMATION), render_export("models/small", EXPORT), render_evaluation(EVALUATION)),
 ]
 
@@ -80,16 +80,16 @@ def test_every_table_fits_and_no_number_of_it_is_cut(table: RenderableType, widt
 
 
 def test_columns_are_left_out_from_the_right_and_named_below() -> None:
-    narrow, wide = draw(tabulate_trials(ROWS), 40), draw(tabulate_trials(ROWS), 200)
+    narrow, wide = draw(tabulate_trials(ROWS, PARAMS), 40), draw(tabulate_trials(ROWS, PARAMS), 200)
     assert narrow[0].split() == ["trial", "state", "value", "epoch", "depth", "width"]
-    told = "not shown for lack of width: lr, optimizer, momentum, weight_decay, seconds, note; see --columns"
+    told = "no room for: lr, optimizer, momentum, weight_decay, seconds, note; see --columns"
     assert " ".join(narrow[5:]) == told
     assert wide[0].split() == [*narrow[0].split(), *told.split(": ")[1].partition(";")[0].split(", ")]
-    assert "not shown" not in " ".join(wide)
+    assert "no room" not in " ".join(wide)
 
 
 def test_numbers_are_right_aligned_with_three_significant_digits_and_texts_are_cut_at_the_end() -> None:
-    heading, _, first, second, third = draw(tabulate_trials(ROWS), 120)
+    heading, _, first, second, third = draw(tabulate_trials(ROWS, PARAMS), 120)
     for name, cells in (("trial", ("0", "1234")), ("lr", ("2.1e-3", "0.1")), ("momentum", ("0.912", ""))):
         end = re.search(rf"\b{name}\b", heading).end()  # type: ignore[union-attr]
         assert [line[:end].endswith(cell) for line, cell in zip((first, second), cells, strict=True)] == [True, True]
@@ -126,5 +126,5 @@ def test_a_confusion_matrix_continues_below() -> None:
 
 
 def test_in_a_pipe_nothing_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
-    show(tabulate_trials(ROWS))
+    show(tabulate_trials(ROWS, PARAMS))
     assert "x" * 300 in capsys.readouterr().out
