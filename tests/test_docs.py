@@ -32,8 +32,7 @@ DOCS = PACKAGE / "docs"
 GUIDES = [README, *(DOCS / f"{name}.md" for name in ("export", "study-file", "monitoring", "cluster", "reliability"))]
 PAGES = [*GUIDES, INSIDE, ROOT / "tests" / "benchmark" / "README.md", ROOT / "tests" / "acceptance" / "README.md"]
 ROOMS = sorted({file.parent for file in PACKAGE.rglob("__init__.py")} - {PACKAGE})
-_READERS = {"check", "status", "trials", "show", "dashboard", "doctor", "backup"}
-_READERS |= {"evaluate", "predict", "report", "replay"}
+_READERS = {"check", "status", "trials", "dashboard", "doctor", "copy", "evaluate", "predict", "report"}
 
 
 def blocks(language: str, pages: list[Path] = PAGES) -> list[str]:

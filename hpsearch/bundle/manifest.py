@@ -45,7 +45,7 @@ class VerifiedFolder:
     def __init__(self, path: Path, required: Collection[str], optional: Collection[str] = ()) -> None:
         self.path, known = path, {*required, *optional}
         if not (path / MANIFEST).is_file():
-            raise BundleError(f"{path} is not a model folder (no {MANIFEST}); create one with: hpsearch export STUDY")
+            raise BundleError(f"{path} is not a model folder (no {MANIFEST}); create one with `hpsearch export`")
         content = _read(path / MANIFEST, MAX_BYTES)
         self._digests = parse(Manifest, content, path / MANIFEST).sha256
         if content != _dump_manifest(self._digests):

@@ -1,9 +1,10 @@
 """The commands: each parses its arguments, calls one function and prints the result.
 
 options   arguments shared by several commands
+parsing   the classes of commands: how they are parsed, and how help is laid out
 render    results as tables
-app       search: check, run, worker, launch
-watch     watching and steering: status, trials, show, stop, extend, enqueue, dashboard
-result    the result: confirm, export, replay, report, evaluate, predict
-care      maintenance: doctor, backup, copy
+app       search: check, run, worker, stop
+watch     watch: status, trials, add, dashboard
+result    result: confirm, export, predict, evaluate, report
+care      upkeep: doctor, copy
 """

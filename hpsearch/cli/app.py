@@ -1,33 +1,40 @@
-"""The commands that search: each calls one function and prints its result.
+"""The group `search`, and all commands together: each calls one function and prints its result.
 
 Commands import what they need inside the function: torch takes seconds to import, and `--help` must be fast.
 """
 
 import json
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hpsearch.cli import options
 from hpsearch.cli.care import app as care_app
+from hpsearch.cli.parsing import Command, Group
 from hpsearch.cli.result import app as result_app
 from hpsearch.cli.watch import app as watch_app
 from hpsearch.errors import Drained, StorageError, UsageError, read_docstring
-from hpsearch.monitor.text import echo
+from hpsearch.monitor.text import count, echo
 from hpsearch.workers.shutdown import Drain
 
 if TYPE_CHECKING:
     from hpsearch.monitor.live import LiveView
+    from hpsearch.workers.ray import Cluster
+
+    Show = Callable[[Callable[[LiveView], str], int, Drain], None]
+
+_POLL = 0.25  # seconds between two checks whether all workers have stopped
 
 app = typer.Typer(
     name="hpsearch",
-    help="Tune MLPs and CNNs on MNIST-style image data: search in parallel, watch it live, export the best model.",
-    epilog="\b\nGetting started:\n"
-    "  hpsearch run digits                  search (about a minute)\n"
-    "  hpsearch export digits               save the best model\n"
-    "  hpsearch predict models/digits IMAGE   classify an image",
+    cls=Group,
+    help="Find the best network for small images, and export it as a verified model.",
+    epilog="Start with: hpsearch run digits. Every command has help: hpsearch run -h",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 200},
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -48,20 +55,20 @@ def _global_options(
     _version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
-    _debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug output (works anywhere).")] = False,
+    _debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks, wherever it is given.")] = False,
 ) -> None:
     pass
 
 
-@app.command(epilog="Example:  hpsearch check studies/mnist-mlp.toml")
+@app.command(epilog="Example: hpsearch check digits")
 def check(
     study: Annotated[
         str | None, typer.Argument(metavar="STUDY", help=options.STUDY_HELP, autocompletion=options.complete_study)
     ] = None,
-    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema for study files and exit.")] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of study files.")] = False,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Check a study file and print it with all defaults filled in."""
+    """Check a study file, and print it with all defaults."""
     from hpsearch.config.definition import StudyDefinition, check_new, load_definition
 
     if schema:
@@ -74,55 +81,109 @@ def check(
         print(json.dumps(definition.to_tables(), indent=2) if as_json else definition.to_toml().rstrip())
 
 
-@app.command(epilog="Example:  hpsearch run studies/mnist-mlp.toml --workers 2 --trials 20")
+@app.command(epilog="Example: hpsearch run digits --workers 2 --trials 20")
 def run(
     study: options.StudyArgument,
-    workers: options.WorkersOption = None,
-    trials: options.TrialsOption = None,
+    workers: Annotated[int | None, options.number("Workers. [default: one per GPU, else per core]", 1, 10_000)] = None,
+    trials: Annotated[int | None, options.number("Trials in total. [default: budget.trials]", 1)] = None,
+    ray: Annotated[str | None, typer.Option(metavar="[ADDRESS]", help="Use a Ray cluster. [env: RAY_ADDRESS]")] = None,
+    cpus: Annotated[float | None, options.number("With --ray. [default: 1]", 0.01, 1000, "--cpus-per-worker")] = None,
+    gpus: Annotated[float | None, options.number("With --ray. [default: 0]", 0.0, 1000, "--gpus-per-worker")] = None,
+    detaches: Annotated[bool, typer.Option("--detach", help="With --ray: return once workers start.")] = False,
+    shows_dashboard: Annotated[bool, typer.Option("--dashboard", help="Also serve the Optuna dashboard.")] = False,
+    opens: Annotated[bool, typer.Option("--open", help="Also open the dashboard in a browser.")] = False,
     storage: options.StorageOption = None,
     artifacts: options.ArtifactsOption = None,
     data: options.DataOption = None,
-    shows_dashboard: Annotated[
-        bool, typer.Option("--dashboard", help="Also serve the Optuna dashboard while the search runs.")
-    ] = False,
-    opens: Annotated[bool, typer.Option("--open", help="Like --dashboard, and open it in your browser.")] = False,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Start or resume a search until its budget is used up."""
+    """Start or resume a search; --ray: on a cluster."""
+    if ray is None and (detaches or cpus is not None or gpus is not None):
+        raise UsageError("--cpus-per-worker, --gpus-per-worker and --detach need --ray")
+    if ray is None and workers and workers > options.MAX_WORKERS:
+        raise UsageError(f"--workers {workers}: at most {options.MAX_WORKERS} on one machine")
+    if detaches and ray == "local":
+        raise UsageError("--detach needs a cluster that outlives this command; start one with: ray start --head")
+    if detaches and (shows_dashboard or opens or as_json):
+        raise UsageError("--detach cannot be combined with --dashboard, --open or --json")
+    named = options.NamedStudy(study, storage, artifacts=artifacts, trials=trials)
+
+    def show(search: Callable[["LiveView"], str], n_workers: int, drain: Drain) -> None:
+        with _serving_dashboard(named, opens=opens) if shows_dashboard or opens else nullcontext():
+            _show_search(named, search, n_workers, drain, as_json=as_json)
+
+    if ray is None:
+        return _run_here(named, show, workers, data, keeps_extension=trials is None)
+    from hpsearch.workers.ray import Resources, connect
+
+    resources = Resources(1.0 if cpus is None else cpus, gpus or 0.0)
+    with connect(named.definition, resources, address=ray, folder=data) as cluster:
+        return _run_in_cluster(cluster, named, show, workers, detaches=detaches, keeps_extension=trials is None)
+
+
+def _run_here(
+    named: options.NamedStudy, show: "Show", workers: int | None, data: Path | None, *, keeps_extension: bool
+) -> None:
+    """Run a search with workers on this machine."""
     from hpsearch.workers.forkserver import start_fork_server
 
-    named = options.NamedStudy(study, storage, artifacts=artifacts, trials=trials)
     start_fork_server()
     from hpsearch.search.study import start_study
 
-    start_study(named.definition, keeps_extension=trials is None)  # fails before torch is loaded
+    start_study(named.definition, keeps_extension=keeps_extension)  # fails before torch is loaded
     from hpsearch.training.devices import default_workers
     from hpsearch.workers.processes import run_pool
 
     drain, n_workers = Drain().listen(), workers or default_workers()
-
-    def search(view: "LiveView") -> str:
-        return run_pool(named.definition, drain, n_workers, folder=data, emit=view)
-
-    with ExitStack() as stack:
-        if shows_dashboard or opens:
-            from hpsearch.monitor.dashboard.app import serve
-
-            address = stack.enter_context(serve(named.definition, named.arguments, opens=opens))
-            echo(f"Optuna dashboard (read-only): {address}")
-        _show_search(named, search, n_workers, drain, as_json=as_json)
+    show(lambda view: run_pool(named.definition, drain, n_workers, folder=data, emit=view), n_workers, drain)
 
 
-@app.command(epilog="Example:  hpsearch worker studies/mnist-mlp.toml --max-trials 5")
+def _run_in_cluster(
+    cluster: "Cluster",
+    named: options.NamedStudy,
+    show: "Show",
+    workers: int | None,
+    *,
+    detaches: bool,
+    keeps_extension: bool,
+) -> None:
+    """Run a search with workers in a Ray cluster; if it `detaches`, return once they are started."""
+    from hpsearch.search.study import start_study
+
+    drain = Drain().listen()  # replaces the handlers that Ray installed
+    n_workers = workers or cluster.n_fitting
+    if not n_workers:
+        raise UsageError("no node has enough free CPUs or GPUs for a worker; use --workers to queue them anyway")
+    start_study(named.definition, keeps_extension=keeps_extension)
+    for remark in cluster.remark_on(n_workers):
+        echo(remark)
+    if not detaches:
+        return show(lambda view: cluster.run(n_workers, drain, view.print_finished), n_workers, drain)
+    name = cluster.detach(n_workers)
+    echo(f"started {n_workers} workers; the actor {name} supervises them in the cluster")
+    return echo(f"next: hpsearch status {named.arguments} --watch  |  hpsearch stop {named.arguments}")
+
+
+@contextmanager
+def _serving_dashboard(named: options.NamedStudy, *, opens: bool) -> Iterator[None]:
+    """Serve the Optuna dashboard meanwhile."""
+    from hpsearch.monitor.dashboard.app import serve
+
+    with serve(named.definition, named.arguments, opens=opens) as address:
+        echo(f"Optuna dashboard (read-only): {address}")
+        yield
+
+
+@app.command(epilog="Example: hpsearch worker digits --max-trials 5")
 def worker(
     study: options.StudyArgument,
-    max_trials: Annotated[int | None, typer.Option(min=1, help="Stop after N trials.", metavar="N")] = None,
-    creates: Annotated[bool, typer.Option("--create", help="Create the study if it does not exist yet.")] = False,
+    max_trials: Annotated[int | None, options.number("Stop after N trials.", 1)] = None,
+    creates: Annotated[bool, typer.Option("--create", help="Create the study if it does not exist.")] = False,
     storage: options.StorageOption = None,
     artifacts: options.ArtifactsOption = None,
     data: options.DataOption = None,
 ) -> None:
-    """Add a worker to a study, from any terminal or machine."""
+    """Add a worker from another terminal or machine."""
     from hpsearch.monitor.live import LiveView
 
     named = options.NamedStudy(study, storage, artifacts=artifacts)
@@ -139,50 +200,24 @@ def worker(
     echo("done: " + reason.replace(" STUDY", f" {named.arguments}"))
 
 
-@app.command(
-    epilog="Example:  hpsearch launch mnist-mlp --workers 16 --gpus-per-worker 0.25 --address ray://head:10001"
-)
-def launch(
-    study: options.StudyArgument,
-    workers: Annotated[
-        int | None, typer.Option(min=1, max=10_000, help="Number of workers. [default: as many as fit]")
-    ] = None,
-    address: Annotated[
-        str | None, typer.Option(help="Address of the Ray cluster. [env: RAY_ADDRESS; default: this machine's]")
-    ] = None,
-    cpus: Annotated[float, typer.Option("--cpus-per-worker", min=0.01, help="CPU cores per worker.")] = 1.0,
-    gpus: Annotated[float, typer.Option("--gpus-per-worker", min=0, help="GPUs per worker, e.g. 0.25.")] = 0.0,
-    detaches: Annotated[bool, typer.Option("--detach", help="Start the workers and return immediately.")] = False,
-    trials: options.TrialsOption = None,
-    storage: options.StorageOption = None,
-    artifacts: options.ArtifactsOption = None,
-    data: options.DataOption = None,
-    as_json: options.JsonOption = False,
-) -> None:
-    """Start or resume a search with workers in a Ray cluster."""
-    from hpsearch.search.study import start_study
-    from hpsearch.workers.ray import Resources, connect
+@app.command(epilog="Example: hpsearch stop digits")
+def stop(study: options.StudyArgument, storage: options.StorageOption = None) -> None:
+    """Stop all workers after their epoch; `run` resumes."""
+    from hpsearch.search.study import stop_study
 
-    if detaches and address == "local":
-        raise UsageError("--detach needs a cluster that outlives this command; start one with: ray start --head")
-    named = options.NamedStudy(study, storage, artifacts=artifacts, trials=trials)
-    with connect(named.definition, Resources(cpus, gpus), address=address, folder=data) as cluster:
-        drain = Drain().listen()  # replaces the handlers that Ray installed
-        n_workers = workers or cluster.n_fitting
-        if not n_workers:
-            raise UsageError("no node has enough free CPUs or GPUs for a worker; pass --workers N to queue them anyway")
-        start_study(named.definition, keeps_extension=trials is None)
-        for remark in cluster.remark_on(n_workers):
-            echo(remark)
-        if detaches:
-            name = cluster.detach(n_workers)
-            echo(f"launched {n_workers} workers; the actor {name} supervises them in the cluster")
-            return echo(f"next: hpsearch status {named.arguments} --watch  |  hpsearch stop {named.arguments}")
-
-        def search(view: "LiveView") -> str:
-            return cluster.run(n_workers, drain, view.print_finished)
-
-        return _show_search(named, search, n_workers, drain, as_json=as_json)
+    named = options.NamedStudy(study, storage)
+    stop_study(named.load_study())
+    watch, n_waiting = named.watch(), 0
+    while (snapshot := watch.poll()).is_stopped and snapshot.n_alive:
+        if snapshot.n_alive != n_waiting:
+            n_waiting = snapshot.n_alive
+            echo(f"waiting for {count(n_waiting, 'worker')} to finish the current epoch ...")
+        time.sleep(_POLL)
+    if not snapshot.is_stopped:
+        return echo("someone resumed the study in the meantime; it is running again")
+    for stale in snapshot.workers:
+        echo(f"worker {stale['worker']} is not responding; its trial {stale['trial']} will be resumed by the next run")
+    return echo(f"stopped: {snapshot.describe_progress()}; resume with: hpsearch run {named.arguments}")
 
 
 def _show_search(
@@ -213,6 +248,7 @@ def _show_search(
 app.add_typer(watch_app)
 app.add_typer(result_app)
 app.add_typer(care_app)
-for _app in (app, watch_app, result_app, care_app):
+for _group, _app in {"search": app, "watch": watch_app, "result": result_app, "upkeep": care_app}.items():
     for _command in _app.registered_commands:
         _command.help = read_docstring(_command.callback)
+        _command.rich_help_panel, _command.cls = _group, Command

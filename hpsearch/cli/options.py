@@ -4,7 +4,7 @@ import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from hpsearch.monitor.status import Watch
+
+Number = TypeVar("Number", int, float)
 
 
 def complete_study(incomplete: str) -> list[str]:
@@ -32,27 +34,53 @@ def expand_path(path: Path | None) -> Path | None:
     return path and Path(expand_home(str(path)))
 
 
-STUDY_HELP = "Study file, or the name of one in ./studies (e.g. `digits`)."
+def read_number(low: Number, high: Number | None = None) -> Callable[[str], Number]:
+    """Return a parser of numbers from `low` to `high`, whole ones if `low` is."""
+    noun = "a whole number" if isinstance(low, int) else "a number"
+    limits = f"of at least {low:g}" if high is None else f"from {low:g} to {high:g}"
+
+    def read(text: str) -> Number:
+        try:
+            value = type(low)(text)
+        except ValueError:
+            value = low - 1
+        if not low <= value <= (high or 1_000_000_000):
+            raise typer.BadParameter(f"must be {noun} {limits}, not {text}")
+        return value
+
+    return read
+
+
+def number(text: str, low: Number, high: Number | None = None, *names: str) -> Any:
+    """Return an option with this help, whose value is a number from `low` to `high`."""
+    return typer.Option(*names, metavar="N", parser=read_number(low, high), help=text)
+
+
+STUDY_HELP = "Study file, or the name of one in ./studies."
 StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help=STUDY_HELP, autocompletion=complete_study)]
 BundleArgument = Annotated[
-    Path, typer.Argument(metavar="BUNDLE", help="Model folder written by `hpsearch export`.", callback=expand_path)
+    Path, typer.Argument(metavar="BUNDLE", help="Model folder, written by `hpsearch export`.", callback=expand_path)
 ]
 StorageOption = Annotated[
-    str | None, typer.Option(help="Database URL, SQLite or PostgreSQL; overrides the file. [env: HPSEARCH_STORAGE]")
+    str | None, typer.Option(metavar="URL", help="Database URL of the study. [env: HPSEARCH_STORAGE]")
 ]
 ArtifactsOption = Annotated[
-    str | None, typer.Option(help="Folder or URL for checkpoints; overrides the file. [env: HPSEARCH_ARTIFACTS]")
+    str | None, typer.Option(metavar="URL", help="Folder or URL for files. [env: HPSEARCH_ARTIFACTS]")
 ]
 DataOption = Annotated[
-    Path | None, typer.Option(help="Folder with the data sets. [env: HPSEARCH_DATA; default: the user cache]")
+    Path | None, typer.Option(metavar="DIR", help="Data sets. [env: HPSEARCH_DATA, else user cache]")
 ]
-TrialsOption = Annotated[int | None, typer.Option(min=1, help="Total number of trials; overrides budget.trials.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON to stdout.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 State = Literal["complete", "pruned", "failed", "running", "waiting"]  # of a trial
-WorkersOption = Annotated[
-    int | None,
-    typer.Option("--workers", min=1, max=1024, help="Number of workers. [default: one per GPU, else one per core]"),
-]
+MAX_WORKERS = 1024  # on this machine
+WorkersOption = Annotated[int | None, number("Workers. [default: one per GPU, else per core]", 1, MAX_WORKERS)]
+
+
+def name_study(study: str, storage: str | None) -> str:
+    """Return the arguments that name a study in other commands, for a shell and with no password in them."""
+    from hpsearch.config.urls import show_url
+
+    return shlex.quote(study) + (f" --storage {shlex.quote(show_url(storage))}" if storage else "")
 
 
 class NamedStudy:
@@ -68,13 +96,12 @@ class NamedStudy:
         import optuna
 
         from hpsearch.config.definition import evolve, load_definition
-        from hpsearch.config.urls import show_url
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         definition = load_definition(study, storage=storage, artifacts=artifacts)
         warn_about_password("--storage", storage)
         self.definition = definition if trials is None else evolve(definition, "budget", trials=trials)
-        self.arguments = shlex.quote(study) + (f" --storage {shlex.quote(show_url(storage))}" if storage else "")
+        self.arguments = name_study(study, storage)
 
     def load_study(self) -> "optuna.Study":
         """Return the stored study. Creates nothing."""

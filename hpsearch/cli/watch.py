@@ -1,31 +1,27 @@
-"""The commands that watch and steer a search."""
+"""The group `watch`: the commands that watch and steer a search."""
 
 import signal
 import sys
-import time
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from hpsearch.cli import options
 from hpsearch.errors import UsageError
-from hpsearch.monitor.text import count, echo
+from hpsearch.monitor.text import echo
 
 app = typer.Typer()
 
-_POLL = 0.25  # seconds between two checks whether all workers have stopped
 
-
-@app.command(epilog="Example:  hpsearch status studies/mnist-mlp.toml --watch")
+@app.command(epilog="Example: hpsearch status digits --watch")
 def status(
     study: options.StudyArgument,
-    watch: Annotated[
-        bool, typer.Option("--watch", help="Update until the search ends; in a pipe, one line per finished trial.")
-    ] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Update until the search ends.")] = False,
     storage: options.StorageOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Show the progress of a search: trials, best, workers, epochs."""
+    """Show progress; --watch: live."""
     named = options.NamedStudy(study, storage)
     if watch and as_json:
         raise UsageError("--watch cannot be combined with --json; poll `status --json` instead")
@@ -43,30 +39,51 @@ def status(
     return None
 
 
-@app.command(epilog="Example:  hpsearch trials studies/mnist-mlp.toml --sort value --limit 5 --columns trial,value,lr")
+@app.command(epilog="Example: hpsearch trials digits --sort value --limit 5")
 def trials(
     study: options.StudyArgument,
-    state: Annotated[options.State | None, typer.Option(help="Show only trials in this state.")] = None,
-    sort: Annotated[str, typer.Option(metavar="COLUMN", help="Sort by this column; value: best first.")] = "trial",
-    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Show at most N trials.")] = None,
-    columns: Annotated[
-        str | None, typer.Option(metavar="A,B,...", help="Columns to show: trial, state, value, lr, ...")
+    number: Annotated[
+        int | None,
+        typer.Argument(metavar="TRIAL", parser=options.read_number(0), help="Show this trial in detail, e.g. 17."),
     ] = None,
-    storage: options.StorageOption = None,
-    as_json: options.JsonOption = False,
+    replays: Annotated[bool, typer.Option("--replay", help="Re-run TRIAL from its seed, and compare.")] = False,
+    state: Annotated[
+        options.State | None, typer.Option(metavar="STATE", help="complete, pruned, failed, running or waiting.")
+    ] = None,
+    sort: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Sort by it; value: best first. [default: trial]")
+    ] = None,
+    limit: Annotated[int | None, options.number("List at most N trials.", 1)] = None,
+    columns: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help="Columns: trial, state, value, lr, ...")
+    ] = None,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV (formulas are escaped).")] = False,
+    as_json: options.JsonOption = False,
+    data: options.DataOption = None,
+    storage: options.StorageOption = None,
 ) -> None:
-    """List trials; filter, sort, or print them as CSV or JSON."""
+    """List trials, or show one: trials STUDY 17."""
+    from hpsearch.cli.render import render_trial
     from hpsearch.monitor.tables import tabulate_trials
-    from hpsearch.monitor.trials import check_columns, flatten, list_columns, list_trials, to_csv
+    from hpsearch.monitor.trials import check_columns, describe_in_full, flatten, list_columns, list_trials, to_csv
 
     if as_json and as_csv:
         raise UsageError("--json and --csv cannot be combined")
+    if number is not None and (state or sort or limit or columns or as_csv):
+        raise UsageError(
+            f"--state, --sort, --limit, --columns and --csv list trials; leave them out to show trial {number}"
+        )
+    if number is None and (replays or data):
+        raise UsageError("--replay and --data need the number of a trial")
     named = options.NamedStudy(study, storage)
+    if replays and number is not None:
+        return _replay(named, number, data, as_json=as_json)
+    if number is not None:
+        return options.print_document(describe_in_full(named.load_study(), number), render_trial, as_json=as_json)
     known = list_columns(named.definition.search)
     chosen = [name.strip() for name in columns.split(",")] if columns else []
-    check_columns(known, [sort, *chosen])
-    rows = list_trials(named.load_study(), state, sort, limit)
+    check_columns(known, [sort or "trial", *chosen])
+    rows = list_trials(named.load_study(), state, sort or "trial", limit)
     if as_csv:
         sys.stdout.write(to_csv(rows, chosen or known))
     elif as_json and chosen:
@@ -75,86 +92,68 @@ def trials(
         options.print_document(
             rows, lambda rows: tabulate_trials(rows, named.definition.search, chosen), as_json=as_json
         )
+    return None
 
 
-@app.command(epilog="Example:  hpsearch show studies/mnist-mlp.toml 17")
-def show(
+def _replay(named: options.NamedStudy, number: int, data: Path | None, *, as_json: bool) -> None:
+    """Re-run a trial, and print whether its learning curve is reproduced."""
+    stored = named.load_study()
+    from hpsearch.bundle.replay import replay
+    from hpsearch.cli.render import render_replay
+    from hpsearch.training.devices import list_devices
+
+    document = replay(
+        named.definition,
+        stored,
+        number,
+        folder=data,
+        device=list_devices()[0],
+        on_epoch=lambda result: echo(f"epoch {result.epoch} loss {result.loss:.4f} accuracy {result.accuracy:.4f}"),
+    )
+    options.print_document(document, render_replay, as_json=as_json)
+    if not document["identical"]:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: hpsearch add digits lr=1e-3 depth=2 --trials 20")
+def add(
     study: options.StudyArgument,
-    number: Annotated[int, typer.Argument(metavar="TRIAL", help="Trial number.")],
-    storage: options.StorageOption = None,
-    as_json: options.JsonOption = False,
-) -> None:
-    """Show one trial: hyperparameters, accuracy per epoch, timing. Also why it failed or was pruned."""
-    from hpsearch.cli.render import render_trial
-    from hpsearch.monitor.trials import describe_in_full
-
-    document = describe_in_full(options.NamedStudy(study, storage).load_study(), number)
-    options.print_document(document, render_trial, as_json=as_json)
-
-
-@app.command(epilog="Example:  hpsearch stop studies/mnist-mlp.toml")
-def stop(study: options.StudyArgument, storage: options.StorageOption = None) -> None:
-    """Stop all workers on all machines after their current epoch. `run` resumes."""
-    from hpsearch.search.study import stop_study
-
-    named = options.NamedStudy(study, storage)
-    stop_study(named.load_study())
-    watch, n_waiting = named.watch(), 0
-    while (snapshot := watch.poll()).is_stopped and snapshot.n_alive:
-        if snapshot.n_alive != n_waiting:
-            n_waiting = snapshot.n_alive
-            echo(f"waiting for {count(n_waiting, 'worker')} to finish the current epoch ...")
-        time.sleep(_POLL)
-    if not snapshot.is_stopped:
-        return echo("someone resumed the study in the meantime; it is running again")
-    for stale in snapshot.workers:
-        echo(f"worker {stale['worker']} is not responding; its trial {stale['trial']} will be resumed by the next run")
-    return echo(f"stopped: {snapshot.describe_progress()}; resume with: hpsearch run {named.arguments}")
-
-
-@app.command(epilog="Example:  hpsearch extend studies/mnist-mlp.toml --trials 40")
-def extend(
-    study: options.StudyArgument,
-    trials: Annotated[int, typer.Option(min=1, help="Number of trials to add.")],
+    values: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="NAME=VALUE", help="Queue a trial with them; the rest is sampled."),
+    ] = None,
+    trials: Annotated[int | None, options.number("Add N trials to the budget.", 1)] = None,
     storage: options.StorageOption = None,
 ) -> None:
-    """Add trials to a study's budget. Running workers pick them up."""
-    from hpsearch.search.study import extend_study
+    """Add trials: --trials 20; or values to try next: lr=1e-3."""
+    from hpsearch.search.study import enqueue_trial, extend_study
 
+    if not values and trials is None:
+        raise UsageError("nothing to add: give a number of trials (--trials 20) or values to try next (lr=1e-3)")
     named = options.NamedStudy(study, storage)
-    n_trials = extend_study(named.load_study(), trials)
-    echo(f"budget is now {n_trials} trials; {named.watch().poll().suggest_next(named.arguments)}")
+    stored, done = named.load_study(), []
+    if values:
+        done.append(f"trial {enqueue_trial(named.definition, stored, values)} queued with {', '.join(values)}")
+    if trials is not None:
+        done.append(f"budget is now {extend_study(stored, trials)} trials")
+    echo("; ".join([*done, named.watch().poll().suggest_next(named.arguments)]))
 
 
-@app.command(epilog="Example:  hpsearch enqueue studies/mnist-mlp.toml --set lr=1e-3 --set depth=2")
-def enqueue(
-    study: options.StudyArgument,
-    settings: Annotated[
-        list[str], typer.Option("--set", metavar="NAME=VALUE", help="Repeatable; the sampler chooses the rest.")
-    ],
-    storage: options.StorageOption = None,
-) -> None:
-    """Queue a trial with hyperparameters of your choice."""
-    from hpsearch.search.study import enqueue_trial
-
-    named = options.NamedStudy(study, storage)
-    number = enqueue_trial(named.definition, named.load_study(), settings)
-    suggestion = named.watch().poll().suggest_next(named.arguments)
-    echo(f"trial {number} queued with {', '.join(settings)}; {suggestion}")
-
-
-@app.command(epilog="Example:  hpsearch dashboard studies/mnist-mlp.toml --open")
+@app.command(epilog="Example: hpsearch dashboard digits --open")
 def dashboard(
     study: options.StudyArgument,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")] = 0,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, options.number("Port; 0: any free one.", 0, 65535)] = 0,
+    host: Annotated[str, typer.Option(metavar="HOST", help="Address to listen on.")] = "127.0.0.1",
     token: Annotated[
-        str | None, typer.Option(envvar="HPSEARCH_TOKEN", help="Access token for the URL. [default: random]")
+        str | None,
+        typer.Option(
+            metavar="TOKEN", envvar="HPSEARCH_TOKEN", help="Default: random. [env: HPSEARCH_TOKEN]", show_envvar=False
+        ),
     ] = None,
-    opens: Annotated[bool, typer.Option("--open", help="Open the dashboard in your browser.")] = False,
+    opens: Annotated[bool, typer.Option("--open", help="Open it in your browser.")] = False,
     storage: options.StorageOption = None,
 ) -> None:
-    """Serve the Optuna dashboard for a study (stop with Ctrl-C)."""
+    """Serve the Optuna dashboard, read-only."""
     import threading
     from contextlib import suppress
 

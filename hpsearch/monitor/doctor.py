@@ -114,7 +114,7 @@ def _check_file(file: Path, fix: bool) -> Iterator[Finding]:
             )
             yield Finding("integrity", False, f"{file}: {error}; {advice}")
             return
-    advice = f"stop all workers, then restore a backup (made with `hpsearch backup`) or try `sqlite3 {file} .recover`"
+    advice = f"stop all workers, then restore a backup (made with `hpsearch copy`) or try `sqlite3 {file} .recover`"
     yield Finding("integrity", not problems, f"{problems}; {advice}" if problems else "passed (SQLite integrity check)")
     version = f"SQLite {sqlite3.sqlite_version}"
     if journal == "wal" != safe_journal():

@@ -73,7 +73,7 @@ class Snapshot:
         if self.n_alive:
             return "running workers will pick it up"
         if self.n_finished >= self.status["budget"]["trials"]:
-            return f"the budget is used up; add trials with: hpsearch extend {command} --trials 20"
+            return f"the budget is used up; add trials with: hpsearch add {command} --trials 20"
         if self.is_over:
             return "a limit (minutes, target or failures) has been reached; raise it in the study file to continue"
         return f"no workers running; start some with: hpsearch run {command}"

@@ -43,7 +43,7 @@ def describe_trial(trial: FrozenTrial) -> dict[str, Any]:
 
 
 def describe_in_full(study: optuna.Study, number: int) -> dict[str, Any]:
-    """Return the document of `show --json`: a trial's row, times, reports, interruptions and environment.
+    """Return the document of `trials STUDY 17 --json`: a trial's row, times, reports, interruptions and environment.
 
     Raises `UsageError` if the study has no trial with that number.
     """

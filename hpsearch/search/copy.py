@@ -1,17 +1,22 @@
-"""Copy a study to another database and artifact store, completely or not at all, and verify the copy."""
+"""Copy a study to another database and artifact store, completely or not at all, and verify the copy.
+
+A SQLite database is copied to a file as a whole, also while workers use it. Otherwise the rows of the study are copied.
+"""
 
 import textwrap
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.trial import TrialState
 
 from hpsearch.config.definition import StudyDefinition
-from hpsearch.config.urls import show_url
+from hpsearch.config.urls import parse_url, show_url
 from hpsearch.errors import StorageError, UsageError
 from hpsearch.search.study import load_study
+from hpsearch.storage import backup
 from hpsearch.storage.checkpoints import artifact_folder, checkpoint_folder, find_unneeded_checkpoints
 from hpsearch.storage.engine import creation_lock
 from hpsearch.storage.rdb import open_storage
@@ -20,13 +25,31 @@ from hpsearch.storage.transfer import is_same_database, read_study_rows, write_s
 
 @dataclass(frozen=True)
 class Copy:
-    """The result of `copy_study`: what source and copy both have, and what was written."""
+    """What source and copy of a study both have, and what was written."""
 
     n_trials: int
     n_reports: int
     was_there: bool
     n_files_copied: int
     n_files_there: int
+
+
+def back_up_study(definition: StudyDefinition, target: StudyDefinition, *, force: bool = False) -> Copy:
+    """Copy the SQLite database of the definition's study to that of `target`, a new file, and the study's files.
+
+    Workers may use the study: the copy is a snapshot of one moment. Its files are copied before, so a trial that was
+    running then resumes from its checkpoint. With `force` an existing file is replaced. Raises `UsageError` and
+    `StorageError`.
+    """
+    urls = [parse_url(each.study.storage) for each in (definition, target)]
+    source = open_storage(definition.study.storage, must_exist=True)
+    try:
+        n_copied, n_there = _copy_files(definition, target, load_study(definition, source))
+    finally:
+        source.engine.dispose()
+    backup.backup(urls[0], Path(str(urls[1].database)), force=force)
+    trials = [content for name, content in _read_study(target).items() if name.startswith("trial ")]
+    return Copy(len(trials), sum(len(trial["intermediate_values"]) for trial in trials), False, n_copied, n_there)
 
 
 def copy_study(definition: StudyDefinition, target: StudyDefinition) -> Copy:
@@ -60,10 +83,7 @@ def copy_study(definition: StudyDefinition, target: StudyDefinition) -> Copy:
                 f"{place} already has a different study '{name}' ({difference}); "
                 f"continue with that one, choose another database, or delete it there: {delete}"
             )
-        n_copied, n_there = 0, 0
-        if artifact_folder(definition) != artifact_folder(target):
-            artifact_folder(target).check()
-            n_copied, n_there = _copy_files(definition, target, study)
+        n_copied, n_there = _copy_files(definition, target, study)
         with creation_lock(storage.engine.url):
             if name not in optuna.get_all_study_names(storage):
                 write_study_rows(storage, read_study_rows(source, name), source)
@@ -76,11 +96,17 @@ def copy_study(definition: StudyDefinition, target: StudyDefinition) -> Copy:
 
 
 def _copy_files(definition: StudyDefinition, target: StudyDefinition, study: optuna.Study) -> tuple[int, int]:
-    """Copy the study's files. Returns how many were copied, and how many already existed."""
+    """Copy the study's files to another place. Returns how many were copied, and how many already existed."""
     folder, other = artifact_folder(definition), artifact_folder(target)
+    if folder == other:
+        return 0, 0
+    other.check()
     existing, n_copied, n_same = set(other.find()), 0, 0
     for name in _find_files(definition, study):
-        content = folder.read(name)
+        try:
+            content = folder.read(name)
+        except FileNotFoundError:  # the checkpoint of a trial that has just ended
+            continue
         if name in existing and other.read(name) == content:
             n_same += 1
             continue

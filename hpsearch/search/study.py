@@ -44,7 +44,7 @@ def start_study(definition: StudyDefinition, *, keeps_extension: bool = True, re
 def open_study(definition: StudyDefinition, storage: Storage, *, keeps_extension: bool = True) -> optuna.Study:
     """Create or resume the definition's study, and store its budget and identity in it.
 
-    The trials of `first` are enqueued once. Trials added by `extend` are kept while the definition's number of trials
+    The trials of `first` are enqueued once. Trials added by `add` are kept while the definition's number of trials
     stays the same, unless `keeps_extension` is false. Raises `StudyMismatch`, and changes nothing, if the stored study
     was started with a different definition; budget, recovery and retrain may differ. Raises the errors of `check_new`
     if there is no such study yet.
@@ -176,12 +176,12 @@ def enqueue_trial(definition: StudyDefinition, study: optuna.Study, settings: It
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals:
-            problems.append(f"--set {setting}: expected NAME=VALUE, e.g. lr=1e-3")
+            problems.append(f"{setting}: expected NAME=VALUE, e.g. lr=1e-3")
         elif name in values:
-            problems.append(f"--set {setting}: {name} was already set to {values[name]!r}")
+            problems.append(f"{setting}: {name} was already set to {values[name]!r}")
         values[name] = _parse(text)
     if not problems:
-        problems = [f"--set {name}: {message}" for (name, *_), message in check_try(values, definition.space)]
+        problems = [f"{name}: {message}" for (name, *_), message in check_try(values, definition.space)]
     if problems:
         raise UsageError("\n".join(problems))
     values = complete_try(values, definition.space)

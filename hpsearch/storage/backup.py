@@ -7,7 +7,6 @@ from urllib.parse import quote
 
 from sqlalchemy.engine import URL
 
-from hpsearch.config.urls import show_url
 from hpsearch.errors import StorageError, UsageError
 from hpsearch.storage.artifacts import replace_file
 from hpsearch.storage.engine import LOCK_TIMEOUT
@@ -19,8 +18,6 @@ def backup(url: URL, file: Path, *, force: bool = False) -> None:
     SQLite's online backup makes a consistent snapshot. With `force`, it replaces an existing file, but never the
     database itself, or a file that belongs to a database. Raises `UsageError` and `StorageError`.
     """
-    if url.get_backend_name() != "sqlite":
-        raise UsageError(f"`hpsearch backup` only supports SQLite; back up {show_url(url)} with pg_dump")
     database = Path(url.database or "")
     for suffix in ("-journal", "-wal", "-shm", ".lock"):
         owner = Path(str(file.resolve()).removesuffix(suffix))

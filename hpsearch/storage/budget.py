@@ -47,7 +47,7 @@ def admit(connection: Connection, study_id: int, searched: SearchTime) -> int:
     match find_limit(budget, n_finished=n_finished, best=best, minutes=minutes, n_failed=len(failures)):
         case "trials":
             limit = budget["trials"]
-            raise BudgetSpent(f"all {limit} trials are finished; add more with: hpsearch extend STUDY --trials N")
+            raise BudgetSpent(f"all {limit} trials are finished; add more with: hpsearch add STUDY --trials 20")
         case "target":
             raise BudgetSpent(f"target reached: best value {best:.4f} >= {budget['target']}")
         case "minutes":

@@ -45,7 +45,7 @@ _POLL = 1.0  # seconds between two checks of the tasks
 _CONNECT_TIMEOUT = 5.0  # seconds
 _NAMESPACE = "hpsearch"
 _ADVICE = (
-    "start one with `ray start --head`, or give --address "
+    "start one with `ray start --head`, or give its address, as in `--ray host:6379` "
     "(for clusters with token authentication also set RAY_AUTH_MODE=token)"
 )
 

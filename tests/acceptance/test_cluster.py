@@ -49,10 +49,10 @@ class Search:
 
     def __init__(self, file: Path, url: str, address: str) -> None:
         self.file, self.url, self.folder, self.log = file, url, file.parent, file.parent / "log"
-        self.options = ("--address", address, "--storage", url)
+        self.options = ("--ray", address, "--storage", url)
 
     def launch(self, n_workers: int) -> Command:
-        arguments = ("launch", self.file.name, "--workers", n_workers, *self.options)
+        arguments = ("run", self.file.name, "--workers", n_workers, *self.options)
         return start(*arguments, cwd=self.folder, log=self.log)
 
     @cached_property
@@ -125,7 +125,7 @@ def test_a_node_that_dies_costs_no_trial_and_its_trials_go_on_elsewhere(
 
 
 @pytest.mark.parametrize("new_url", ["postgresql"], indirect=True)
-def test_an_interrupted_launch_hands_its_trials_back_and_a_detached_one_goes_on(
+def test_an_interrupted_run_hands_its_trials_back_and_a_detached_one_goes_on(
     search: Callable[..., Search],
 ) -> None:
     s = search(trials=1, seconds=5)
@@ -138,7 +138,7 @@ def test_an_interrupted_launch_hands_its_trials_back_and_a_detached_one_goes_on(
     assert waiting.state == TrialState.WAITING
     assert {each["kind"] for each in waiting.user_attrs["interruptions"]} == {"interrupted"}
 
-    detached = hpsearch("launch", s.file.name, "--workers", 1, *s.options, "--detach", cwd=s.folder)
+    detached = hpsearch("run", s.file.name, "--workers", 1, *s.options, "--detach", cwd=s.folder)
     assert "next: hpsearch status" in detached.stderr
     wait_for(lambda: any(trial.user_attrs.get("resumed_after") for trial in s.running()), "a trial that goes on")
     watched = hpsearch("status", s.file.name, "--storage", s.url, "--watch", cwd=s.folder)
@@ -148,7 +148,7 @@ def test_an_interrupted_launch_hands_its_trials_back_and_a_detached_one_goes_on(
 
 def test_places_of_one_machine_are_refused_with_what_to_use_instead(cluster: Any, study_file: WriteStudy) -> None:
     file = study_file()
-    arguments = ("launch", file.name, "--address", cluster.address, "--artifacts", "here")
+    arguments = ("run", file.name, "--ray", cluster.address, "--artifacts", "here")
     refused = hpsearch(*arguments, cwd=file.parent, expect=2).stderr
     assert "small.db is a local file, but the cluster has 3 nodes; use PostgreSQL" in refused
     assert "/here is local, but the cluster has 3 nodes; use a URL such as s3://bucket/prefix" in refused

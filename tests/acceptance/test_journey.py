@@ -86,10 +86,10 @@ def test_the_confirmed_winner_is_exported(searched: Path) -> None:
 def test_trials_of_the_search_can_be_replayed(searched: Path) -> None:
     for state in ("complete", "pruned"):
         [row] = json.loads(hpsearch("trials", "digits", "--state", state, "--limit", 1, "--json", cwd=searched).stdout)
-        replayed = hpsearch("replay", "digits", "--trial", row["number"], cwd=searched)
+        replayed = hpsearch("trials", "digits", row["number"], "--replay", cwd=searched)
         assert f"trial {row['number']}: reproduced exactly, all {row['epoch']} epochs identical" in replayed.stdout
         assert replayed.stderr.count("epoch ") == row["epoch"]
-    assert "has no trial 99" in hpsearch("replay", "digits", "--trial", 99, cwd=searched, expect=4).stderr
+    assert "has no trial 99" in hpsearch("trials", "digits", 99, "--replay", cwd=searched, expect=4).stderr
 
 
 def test_the_exported_model_is_good_and_says_how_good(searched: Path) -> None:

@@ -172,9 +172,9 @@ def test_stop_extend_and_enqueue_steer_four_workers_and_the_budget_stays_exact(
     run = start("run", "small.toml", "--workers", 3, cwd=tmp_path, log=tmp_path / "run.log")
     try:
         wait_for(lambda: watch.poll().n_alive == 4, "four running trials")
-        told = hpsearch("enqueue", "small.toml", "--set", "lr=0.0123", "--set", "width=17", cwd=tmp_path).stderr
+        told = hpsearch("add", "small.toml", "lr=0.0123", "width=17", cwd=tmp_path).stderr
         assert re.match(r"trial \d+ queued with lr=0.0123, width=17; running workers will pick it up\n", told)
-        assert "budget is now 6 trials" in hpsearch("extend", "small.toml", "--trials", 2, cwd=tmp_path).stderr
+        assert "budget is now 6 trials" in hpsearch("add", "small.toml", "--trials", 2, cwd=tmp_path).stderr
         stopped = hpsearch("stop", "small.toml", cwd=tmp_path).stderr
         assert re.search(r"stopped: \d of 6 trials done.*; resume with: hpsearch run small.toml\n", stopped)
         assert (run.wait(60), worker.wait(60)) == (75, 75)
@@ -195,7 +195,7 @@ def test_stop_extend_and_enqueue_steer_four_workers_and_the_budget_stays_exact(
     run = start("run", "small.toml", "--workers", 4, cwd=tmp_path, log=tmp_path / "again.log")
     try:
         wait_for(lambda: watch.poll().n_alive > 0, "the search to go on")
-        assert "budget is now 7 trials" in hpsearch("extend", "small.toml", "--trials", 1, cwd=tmp_path).stderr
+        assert "budget is now 7 trials" in hpsearch("add", "small.toml", "--trials", 1, cwd=tmp_path).stderr
         assert run.wait(120) == 0
     finally:
         run.kill()

@@ -235,7 +235,7 @@ def test_a_limit_other_than_trials_is_not_lifted_by_more_trials(watch: Watch, st
         == "a limit (minutes, target or failures) has been reached; raise it in the study file to continue"
     )
     study.set_user_attr("budget", {"trials": 31, "epochs": 10})
-    assert "hpsearch extend small" in replace(watch.poll(), workers=[]).suggest_next("small")
+    assert "hpsearch add small" in replace(watch.poll(), workers=[]).suggest_next("small")
 
 
 def test_an_end_without_a_complete_trial_says_so(watch: Watch) -> None:

@@ -22,7 +22,7 @@ from hpsearch.data.dataset import ImageData
 from hpsearch.errors import Interrupted, StorageError, StorageUnavailable, StudyNotFound, UsageError
 from hpsearch.monitor.status import Watch
 from hpsearch.search import copy
-from hpsearch.search.copy import copy_study
+from hpsearch.search.copy import back_up_study, copy_study
 from hpsearch.search.study import enqueue_trial, extend_study, load_study, open_study, stop_study
 from hpsearch.storage import transfer
 from hpsearch.storage.artifacts import Folder
@@ -214,6 +214,25 @@ def test_a_study_whose_workers_are_alive_is_not_copied(
         copy_study(definition, target)
     with pytest.raises(StudyNotFound):
         open_storage(target.study.storage, must_exist=True)
+
+
+def test_a_sqlite_study_is_copied_to_a_file_with_its_files_while_workers_are_alive(tmp_path: Path) -> None:
+    definition = make_definition(f"sqlite:///{tmp_path / 'study.db'}", study={"artifacts": str(tmp_path / "here")})
+    study = open_study(definition, storage := open_storage(definition.study.storage))
+    fill(storage, study, 30, n_running=4)
+    needed = put(definition, study)
+    target = with_artifacts(
+        evolve(definition, "study", storage=f"sqlite:///{tmp_path / 'copy.db'}"), tmp_path / "there"
+    )
+    copied = back_up_study(definition, target)
+    assert (copied.n_trials, copied.n_files_copied) == (30, len(needed))
+    assert read(target) == read(definition)
+    assert set(artifact_folder(target).find()) == set(needed)
+    with pytest.raises(
+        UsageError, match=r"copy\.db already exists; choose another file name, or replace it with --force"
+    ):
+        back_up_study(definition, target)
+    assert back_up_study(definition, target, force=True).n_files_there == len(needed)
 
 
 def test_a_study_that_changes_while_it_is_copied_is_not_written(
