@@ -170,7 +170,7 @@ def _serving_dashboard(named: options.NamedStudy, *, opens: bool) -> Iterator[No
     from hpsearch.monitor.dashboard.app import serve
 
     with serve(named.definition, named.arguments, opens=opens) as address:
-        echo(f"Optuna dashboard (read-only): {address}")
+        echo(f"Optuna dashboard, read-only; it ends with the search: {address}")
         yield
 
 

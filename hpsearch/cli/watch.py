@@ -161,7 +161,7 @@ def dashboard(
 
     named = options.NamedStudy(study, storage)
     with serve(named.definition, named.arguments, host=host, port=port, token=token, opens=opens) as address:
-        echo("Optuna dashboard (read-only), press Ctrl-C to stop:")
+        echo(f"Optuna dashboard of {named.definition.study.name}, read-only; it ends with Ctrl-C:")
         print(address, flush=True)
         with suppress(KeyboardInterrupt):
             threading.Event().wait()

@@ -82,6 +82,8 @@ FORM = """
 }
 """
 N_TRIALS = "() => Number((document.body.innerText.match(/([0-9]+) Trials/) ?? [0, 0])[1])"
+BUTTONS = """() => [...document.querySelectorAll('button')].map((button) => [
+    button.ariaLabel || button.textContent || button.querySelector('svg').dataset.testid, button.checkVisibility()])"""
 N_POINTS = "() => document.querySelectorAll('main .js-plotly-plot .point').length"
 
 
@@ -286,14 +288,34 @@ def follow(page: Page, start: str, address: str) -> None:
     page.get_by_text("small (id=1)").wait_for()
 
 
-def test_the_page_itself_may_not_write(folder: Path, browser: Browser) -> None:
-    delete = "() => fetch('/api/studies/1', {method: 'DELETE'}).then((response) => response.status)"
+def test_the_page_offers_nothing_that_writes_and_what_asks_for_it_is_refused(folder: Path, browser: Browser) -> None:
+    from hpsearch.storage.rdb import open_storage
+
+    storage = open_storage(f"sqlite:///{folder / 'small.db'}")
+    storage.create_new_trial(1)  # a running one can be failed in Optuna's dashboard
+    storage.engine.dispose()
+    delete = "() => fetch('/api/studies/1', {method: 'DELETE'}).then((response) => response.json())"
     write = """() => fetch('/api/studies/1/note', {method: 'PUT', headers: {'Content-Type': 'application/json'},
-        body: JSON.stringify({version: 1, body: 'Mine'})}).then((response) => response.status)"""
+        body: JSON.stringify({version: 1, body: 'Mine'})}).then((response) => response.json())"""
+    pages = {
+        "/dashboard": ("small", {"Create", "rename study", "delete study"}),
+        "/dashboard/studies/1/note": ("hpsearch run small.toml", {"EditIcon"}),
+        "/dashboard/studies/1/trials?numbers=2": ("Trial 2 (trial_id", {"EditIcon", "Fail Trial"}),
+    }
     with served(folder, "dashboard", "small.toml") as (address, _):
-        page = browser.new_context().new_page()
-        enter(page, address)
-        assert [page.evaluate(write), page.evaluate(delete)] == [403, 403]
+        watched = Watched(browser.new_context())
+        enter(watched.page, address)
+        site = address.partition("/dashboard")[0]
+        for place, (text, hidden) in pages.items():
+            watched.page.goto(site + place)
+            watched.page.get_by_text(text).first.wait_for()
+            buttons = dict(watched.page.evaluate(BUTTONS))
+            assert {name for name in buttons if not buttons[name]} >= hidden, "they are in the page"
+            assert {name for name in buttons if buttons[name]} <= {"open drawer", "ChevronLeftIcon", "Reload", "Filter"}
+            shown = watched.page.evaluate("getComputedStyle(document.querySelector('header div'), '::after').content")
+            assert shown == '"read-only"'
+        for script in (write, delete):
+            assert "read-only" in watched.page.evaluate(script)["reason"]
         assert json.loads(hpsearch("status", "small.toml", "--json", cwd=folder).stdout)["best"]
 
 

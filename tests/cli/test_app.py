@@ -325,7 +325,7 @@ def test_a_run_can_open_its_dashboard_in_a_browser(
     monkeypatch.setattr("webbrowser.open", lambda url: opened.append(Path(urlsplit(url).path).read_text()))
     code, _, err = run("run", "small.toml", "--open")
     assert code == 0
-    address = err.splitlines()[0].removeprefix("Optuna dashboard (read-only): ")
+    address = err.splitlines()[0].removeprefix("Optuna dashboard, read-only; it ends with the search: ")
     assert re.fullmatch(r"http://127\.0\.0\.1:\d+/dashboard/studies/1\?token=\S{22}", address)
     [page] = opened
     assert f"url={address}" in page

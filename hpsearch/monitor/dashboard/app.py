@@ -31,10 +31,19 @@ from hpsearch.storage.rdb import Storage, open_storage
 logger = logging.getLogger(__name__)
 
 _TOKEN = re.compile(r"[A-Za-z0-9._~-]{8,}")  # needs no escaping in URLs and cookies
-# Without these rules, one long line pushes the rest off the page, and a phone shows two columns.
+# The first rules hide the buttons that write (AccessControl refuses what they ask for), and the header says so. Without
+# the others, one long line pushes the rest off the page, and a phone shows two columns.
 _END, _STYLE = (
     b"</head>",
     b"""<style>
+button:is([aria-label="rename study"], [aria-label="delete study"], [aria-label="skip trial"]),
+main button:is([type="submit"], .MuiButton-outlinedError) { display: none !important; }
+button:has([data-testid="AddBoxIcon"], [data-testid="DriveFileRenameOutlineIcon"], [data-testid="DeleteIcon"]),
+button:has([data-testid="EditIcon"], [data-testid="StopCircleIcon"], [data-testid="UploadFileIcon"]),
+button:has([data-testid="ReplayIcon"], [data-testid="UndoIcon"], [data-testid="RestoreFromTrashIcon"]) {
+  display: none !important;
+}
+header .MuiToolbar-root::after { content: "read-only"; margin-left: auto; white-space: nowrap; }
 main { min-width: 0; }
 main p, main td:last-child, main .MuiTypography-root { overflow-wrap: anywhere; }
 main p, main .MuiBox-root:not(:has(*)) { white-space: normal !important; overflow-wrap: anywhere; min-width: 0; }

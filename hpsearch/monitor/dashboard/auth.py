@@ -1,5 +1,6 @@
 """Access control for Optuna's dashboard, which has none: who has the token may read, and nobody may write."""
 
+import json
 import logging
 import re
 import secrets
@@ -72,7 +73,9 @@ class AccessControl:
         if _host_name(request) not in self.names:
             return _text(403, "Unknown host name. Open the URL that hpsearch printed.")
         if request.method not in READING:
-            return _text(403, "This dashboard is read-only. To edit notes, start optuna-dashboard on the database.")
+            # The page shows the reason.
+            reason = "This dashboard is read-only. To edit notes, start optuna-dashboard on the database."
+            return HTTPResponse(json.dumps({"reason": reason}), 403, content_type="application/json")
         if request.path == "/healthz":
             return _text(200, "ok")
         if "token" in request.query:
