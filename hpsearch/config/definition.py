@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, mo
 from pydantic_core import PydanticCustomError, PydanticKnownError
 from tomlkit.items import InlineTable
 
+from hpsearch.config.files import EXAMPLES, find_study_file, list_study_files
 from hpsearch.config.space import AnyDimension, SearchSpace, Table
 from hpsearch.config.urls import expand_home, is_url, parse_url, remove_secrets, show_url
 from hpsearch.config.validation import check_first, check_fixed, describe, did_you_mean, find_unused, read_search
@@ -183,11 +184,15 @@ class StudyDefinition(Table):
 def load_definition(path: Path | str, *, storage: str | None = None, artifacts: str | None = None) -> StudyDefinition:
     """Load a study file and resolve its defaults, its storage and its artifacts.
 
-    `path` may be the name of a file in `studies/`. The arguments override HPSEARCH_STORAGE and HPSEARCH_ARTIFACTS,
-    which override the file. Relative paths in the file are relative to the file, others to the current folder. Raises
-    `DefinitionError` with one line per problem.
+    `path` may be a bare name: see `find_study_file`. The arguments override HPSEARCH_STORAGE and HPSEARCH_ARTIFACTS,
+    which override the file. Relative paths in the file are relative to the file, others and those in an example to the
+    current folder. Raises `DefinitionError` with one line per problem.
     """
-    file = _find_study_file(str(path))
+    file = find_study_file(str(path))
+    if file is None:
+        hint = did_you_mean(Path(path).stem, [*list_study_files() | EXAMPLES])
+        raise DefinitionError(str(path), [f"study file not found; {hint}"])
+    folder = Path() if file in EXAMPLES.values() else file.parent
     try:
         raw = tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
@@ -199,12 +204,12 @@ def load_definition(path: Path | str, *, storage: str | None = None, artifacts: 
     given = storage or os.environ.get("HPSEARCH_STORAGE")
     url = given or definition.study.storage or f"sqlite:///{name}.db"
     try:
-        url = _relative_to(Path() if given else file.parent, url)
+        url = _relative_to(Path() if given else folder, url)
     except UsageError as error:
         raise error if given else DefinitionError(str(file), [f"study.storage: {error}"]) from error
     location = artifacts or os.environ.get("HPSEARCH_ARTIFACTS")
     try:
-        location = _resolve_artifacts(Path() if location else file.parent, location or definition.study.artifacts)
+        location = _resolve_artifacts(Path() if location else folder, location or definition.study.artifacts)
     except UsageError as error:
         raise DefinitionError(str(file), [f"study.artifacts: {error}"]) from None
     try:
@@ -247,19 +252,6 @@ def evolve(definition: StudyDefinition, section: str, **values: Any) -> StudyDef
     except ValidationError as error:
         raise UsageError("; ".join(describe(error, type(table)))) from error
     return definition.model_copy(update={section: changed})
-
-
-def _find_study_file(name: str) -> Path:
-    path = Path(name)
-    if path.is_file():
-        return path
-    if path.name == name and not path.suffix:
-        path = Path("studies") / f"{name}.toml"
-        if path.is_file():
-            return path
-    known = sorted(file.stem for file in Path("studies").glob("*.toml"))
-    hint = did_you_mean(path.stem, known) if known else "./studies has none; give the path of a study file"
-    raise DefinitionError(name, [f"study file not found; {hint}"])
 
 
 def _relative_to(folder: Path, url: str) -> str:

@@ -367,15 +367,6 @@ def test_the_url_of_a_sqlite_database_that_names_no_file_is_refused(url: str, me
         parse_url(url)
 
 
-def test_a_bare_name_finds_a_file_in_studies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "studies").mkdir()
-    (tmp_path / "studies" / "tiny.toml").write_text("[search]\nwidth = { int = [8, 32] }")
-    monkeypatch.chdir(tmp_path)
-    assert load_definition("tiny").study.name == "tiny"
-    with pytest.raises(DefinitionError, match=r"study file not found; did you mean 'tiny'\?"):
-        load_definition("tinny")
-
-
 def test_invalid_toml_is_reported_with_the_line(tmp_path: Path) -> None:
     file = tmp_path / "broken.toml"
     file.write_text("[search]\nwidth = = 3")

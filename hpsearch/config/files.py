@@ -1,0 +1,63 @@
+"""Where study files are: in the current folder, in `studies/`, and the examples that come with the package."""
+
+import re
+from pathlib import Path
+
+from hpsearch.errors import UsageError
+
+_FOLDER = Path(__file__).parent / "examples"
+EXAMPLES = {name: _FOLDER / f"{name}.toml" for name in ("digits", "mnist-mlp", "mnist-cnn")}
+_SEARCH_TABLE = re.compile(r"^\s*\[search[].]", re.MULTILINE)
+
+
+def find_study_file(study: str) -> Path | None:
+    """Return the study file that a path or a bare name stands for, or None.
+
+    A bare name is a file here, or else one in `studies/`, or else an example.
+    """
+    path = Path(study)
+    if path.is_file():
+        return path
+    if path.name != study or path.suffix == ".toml":
+        return None
+    places = [Path(f"{study}.toml"), Path("studies", f"{study}.toml"), EXAMPLES.get(study)]
+    return next((place for place in places if place and place.is_file()), None)
+
+
+def list_study_files() -> dict[str, Path]:
+    """Return the study files here and in `studies/`, and the examples with a database here, by their shortest names."""
+    files = [file for folder in (Path(), Path("studies")) for file in sorted(folder.glob("*.toml"))]
+    found = {}
+    for file in filter(is_study_file, files):
+        found[file.stem if find_study_file(file.stem) == file else str(file)] = file
+    used = {name: file for name, file in EXAMPLES.items() if Path(f"{name}.db").is_file()}
+    return used | found
+
+
+def is_study_file(file: Path) -> bool:
+    """Return whether a TOML file has a table [search], which every study file has; it need not be valid."""
+    try:
+        return bool(_SEARCH_TABLE.search(file.read_text(encoding="utf-8-sig", errors="replace")))
+    except OSError:
+        return False
+
+
+def describe_example(name: str) -> str:
+    """Return what an example searches, and how long that takes: its first line."""
+    return EXAMPLES[name].read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+
+
+def write_example(name: str) -> Path:
+    """Write an example to the current folder and return its file.
+
+    Raises `UsageError` if there is no such example, or if the name is that of a study file already.
+    """
+    if name not in EXAMPLES:
+        raise UsageError(f"no example '{name}'; the examples are: {', '.join(EXAMPLES)}")
+    file = find_study_file(name)
+    if file != EXAMPLES[name]:
+        raise UsageError(f"{file} is there already; start it with: hpsearch run {name}, or remove it and try again")
+    new = Path(f"{name}.toml")
+    with new.open("x", encoding="utf-8") as stream:
+        stream.write(EXAMPLES[name].read_text(encoding="utf-8"))
+    return new
