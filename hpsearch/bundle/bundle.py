@@ -14,6 +14,7 @@ import psutil
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from numpy.typing import NDArray
+from PIL import Image
 from pydantic import BaseModel, Field, StringConstraints
 from safetensors import SafetensorError
 from safetensors.torch import load as from_safetensors
@@ -36,7 +37,8 @@ REQUIRED = (
     *("model.safetensors", "model.pt", "config.json", "metrics.json", "study.toml", "confusion_matrix.png"),
     "README.md",
 )
-OPTIONAL = ("model.onnx", "model.pt2", "mistakes.png", "calibration.png")
+EXAMPLE = "example.png"  # the first test image, so that there is one to classify
+OPTIONAL = ("model.onnx", "model.pt2", "mistakes.png", "calibration.png", EXAMPLE)
 _MAX_MODEL_BYTES = 2**32
 
 _Name = Annotated[str, StringConstraints(max_length=100)]
@@ -207,6 +209,7 @@ def save(
         _write_json(contents.config, new / "config.json")
         (new / "study.toml").write_text(contents.study_toml, encoding="utf-8")
         draw_evaluation(contents.evaluation, images, new, contents.metrics["study"])
+        Image.fromarray(images[0, 0].numpy()).save(new / EXAMPLE)
         _write_texts(contents, new, {})  # `hpsearch.load`, which verifies model.safetensors, needs a manifest
         verified = formats.verify_models(contents.network, contents.config, new, images, labels)
         _write_texts(contents, new, verified)

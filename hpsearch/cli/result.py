@@ -93,8 +93,15 @@ def export(
     )
     options.print_document(metrics, lambda document: render_export(str(target), document), as_json=as_json)
     bundle = shlex.quote(str(target))
-    following = f"hpsearch predict {bundle} IMAGE  |  hpsearch report {named.arguments}"
-    echo(f"next: hpsearch evaluate {bundle}  |  {following}")
+    echo(f"next: {_suggest_prediction(target)}hpsearch evaluate {bundle}  |  hpsearch report {named.arguments}")
+
+
+def _suggest_prediction(bundle: Path) -> str:
+    """Return the command that classifies the test image in a model folder; those of older versions have none."""
+    from hpsearch.bundle.bundle import EXAMPLE
+
+    image = bundle / EXAMPLE
+    return f"{shlex.join(['hpsearch', 'predict', str(bundle), str(image)])}  |  " if image.is_file() else ""
 
 
 @app.command(epilog="Example: hpsearch predict models/digits digit.png scans/ 'more/**/*.jpg'")
@@ -158,7 +165,7 @@ def evaluate(
         files = draw_evaluation(evaluation, load_test(classifier.config.data, data)[0], pictures, name)
         echo(f"plots saved: {', '.join(map(str, files))}")
     else:
-        echo(f"next: hpsearch evaluate {shlex.quote(str(bundle))} --pictures DIR")
+        echo(f"next: {_suggest_prediction(bundle)}hpsearch evaluate {shlex.quote(str(bundle))} --pictures plots")
 
 
 @app.command(epilog="Example: hpsearch report digits --output report.html")

@@ -84,6 +84,7 @@ def test_a_bundle_has_the_files_of_the_design_and_nothing_beside_it(saved: Path)
         *bundle.REQUIRED,
         "mistakes.png",
         "calibration.png",
+        "example.png",
         "manifest.json",
     }
     assert [file.name for file in saved.parent.iterdir()] == ["small"]

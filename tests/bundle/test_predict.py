@@ -193,7 +193,9 @@ def test_an_evaluation_is_told_in_full_and_drawn_where_asked(run: Run, saved: Pa
     assert set(json.loads(out)) == {
         *("accuracy", "interval", "confusion_matrix", "per_class", "calibration", "mistakes"),
     }
-    assert "--pictures DIR" in err
+    predict, draw = err.removeprefix("next: hpsearch ").strip().split("  |  hpsearch ")
+    assert draw == f"evaluate {saved} --pictures plots"
+    assert run(*predict.split())[1].startswith(f"{saved}/example.png  ")
     assert {file: file.read_bytes() for file in saved.iterdir()} == before
 
 
