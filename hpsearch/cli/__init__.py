@@ -3,7 +3,7 @@
 options   arguments shared by several commands
 parsing   the classes of commands: how they are parsed, and how help is laid out
 render    results as tables
-app       search: check, run, worker, stop
+app       search: init, check, run, worker, stop
 watch     watch: status, trials, add, dashboard
 result    result: confirm, export, predict, evaluate, report
 care      upkeep: doctor, copy

@@ -17,6 +17,7 @@ from hpsearch.cli.care import app as care_app
 from hpsearch.cli.parsing import Command, Group
 from hpsearch.cli.result import app as result_app
 from hpsearch.cli.watch import app as watch_app
+from hpsearch.config.files import EXAMPLES, describe_example, write_example
 from hpsearch.errors import Drained, StorageError, UsageError, read_docstring
 from hpsearch.monitor.text import count, echo
 from hpsearch.workers.shutdown import Drain
@@ -33,7 +34,7 @@ app = typer.Typer(
     name="hpsearch",
     cls=Group,
     help="Find the best network for small images, and export it as a verified model.",
-    epilog="Start with: hpsearch run digits. Every command has help: hpsearch run -h",
+    epilog="Start with: hpsearch init. Every command has help: hpsearch run -h",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 200},
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -60,8 +61,29 @@ def _global_options(
     pass
 
 
+@app.command(epilog="Example: hpsearch init digits")
+def init(
+    example: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="NAME",
+            help="Example to write here. [default: list them]",
+            autocompletion=lambda incomplete: [name for name in EXAMPLES if name.startswith(incomplete)],
+        ),
+    ] = None,
+) -> None:
+    """Write a study file to start from."""
+    if example is None:
+        for name in EXAMPLES:
+            print(f"{name:{max(map(len, EXAMPLES))}}  {describe_example(name)}")
+        return echo("next: hpsearch init digits")
+    file = write_example(example)
+    return echo(f"wrote {file}; change it as you like\nnext: hpsearch run {example}")
+
+
 @app.command(epilog="Example: hpsearch check digits")
 def check(
+    context: typer.Context,
     study: Annotated[
         str | None, typer.Argument(metavar="STUDY", help=options.STUDY_HELP, autocompletion=options.complete_study)
     ] = None,
@@ -73,9 +95,9 @@ def check(
 
     if schema:
         print(json.dumps(StudyDefinition.model_json_schema(), indent=2))
-    elif study is None:
-        raise UsageError("missing argument STUDY (or use --schema)")
     else:
+        study = options.choose_study(context, study) or ""
+        options.mention_example(study)
         definition = load_definition(study)
         check_new(definition, study)
         print(json.dumps(definition.to_tables(), indent=2) if as_json else definition.to_toml().rstrip())
@@ -107,6 +129,7 @@ def run(
     if detaches and (shows_dashboard or opens or as_json):
         raise UsageError("--detach cannot be combined with --dashboard, --open or --json")
     named = options.NamedStudy(study, storage, artifacts=artifacts, trials=trials)
+    options.mention_example(study)
 
     def show(search: Callable[["LiveView"], str], n_workers: int, drain: Drain) -> None:
         with _serving_dashboard(named, opens=opens) if shows_dashboard or opens else nullcontext():

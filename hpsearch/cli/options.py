@@ -2,13 +2,16 @@
 
 import json
 import shlex
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
-from hpsearch.monitor.text import echo, show
+from hpsearch.config.files import EXAMPLES, find_study_file, is_study_file, list_study_files
+from hpsearch.errors import UsageError
+from hpsearch.monitor.text import echo, list_columns, show
 
 if TYPE_CHECKING:
     import optuna
@@ -20,11 +23,52 @@ Number = TypeVar("Number", int, float)
 
 
 def complete_study(incomplete: str) -> list[str]:
-    """Return the shell completions for STUDY: names in studies/, and paths of study files."""
-    names = [file.stem for file in Path("studies").glob("*.toml") if file.stem.startswith(incomplete)]
+    """Return the shell completions for STUDY: names of studies and examples, and paths of study files."""
     folder = Path(incomplete.rpartition("/")[0] or ("/" if incomplete.startswith("/") else "."))
-    paths = [str(path) for pattern in ("*.toml", "*/*.toml") for path in folder.glob(pattern)]
-    return sorted([*names, *(path for path in paths if incomplete and path.startswith(incomplete))])
+    files = [file for pattern in ("*.toml", "*/*.toml") for file in folder.glob(pattern) if incomplete]
+    paths = [str(file) for file in files if str(file).startswith(incomplete) and is_study_file(file)]
+    return sorted({*paths, *(name for name in list_study_files() | EXAMPLES if name.startswith(incomplete))})
+
+
+def complete_columns(context: typer.Context, incomplete: str) -> list[str]:
+    """Return the shell completions for columns of the trials of STUDY, separated by commas."""
+    files = list_study_files()
+    typed = context.params.get("study") or next(iter(context.args), "")  # in `args` before an option without a value
+    file = find_study_file(typed) if typed or len(files) != 1 else next(iter(files.values()))
+    try:
+        search = tomllib.loads(file.read_text(encoding="utf-8-sig"))["search"] if file else {}
+    except (OSError, ValueError, KeyError):
+        search = {}
+    *before, last = incomplete.split(",")
+    return [",".join([*before, name]) for name in list_columns(search) if name.startswith(last) and name not in before]
+
+
+def choose_study(context: typer.Context, study: str | None) -> str | None:
+    """Return the study that a command names, else the only one here.
+
+    Raises `UsageError` if there is none here, or, with the state of each, if there are several.
+    """
+    if study is not None or context.resilient_parsing:
+        return study
+    files = list_study_files()
+    if not files:
+        raise UsageError("no study file here or in studies/; write one with: hpsearch init digits")
+    if len(files) > 1:
+        from hpsearch.monitor.status import describe_state
+
+        width = max(map(len, files))
+        lines = [f"  {name:{width}}  {describe_state(name)}" for name in files]
+        example = shlex.quote(next(iter(files)))
+        raise UsageError("\n".join([f"which study? Name one, such as: hpsearch {context.info_name} {example}", *lines]))
+    [(name, file)] = files.items()
+    echo(f"study {name}, the only one here ({file})")
+    return name
+
+
+def mention_example(study: str) -> None:
+    """Say so if a study is an example of the package because no file here has its name."""
+    if find_study_file(study) in EXAMPLES.values():
+        echo(f"{study}: packaged example (hpsearch init {study} writes a copy to change)")
 
 
 def expand_path(path: Path | None) -> Path | None:
@@ -56,8 +100,18 @@ def number(text: str, low: Number, high: Number | None = None, *names: str) -> A
     return typer.Option(*names, metavar="N", parser=read_number(low, high), help=text)
 
 
-STUDY_HELP = "Study file, or the name of one in ./studies."
-StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help=STUDY_HELP, autocompletion=complete_study)]
+STUDY_HELP = "Study file or name. [default: the only one here]"
+StudyArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="STUDY",
+        help=STUDY_HELP,
+        default_factory=lambda: None,
+        show_default=False,
+        callback=choose_study,
+        autocompletion=complete_study,
+    ),
+]
 BundleArgument = Annotated[
     Path, typer.Argument(metavar="BUNDLE", help="Model folder, written by `hpsearch export`.", callback=expand_path)
 ]

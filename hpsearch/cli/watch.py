@@ -9,7 +9,7 @@ import typer
 
 from hpsearch.cli import options
 from hpsearch.errors import UsageError
-from hpsearch.monitor.text import echo
+from hpsearch.monitor.text import echo, list_columns
 
 app = typer.Typer()
 
@@ -51,11 +51,21 @@ def trials(
         options.State | None, typer.Option(metavar="STATE", help="complete, pruned, failed, running or waiting.")
     ] = None,
     sort: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="Sort by it; value: best first. [default: trial]")
+        str | None,
+        typer.Option(
+            metavar="COLUMN",
+            help="Sort by it; value: best first. [default: trial]",
+            autocompletion=options.complete_columns,
+        ),
     ] = None,
     limit: Annotated[int | None, options.number("List at most N trials.", 1)] = None,
     columns: Annotated[
-        str | None, typer.Option(metavar="A,B,...", help="Columns: trial, state, value, lr, ...")
+        str | None,
+        typer.Option(
+            metavar="A,B,...",
+            help="Columns: trial, state, value, lr, ...",
+            autocompletion=options.complete_columns,
+        ),
     ] = None,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV (formulas are escaped).")] = False,
     as_json: options.JsonOption = False,
@@ -65,7 +75,7 @@ def trials(
     """List trials, or show one: trials STUDY 17."""
     from hpsearch.cli.render import render_trial
     from hpsearch.monitor.tables import tabulate_trials
-    from hpsearch.monitor.trials import check_columns, describe_in_full, flatten, list_columns, list_trials, to_csv
+    from hpsearch.monitor.trials import check_columns, describe_in_full, flatten, list_trials, to_csv
 
     if as_json and as_csv:
         raise UsageError("--json and --csv cannot be combined")

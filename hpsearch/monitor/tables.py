@@ -9,8 +9,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from hpsearch.monitor.text import format_cell, printable
-from hpsearch.monitor.trials import flatten, list_columns
+from hpsearch.monitor.text import format_cell, list_columns, printable
+from hpsearch.monitor.trials import flatten
 
 STYLES = {"complete": "green", "pruned": "yellow", "failed": "red"}
 _TEXTS = ("state", "worker", "note")

@@ -2,7 +2,7 @@
 
 import errno
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -62,6 +62,11 @@ def describe_best(best: Mapping[str, Any] | None) -> str:
 def describe_epochs(run: int, saved: int) -> str:
     """Return a text such as `318 trained, 132 saved by pruning (29%)`."""
     return f"{run:,} trained, {saved:,} saved by pruning ({format_percent(saved / max(run + saved, 1), 0)})"
+
+
+def list_columns(hyperparameters: Iterable[str]) -> list[str]:
+    """Return all columns of a study with these hyperparameters."""
+    return ["trial", "state", "value", "epoch", *hyperparameters, "worker", "seconds", "note"]
 
 
 def join_params(params: Mapping[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from unicodedata import normalize
 
@@ -124,11 +124,6 @@ def flatten(row: Row) -> dict[str, Any]:
     for name, cell in row.items():
         flat |= cell if name == "params" else {name: cell}
     return flat
-
-
-def list_columns(hyperparameters: Iterable[str]) -> list[str]:
-    """Return all columns of a study with these hyperparameters."""
-    return ["trial", "state", "value", "epoch", *hyperparameters, "worker", "seconds", "note"]
 
 
 def check_columns(known: Sequence[str], names: Sequence[str]) -> None:

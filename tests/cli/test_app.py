@@ -30,7 +30,7 @@ from ..conftest import fill
 
 Run = Callable[..., tuple[int, str, str]]
 VERBS = (
-    *("check", "run", "worker", "stop"),
+    *("init", "check", "run", "worker", "stop"),
     *("status", "trials", "add", "dashboard"),
     *("confirm", "export", "predict", "evaluate", "report"),
     *("doctor", "copy"),
@@ -56,7 +56,6 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
 BAD_ARGUMENTS = [
     (["nonsense"], "No such command 'nonsense'"),
     (["rnu", "x"], "Did you mean 'run'"),
-    (["run"], "Missing argument 'STUDY'"),
     (["run", "small.toml", "--wrokers", "2"], "--wrokers"),
     (["run", "small.toml", "--workers", "0"], "--workers"),
     (["run", "small.toml", "--workers", "two"], "must be a whole number from 1 to 10000, not two"),
@@ -81,7 +80,6 @@ BAD_ARGUMENTS = [
     (["run", "small.toml", "--ray", "local", "--detach"], "start one with: ray start --head"),
     (["run", "small.toml", "--ray", "--gpus-per-worker", "1.5"], "--gpus-per-worker 1.5: must be a fraction below 1"),
     (["run", "small.toml", "--artifacts", "gs://x"], "cannot use the artifact store gs://x: missing package"),
-    (["status"], "Missing argument 'STUDY'"),
     (["trials", "small.toml", "--json", "--csv"], "cannot be combined"),
     (["status", "small.toml", "--watch", "--json"], "cannot be combined"),
     (["trials", "small.toml", "1", "--sort", "lr"], "leave them out to show trial 1"),
@@ -105,7 +103,7 @@ BAD_ARGUMENTS = [
     ),
     (["evaluate"], "Missing argument 'BUNDLE'"),
     (["predict", "models/small"], "Missing argument 'IMAGE'"),
-    (["check"], "missing argument STUDY"),
+    (["init", "small"], "no example 'small'"),
 ]
 
 
@@ -201,6 +199,40 @@ def test_copy_and_export_replace_a_file_or_a_model_of_another_study_only_with_fo
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))  # it ends before the training
     assert "0 MB free" in run("export", "small.toml", "--output", "model", "--force")[2]
     storage.engine.dispose()
+
+
+def test_without_a_study_a_command_takes_the_only_one_here_else_lists_all_with_their_state(
+    run: Run, study_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    advice = "error: no study file here or in studies/; write one with: hpsearch init digits\n"
+    assert run("run") == run("check") == (2, "", advice)
+    storage = open_storage(load_definition(study_file()).study.storage)
+    study = open_study(load_definition("small"), storage)
+    fill(storage, study, 4, n_running=0)
+    storage.engine.dispose()
+    code, out, err = run("status")
+    assert (code, err) == (0, "study small, the only one here (small.toml)\n")
+    assert "study     small" in out
+    assert run("check")[0] == 0
+    (tmp_path / "empty.toml").write_text("[search]")
+    (tmp_path / "new.toml").write_text((tmp_path / "small.toml").read_text())
+    assert run("run") == (
+        *(2, ""),
+        "error: which study? Name one, such as: hpsearch run empty\n"
+        "  empty  its file has errors; see: hpsearch check empty\n"
+        "  new    not started\n"
+        f"  small  4/4 trials, best {study.best_value:.4f}\n",
+    )
+
+
+def test_init_lists_the_examples_and_what_it_writes_can_be_checked(run: Run, tmp_path: Path) -> None:
+    code, out, err = run("init")
+    assert [line.split("  ")[0] for line in out.splitlines()] == ["digits", "mnist-mlp", "mnist-cnn"]
+    assert (code, err) == (0, "next: hpsearch init digits\n")
+    assert "digits: packaged example" in run("check", "digits")[2]
+    assert run("init", "digits")[::2] == (0, "wrote digits.toml; change it as you like\nnext: hpsearch run digits\n")
+    assert run("check", "digits")[::2] == (0, "")
+    assert run("init", "digits")[0] == 2
 
 
 def test_a_changed_study_file_gives_status_2_and_names_the_keys(run: Run, study_file: Callable[..., Path]) -> None:
@@ -305,7 +337,7 @@ def test_no_traceback_and_no_log_shows_the_password_of_the_storage(
         __main__.main()
     shown = "".join(traceback.format_exception(caught.value)) + caplog.text + "".join(capfd.readouterr())
     assert "s3cr3t" not in shown
-    if verb not in ("check", "evaluate", "predict", "doctor"):
+    if verb not in ("init", "check", "evaluate", "predict", "doctor"):
         assert "cannot reach the database" in shown
 
 
@@ -423,15 +455,18 @@ def test_help_lists_the_verbs_and_version_tells_it(run: Run) -> None:
         ("hpsearch status ot", ["other/else.toml"]),
         ("hpsearch trials small --state p", ["pruned"]),
         ("hpsearch trials small --col", ["--columns"]),
+        ("hpsearch trials small --columns lr,w", ["lr,width", "lr,worker"]),
+        ("hpsearch run mnist", ["mnist-cnn", "mnist-mlp"]),
     ],
 )
 def test_bash_completes_verbs_options_and_names_of_studies(
     study_file: Callable[..., Path], tmp_path: Path, typed: str, offered: list[str]
 ) -> None:
     study_file()
-    for place in ("studies/small.toml", "other/else.toml", "pyproject.toml"):
+    for place in ("studies/small.toml", "other/else.toml"):
         (tmp_path / place).parent.mkdir(exist_ok=True)
-        (tmp_path / place).touch()
+        (tmp_path / place).write_text("[search]")
+    (tmp_path / "other" / "settings.toml").touch()
     script = (
         'eval "$(_HPSEARCH_COMPLETE=source_bash hpsearch)"\n'
         f"COMP_WORDS=({typed}); COMP_CWORD={len(typed.split()) - 1}; _hpsearch_completion hpsearch\n"

@@ -9,12 +9,12 @@ import optuna
 import pytest
 
 from hpsearch.errors import UsageError
+from hpsearch.monitor.text import list_columns
 from hpsearch.monitor.trials import (
     check_columns,
     describe_in_full,
     describe_trial,
     flatten,
-    list_columns,
     list_trials,
     to_csv,
 )
