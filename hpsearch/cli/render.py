@@ -166,7 +166,8 @@ def render_evaluation(evaluation: Mapping[str, Any]) -> RenderableType:
         for row in evaluation["mistakes"][:_N_ERRORS]
     ]
     matrix = _tabulate_confusion([row["name"] for row in rows], evaluation["confusion_matrix"])
-    parts: list[RenderableType] = [accuracy, calibration, "", tabulate(per_class, texts={"class"}), "", matrix]
+    parts: list[RenderableType] = [accuracy, calibration, "", tabulate(per_class, texts={"class"})]
+    parts += ["", "confusion matrix: true classes in rows, predicted ones in columns", matrix]
     if errors:
         parts += ["", "most confident errors:", tabulate(errors, texts={"true", "predicted"})]
     return Group(*parts)
@@ -180,7 +181,7 @@ def _tabulate_confusion(names: Sequence[str], matrix: Sequence[Sequence[int]]) -
     if max(map(len, names)) > widest:
         true, predicted = [f"{i} {name}" for i, name in enumerate(names)], [str(i) for i in range(len(names))]
     columns = [Column(*column) for column in zip(predicted, cells, strict=True)]
-    return FittedTable([Column("true \\ predicted", true, is_text=True), *columns], continues=True)
+    return FittedTable([Column("true", true, is_text=True), *columns], continues=True)
 
 
 def prediction_line(prediction: Mapping[str, Any]) -> str:

@@ -119,9 +119,9 @@ def test_numbers_have_three_significant_digits() -> None:
 
 def test_a_confusion_matrix_continues_below() -> None:
     lines = draw(render_evaluation(EVALUATION), 40)
-    heads = [line.split()[3:] for line in lines if line.startswith("true \\ predicted")]
+    heads = [line.split()[1:] for line in lines if re.match("true +[0-9]", line)]
     assert [name for head in heads for name in head] == [str(i) for i in range(10)]
-    assert len(heads) == 3
+    assert len(heads) == 2
     assert any(line.startswith("1 [bold]") and "1001" in line for line in lines)
 
 
