@@ -145,7 +145,7 @@ def add(
     if values:
         done.append(f"trial {enqueue_trial(named.definition, stored, values)} queued with {', '.join(values)}")
     if trials is not None:
-        done.append(f"budget is now {extend_study(stored, trials)} trials")
+        done.append(f"budget is now {extend_study(named.definition, stored, trials)} trials")
     echo("; ".join([*done, named.watch().poll().suggest_next(named.arguments)]))
 
 

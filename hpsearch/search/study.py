@@ -44,10 +44,15 @@ def start_study(definition: StudyDefinition, *, keeps_extension: bool = True, re
 def open_study(definition: StudyDefinition, storage: Storage, *, keeps_extension: bool = True) -> optuna.Study:
     """Create or resume the definition's study, and store its budget and identity in it.
 
-    The trials of `first` are enqueued once. Trials added by `add` are kept while the definition's number of trials
-    stays the same, unless `keeps_extension` is false. Raises `StudyMismatch`, and changes nothing, if the stored study
-    was started with a different definition; budget, recovery and retrain may differ. Raises the errors of `check_new`
-    if there is no such study yet.
+    The trials of `first` are enqueued once. The number of trials at which the search ends is what was said last:
+
+    - `run --trials N` (`keeps_extension` is false) sets it to N, and raises `UsageError` if more have started;
+    - `add --trials N` (`extend_study`) sets it to N more;
+    - `run` sets it to the study file's number, or keeps what `add` has set since the file had another number.
+
+    It is never below the number of finished and running trials. Raises `StudyMismatch`, and changes nothing, if the
+    stored study was started with a different definition; budget, recovery and retrain may differ. Raises the errors of
+    `check_new` if there is no such study yet.
     """
     name = definition.study.name
     with creation_lock(storage.engine.url):
@@ -57,6 +62,12 @@ def open_study(definition: StudyDefinition, storage: Storage, *, keeps_extension
             check_new(definition, f"study '{name}'")
         study = optuna.create_study(study_name=name, storage=storage, direction="maximize", load_if_exists=True)
         _check_identity(definition, study)
+        n_trials, n_started = definition.budget.trials, _count_started(study)
+        if n_trials < n_started and not keeps_extension:
+            raise UsageError(
+                f"--trials {n_trials}: study '{name}' already has {n_started} trials, and --trials is the total; "
+                f"to run {n_trials} more: hpsearch add STUDY --trials {n_trials}"
+            )
         if "fingerprint" not in study.user_attrs:
             for values in definition.first[len(study.get_trials(deepcopy=False)) :]:
                 study.enqueue_trial(values)
@@ -65,11 +76,11 @@ def open_study(definition: StudyDefinition, storage: Storage, *, keeps_extension
             study.set_user_attr("id", uuid.uuid4().hex[:8])
 
         def set_budget(attributes: dict[str, Any]) -> dict[str, Any]:
-            budget = definition.budget.model_dump(exclude_none=True)
             extension = attributes.get("extension", {})
-            if extension.get("of") != budget["trials"] or not keeps_extension:
-                extension = {"of": budget["trials"], "by": 0}
-            return {"extension": extension, "budget": budget | {"trials": budget["trials"] + extension["by"]}}
+            if extension.get("of") != n_trials or not keeps_extension:
+                extension = {"of": n_trials, "by": 0}
+            budget = definition.budget.model_dump(exclude_none=True)
+            return {"extension": extension, "budget": budget | {"trials": max(n_trials + extension["by"], n_started)}}
 
         storage.change_study_attrs(study._study_id, set_budget)
         with warnings.catch_warnings():
@@ -149,21 +160,25 @@ def resume_study(study: optuna.Study) -> None:
         study.set_user_attr("stopped", False)
 
 
-def extend_study(study: optuna.Study, n_trials: int) -> int:
+def extend_study(definition: StudyDefinition, study: optuna.Study, n_trials: int) -> int:
     """Add trials to the study's budget and return its new number of trials. Running workers pick them up.
 
-    The extension is dropped when the study is run with a different number of trials.
+    They come on top of the budget, or of the trials that have started if these are more. `open_study` says how long the
+    extension lasts; it is stored as the number of trials in the study file (`of`) and the difference from it (`by`).
     """
+    n_started, of = _count_started(study), definition.budget.trials
 
     def extend(attributes: dict[str, Any]) -> dict[str, Any]:
-        budget = attributes["budget"]
-        extension = attributes.get("extension", {"of": budget["trials"], "by": 0})
-        return {
-            "budget": budget | {"trials": budget["trials"] + n_trials},
-            "extension": extension | {"by": extension["by"] + n_trials},
-        }
+        total = max(attributes["budget"]["trials"], n_started) + n_trials
+        return {"budget": attributes["budget"] | {"trials": total}, "extension": {"of": of, "by": total - of}}
 
     return int(storage_of(study).change_study_attrs(study._study_id, extend)["budget"]["trials"])
+
+
+def _count_started(study: optuna.Study) -> int:
+    """Return the number of trials that count against the budget: complete, pruned and running ones."""
+    states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
+    return len(study.get_trials(deepcopy=False, states=states))
 
 
 def enqueue_trial(definition: StudyDefinition, study: optuna.Study, settings: Iterable[str]) -> int:

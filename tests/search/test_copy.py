@@ -123,7 +123,7 @@ def test_a_copy_has_all_that_can_be_read_of_a_study(
     fill(open_storage(definition.study.storage), study, 40, n_running=0)
     add_every_kind(study)
     enqueue_trial(definition, study, ["width=8"])
-    extend_study(study, 5)
+    extend_study(definition, study, 5)
     stop_study(study)
     study.set_user_attr("confirmation", {"winner": 3, "candidates": [{"number": 3, "values": [0.5, 0.25]}]})
     study.set_user_attr("nested", NESTED)

@@ -1,9 +1,10 @@
 """A search is steered while it runs: extended exactly, and given values that can be used."""
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
-from optuna.trial import TrialState
+from optuna.trial import TrialState, create_trial
 
 from hpsearch.config.definition import StudyDefinition, evolve
 from hpsearch.errors import UsageError
@@ -19,6 +20,7 @@ SEARCH = {
     "momentum": {"float": [0.0, 0.9], "when": {"optimizer": ["sgd"]}},
     "batch_norm": {"choice": [True, False]},
 }
+STATES = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
 
 
 @pytest.fixture
@@ -26,20 +28,42 @@ def definition(url: str) -> StudyDefinition:
     return make_definition(url, search=SEARCH, budget={"trials": 6})
 
 
-def test_an_extension_lasts_until_the_study_file_or_an_option_says_otherwise(definition: StudyDefinition) -> None:
+@pytest.mark.parametrize(
+    "steps",
+    [
+        "run 6, add 4 = 10, run = 10, add 5 = 15, run = 15, done 15, add 1 = 16, run = 16",
+        "total 9 = 9, run = 6, total 9 = 9, add 2 = 11, run = 11, total 9 = 9, add 1 = 10, run = 10",
+        "total 2 = 2, done 2, add 2 = 4, run = 4, done 4, add 1 = 5, file 8 = 8, add 1 = 9, run = 9",
+        "done 6, add 4 = 10, done 10, total 5 refused, run = 10, add 5 = 15, run = 15, total 10 = 10, run = 10",
+        "total 9 = 9, done 9, run = 9, add 2 = 11, run = 11, done 11, file 3 = 11, total 11 = 11, add 1 = 12, run = 12",
+        "total 9 = 9, done 7, run = 7, add 1 = 8, total 6 refused, run = 8, total 7 = 7, add 1 = 8, file 6 = 8",
+    ],
+)
+def test_the_number_of_trials_is_what_was_said_last_and_never_less_than_there_are(steps: str, tmp_path: Path) -> None:
+    definition = make_definition(f"sqlite:///{tmp_path / 'study.db'}", budget={"trials": 6})
     storage = open_storage(definition.study.storage)
     study = open_study(definition, storage)
-    assert extend_study(study, 4) == 10
-    assert extend_study(study, 5) == 15
-    assert open_study(definition, storage).user_attrs["budget"]["trials"] == 15
-    changed = evolve(definition, "budget", trials=9)
-    study = open_study(changed, storage)
-    assert study.user_attrs["budget"]["trials"] == 9
-    assert extend_study(study, 2) == 11
-    assert open_study(changed, storage).user_attrs["budget"]["trials"] == 11
-    assert open_study(definition, storage).user_attrs["budget"]["trials"] == 6, "not 15: that was another budget's"
-    assert extend_study(study, 1) == 7
-    assert open_study(definition, storage, keeps_extension=False).user_attrs["budget"]["trials"] == 6
+    for step in steps.split(", "):
+        command, _, expected = step.partition(" = ")
+        match command.split():
+            case ["run", *_]:
+                open_study(definition, storage)
+            case ["file", number]:
+                definition = evolve(definition, "budget", trials=int(number))
+                open_study(definition, storage)
+            case ["total", number]:
+                open_study(evolve(definition, "budget", trials=int(number)), storage, keeps_extension=False)
+            case ["total", number, "refused"]:
+                before, told = study.user_attrs, rf"--trials {number}: study 'small' already has \d+ trials, and"
+                with pytest.raises(UsageError, match=told):
+                    open_study(evolve(definition, "budget", trials=int(number)), storage, keeps_extension=False)
+                assert study.user_attrs == before
+            case ["add", number]:
+                assert extend_study(definition, study, int(number)) == int(expected)
+            case ["done", number]:
+                for i in range(len(study.trials), int(number)):
+                    study.add_trial(create_trial(state=STATES[i % 3], value=None if i % 3 == 2 else 0.5))
+        assert not expected or study.user_attrs["budget"]["trials"] == int(expected), step
 
 
 def test_a_run_resumes_a_study_that_was_stopped_and_another_worker_does_not(definition: StudyDefinition) -> None:
@@ -57,7 +81,7 @@ def test_extensions_at_the_same_time_all_count(definition: StudyDefinition) -> N
     def extend(_: int) -> int:
         storage = open_storage(definition.study.storage)
         try:
-            return extend_study(open_study(definition, storage), 1)
+            return extend_study(definition, open_study(definition, storage), 1)
         finally:
             storage.engine.dispose()
 
