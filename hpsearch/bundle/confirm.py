@@ -13,6 +13,7 @@ import torch
 from optuna.trial import FrozenTrial
 from scipy import stats
 
+from hpsearch.bundle.evaluation import mean_interval
 from hpsearch.config.definition import StudyDefinition
 from hpsearch.data.dataset import ImageData
 from hpsearch.errors import Diverged, HpsearchError, UsageError, WorkerError
@@ -28,6 +29,7 @@ from hpsearch.workers.worker import WorkerExit
 
 _FIRST_REPETITION = 1_000  # seeds 0: search, from 1: export, from 1,000: confirm
 _LEVEL = 0.95
+_FEWEST_IMAGES = 6  # that can make a difference significant
 
 Run = tuple[FrozenTrial, int]
 
@@ -64,14 +66,14 @@ def confirm(
         on_run(trial.number, i, accuracy)
     accuracies = {trial.number: [done[f"{trial.number}/{i}"] for i in range(seeds)] for trial in trials}
     sizes = {trial.number: _count_parameters(definition, data, trial) for trial in trials}
-    winner, is_tie = choose_winner(accuracies, sizes)
+    winner, is_tie = choose_winner(accuracies, sizes, len(data.validation))
     candidates = [
         {
             "number": trial.number,
             "search_value": trial.value,
             "accuracies": accuracies[trial.number],
             "mean": float(np.mean(accuracies[trial.number])),
-            "interval": mean_interval(accuracies[trial.number]),
+            "interval": mean_interval(accuracies[trial.number], len(data.validation)),
             "n_parameters": sizes[trial.number],
         }
         for trial in trials
@@ -93,34 +95,28 @@ def _add_runs(new: dict[str, float], attributes: dict[str, Any]) -> dict[str, An
     return {"confirmed_runs": attributes.get("confirmed_runs", {}) | new}
 
 
-def choose_winner(accuracies: Mapping[int, list[float]], sizes: Mapping[int, int]) -> tuple[int, bool]:
+def choose_winner(accuracies: Mapping[int, list[float]], sizes: Mapping[int, int], n_images: int) -> tuple[int, bool]:
     """Return the winner's number, and whether there is a tie; in a tie the smallest network wins.
 
-    Uses Tukey's honestly significant difference (1949, https://doi.org/10.2307/3001913), with simultaneous 95%
-    confidence intervals for all pairs and a common variance. A candidate is tied with the highest mean if the interval
-    of their difference contains 0. Among equal sizes the higher mean wins. Candidates with a diverged run (accuracy 0)
-    are left out, unless all have one.
+    The candidates are compared on the same images, so the chance of drawing these images, which widens the confidence
+    interval of each accuracy, largely cancels in their differences; the chance of the seeds remains. A candidate is
+    tied with the highest mean unless Tukey's test finds them different (honestly significant difference, 1949,
+    https://doi.org/10.2307/3001913; simultaneous 95% intervals for all pairs, a common variance). It is also tied if
+    the means differ by fewer than six images: even if one network is right on all images on which two disagree, five
+    are not significant at 95% (McNemar 1947, https://doi.org/10.1007/BF02295996: 2 * 0.5^5 = 6%).
+
+    Among equal sizes the higher mean wins. Candidates with a diverged run (accuracy 0) are left out, unless all have
+    one.
     """
     converged = {number: values for number, values in accuracies.items() if min(values) > 0}
     accuracies = converged or accuracies
     means = {number: float(np.mean(values)) for number, values in accuracies.items()}
     best = max(means, key=lambda number: (means[number], -sizes[number]))
-    numbers = list(accuracies)
-    if all(np.ptp(values) == 0 for values in accuracies.values()):  # no variance, so no test
-        tied = [number for number in numbers if means[number] == means[best]]
-    elif len(numbers) == 1:
-        tied = numbers
-    else:
-        lows = stats.tukey_hsd(*accuracies.values()).confidence_interval(_LEVEL).low[numbers.index(best)]
-        tied = [number for number, low in zip(numbers, lows, strict=True) if low <= 0]
+    tied = {number for number in means if round((means[best] - means[number]) * n_images, 3) < _FEWEST_IMAGES}
+    if len(means) > 1 and any(np.ptp(values) > 0 for values in accuracies.values()):
+        lows = stats.tukey_hsd(*accuracies.values()).confidence_interval(_LEVEL).low[[*means].index(best)]
+        tied |= {number for number, low in zip(means, lows, strict=True) if low <= 0}
     return min(tied, key=lambda number: (sizes[number], -means[number], number)), len(tied) > 1
-
-
-def mean_interval(accuracies: list[float]) -> list[float]:
-    """Return the 95% confidence interval of the mean of two or more values (Student's t), clipped to [0, 1]."""
-    mean, error = float(np.mean(accuracies)), float(stats.sem(accuracies))
-    margin = float(stats.t.ppf((1 + _LEVEL) / 2, len(accuracies) - 1)) * error
-    return [max(0.0, mean - margin), min(1.0, mean + margin)]
 
 
 def _count_parameters(definition: StudyDefinition, data: ImageData, trial: FrozenTrial) -> int:

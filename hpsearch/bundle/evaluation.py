@@ -1,5 +1,6 @@
 """Evaluate predictions: accuracy, confusion matrix, per-class metrics, calibration and the most confident errors."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 
 N_BINS = 15  # calibration bins, as in Guo et al.
 N_MISTAKES = 40
+_NORMAL_QUANTILE = 1.959963984540054  # of 97.5%
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,32 @@ def evaluate(probabilities: NDArray[np.float32], labels: NDArray[np.int64], clas
     )
 
 
-def wilson_interval(share: float, n: int) -> list[float]:
+def wilson_interval(share: float, n: float, quantile: float = _NORMAL_QUANTILE) -> list[float]:
     """Return the 95% confidence interval [low, high] of a share of n (Wilson 1927, https://doi.org/10.2307/2276774)."""
-    from scipy.stats import binomtest
+    shrunk = 1 / (1 + quantile**2 / n)
+    center = shrunk * (share + quantile**2 / (2 * n))
+    margin = shrunk * quantile * math.sqrt(share * (1 - share) / n + quantile**2 / (4 * n**2))
+    return [max(center - margin, 0.0), min(center + margin, 1.0)]
 
-    interval = binomtest(round(share * n), n).proportion_ci(0.95, method="wilson")
-    return [float(interval.low), float(interval.high)]
+
+def mean_interval(accuracies: Sequence[float], n_images: int) -> list[float]:
+    """Return the 95% confidence interval of the mean accuracy p of m > 1 seeds on the same n images, never of no width.
+
+    It is of the accuracy on new images after a training with a new seed. By the law of total variance, p has at most
+    the variance v = p (1 - p) / n + s^2 / m, where s is the standard deviation over the seeds. The interval is Wilson's
+    for as many independent images as have that variance, n' = p (1 - p) / v (Korn and Graubard 1998, Survey Methodology
+    24), with the quantile of Student's t for the degrees of freedom of v (Satterthwaite 1946,
+    https://doi.org/10.2307/3002019). If all seeds are equal, it is that of one network.
+    """
+    from scipy.stats import t
+
+    if len(set(accuracies)) == 1:
+        return wilson_interval(accuracies[0], n_images)
+    mean, n_seeds = float(np.mean(accuracies)), len(accuracies)
+    of_seeds = float(np.var(accuracies, ddof=1)) / n_seeds
+    total = mean * (1 - mean) / n_images + of_seeds
+    freedom = (n_seeds - 1) * (total / of_seeds) ** 2  # infinitely many of the images
+    return wilson_interval(mean, mean * (1 - mean) / total, float(t.ppf(0.975, freedom)))
 
 
 def calibrate(confidences: NDArray[np.float64], is_right: NDArray[np.bool_]) -> dict[str, Any]:

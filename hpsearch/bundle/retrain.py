@@ -13,7 +13,7 @@ import torch
 from optuna.trial import FrozenTrial
 
 from hpsearch.bundle import bundle, formats
-from hpsearch.bundle.evaluation import Evaluation, evaluate
+from hpsearch.bundle.evaluation import Evaluation, evaluate, mean_interval
 from hpsearch.config.definition import StudyDefinition
 from hpsearch.config.space import TrainingHyperparameters
 from hpsearch.config.urls import expand_home
@@ -53,7 +53,9 @@ def export(
     if onnx:
         formats.check_onnx()
     target = Path(expand_home(str(target)))
-    bundle.check_target(target, bundle.Origin.model_validate(_describe_search(study, trial)), force=force)
+    bundle.check_target(
+        target, bundle.Origin.model_validate(_describe_search(study, trial, definition.data.validation)), force=force
+    )
     check_writable(study)
     hyperparameters = definition.space.read(trial.params)
     data = load_study_data(definition, folder)
@@ -83,7 +85,7 @@ def export(
         "test_reads": n_test_uses,
         "n_images": {"train": len(images), "validation": len(data.validation), "test": len(labels)},
         "n_parameters": sum(parameter.numel() for parameter in networks[0].parameters()),
-        **_describe_search(study, trial),
+        **_describe_search(study, trial, len(data.validation)),
         "epochs": epochs,
         "seeds": {"study": definition.study.seed, "training": seeds},
         "versions": {"python": platform.python_version()}
@@ -121,11 +123,12 @@ def _describe_evaluations(evaluations: list[Evaluation]) -> dict[str, Any]:
     }
 
 
-def _describe_search(study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
+def _describe_search(study: optuna.Study, trial: FrozenTrial, n_validation: int) -> dict[str, Any]:
     """Describe how the trial was found, and its result in `confirm`, if any."""
     confirmation = study.user_attrs.get("confirmation", {"candidates": []})
     candidates = {candidate["number"]: candidate for candidate in confirmation["candidates"]}
     if confirmed := candidates.get(trial.number):
+        confirmed |= {"interval": mean_interval(confirmed["accuracies"], n_validation)}  # older versions' was narrower
         confirmed |= {"is_winner": trial.number == confirmation["winner"], "is_tie": confirmation["is_tie"]}
         confirmed["n_compared"] = len(candidates)
     return {

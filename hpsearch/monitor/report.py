@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpsearch.bundle import bundle as bundles
 from hpsearch.bundle import formats
-from hpsearch.bundle.evaluation import wilson_interval
+from hpsearch.bundle.evaluation import mean_interval, wilson_interval
 from hpsearch.bundle.manifest import check_outside
 from hpsearch.config.definition import StudyDefinition
 from hpsearch.config.space import IntRange, Range
@@ -117,6 +117,8 @@ def _collect(definition: StudyDefinition, study: optuna.Study, folder: Path | No
     best = trials[rows[0]["number"]] if complete else None
     chosen = trials[confirmation["winner"]] if confirmation else best
     exported, problem = _read_bundle(folder, study, trials)
+    for candidate in confirmation["candidates"] if confirmation else ():  # of older versions, it was narrower
+        candidate["interval"] = mean_interval(candidate["accuracies"], definition.data.validation)
     compared = [candidate["number"] for candidate in confirmation["candidates"]] if confirmation else []
     reads = study.user_attrs.get("test_reads")
     return {

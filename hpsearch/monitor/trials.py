@@ -13,7 +13,7 @@ from hpsearch.config.definition import StudyDefinition
 from hpsearch.config.urls import show_url
 from hpsearch.config.validation import did_you_mean
 from hpsearch.errors import UsageError
-from hpsearch.search.trials import explain_end, name_state
+from hpsearch.search.trials import explain_end, find_value, name_state
 from hpsearch.storage.budget import measure_trial
 from hpsearch.storage.tables import by_value, count_interruptions
 
@@ -32,7 +32,7 @@ def describe_trial(trial: FrozenTrial) -> dict[str, Any]:
     return {
         "number": trial.number,
         "state": name_state(trial),
-        "value": trial.value if trial.state.is_finished() else None,
+        "value": find_value(trial) if trial.state.is_finished() else None,
         "epoch": trial.last_step or 0,
         "params": trial.params or trial.system_attrs.get("fixed_params", {}),
         "attempts": count_interruptions(trial) + (trial.state != TrialState.WAITING),

@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 class TrialEvent:
     """A change of a trial's state; all but "running" are emitted after the database has committed them.
 
-    `epoch` is the last reported epoch, `value` its validation accuracy. A trial whose attempt was interrupted or killed
+    `epoch` is the last reported epoch, `value` that of `find_value`. A trial whose attempt was interrupted or killed
     is "requeued"; the worker that had lost it has "dropped" it.
     """
 
@@ -32,12 +32,21 @@ def make_event(trial: FrozenTrial) -> TrialEvent:
     state: Any = "requeued" if trial.state == TrialState.WAITING else name_state(trial)
     worker = attributes["interruptions"][-1]["worker"] if state == "requeued" else attributes.get("worker", "unknown")
     message = attributes.get("diverged", "") if state == "pruned" else explain_end(trial)
-    return TrialEvent(worker, trial.number, state, trial.last_step or 0, trial.value, message)
+    return TrialEvent(worker, trial.number, state, trial.last_step or 0, find_value(trial), message)
 
 
 def name_state(trial: FrozenTrial) -> str:
     """Return the trial's state as users read it: Optuna's name in lower case, or "failed"."""
     return "failed" if trial.state == TrialState.FAIL else trial.state.name.lower()
+
+
+def find_value(trial: FrozenTrial) -> float | None:
+    """Return the validation accuracy of an ended trial: the last one, or the one that the pruner compared.
+
+    The median pruner compares the best one so far; Optuna's value of a pruned trial is always the last one.
+    """
+    compared = trial.user_attrs.get("pruning", {}).get("value") if trial.state == TrialState.PRUNED else None
+    return trial.value if compared is None else compared
 
 
 def explain_end(trial: FrozenTrial) -> str:
@@ -55,5 +64,6 @@ def explain_end(trial: FrozenTrial) -> str:
         value, threshold = (f"{pruning[key]:.4f}" for key in ("value", "threshold"))
         if value == threshold:
             value, threshold = (f"{pruning[key]:.6f}" for key in ("value", "threshold"))
-        return f"{value} < {threshold} ({pruning['rule']}) at epoch {pruning['epoch']}"
+        is_last = pruning["value"] == trial.intermediate_values.get(pruning["epoch"], pruning["value"])
+        return f"{'' if is_last else 'best '}{value} < {threshold} ({pruning['rule']}) at epoch {pruning['epoch']}"
     return ""

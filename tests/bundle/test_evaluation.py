@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpsearch.bundle.evaluation import N_MISTAKES, evaluate, wilson_interval
+from hpsearch.bundle.evaluation import N_MISTAKES, evaluate, mean_interval, wilson_interval
 
 
 def probabilities_for(predicted: list[int], n_classes: int) -> np.ndarray:
@@ -42,6 +42,32 @@ def test_the_interval_is_wilsons_formula(n: int, share: float) -> None:
     centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     assert wilson_interval(n_right / n, n) == pytest.approx([max(centre - half, 0), min(centre + half, 1)], abs=1e-9)
+
+
+def test_the_interval_of_equal_seeds_is_that_of_one_network() -> None:
+    for accuracy in (0.0, 281 / 287, 1.0):
+        assert mean_interval([accuracy] * 3, 287) == wilson_interval(accuracy, 287)
+    low, high = mean_interval([281 / 287] * 3, 287)
+    assert (low, high) == pytest.approx((0.9551, 0.9904), abs=1e-4)
+
+
+def test_the_interval_of_a_mean_is_students_where_the_images_are_many() -> None:
+    low, high = mean_interval([0.50, 0.52, 0.54], 10_000_000)
+    assert (low, high) == pytest.approx((0.52 - 0.0497, 0.52 + 0.0497), abs=1e-3)  # 4.303 * 0.02 / sqrt(3)
+
+
+def test_the_interval_of_a_mean_covers_the_accuracy_on_new_images_with_new_seeds() -> None:
+    """Networks of which each image has its own chance to be classified correctly, and each seed a skill."""
+    generator, n_images, n_seeds, n_covered = np.random.default_rng(0), 300, 3, 0
+    easiness = generator.beta(2, 0.1, 100_000)
+    truth = np.mean([np.clip(easiness + generator.normal(0, 0.01), 0, 1).mean() for _ in range(30)])
+    for _ in range(500):
+        images = generator.choice(easiness, n_images)
+        skills = generator.normal(0, 0.01, n_seeds)
+        is_right = generator.random((n_seeds, n_images)) < images + skills[:, np.newaxis]
+        low, high = mean_interval([float(row.mean()) for row in is_right], n_images)
+        n_covered += low <= truth <= high
+    assert n_covered / 500 > 0.94
 
 
 def test_the_evaluation_has_the_interval_of_its_accuracy() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hpsearch.bundle import bundle, retrain
+from hpsearch.bundle.evaluation import wilson_interval
 from hpsearch.config.definition import StudyDefinition
 from hpsearch.data import dataset
 from hpsearch.data.dataset import load_test
@@ -76,15 +77,15 @@ def test_the_confirmed_winner_is_exported_and_its_confirmation_told(
     searched: tuple[StudyDefinition, optuna.Study], tmp_path: Path
 ) -> None:
     definition, study = searched
-    candidate = {"number": 2, "accuracies": [0.7, 0.8], "mean": 0.75, "interval": [0.6, 0.9], "n_parameters": 5}
+    candidate = {"number": 2, "accuracies": [0.75, 0.75], "mean": 0.75, "interval": [0.75, 0.75], "n_parameters": 5}
     study.set_user_attr("confirmation", {"winner": 2, "is_tie": True, "candidates": [candidate]})
     metrics = retrain.export(definition, study, tmp_path / "b")
     assert (metrics["trial"], metrics["confirmed"]) == (
         2,
-        candidate | {"is_winner": True, "is_tie": True, "n_compared": 1},
+        candidate | {"is_winner": True, "is_tie": True, "n_compared": 1, "interval": wilson_interval(0.75, 200)},
     )
     assert "Other trials were statistically tied with it" in (tmp_path / "b" / "README.md").read_text()
-    assert "mean 75.00%, 95% CI 60.00 to 90.00%" in (tmp_path / "b" / "README.md").read_text()
+    assert "mean 75.00%, 95% CI 68.57 to 80.49%" in (tmp_path / "b" / "README.md").read_text()
     assert retrain.export(definition, study, tmp_path / "c", number=1)["confirmed"] is None
     study.set_user_attr("confirmation", {"winner": 2, "is_tie": False, "candidates": [candidate]})
     retrain.export(definition, study, tmp_path / "b")

@@ -8,8 +8,9 @@ import pytest
 from optuna.pruners import BasePruner, HyperbandPruner, NopPruner, SuccessiveHalvingPruner
 from optuna.trial import FrozenTrial, TrialState
 
+from hpsearch.monitor.trials import describe_trial
 from hpsearch.search.pruning import AshaPruner, MedianPruner, PruningCallback
-from hpsearch.search.trials import explain_end
+from hpsearch.search.trials import explain_end, find_value, make_event
 from hpsearch.training.trainer import EpochResult
 
 EPOCHS = 18
@@ -56,6 +57,9 @@ def test_a_pruned_trial_says_that_it_is_below_its_threshold(kind: str) -> None:
         assert reason["value"] < reason["threshold"]
         assert reason["epoch"] == trial.last_step
         assert f"{reason['value']:.4f} < {reason['threshold']:.4f} ({reason['rule']})" in explain_end(trial)
+        shown = {find_value(trial), make_event(trial).value, describe_trial(trial)["value"]}
+        assert shown == {reason["value"]}, "a row does not contradict itself"
+        assert explain_end(trial).startswith("best ") == (reason["value"] != trial.value)
     assert {trial.user_attrs["pruning"]["rule"].split()[0] for trial in pruned} == {
         "median" if kind == "median" else "top"
     }
