@@ -61,7 +61,7 @@ def choose_study(context: typer.Context, study: str | None) -> str | None:
         example = shlex.quote(next(iter(files)))
         raise UsageError("\n".join([f"which study? Name one, such as: hpsearch {context.info_name} {example}", *lines]))
     [(name, file)] = files.items()
-    echo(f"study {name}, the only one here ({file})")
+    echo(f"study {name}, the only one here ({'a packaged example' if file == EXAMPLES.get(name) else file})")
     return name
 
 

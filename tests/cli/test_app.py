@@ -459,7 +459,7 @@ def test_help_lists_the_verbs_and_version_tells_it(run: Run) -> None:
         ("hpsearch run mnist", ["mnist-cnn", "mnist-mlp"]),
     ],
 )
-def test_bash_completes_verbs_options_and_names_of_studies(
+def test_bash_completes_verbs_options_studies_and_columns_without_waiting_for_torch(
     study_file: Callable[..., Path], tmp_path: Path, typed: str, offered: list[str]
 ) -> None:
     study_file()
@@ -467,13 +467,16 @@ def test_bash_completes_verbs_options_and_names_of_studies(
         (tmp_path / place).parent.mkdir(exist_ok=True)
         (tmp_path / place).write_text("[search]")
     (tmp_path / "other" / "settings.toml").touch()
+    for slow in ("torch", "optuna"):
+        (tmp_path / f"{slow}.py").write_text("raise SystemExit('imported')")
     script = (
         'eval "$(_HPSEARCH_COMPLETE=source_bash hpsearch)"\n'
         f"COMP_WORDS=({typed}); COMP_CWORD={len(typed.split()) - 1}; _hpsearch_completion hpsearch\n"
         'printf "%s\\n" "${COMPREPLY[@]}"'
     )
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    env = os.environ | {"PATH": path}
+    imports = ":".join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = os.environ | {"PATH": path, "PYTHONPATH": imports}
     process = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
     assert process.stdout.split() == offered
 
