@@ -56,7 +56,7 @@ def write_example(name: str) -> Path:
         raise UsageError(f"no example '{name}'; the examples are: {', '.join(EXAMPLES)}")
     file = find_study_file(name)
     if file != EXAMPLES[name]:
-        raise UsageError(f"{file} is there already; start it with: hpsearch run {name}, or remove it and try again")
+        raise UsageError(f"{file} is there already; start it with: hpsearch run {name}, or begin in another folder")
     new = Path(f"{name}.toml")
     with new.open("x", encoding="utf-8") as stream:
         stream.write(EXAMPLES[name].read_text(encoding="utf-8"))
