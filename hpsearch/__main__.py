@@ -4,7 +4,6 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 from typer.exceptions import TyperException
 
@@ -24,7 +23,7 @@ def main() -> None:
     logging.basicConfig(level=handler.level, format="%(message)s", handlers=[handler])
     logging.captureWarnings(True)
     try:
-        status = app(arguments, standalone_mode=False)
+        status = app(arguments, prog_name="hpsearch", standalone_mode=False)
         if status == _INTERRUPTED:
             _exit_with("interrupted", status)
         sys.exit(status)
@@ -32,12 +31,8 @@ def main() -> None:
         if is_debug:
             raise
         _exit_with(str(error), error.exit_status)
-    except TyperException as error:
-        context: Any = getattr(error, "ctx", None)
-        command = context.command_path if context else "hpsearch"
-        if type(error).__name__ == "NoArgsIsHelpError":
-            _exit_with(error.format_message(), 2, prefix="")
-        _exit_with(f"{error.format_message()}\nTry `{command} --help` for help.", error.exit_code)
+    except TyperException as error:  # `hpsearch` alone: its message is the help
+        _exit_with(error.format_message(), error.exit_code, prefix="")
     except OSError as error:
         if is_debug:
             raise

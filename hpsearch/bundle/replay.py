@@ -12,6 +12,7 @@ from optuna.trial import FrozenTrial
 
 from hpsearch.config.definition import StudyDefinition
 from hpsearch.errors import Diverged, NoCompletedTrial
+from hpsearch.search.selection import find_trial
 from hpsearch.search.trials import name_state
 from hpsearch.training.run import build_trainer, describe_environment, load_study_data, trial_seed
 from hpsearch.training.trainer import EpochResult
@@ -30,7 +31,8 @@ def replay(
 
     A trial that ran on the CPU is re-run there. The result has `identical`, the `largest_difference` of an accuracy
     (None if there is none to compare), its `epoch`, and `reasons`: what has changed since and may explain a
-    difference. Raises `NoCompletedTrial` if the trial does not exist or has no finished epoch, and `DataError`.
+    difference. Raises `UsageError` if the trial does not exist, `NoCompletedTrial` if it has no finished epoch, and
+    `DataError`.
     """
     trial = _find_finished(study, number)
     then = trial.user_attrs.get("environment", {})
@@ -66,10 +68,7 @@ def replay(
 
 
 def _find_finished(study: optuna.Study, number: int) -> FrozenTrial:
-    trials = study.get_trials(deepcopy=False)
-    if not 0 <= number < len(trials):
-        raise NoCompletedTrial(f"study '{study.study_name}' has no trial {number}; see: hpsearch trials STUDY")
-    trial = trials[number]
+    trial = find_trial(study, number)
     if not trial.state.is_finished() or not trial.intermediate_values:
         raise NoCompletedTrial(f"trial {number} has no finished epoch, so there is nothing to reproduce")
     return trial

@@ -108,7 +108,10 @@ def run(
     study: options.StudyArgument,
     workers: Annotated[int | None, options.number("Workers. [default: one per GPU, else per core]", 1, 10_000)] = None,
     trials: Annotated[int | None, options.number("Trials in total. [default: budget.trials]", 1)] = None,
-    ray: Annotated[str | None, typer.Option(metavar="[ADDRESS]", help="Use a Ray cluster. [env: RAY_ADDRESS]")] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="[ADDRESS]", parser=options.read_address, help="Use a Ray cluster. [env: RAY_ADDRESS]"),
+    ] = None,
     cpus: Annotated[float | None, options.number("With --ray. [default: 1]", 0.01, 1000, "--cpus-per-worker")] = None,
     gpus: Annotated[float | None, options.number("With --ray. [default: 0]", 0.0, 1000, "--gpus-per-worker")] = None,
     detaches: Annotated[bool, typer.Option("--detach", help="With --ray: return once workers start.")] = False,
@@ -123,7 +126,7 @@ def run(
     if ray is None and (detaches or cpus is not None or gpus is not None):
         raise UsageError("--cpus-per-worker, --gpus-per-worker and --detach need --ray")
     if ray is None and workers and workers > options.MAX_WORKERS:
-        raise UsageError(f"--workers {workers}: at most {options.MAX_WORKERS} on one machine")
+        raise UsageError(f"--workers: must be a whole number from 1 to {options.MAX_WORKERS:,}, not {workers}")
     if detaches and ray == "local":
         raise UsageError("--detach needs a cluster that outlives this command; start one with: ray start --head")
     if detaches and (shows_dashboard or opens or as_json):

@@ -1,6 +1,8 @@
 """Arguments and options shared by several commands, the study that they name, and how a result is printed."""
 
 import json
+import math
+import re
 import shlex
 import tomllib
 from collections.abc import Callable
@@ -81,18 +83,25 @@ def expand_path(path: Path | None) -> Path | None:
 def read_number(low: Number, high: Number | None = None) -> Callable[[str], Number]:
     """Return a parser of numbers from `low` to `high`, whole ones if `low` is."""
     noun = "a whole number" if isinstance(low, int) else "a number"
-    limits = f"of at least {low:g}" if high is None else f"from {low:g} to {high:g}"
+    limits = f"of at least {low}" if high is None else f"from {low:,} to {high:,}"
 
     def read(text: str) -> Number:
         try:
             value = type(low)(text)
         except ValueError:
             value = low - 1
-        if not low <= value <= (high or 1_000_000_000):
+        if not low <= value <= (math.inf if high is None else high):
             raise typer.BadParameter(f"must be {noun} {limits}, not {text}")
         return value
 
     return read
+
+
+def read_address(text: str) -> str:
+    """Return the address of a Ray cluster, or "" for the one of RAY_ADDRESS or of this machine."""
+    if text and not re.fullmatch(r"auto|local|(ray://)?[^/]+:\d+", text):
+        raise typer.BadParameter(f"must be an address such as head:6379, ray://head:10001 or local, not {text}")
+    return text
 
 
 def number(text: str, low: Number, high: Number | None = None, *names: str) -> Any:

@@ -1,9 +1,12 @@
 """How command lines are parsed and help is laid out: commands in groups, one line per option, old names explained."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
+from typer.exceptions import TyperException
 
 from hpsearch.cli.options import name_study
 from hpsearch.errors import HpsearchError, UsageError
@@ -16,7 +19,22 @@ _NEW_NAMES = {
     "extend": "add",
     "backup": "copy --to",
 }
-_ADDRESS = r"auto|local|\w+://.*|.*:\d+"  # of a Ray cluster
+_ADDRESS = "auto|local|.*:.*"  # of a Ray cluster
+
+
+@contextmanager
+def _in_one_line(ctx: Any) -> Iterator[None]:
+    """Raise a `UsageError` of one line where typer refuses the arguments."""
+    try:
+        yield
+    except TyperException as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            raise
+        message = re.sub(r"^Invalid value for '(.*?)': (Value error, )?", r"\1: ", error.format_message()).rstrip(".")
+        message = re.sub(r"\.? (?:\(Possible options: (.*)\)|Did you mean (.*)\?)$", r"; did you mean \1\2?", message)
+        message = re.sub(r"^[A-Z](?=[a-z])", lambda letter: letter[0].lower(), message)
+        hint = "" if message.endswith("?") else f"; see: {ctx.command_path} -h"
+        raise UsageError(message + hint) from error
 
 
 class Command(TyperCommand):
@@ -27,7 +45,8 @@ class Command(TyperCommand):
         for i, argument in enumerate(args):
             if argument == "--ray" and not re.fullmatch(_ADDRESS, "".join(args[i + 1 : i + 2])):
                 args[i] = "--ray="
-        return super().parse_args(ctx, args)
+        with _in_one_line(ctx):
+            return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         """Call the command; a STUDY in the message of an error becomes the study that the command names."""
@@ -58,12 +77,18 @@ class Command(TyperCommand):
 class Group(TyperGroup):
     """All commands, in groups, each described on one line."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the options before the command."""
+        with _in_one_line(ctx):
+            return super().parse_args(ctx, args)
+
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Find the command. Raises `UsageError` for the old name of one."""
         if new := _NEW_NAMES.get(args[0]):
             command = f"hpsearch {new.split()[0]} -h"
             raise UsageError(f"`hpsearch {args[0]}` is now `hpsearch {new}`; see: {command}")
-        return super().resolve_command(ctx, args)
+        with _in_one_line(ctx):
+            return super().resolve_command(ctx, args)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write one line for each command, and one with the names of the options."""

@@ -138,9 +138,9 @@ def add(
     """Add trials: --trials 20; or values to try next: lr=1e-3."""
     from hpsearch.search.study import enqueue_trial, extend_study
 
+    named = options.NamedStudy(study, storage)
     if not values and trials is None:
         raise UsageError("nothing to add: give a number of trials (--trials 20) or values to try next (lr=1e-3)")
-    named = options.NamedStudy(study, storage)
     stored, done = named.load_study(), []
     if values:
         done.append(f"trial {enqueue_trial(named.definition, stored, values)} queued with {', '.join(values)}")

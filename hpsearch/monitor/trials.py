@@ -13,6 +13,7 @@ from hpsearch.config.definition import StudyDefinition
 from hpsearch.config.urls import show_url
 from hpsearch.config.validation import did_you_mean
 from hpsearch.errors import UsageError
+from hpsearch.search.selection import find_trial
 from hpsearch.search.trials import explain_end, find_value, name_state
 from hpsearch.storage.budget import measure_trial
 from hpsearch.storage.tables import by_value, count_interruptions
@@ -47,11 +48,7 @@ def describe_in_full(study: optuna.Study, number: int) -> dict[str, Any]:
 
     Raises `UsageError` if the study has no trial with that number.
     """
-    trials = study.get_trials(deepcopy=False)
-    if not 0 <= number < len(trials):
-        valid = f"valid numbers are 0 to {len(trials) - 1}" if trials else "it has no trials yet"
-        raise UsageError(f"study '{study.study_name}' has no trial {number}; {valid}")
-    trial = trials[number]
+    trial = find_trial(study, number)
     attributes, times = trial.user_attrs, (trial.datetime_start, trial.datetime_complete)
     started, ended = (time and time.astimezone().isoformat(timespec="seconds") for time in times)
     return describe_trial(trial) | {

@@ -1,19 +1,31 @@
-"""The best trial, and the confirmed winner."""
+"""A trial by its number, the best trial, and the confirmed winner."""
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from hpsearch.errors import NoCompletedTrial
+from hpsearch.errors import NoCompletedTrial, UsageError
 from hpsearch.search.study import check_direction
 from hpsearch.storage.tables import by_value
+
+
+def find_trial(study: optuna.Study, number: int) -> FrozenTrial:
+    """Return the trial with that number. Raises `UsageError` if there is none."""
+    trials = study.get_trials(deepcopy=False)
+    if not 0 <= number < len(trials):
+        valid = f"valid numbers are 0 to {len(trials) - 1}" if trials else "it has no trials yet"
+        raise UsageError(f"study '{study.study_name}' has no trial {number}; {valid}")
+    return trials[number]
 
 
 def find_best(study: optuna.Study, number: int | None = None) -> FrozenTrial:
     """Return the best completed trial, or the completed trial with that number.
 
-    Raises `NoCompletedTrial`, and `StudyMismatch` if the study does not maximize.
+    Raises `NoCompletedTrial`, `UsageError` if there is no trial with that number, and `StudyMismatch` if the study does
+    not maximize.
     """
     check_direction(study)
+    if number is not None:
+        find_trial(study, number)
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     chosen = [trial for trial in complete if number is None or trial.number == number]
     if not chosen:

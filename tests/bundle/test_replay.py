@@ -9,7 +9,7 @@ import torch
 from hpsearch.bundle import replay as module
 from hpsearch.bundle.replay import replay
 from hpsearch.config.definition import StudyDefinition
-from hpsearch.errors import NoCompletedTrial
+from hpsearch.errors import NoCompletedTrial, UsageError
 from hpsearch.search.objective import Objective
 from hpsearch.search.study import open_study
 from hpsearch.storage.rdb import open_storage
@@ -113,5 +113,5 @@ def test_a_trial_runs_with_the_threads_that_it_had(
 def test_what_cannot_be_replayed_is_said(
     searched: tuple[StudyDefinition, optuna.Study], number: int, message: str
 ) -> None:
-    with pytest.raises(NoCompletedTrial, match=message):
+    with pytest.raises((NoCompletedTrial, UsageError), match=message):
         replay(*searched, number)
