@@ -15,7 +15,7 @@ from hpsearch.bundle.evaluation import wilson_interval
 from hpsearch.config.definition import StudyDefinition
 from hpsearch.data import dataset
 from hpsearch.data.dataset import load_test
-from hpsearch.errors import BundleError, DataError, NoCompletedTrial, StorageError, UsageError
+from hpsearch.errors import BundleError, DataError, StorageError, UsageError
 from hpsearch.search.study import load_study, open_study
 from hpsearch.storage.rdb import open_storage
 from hpsearch.training import run
@@ -68,7 +68,7 @@ def test_another_trial_may_be_chosen_and_an_unfinished_one_may_not(
 ) -> None:
     definition, study = searched
     assert retrain.export(definition, study, tmp_path / "b", number=2)["trial"] == 2
-    with pytest.raises(NoCompletedTrial, match="trial 7 did not complete"):
+    with pytest.raises(UsageError, match="has no trial 7; valid numbers are 0 to "):
         retrain.export(definition, study, tmp_path / "c", number=7)
     assert not (tmp_path / "c").exists()
 

@@ -115,15 +115,15 @@ def test_given_numbers_are_those_that_the_search_has_and_bring_what_their_condit
 def test_every_setting_that_cannot_be_used_is_named_and_nothing_is_queued(definition: StudyDefinition) -> None:
     study = open_study(definition, open_storage(definition.study.storage))
     for settings, lines in [
-        (["width"], ["--set width: expected NAME=VALUE, e.g. lr=1e-3"]),
-        (["lr=0.01", "lr=0.02"], ["--set lr=0.02: lr was already set to 0.01"]),
-        (["widht=9", "lr=5"], ["--set widht: is not in [search]; did you mean 'width'?", "--set lr: 5 is outside the"]),
-        (["optimizer=adam", "momentum=0.5"], ["--set momentum: has no effect when optimizer = 'adam'"]),
-        (["depth=3"], ["--set depth: is not in [search]"]),
-        (["width=9.5"], ["--set width: must be a valid integer, but got 9.5"]),
-        (["lr=NaN"], ["--set lr: "]),
-        (["lr="], ["--set lr: "]),
-        (["batch_norm=yes"], ["--set batch_norm: "]),
+        (["width"], ["width: expected NAME=VALUE, e.g. lr=1e-3"]),
+        (["lr=0.01", "lr=0.02"], ["lr=0.02: lr was already set to 0.01"]),
+        (["widht=9", "lr=5"], ["widht: is not in [search]; did you mean 'width'?", "lr: 5 is outside the"]),
+        (["optimizer=adam", "momentum=0.5"], ["momentum: has no effect when optimizer = 'adam'"]),
+        (["depth=3"], ["depth: is not in [search]"]),
+        (["width=9.5"], ["width: must be a valid integer, but got 9.5"]),
+        (["lr=NaN"], ["lr: "]),
+        (["lr="], ["lr: "]),
+        (["batch_norm=yes"], ["batch_norm: "]),
     ]:
         with pytest.raises(UsageError) as caught:
             enqueue_trial(definition, study, settings)
