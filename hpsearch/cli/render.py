@@ -185,6 +185,13 @@ def _tabulate_confusion(names: Sequence[str], matrix: Sequence[Sequence[int]]) -
 
 
 def prediction_line(prediction: Mapping[str, Any]) -> str:
-    """Return a line such as `digit.png  7 0.9981  9 0.0012  1 0.0003`."""
-    top = [f"{entry['class']} {entry['probability']:.4f}" for entry in prediction["top"]]
+    """Return a line such as `digit.png  7 >0.9999  9 <0.0001  1 <0.0001`."""
+    top = [f"{entry['class']} {_format_probability(entry['probability'])}" for entry in prediction["top"]]
     return "  ".join([printable(prediction["image"]), *top])
+
+
+def _format_probability(probability: float) -> str:
+    """Return four decimals. No network is certain, so neither `1.0000` nor `0.0000`."""
+    if probability > 0.9999:
+        return ">0.9999"
+    return "<0.0001" if probability < 0.0001 else f"{probability:.4f}"

@@ -174,6 +174,12 @@ def test_a_prediction_is_one_line_whatever_the_name() -> None:
     assert prediction_line(row) == r"a\r\n\u202eb.png  7 0.9981"
 
 
+def test_no_prediction_is_certain() -> None:
+    probabilities = {"7": 0.99994, "2": 0.9999, "9": 0.0001, "1": 0.00004, "3": 1.0, "5": 0.0}
+    row = {"image": "a.png", "top": [{"class": name, "probability": p} for name, p in probabilities.items()]}
+    assert prediction_line(row) == "a.png  7 >0.9999  2 0.9999  9 0.0001  1 <0.0001  3 >0.9999  5 <0.0001"
+
+
 def test_an_evaluation_is_told_in_full_and_drawn_where_asked(run: Run, saved: Path, tmp_path: Path) -> None:  # noqa: F811
     before = {file: file.read_bytes() for file in saved.iterdir()}
     code, out, err = run("evaluate", saved, "--pictures", "new/pictures")
