@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageStat, UnidentifiedImageError
 
 from hpsearch.data.mnist_images import (
+    LOW_CONTRAST,
+    MIN_CONTRAST,
     Pixels,
     crop_to_ink,
     is_like_mnist,
@@ -30,7 +32,8 @@ _CORRUPT = (
     *(struct.error, zlib.error),
 )
 _SIDE = 600  # pixels of the shorter side; larger images are shrunk
-_MIN_CONTRAST = 16
+_MIN_CONTRAST = 16  # of what is no digit: the grain of its background is not measured
+_INVISIBLE = 2  # shades, of 255
 _TURN = Image.Transpose
 # By EXIF orientation, from 2 on.
 _TURNS = (
@@ -53,13 +56,14 @@ def read_image(file: Path | str, image_shape: tuple[int, int, int], *, is_digit:
     4. Any other image is inverted as in 2, its background shade is subtracted, and it is scaled to fill the image, as
        in Fashion-MNIST (Xiao, Rasul and Vollgraf 2017, https://arxiv.org/abs/1708.07747).
 
-    Raises `ImageError` for a file that is missing, not a regular file, corrupt, blank or too large.
+    Raises `ImageError` for a file that is missing, not a regular file, corrupt, blank, too faint or too large.
     """
     height, width = image_shape[1:]
     try:
         pixels = _read_grey(Path(file))
-        if np.ptp(pixels) < _MIN_CONTRAST:
-            raise ImageError("image is blank")
+        contrast = np.ptp(pixels)
+        if contrast < (MIN_CONTRAST if is_digit else _MIN_CONTRAST):
+            raise ImageError(LOW_CONTRAST if contrast > _INVISIBLE else "image is blank")
         upright = _invert_light_ground(pixels)
         if pixels.shape == (height, width) and (not is_digit or is_like_mnist(upright)):
             pixels = upright

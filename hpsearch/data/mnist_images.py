@@ -8,11 +8,17 @@ from hpsearch.errors import ImageError
 
 _BOX = 20 / 28  # MNIST scales a digit to 20x20 of its 28x28 pixels
 _PEN = 1 / 14  # minimum stroke width, as a share of the box's side; MNIST's is about 1/8
+MIN_CONTRAST = 8  # shades, of 255, between ink and paper
+_ROUNDING = 3 / 8  # the grain of paper of one shade, since shades are whole numbers
+LOW_CONTRAST = "image has low contrast: nothing stands out from the background"
 Pixels = NDArray[np.float32]
 
 
 def remove_paper(pixels: Pixels) -> Pixels:
-    """Return light ink on a background of 0, for any paper and lighting. Raises `ImageError` if there is no ink."""
+    """Return light ink on a background of 0, for any paper and lighting; faint ink becomes lighter.
+
+    Raises `ImageError` if there is no ink.
+    """
     small = resize(pixels, 96)
     is_dark = _has_dark_ink(resize(pixels, 32))
     paper = _estimate_even_paper(small, is_dark)
@@ -22,7 +28,7 @@ def remove_paper(pixels: Pixels) -> Pixels:
     # Light multiplies dark ink, so that ink in a shadow is as black as elsewhere; chalk on a blackboard adds to it.
     ink = np.asarray(255 * (1 - pixels / np.maximum(paper, 16)) if is_dark else pixels - paper, dtype=np.float32)
     _check_for_ink(ink)
-    return ink.clip(0, None)
+    return np.asarray(ink.clip(0, None) * max(1, 64 / ink.max()))
 
 
 def _estimate_even_paper(small: Pixels, is_dark: bool) -> Pixels | None:
@@ -74,11 +80,15 @@ def is_like_mnist(pixels: Pixels) -> bool:
 
 
 def _check_for_ink(ink: Pixels) -> None:
-    """Raise `ImageError` if nothing stands out from the grain of the paper."""
+    """Raise `ImageError` if nothing stands out from the grain of the paper.
+
+    Faint ink must stand out further, because JPEG smooths a grain of few shades, except in some places.
+    """
     small = resize(ink, 96)
     grain = np.median(np.abs(np.diff(small, axis=int(np.argmax(small.shape)))))
-    if ink.max() < 16 or small.max() < 14 * grain:
-        raise ImageError("image is blank")
+    least = 14 * grain if ink.max() >= 16 else 24 * max(grain, _ROUNDING)
+    if ink.max() < MIN_CONTRAST or small.max() < least:
+        raise ImageError(LOW_CONTRAST)
 
 
 def remove_stains(ink: Pixels) -> Pixels:
@@ -148,7 +158,7 @@ def scale_and_center(pixels: Pixels, height: int = 28, width: int = 28, *, is_di
     ink[ink < 32] = 0
     cropped = ink[bounds]
     if not cropped.any():
-        raise ImageError("image is blank")
+        raise ImageError(LOW_CONTRAST)
     scale = (_BOX if is_digit else 1.0) * min(height / cropped.shape[0], width / cropped.shape[1])
     new_height, new_width = (max(1, round(side * scale)) for side in cropped.shape)
     method = Image.Resampling.BOX if scale < 1 else Image.Resampling.BILINEAR
@@ -169,5 +179,5 @@ def _bounds(ink: Pixels) -> tuple[slice, slice]:
     is_ink = np.asarray(smooth) > max(16, np.asarray(smooth).max() / 4)
     rows, columns = np.flatnonzero(is_ink.any(axis=1)), np.flatnonzero(is_ink.any(axis=0))
     if not len(rows):
-        raise ImageError("image is blank")
+        raise ImageError(LOW_CONTRAST)
     return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)

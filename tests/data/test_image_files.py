@@ -298,7 +298,7 @@ def test_uneven_light_on_the_paper_does_not_matter(tmp_path: Path, side: str, pl
     assert np.abs(even - uneven).mean() < 7
 
 
-@pytest.mark.parametrize(("ink", "paper"), [(40, 110), (130, 190), (170, 90), (235, 60)])
+@pytest.mark.parametrize(("ink", "paper"), [(40, 110), (130, 190), (170, 90), (235, 60), (230, 240)])
 def test_grey_paper_and_faint_ink_are_told_apart(tmp_path: Path, ink: int, paper: int) -> None:
     draw_one((300, 300), ink, paper).save(tmp_path / "faint.png")
     draw_one((300, 300), 0, 255).save(tmp_path / "clear.png")
@@ -406,8 +406,15 @@ def test_of_several_pictures_the_first_is_read(tmp_path: Path) -> None:
 def test_a_blank_picture_is_refused_whatever_its_size(tmp_path: Path, side: int, shade: int, grain: int) -> None:
     pixels = shade + np.random.default_rng(0).normal(0, grain, (side, side))
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(tmp_path / "a.jpg")
-    with pytest.raises(ImageError, match="image is blank"):
+    with pytest.raises(ImageError, match="image has low contrast" if grain else "image is blank"):
         read_image(tmp_path / "a.jpg", SHAPE)
+
+
+@pytest.mark.parametrize("is_digit", [False, True])
+def test_a_drawing_too_faint_to_be_read_is_not_called_blank(tmp_path: Path, is_digit: bool) -> None:
+    draw_one((300, 300), 235, 240).save(tmp_path / "a.png")
+    with pytest.raises(ImageError, match="image has low contrast: nothing stands out"):
+        read_image(tmp_path / "a.png", SHAPE, is_digit=is_digit)
 
 
 def test_tiny_and_lopsided_images_are_read(tmp_path: Path) -> None:
