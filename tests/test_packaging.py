@@ -46,6 +46,7 @@ def test_the_description_of_a_wheel_links_to_nothing_and_names_folders_that_it_h
     assert "in the folders `hpsearch` and `hpsearch/docs`" in text
 
 
+@pytest.mark.timeout(600)
 def test_from_a_wheel_and_an_empty_folder_each_command_says_the_next_up_to_a_prediction(
     wheel: Path, tmp_path: Path
 ) -> None:
