@@ -42,7 +42,8 @@ from hpsearch.search.trials import TrialEvent
 _REFRESH = 1.0  # seconds between two polls of the study
 _MIN_ROWS = 3  # of each list, even on a low terminal
 _MAX_FAILED = 3
-_LEAST_BAR = 8  # columns
+_NARROW = 64  # columns that the first line needs
+_LEAST_BAR = 8
 _CURVE_WIDTH = 12
 _NAME_WIDTH = 20  # shows the end of a worker's name, which is its number
 _BLOCKS, _ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-~=+*#"
@@ -179,7 +180,7 @@ class SnapshotTable:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         snapshot = self.snapshot
         cut: OverflowMethod = "crop" if options.ascii_only else "ellipsis"
-        head = _render_head(snapshot, is_own=self.is_own, width=options.max_width)
+        head = _render_head(snapshot, options.max_width, cut, is_own=self.is_own)
         # Two lines above the finished trials, and one each that is blank, names hidden columns, and stays empty.
         n_rows = options.max_height - len(console.render_lines(head, options)) - 5 - bool(self.trouble)
         failed = snapshot.failed[: min(max(n_rows - 11, 1), _MAX_FAILED)]
@@ -212,18 +213,19 @@ class SnapshotTable:
             yield _one_line(self.trouble, cut, style="bold red")
 
 
-def _render_head(snapshot: Snapshot, *, is_own: bool, width: int) -> RenderableType:
+def _render_head(snapshot: Snapshot, width: int, cut: OverflowMethod, *, is_own: bool) -> RenderableType:
     status = snapshot.status
     counts, epochs, best = status["trials"], status["epochs"], status["best"]
     n_trials = status["budget"]["trials"]
     name, progress = Text(status["study"], style="bold"), f"{snapshot.n_finished} of {n_trials}"
     time = _format_time_left(snapshot, is_own=is_own)
-    is_narrow = name.cell_len + len(progress) + time.cell_len + _LEAST_BAR + 6 > width
+    is_narrow = width < _NARROW
     head = Table.grid(padding=(0, 2))
     if is_narrow:
         head.add_row("study", name)
         head.add_row("done", Text(f"{progress}, ") + time)
     else:
+        name.truncate(width - _LEAST_BAR - len(progress) - time.cell_len - 6, overflow=cut)
         top = Table.grid(padding=(0, 2), expand=True)
         for column in ({}, {"ratio": 1}, {}, {"justify": "right"}):
             top.add_column(no_wrap=True, **column)

@@ -73,6 +73,12 @@ def test_each_hyperparameter_has_a_column_and_pruned_trials_say_why(snapshot: Sn
     assert float(value) < float(threshold.split()[0])
 
 
+def test_the_name_of_a_study_is_cut_and_not_the_time(snapshot: Snapshot) -> None:
+    status = {**snapshot.status, "study": "a-name-that-is-too-long" * 3}
+    [first, *_] = draw(replace(snapshot, status=status, seconds_left=(5400, 100_000)), 64, 24)
+    assert re.match(r"a-name-.*… .* 31 of 60  elapsed \d+ s, 1.5 to 27.8 h left$", first)
+
+
 def test_a_high_terminal_has_room_for_more_trials(snapshot: Snapshot) -> None:
     low, high = (sum("complete  " in line for line in draw(snapshot, 80, height)) for height in (24, 50))
     assert high > low
