@@ -67,6 +67,14 @@ def choose_study(context: typer.Context, study: str | None) -> str | None:
     return name
 
 
+def split_study(context: typer.Context, study: str, pattern: str) -> tuple[str, str | None]:
+    """Return the study and None; if it matches the pattern of the next argument, the only study here and that text."""
+    if not re.fullmatch(pattern, study) or find_study_file(study):
+        return study, None
+    context.params["study"] = choose_study(context, None)
+    return context.params["study"], study
+
+
 def mention_example(study: str) -> None:
     """Say so if a study is an example of the package because no file here has its name."""
     if find_study_file(study) in EXAMPLES.values():

@@ -91,7 +91,7 @@ class Group(TyperGroup):
             return super().resolve_command(ctx, args)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write one line for each command, and one with the names of the options."""
+        """Write one line for each command."""
         rows, last = [], ""
         for name, command in self.commands.items():
             group = str(command.rich_help_panel)  # type: ignore[attr-defined]
@@ -100,5 +100,10 @@ class Group(TyperGroup):
         formatter.write_paragraph()
         with formatter.indentation():
             formatter.write_dl(rows)
-            formatter.write_paragraph()
-            formatter.write_text("Options: " + ", ".join(parameter.opts[-1] for parameter in self.get_params(ctx)))
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Write the names of the options, and how to start."""
+        formatter.write_paragraph()
+        with formatter.indentation():
+            formatter.write_text("Options: " + ", ".join(max(each.opts, key=len) for each in self.get_params(ctx)))
+            formatter.write_text(self.epilog)

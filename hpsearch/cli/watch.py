@@ -41,6 +41,7 @@ def status(
 
 @app.command(epilog="Example: hpsearch trials digits --sort value --limit 5")
 def trials(
+    context: typer.Context,
     study: options.StudyArgument,
     number: Annotated[
         int | None,
@@ -77,6 +78,9 @@ def trials(
     from hpsearch.monitor.tables import tabulate_trials
     from hpsearch.monitor.trials import check_columns, describe_in_full, flatten, list_trials, to_csv
 
+    if number is None:
+        study, typed = options.split_study(context, study, r"\d+")
+        number = int(typed) if typed else None
     if as_json and as_csv:
         raise UsageError("--json and --csv cannot be combined")
     if number is not None and (state or sort or limit or columns or as_csv):
@@ -127,6 +131,7 @@ def _replay(named: options.NamedStudy, number: int, data: Path | None, *, as_jso
 
 @app.command(epilog="Example: hpsearch add digits lr=1e-3 depth=2 --trials 20")
 def add(
+    context: typer.Context,
     study: options.StudyArgument,
     values: Annotated[
         list[str] | None,
@@ -138,6 +143,8 @@ def add(
     """Add trials: --trials 20; or values to try next: lr=1e-3."""
     from hpsearch.search.study import enqueue_trial, extend_study
 
+    study, first = options.split_study(context, study, r"\w+=.*")
+    values = [*([first] if first else []), *(values or [])]
     named = options.NamedStudy(study, storage)
     if not values and trials is None:
         raise UsageError("nothing to add: give a number of trials (--trials 20) or values to try next (lr=1e-3)")

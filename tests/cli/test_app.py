@@ -102,7 +102,6 @@ BAD_ARGUMENTS = [
     (["trials", "small.toml", "1.5"], "TRIAL: must be a whole number of at least 0, not 1.5;"),
     (["trials", "small.toml", "--data", "here"], "need the number of a trial"),
     (["add", "small.toml"], "nothing to add: give a number of trials (--trials 20) or values to try next (lr=1e-3)"),
-    (["add", "lr=1e-3"], "lr=1e-3: study file not found"),
     (["add", "small.toml", "--trials", "0"], "--trials: must be a whole number of at least 1, not 0;"),
     (["trials", "small.toml", "--state", "done"], "--state: 'done' is not one of 'complete', 'pruned',"),
     (["trials", "small.toml", "--limit", "0"], "--limit: must be a whole number of at least 1, not 0;"),
@@ -124,7 +123,6 @@ BAD_ARGUMENTS = [
     ),
     (["evaluate"], "missing argument 'BUNDLE'"),
     (["predict", "models/small"], "missing argument 'IMAGE'"),
-    (["check"], "missing argument STUDY"),
 ]
 
 
@@ -183,6 +181,17 @@ def test_ctrl_c_is_told_in_one_line(run: Run, study_file: Callable[..., Path], m
     study_file()
     monkeypatch.setattr(definition, "load_definition", interrupt)
     assert run("export", "small.toml") == (130, "", "interrupted\n")
+
+
+def test_a_trial_or_values_can_be_named_without_the_only_study_here(run: Run, study_file: Callable[..., Path]) -> None:
+    definition = load_definition(study_file())
+    open_study(definition, open_storage(definition.study.storage))
+    code, _, err = run("add", "width=9", "lr=0.01", "--trials", "2")
+    assert code == 0
+    assert "trial 0 queued with width=9, lr=0.01; budget is now " in err
+    assert json.loads(run("trials", "0", "--json")[1])["params"] == {"width": 9, "lr": 0.01}
+    code, _, err = run("trials", "7")
+    assert (code, err.splitlines()[-1]) == (2, "error: study 'small' has no trial 7; valid numbers are 0 to 0")
 
 
 @pytest.mark.parametrize("verb", ["confirm", "export"])
