@@ -10,6 +10,7 @@ import subprocess
 import time
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
+from inspect import isclass, signature
 from itertools import count, groupby
 from pathlib import Path
 
@@ -224,6 +225,16 @@ def definitions(file: Path) -> set[str]:
     """The names that a file gives to functions, classes and constants."""
     found = re.findall(r"^ *(?:def|class) (\w+)|^([A-Z_]+)\b.* = ", file.read_text(), re.MULTILINE)
     return {name for names in found for name in names}
+
+
+def test_every_public_function_takes_a_path_as_a_string_too() -> None:
+    for name in hpsearch.__all__:
+        public = getattr(hpsearch, name)
+        methods = [value for key, value in vars(public).items() if not key.startswith("_")] if isclass(public) else []
+        for function in filter(callable, (public, *methods)):
+            for parameter in signature(function).parameters.values():
+                kinds = str(parameter.annotation)
+                assert "Path" not in kinds or "str" in kinds, f"{name}: {parameter}"
 
 
 def test_the_public_names_are_sorted_and_there() -> None:

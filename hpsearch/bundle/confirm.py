@@ -18,7 +18,7 @@ from hpsearch.config.definition import StudyDefinition
 from hpsearch.data.dataset import ImageData
 from hpsearch.errors import Diverged, HpsearchError, UsageError, WorkerError
 from hpsearch.search.selection import find_best_few
-from hpsearch.search.study import check_writable
+from hpsearch.search.study import check_data, check_writable
 from hpsearch.storage.rdb import storage_of
 from hpsearch.training.networks import build_network
 from hpsearch.training.run import build_trainer, load_study_data, trial_seed
@@ -50,14 +50,15 @@ def confirm(
     A run differs from the one in the search only in its seed: it trains on the training split for the budget's epochs,
     and is evaluated on the validation split. A run that diverges counts as accuracy 0. Finished runs are stored at once
     and never repeated; `on_run` gets the trial, the run's index and its accuracy. `n_workers` processes share the work
-    and the devices. Raises `NoCompletedTrial`, `DataError`, `UsageError` for fewer than two seeds, and `WorkerError`
-    if a process dies.
+    and the devices. Raises `NoCompletedTrial`, `DataError`, `StudyMismatch` for other data than the search had,
+    `UsageError` for fewer than two seeds, and `WorkerError` if a process dies.
     """
     if seeds < 2:
         raise UsageError(f"--seeds {seeds}: must be at least 2 (a single run shows no variance)")
     trials = find_best_few(study, top)
     check_writable(study)
     data = load_study_data(definition, folder)
+    check_data(definition, study, data)
     done: dict[str, float] = dict(study.user_attrs.get("confirmed_runs", {}))
     missing = [(trial, i) for i in range(seeds) for trial in trials if f"{trial.number}/{i}" not in done]
     for (trial, i), accuracy in _train_all(definition, data, missing, n_workers, devices, folder):

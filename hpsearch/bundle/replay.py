@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial
 from hpsearch.config.definition import StudyDefinition
 from hpsearch.errors import Diverged, NoCompletedTrial
 from hpsearch.search.selection import find_trial
+from hpsearch.search.study import check_data
 from hpsearch.search.trials import name_state
 from hpsearch.training.run import build_trainer, describe_environment, load_study_data, trial_seed
 from hpsearch.training.trainer import EpochResult
@@ -31,8 +32,8 @@ def replay(
 
     A trial that ran on the CPU is re-run there. The result has `identical`, the `largest_difference` of an accuracy
     (None if there is none to compare), its `epoch`, and `reasons`: what has changed since and may explain a
-    difference. Raises `UsageError` if the trial does not exist, `NoCompletedTrial` if it has no finished epoch, and
-    `DataError`.
+    difference. Raises `UsageError` if the trial does not exist, `NoCompletedTrial` if it has no finished epoch,
+    `DataError`, and `StudyMismatch` for other data than the search had.
     """
     trial = _find_finished(study, number)
     then = trial.user_attrs.get("environment", {})
@@ -40,7 +41,9 @@ def replay(
     before = torch.get_num_threads()
     torch.set_num_threads(then.get("threads", before))
     try:
-        data = load_study_data(definition, folder).to(device)
+        images = load_study_data(definition, folder)
+        check_data(definition, study, images)
+        data = images.to(device)
         seed, hyperparameters = trial_seed(definition.study.seed, trial), definition.space.read(trial.params)
         trainer = build_trainer(definition, data, hyperparameters, seed, validation=data.validation)
         with suppress(Diverged):

@@ -21,7 +21,7 @@ from hpsearch.data.dataset import ImageData, check_test, load_test
 from hpsearch.errors import Diverged
 from hpsearch.plugins import NETWORKS, find
 from hpsearch.search.selection import find_best, find_winner
-from hpsearch.search.study import check_writable
+from hpsearch.search.study import check_data, check_writable
 from hpsearch.storage.rdb import storage_of
 from hpsearch.training.run import build_trainer, load_study_data, trial_seed
 from hpsearch.training.trainer import EpochResult
@@ -30,7 +30,7 @@ from hpsearch.training.trainer import EpochResult
 def export(
     definition: StudyDefinition,
     study: optuna.Study,
-    target: Path,
+    target: Path | str,
     *,
     number: int | None = None,
     onnx: bool = False,
@@ -44,10 +44,10 @@ def export(
 
     The network is retrained on training and validation images together, once for each of `retrain.seeds`; the first
     model is exported. The test set is used only after all training, so nothing can be selected on it, and the study
-    counts each use. What can fail is checked before the training. With `force`, a modified model or
-    one of another study is replaced too. Raises `NoCompletedTrial`, `DataError`, `StorageError` if the study cannot be
-    written, `UsageError` if packages for ONNX are missing, `Diverged`, and `BundleError`. If verification fails,
-    nothing is written.
+    counts each use. What can fail is checked before the training. With `force`, a modified model or one of another
+    study is replaced too. Raises `NoCompletedTrial`, `DataError`, `StudyMismatch` for other data than the search had,
+    `StorageError` if the study cannot be written, `UsageError` if packages for ONNX are missing, `Diverged`, and
+    `BundleError`. If verification fails, nothing is written.
     """
     trial = find_winner(study) if number is None else find_best(study, number)
     if onnx:
@@ -59,6 +59,7 @@ def export(
     check_writable(study)
     hyperparameters = definition.space.read(trial.params)
     data = load_study_data(definition, folder)
+    check_data(definition, study, data)
     check_test(definition.data.name, folder)
     config = _describe_network(definition, data, hyperparameters)
     bundle.check_space(target, config, n_models=2 + onnx + torch_export)
@@ -84,6 +85,7 @@ def export(
         **_describe_evaluations(evaluations),
         "test_reads": n_test_uses,
         "n_images": {"train": len(images), "validation": len(data.validation), "test": len(labels)},
+        "data": data.describe(),
         "n_parameters": sum(parameter.numel() for parameter in networks[0].parameters()),
         **_describe_search(study, trial, len(data.validation)),
         "epochs": epochs,

@@ -4,6 +4,7 @@ The training split of a data set is divided into training and validation images.
 and a search never calls it.
 """
 
+import hashlib
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,6 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from hpsearch.data.sets import DataSet
 from hpsearch.errors import DataError
 from hpsearch.plugins import DATA_SETS, find
+
+_N_HASHED = 4096  # least images of a split, if it has as many
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,25 @@ class ImageData:
 
     def to(self, device: torch.device | str) -> Self:
         return type(self)(self.train.to(device), self.validation.to(device), self.mean, self.std, self.class_names)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what tells the data from others: numbers of images, image shape, classes and a SHA-256.
+
+        The digest is of all labels and of the pixels of about 8,000 images, which takes 0.03 s. They are rounded to 8
+        bits, since the last bits of `mean` and `std` depend on the machine.
+        """
+        digest = hashlib.sha256()
+        for split in (self.train, self.validation):
+            sample = split.images[:: max(len(split) // _N_HASHED, 1)].cpu()
+            pixels = sample.mul(self.std * 255).add_(self.mean * 255).round_().clamp_(0, 255)
+            digest.update(split.labels.cpu().numpy().tobytes() + pixels.to(torch.uint8).numpy().tobytes())
+        return {
+            "train": len(self.train),
+            "validation": len(self.validation),
+            "image_shape": list(self.image_shape),
+            "class_names": list(self.class_names),
+            "sha256": digest.hexdigest(),
+        }
 
     def share_memory(self) -> Self:
         """Move the data to shared memory, and return it."""

@@ -15,7 +15,7 @@ from hpsearch.config.space import TrainingHyperparameters, suggest
 from hpsearch.data.dataset import ImageData
 from hpsearch.errors import Diverged, Drained, StorageUnavailable
 from hpsearch.search.pruning import PruningCallback
-from hpsearch.search.study import check_direction
+from hpsearch.search.study import check_data, check_direction
 from hpsearch.storage.artifacts import Folder
 from hpsearch.storage.checkpoints import Checkpoint, checkpoints_of
 from hpsearch.storage.tables import by_value
@@ -51,6 +51,7 @@ class Objective:
         self.folder = folder
         self.device = device
         self._data = data and data.to(device)
+        self._checked = set[str]()  # names of studies that the data fit
 
     @property
     def data(self) -> ImageData:
@@ -59,15 +60,22 @@ class Objective:
                 self._data = load_study_data(self.definition, self.folder).to(self.device)
         return self._data
 
+    def check_data(self, study: optuna.Study) -> None:
+        """Note in the study what its data are, or raise `StudyMismatch` if it was searched on others."""
+        if study.study_name not in self._checked:
+            check_data(self.definition, study, self.data, stores=True)
+            self._checked.add(study.study_name)
+
     def __call__(self, trial: optuna.Trial, check: Callable[..., None] = lambda **_: None) -> float:
         """Run a trial: load its checkpoint, then train, report, ask the pruner and save, epoch by epoch.
 
         `check()` is called before each batch, and `check(between_epochs=True)` between epochs. Either may raise to end
         the trial; on `Drained` and `StorageUnavailable`, the training state is saved first. Raises `StudyMismatch` in a
-        study that does not maximize.
+        study that does not maximize, or was searched on other data.
         """
         if isinstance(trial, optuna.Trial):
             check_direction(trial.study)
+            self.check_data(trial.study)
         hyperparameters = suggest(trial, self.definition.space)
         for name in getattr(trial, "_fixed_params", {}):  # of `study.enqueue_trial`
             if name not in trial.params:

@@ -5,7 +5,7 @@ import uuid
 import warnings
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.exceptions import ExperimentalWarning
@@ -19,6 +19,9 @@ from hpsearch.errors import DefinitionError, StudyMismatch, StudyNotFound, Usage
 from hpsearch.storage.artifacts import Folder
 from hpsearch.storage.engine import creation_lock
 from hpsearch.storage.rdb import Storage, open_storage, storage_of
+
+if TYPE_CHECKING:
+    from hpsearch.data.dataset import ImageData
 
 
 def start_study(definition: StudyDefinition, *, keeps_extension: bool = True, resumes: bool = True) -> None:
@@ -104,6 +107,28 @@ def load_study(definition: StudyDefinition, storage: Storage) -> optuna.Study:
     if "fingerprint" not in study.user_attrs:
         raise StudyNotFound(f"study '{name}' was only partly created; finish with: hpsearch run STUDY")
     return study
+
+
+def check_data(definition: StudyDefinition, study: optuna.Study, data: "ImageData", *, stores: bool = False) -> None:
+    """Raise `StudyMismatch` if the study was searched on other data.
+
+    A search that `stores` is the first to use data notes what they are; older versions did not, and then any data fit.
+    """
+    found, known = data.describe(), study.user_attrs.get("data")
+    if known is None and stores:
+        study.set_user_attr("data", found)
+    if known in (None, found):
+        return
+    names = {"sha256": "SHA-256 of labels and pixels"}
+    differing = "".join(
+        f"\n  {names.get(key, key)}: {known.get(key)} -> {value}"
+        for key, value in found.items()
+        if known.get(key) != value
+    )
+    raise StudyMismatch(
+        f"study '{study.study_name}' was searched on other images than these of {definition.data.name}:{differing}\n"
+        "Point --data or HPSEARCH_DATA at those images, or search on these in a new study: set study.name in the file."
+    )
 
 
 def check_writable(study: optuna.Study) -> None:

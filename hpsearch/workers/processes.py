@@ -20,7 +20,7 @@ import optuna
 from hpsearch.config.definition import StudyDefinition, evolve
 from hpsearch.data.dataset import ImageData
 from hpsearch.errors import Drained
-from hpsearch.search.study import load_study
+from hpsearch.search.study import check_data, load_study
 from hpsearch.search.trials import Emit
 from hpsearch.training.devices import count_cores, list_devices
 from hpsearch.training.run import load_study_data
@@ -52,7 +52,9 @@ def run_pool(
     """
     storage = open_worker_storage(definition, drain)
     study = load_study(definition, storage)
-    data = share(load_study_data(definition, folder))
+    images = load_study_data(definition, folder)
+    check_data(definition, study, images, stores=True)
+    data = share(images)
     drain.check()
     devices = list_devices()
     options: dict[str, Any] = {"data": data or folder, "n_threads": max(1, count_cores() // n_workers), "waits": True}

@@ -88,6 +88,7 @@ class Worker:
         self.checkpoints = checkpoint_folder(definition, self.study)
         self.objective = Objective(definition, data, device=device, checkpoints=self.checkpoints)
         self.objective.fingerprint = self.study.user_attrs["fingerprint"]  # an older version's may differ
+        self.objective.check_data(self.study)
         self._next_reap = time.monotonic()
         self._failures: list[str] = []  # in a row
 

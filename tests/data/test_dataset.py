@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -311,3 +312,15 @@ def test_scripts_import_the_loaders_from_the_room_which_does_not_import_torch_be
     subprocess.run([sys.executable, "-c", program], check=True)
     with pytest.raises(ImportError, match="no_such_name"):
         from hpsearch.data import no_such_name  # noqa: F401
+
+
+def test_data_are_described_alike_on_every_machine_and_no_other_data_are(digits: ImageData) -> None:
+    images, labels = digits.train.images, digits.train.labels
+    rounded = replace(digits, train=Split(images * (1 + 1e-6), labels), mean=digits.mean + 1e-7)
+    assert rounded.describe() == digits.describe()
+    darker, shifted = images.clone(), labels.clone()
+    darker[7, 0, 14, 14] -= 0.1
+    shifted[7] = (labels[7] + 1) % 10
+    others = [Split(darker, labels), Split(images, shifted), Split(images[1:], labels[1:])]
+    digests = {replace(digits, train=split).describe()["sha256"] for split in [*others, digits.train]}
+    assert len(digests) == 4

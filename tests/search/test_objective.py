@@ -2,6 +2,8 @@
 
 import threading
 from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -9,14 +11,22 @@ import pytest
 import torch
 from optuna.trial import FixedTrial, TrialState
 
-from hpsearch.data.dataset import ImageData
+from hpsearch.bundle.confirm import confirm
+from hpsearch.bundle.replay import replay
+from hpsearch.bundle.retrain import export
+from hpsearch.data.dataset import ImageData, Split
 from hpsearch.errors import StudyMismatch
 from hpsearch.search.objective import Objective
 from hpsearch.search.pruning import PruningCallback
+from hpsearch.search.study import open_study
+from hpsearch.storage.rdb import open_storage
 from hpsearch.training import run, trainer
 from hpsearch.training.networks import build_network
 from hpsearch.training.run import trial_seed
 from hpsearch.training.trainer import EpochResult
+from hpsearch.workers.processes import run_pool
+from hpsearch.workers.shutdown import Drain
+from hpsearch.workers.worker import run_worker
 
 from ..conftest import make_definition
 
@@ -37,6 +47,32 @@ def test_a_study_that_minimizes_is_refused_before_anything_is_trained(digits: Im
     with pytest.raises(StudyMismatch, match=r"does not maximize .* create another one with direction='maximize'"):
         study.optimize(Objective(make_definition(), digits), n_trials=1)
     assert study.trials[0].params == {}
+
+
+def test_a_study_keeps_to_the_data_that_it_was_searched_on_first(digits: ImageData, tmp_path: Path) -> None:
+    definition = make_definition(f"sqlite:///{tmp_path / 'study.db'}")
+    study = open_study(definition, open_storage(definition.study.storage))
+    darker = replace(digits, validation=Split(digits.validation.images - 0.1, digits.validation.labels))
+    study.optimize(Objective(definition, darker), n_trials=1)
+    study.optimize(Objective(definition, darker), n_trials=1)
+    told = (
+        r"'small' was searched on other images than these of digits:\n  SHA-256 of labels and pixels: \w+ -> \w+\nPoint"
+    )
+    for use in (
+        lambda: study.optimize(Objective(definition, digits), n_trials=1),
+        lambda: run_worker(definition, Drain()),
+        lambda: run_pool(definition, Drain(), 1),
+        lambda: confirm(definition, study),
+        lambda: export(definition, study, str(tmp_path / "model")),
+        lambda: replay(definition, study, 0),
+    ):
+        with pytest.raises(StudyMismatch, match=told):
+            use()
+    assert "test_reads" not in study.user_attrs
+    study.set_user_attr("data", None)  # as in an older version, which did not note it
+    assert replay(definition, study, 0)["identical"] is False
+    study.optimize(Objective(definition, digits), n_trials=1)
+    assert study.user_attrs["data"] == digits.describe()
 
 
 def test_an_enqueued_value_that_is_not_used_is_named(digits: ImageData, caplog: pytest.LogCaptureFixture) -> None:
