@@ -109,13 +109,23 @@ def load_data(
     data_set: DataSet = find(DATA_SETS, name)
     images, labels = data_set.read(folder, is_train=True)
     training, held_out = _stratify(labels, validation, train, split_seed)
-    pixels = images[training].float().div_(255)
-    mean, std = pixels.mean().item(), pixels.std().item()
+    mean, std = _measure_pixels(images[training])
 
     def take(rows: Tensor) -> Split:
         return Split(normalise(images[rows], mean, std), labels[rows])
 
     return ImageData(take(training), take(held_out), mean, std, data_set.class_names)
+
+
+def _measure_pixels(images: Tensor) -> tuple[float, float]:
+    """Return mean and standard deviation of raw pixels, in one thread, since the last bits depend on their number."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        pixels = images.float().div_(255)
+        return pixels.mean().item(), pixels.std().item()
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 def load_test(name: str, folder: Path | str | None = None) -> tuple[Tensor, Tensor]:
