@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from contextlib import suppress
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ def replay(
     device: torch.device | str = "cpu",
     on_epoch: Callable[[EpochResult], None] = lambda result: None,
 ) -> dict[str, Any]:
-    """Re-run a trial with its seed and thread count up to its last epoch, and compare the validation accuracies.
+    """Re-run a trial with its seed and threads up to its last epoch, and compare the validation accuracies.
 
     A trial that ran on the CPU is re-run there. The result has `identical`, the `largest_difference` of an accuracy
     (None if there is none to compare), its `epoch`, and `reasons`: what has changed since and may explain a
@@ -39,17 +38,23 @@ def replay(
     then = trial.user_attrs.get("environment", {})
     device = "cpu" if then.get("device") == "cpu" else device
     before = torch.get_num_threads()
+    threads = {(epoch, n_batches): n for epoch, n_batches, n in then.get("thread_changes", ())}
     torch.set_num_threads(then.get("threads", before))
     try:
+        now = describe_environment(device)
         images = load_study_data(definition, folder)
         check_data(definition, study, images)
         data = images.to(device)
         seed, hyperparameters = trial_seed(definition.study.seed, trial), definition.space.read(trial.params)
         trainer = build_trainer(definition, data, hyperparameters, seed, validation=data.validation)
+
+        def change_threads() -> None:
+            if n_threads := threads.get((len(trainer.results) + 1, trainer.n_batches)):
+                torch.set_num_threads(n_threads)
+
         with suppress(Diverged):
-            for result in islice(trainer, trial.last_step):
-                on_epoch(result)
-        now = describe_environment(device)
+            while len(trainer.results) < (trial.last_step or 0) and not trainer.is_done:
+                on_epoch(trainer.run_epoch(change_threads))
     finally:
         torch.set_num_threads(before)
     curve = {result.epoch: result.value for result in trainer.results}

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,7 +18,7 @@ from hpsearch.cli.parsing import Command, Group
 from hpsearch.cli.result import app as result_app
 from hpsearch.cli.watch import app as watch_app
 from hpsearch.config.files import EXAMPLES, describe_example, write_example
-from hpsearch.errors import Drained, StorageError, UsageError, read_docstring
+from hpsearch.errors import BudgetSpent, Drained, StorageError, UsageError, read_docstring
 from hpsearch.monitor.text import count, echo
 from hpsearch.workers.shutdown import Drain
 
@@ -107,6 +107,7 @@ def check(
 def run(
     study: options.StudyArgument,
     workers: Annotated[int | None, options.number("Workers. [default: one per GPU, else per core]", 1, 10_000)] = None,
+    threads: options.ThreadsOption = None,
     trials: Annotated[int | None, options.number("Trials in total. [default: budget.trials]", 1)] = None,
     ray: Annotated[
         str | None,
@@ -125,6 +126,8 @@ def run(
     """Start or resume a search; --ray: on a cluster."""
     if ray is None and (detaches or cpus is not None or gpus is not None):
         raise UsageError("--cpus-per-worker, --gpus-per-worker and --detach need --ray")
+    if ray is not None and threads:
+        raise UsageError("--threads is for workers on this machine; --ray needs --cpus-per-worker")
     if ray is None and workers and workers > options.MAX_WORKERS:
         raise UsageError(f"--workers: must be a whole number from 1 to {options.MAX_WORKERS:,}, not {workers}")
     if detaches and ray == "local":
@@ -139,7 +142,7 @@ def run(
             _show_search(named, search, n_workers, drain, as_json=as_json)
 
     if ray is None:
-        return _run_here(named, show, workers, data, keeps_extension=trials is None)
+        return _run_here(named, show, workers, threads, data, keeps_extension=trials is None)
     from hpsearch.workers.ray import Resources, connect
 
     resources = Resources(1.0 if cpus is None else cpus, gpus or 0.0)
@@ -148,7 +151,13 @@ def run(
 
 
 def _run_here(
-    named: options.NamedStudy, show: "Show", workers: int | None, data: Path | None, *, keeps_extension: bool
+    named: options.NamedStudy,
+    show: "Show",
+    workers: int | None,
+    threads: int | None,
+    data: Path | None,
+    *,
+    keeps_extension: bool,
 ) -> None:
     """Run a search with workers on this machine."""
     from hpsearch.workers.forkserver import start_fork_server
@@ -161,7 +170,11 @@ def _run_here(
     from hpsearch.workers.processes import run_pool
 
     drain, n_workers = Drain().listen(), workers or default_workers()
-    show(lambda view: run_pool(named.definition, drain, n_workers, folder=data, emit=view), n_workers, drain)
+
+    def search(view: "LiveView") -> str:
+        return run_pool(named.definition, drain, n_workers, n_threads=threads, folder=data, emit=view)
+
+    show(search, n_workers, drain)
 
 
 def _run_in_cluster(
@@ -203,6 +216,7 @@ def _serving_dashboard(named: options.NamedStudy, *, opens: bool) -> Iterator[No
 @app.command(epilog="Example: hpsearch worker digits --max-trials 5")
 def worker(
     study: options.StudyArgument,
+    threads: options.ThreadsOption = None,
     max_trials: Annotated[int | None, options.number("Stop after N trials.", 1)] = None,
     creates: Annotated[bool, typer.Option("--create", help="Create the study if it does not exist.")] = False,
     storage: options.StorageOption = None,
@@ -211,6 +225,7 @@ def worker(
 ) -> None:
     """Add a worker from another terminal or machine."""
     from hpsearch.monitor.live import LiveView
+    from hpsearch.workers.cores import Neighbors, describe_share, wait_for_core
 
     named = options.NamedStudy(study, storage, artifacts=artifacts)
     if creates:
@@ -218,11 +233,23 @@ def worker(
 
         start_study(named.definition, resumes=False)
     watch = named.watch()
-    from hpsearch.workers.worker import run_worker
+    neighbors, drain = Neighbors(watch.study), Drain().listen()
+    echo(describe_share(neighbors.count() + 1, threads))
 
-    drain = Drain().listen()
+    def work(view: LiveView) -> str:
+        if threads is None:
+            wait_for_core(neighbors, named.load_study(), drain)
+        with neighbors.joined():
+            from hpsearch.workers.worker import run_worker
+
+            settings: dict[str, Any] = {"data": data, "n_threads": threads, "max_trials": max_trials}
+            return run_worker(named.definition, drain, view, neighbors=neighbors, **settings)
+
     with LiveView(watch) as view:
-        reason = run_worker(named.definition, drain, view, data=data, max_trials=max_trials)
+        try:
+            reason = work(view)
+        except BudgetSpent as spent:
+            reason = str(spent)
     echo("done: " + reason.replace(" STUDY", f" {named.arguments}"))
 
 

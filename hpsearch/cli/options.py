@@ -132,6 +132,7 @@ StudyArgument = Annotated[
 BundleArgument = Annotated[
     Path, typer.Argument(metavar="BUNDLE", help="Model folder, written by `hpsearch export`.", callback=expand_path)
 ]
+ThreadsOption = Annotated[int | None, number("Threads per worker. [default: cores / workers]", 1, 1024)]
 StorageOption = Annotated[
     str | None, typer.Option(metavar="URL", help="Database URL of the study. [env: HPSEARCH_STORAGE]")
 ]

@@ -86,7 +86,8 @@ class Objective:
                     name,
                 )
         seed = trial_seed(self.definition.study.seed, trial)
-        trial.set_user_attr("environment", describe_environment(self.device))
+        environment = describe_environment(self.device)
+        trial.set_user_attr("environment", environment)
         trainer = build_trainer(self.definition, self.data, hyperparameters, seed, validation=self.data.validation)
         report_and_prune = PruningCallback(trial, trainer.epochs)
         checkpoint = self._open_checkpoint(trial, hyperparameters)
@@ -102,6 +103,9 @@ class Objective:
                 if is_whole:
                     speed = len(self.data.train) / (time.perf_counter() - start)
                     trial.set_user_attr("images_per_second", round(speed))
+                if trainer.threads not in ([[1, 0, environment["threads"]]], environment.get("thread_changes")):
+                    environment = environment | {"thread_changes": [*trainer.threads]}
+                    trial.set_user_attr("environment", environment)
                 report_and_prune(result)
                 if checkpoint and trainer.is_done and self._is_among_best(trial, result):
                     checkpoint.write(trainer.state_dict())

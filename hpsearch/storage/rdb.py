@@ -139,6 +139,12 @@ class Storage(RDBStorage):
         return int(changed["workers"]) - 1
 
     @retry_on_outage
+    def check_budget(self, study_id: int) -> None:
+        """Raise what `admit` raises if no other trial of the study may start now."""
+        with self.engine.begin() as connection:
+            admit(connection, study_id, self._searched[study_id])
+
+    @retry_on_outage
     def seconds_searched(self, study_id: int) -> float:
         """Return the seconds in which at least one trial of the study ran."""
         with self.engine.begin() as connection:

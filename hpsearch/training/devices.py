@@ -2,10 +2,11 @@
 
 import ctypes
 import sys
+from pathlib import Path
 
 import joblib
-import torch
 
+_GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # of NVIDIA, AMD and Windows
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
@@ -14,9 +15,21 @@ def count_cores() -> int:
     return int(joblib.cpu_count())
 
 
+def share_cores(n_workers: int) -> int:
+    """Return the threads of each of `n_workers` workers that share the cores of this machine."""
+    return max(1, count_cores() // n_workers)
+
+
 def list_devices() -> list[str]:
     """Return the GPUs of this machine, or its CPU if there is none."""
+    import torch  # takes seconds
+
     return [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
+
+
+def may_have_gpu() -> bool:
+    """Return whether a GPU driver is loaded; quicker than `list_devices`, which asks torch."""
+    return any(Path(device).exists() for device in _GPU_DRIVERS)
 
 
 def default_workers() -> int:

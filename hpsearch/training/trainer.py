@@ -39,7 +39,9 @@ class Trainer:
     `for result in trainer` trains to the end; `run_epoch` is for those who want more control. The random numbers follow
     from `seed` and belong to the trainer: the `order` of the images, and the `noise` of dropout and augmentation. So
     trainers do not disturb each other, and a state that was saved and loaded continues bit for bit (on the CPU).
-    `results` are those of the finished epochs; `n_batches` counts the batches trained in the current one.
+    `results` are those of the finished epochs; `n_batches` counts the batches trained in the current one. `threads` has
+    `[epoch, n_batches, threads]` for the start and for each change of torch's number of threads, on which the last bits
+    depend.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Trainer:
         self.network, self.epochs, self.validation = network, epochs, validation
         self.results: list[EpochResult] = []
         self.n_batches = 0
+        self.threads: list[list[int]] = []
         self.order = torch.Generator().manual_seed(seed)
         self.noise = torch.Generator(device).manual_seed(seed ^ 1)
         for layer in network.modules():
@@ -95,6 +98,7 @@ class Trainer:
         with fast_matmul(self._n_parameters):
             for images, labels in islice(self._loader, self.n_batches, None):
                 check()
+                self._note_threads()
                 if self._augmentation:
                     images = augment(images, self._augmentation, self.noise)
                 total_loss += gradients(images, labels)
@@ -111,6 +115,11 @@ class Trainer:
         total_loss.zero_()
         return self.results[-1]
 
+    def _note_threads(self) -> None:
+        n_threads = torch.get_num_threads()
+        if not self.threads or self.threads[-1][-1] != n_threads:
+            self.threads.append([len(self.results) + 1, self.n_batches, n_threads])
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state, for `torch.save`. As with torch's modules, training on changes its tensors."""
         return {
@@ -121,6 +130,7 @@ class Trainer:
             "noise": (self.noise.device.type, self.noise.get_state()),
             "total_loss": self._total_loss,
             "n_batches": self.n_batches,
+            "threads": self.threads,
             "results": [astuple(result) for result in self.results],
         }
 
@@ -135,6 +145,7 @@ class Trainer:
             self.noise.set_state(noise)
         self._total_loss.copy_(state["total_loss"])
         self.n_batches = state["n_batches"]
+        self.threads = [[*each] for each in state.get("threads", ())]  # unknown in older versions
         self.results = [EpochResult(*values) for values in state["results"]]
 
 

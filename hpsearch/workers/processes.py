@@ -22,7 +22,7 @@ from hpsearch.data.dataset import ImageData
 from hpsearch.errors import Drained
 from hpsearch.search.study import check_data, load_study
 from hpsearch.search.trials import Emit
-from hpsearch.training.devices import count_cores, list_devices
+from hpsearch.training.devices import list_devices
 from hpsearch.training.run import load_study_data
 from hpsearch.workers.executor import Handle, Supervisor
 from hpsearch.workers.forkserver import start_fork_server, start_process
@@ -44,10 +44,12 @@ def run_pool(
     n_workers: int,
     *,
     folder: Path | str | None = None,
+    n_threads: int | None = None,
     emit: Emit = lambda event: None,
 ) -> str:
     """Run the study, which must exist, with `n_workers` processes, which share the devices and cores.
 
+    Each uses `n_threads` threads, by default its share of the cores: see `run_worker`.
     Returns and raises what `Supervisor.run` does.
     """
     storage = open_worker_storage(definition, drain)
@@ -57,7 +59,7 @@ def run_pool(
     data = share(images)
     drain.check()
     devices = list_devices()
-    options: dict[str, Any] = {"data": data or folder, "n_threads": max(1, count_cores() // n_workers), "waits": True}
+    options: dict[str, Any] = {"data": data or folder, "n_threads": n_threads, "n_workers": n_workers, "waits": True}
 
     def prepare(slot: int) -> tuple[str, Task]:
         stream, device = storage.join(study._study_id), devices[slot % len(devices)]

@@ -7,6 +7,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -37,8 +38,9 @@ from hpsearch.storage.artifacts import Folder
 from hpsearch.storage.checkpoints import checkpoint_folder, sweep_checkpoints
 from hpsearch.storage.rdb import Storage, open_storage
 from hpsearch.storage.tables import count_interruptions
-from hpsearch.training.devices import count_cores, list_devices
+from hpsearch.training.devices import list_devices, share_cores
 from hpsearch.training.run import load_study_data
+from hpsearch.workers.cores import Neighbors
 from hpsearch.workers.shutdown import Drain
 
 logger = logging.getLogger(__name__)
@@ -62,7 +64,8 @@ class WorkerExit:
 class Worker:
     """Runs trials of a study until the budget is used up, the worker is drained, or `max_trials` trials have run.
 
-    `stream` numbers the workers of a study; it determines the worker's sampler and name.
+    `stream` numbers the workers of a study; it determines the worker's sampler and name. `count_threads` returns how
+    many threads it should use now; by default it uses as many as before.
     """
 
     def __init__(
@@ -76,8 +79,10 @@ class Worker:
         device: torch.device | str = "cpu",
         emit: Emit = lambda event: None,
         max_trials: int | None = None,
+        count_threads: Callable[[], int] | None = None,
         node: str = "",
     ) -> None:
+        self.count_threads, self.n_threads = count_threads, torch.get_num_threads()
         self.definition, self.storage, self.drain, self.emit = definition, storage, drain, emit
         self.max_trials = max_trials
         self.name = storage.worker = worker_name(stream, node)
@@ -125,6 +130,8 @@ class Worker:
 
     def run_trial(self) -> None:
         """Ask for a trial, run the objective with a heartbeat, and tell the result."""
+        self.update_threads()
+        self.apply_threads()
         trial = self._ask()
         value, state = None, TrialState.COMPLETE
         with Heartbeat(self, trial) as heartbeat:
@@ -142,6 +149,19 @@ class Worker:
                 kind = "out-of-memory" if _is_out_of_memory(error) else "exception"
                 return self._fail(trial, kind, f"{type(error).__name__}: {error}; {self._keep_traceback(trial)}")
             return self._tell(trial, value, state)
+
+    def update_threads(self) -> None:
+        """Note how many threads this worker should use now."""
+        try:
+            if self.count_threads:
+                self.n_threads = self.count_threads()
+        except OSError as error:  # such as too many open files, which must not end the heartbeats
+            logger.debug("cannot count the workers of this machine: %s", error)
+
+    def apply_threads(self) -> None:
+        """Let torch use that many threads in the calling thread, to which the setting belongs."""
+        if self.count_threads and torch.get_num_threads() != self.n_threads:
+            torch.set_num_threads(self.n_threads)
 
     def _requeue_own(self) -> None:
         """Hand back this worker's running trial, if any."""
@@ -202,7 +222,10 @@ class Worker:
 
 
 class Heartbeat(threading.Thread):
-    """Context manager that sends heartbeats for a running trial, detects its loss, and reaps stale trials."""
+    """Context manager that sends heartbeats for a running trial, detects its loss, and reaps stale trials.
+
+    It also counts the workers that share the cores.
+    """
 
     def __init__(self, worker: "Worker", trial: optuna.Trial) -> None:
         super().__init__(name=f"heartbeat of trial {trial.number}", daemon=True)
@@ -212,11 +235,13 @@ class Heartbeat(threading.Thread):
     def check(self, *, between_epochs: bool = False) -> None:
         """Flush buffered reports. Raises if a stop was requested or the trial belongs to another worker now.
 
-        A request to stop the study takes effect between epochs.
+        Changes the number of threads if workers have joined or left. A request to stop the study takes effect between
+        epochs.
         """
         self.worker.drain.check()
         if self.lost.is_set():
             raise TrialLost
+        self.worker.apply_threads()
         self.worker.storage.flush(self.trial_id)
         if between_epochs and self.worker.storage.is_stopped:
             raise Stopped
@@ -226,6 +251,7 @@ class Heartbeat(threading.Thread):
         is_due_at = time.monotonic() + interval
         while not self.ended.wait(_TICK):
             storage.note_time(self.trial_id)
+            self.worker.update_threads()
             if time.monotonic() < is_due_at:
                 continue
             is_due_at = time.monotonic() + interval
@@ -254,6 +280,8 @@ def run_worker(
     data: ImageData | Path | str | None = None,
     device: str | None = None,
     n_threads: int | None = None,
+    n_workers: int = 1,
+    neighbors: Neighbors | None = None,
     stream: int | None = None,
     node: str = "",
     max_trials: int | None = None,
@@ -261,19 +289,28 @@ def run_worker(
 ) -> str:
     """Run a worker in this process on a study, which must exist. Returns and raises what `Worker.run` does.
 
-    `data` is the data, or the folder to load them from. The default is the first device of this machine, and a thread
-    per core. A worker without a `stream` joins the study, and first checks that it reaches the artifact store.
+    `data` is the data, or the folder to load them from. The default is the first device of this machine, and as many
+    threads as there are cores per worker of the study on this machine: at least `n_workers`, and those that join while
+    it runs. A worker without a `stream` joins the study, and first checks that it reaches the artifact store. Pass
+    `neighbors` if this process has joined them.
     """
-    torch.set_num_threads(n_threads or count_cores())  # torch itself ignores a container's CPU quota
     if stream is None:
         Folder(definition.study.artifacts).check()
     storage = open_worker_storage(definition, drain, waits=waits)
     study = load_study(definition, storage)  # fails before the data are loaded
+    others = neighbors or Neighbors(study)
+
+    def count_threads() -> int:
+        return n_threads or share_cores(max(n_workers, others.count()))
+
+    torch.set_num_threads(count_threads())  # torch itself ignores a container's CPU quota
     images = data if isinstance(data, ImageData) else load_study_data(definition, data)
     stream = storage.join(study._study_id) if stream is None else stream
-    options: dict[str, Any] = {"emit": emit, "max_trials": max_trials, "node": node}
+    options: dict[str, Any] = {"emit": emit, "max_trials": max_trials, "node": node, "count_threads": count_threads}
     device = device or list_devices()[0]
-    return Worker(definition, storage, stream, drain, data=images, device=device, **options).run()
+    worker = Worker(definition, storage, stream, drain, data=images, device=device, **options)
+    with nullcontext() if neighbors else others.joined():
+        return worker.run()
 
 
 def open_worker_storage(definition: StudyDefinition, drain: Drain, *, waits: bool = False) -> Storage:

@@ -483,7 +483,7 @@ def come_and_go(folder: Path, n: int, rng: random.Random) -> str:
                 runs.append(search.run(3))
                 events["joined"] += 3
             case "worker" if len(runs) < 4:
-                runs.append(search.start("worker", "--max-trials", 2))
+                runs.append(search.start("worker", "--threads", 1, "--max-trials", 2))
                 events["joined"] += 1
             case "leave" if len(ready) > 1:
                 rng.choice(ready).terminate()

@@ -131,7 +131,8 @@ def test_one_more_worker_joins_from_another_terminal(study_file: WriteStudy) -> 
     hpsearch("worker", file.name, cwd=file.parent, expect=1)
     run = start("run", file.name, "--workers", 2, cwd=file.parent, log=file.parent / "log")
     wait_for(runs_a_trial(file), "a trial that runs")
-    worker = hpsearch("worker", file.name, "--max-trials", 1, cwd=file.parent)
+    worker = hpsearch("worker", file.name, "--threads", 1, "--max-trials", 1, cwd=file.parent)
+    assert re.match(r"third worker on \d+ cores?: ", worker.stderr)
     assert "--max-trials reached (1)" in worker.stderr
     assert run.wait(timeout=200) == 0
     rows = json.loads(hpsearch("trials", file.name, "--json", cwd=file.parent).stdout)
@@ -144,7 +145,7 @@ def test_a_signal_ends_a_worker_cleanly(study_file: WriteStudy) -> None:
     run = start("run", file.name, "--workers", 1, cwd=file.parent, log=file.parent / "log")
     wait_for(runs_a_trial(file), "the run's trial")
     for number, exit_status in ((signal.SIGINT, 130), (signal.SIGTERM, 75)):
-        worker = start("worker", file.name, cwd=file.parent, log=file.parent / "worker.log")
+        worker = start("worker", file.name, "--threads", 1, cwd=file.parent, log=file.parent / "worker.log")
         wait_for(runs_a_trial(file, 2), "the worker's trial")
         worker.send_signal(number)
         assert worker.wait(timeout=120) == exit_status

@@ -14,7 +14,7 @@ import torchvision
 from hpsearch.data.dataset import load_test
 from hpsearch.data.sets import data_folder
 from hpsearch.errors import HpsearchError
-from tests.benchmark import many, pictures, pieces, quality, searches, watching
+from tests.benchmark import joining, many, pictures, pieces, quality, searches, watching
 from tests.benchmark.report import UNFAIR, Options, Row, show
 
 PARTS = {
@@ -25,6 +25,7 @@ PARTS = {
     "quality": quality.quality,
     "startup": searches.start_up,
     "scaling": searches.scaling,
+    "joining": joining.joining,
     "watching": watching.watching,
     "gpu": searches.gpu,
     "many": many.many,

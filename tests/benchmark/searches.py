@@ -13,6 +13,7 @@ from typing import Any
 import optuna
 import psutil
 import torch
+from optuna.trial import FrozenTrial
 
 from hpsearch.config.definition import StudyDefinition, evolve, parse_definition
 from hpsearch.config.space import suggest
@@ -71,12 +72,25 @@ def run_hpsearch(folder: Path, definition: StudyDefinition, n_workers: int, core
     subprocess.run(pinned, check=True, capture_output=True, env=environment())
     whole = time.perf_counter() - start
     trials = optuna.load_study(study_name="speed", storage=f"sqlite:///{database}").trials
-    starts = [trial.datetime_start.timestamp() for trial in trials if trial.datetime_start]
-    ends = [trial.datetime_complete.timestamp() for trial in trials if trial.datetime_complete]
     batch_size, n_train = definition.fixed["batch_size"], definition.data.train or 0
     n_steps = sum(trial.last_step or 0 for trial in trials) * -(-n_train // batch_size)
-    seconds = max(ends) - min(starts)
+    seconds = seconds_of(trials)
     return Outcome(seconds, [trial.values[0] for trial in trials], n_steps, start_up=whole - seconds)
+
+
+def seconds_of(trials: Sequence[FrozenTrial]) -> float:
+    """The seconds from the start of the first trial to the end of the last."""
+    starts = [trial.datetime_start.timestamp() for trial in trials if trial.datetime_start]
+    return max(trial.datetime_complete.timestamp() for trial in trials if trial.datetime_complete) - min(starts)
+
+
+def has_parameters(database: Path) -> bool:
+    """Whether a trial has its parameters, which are stored just before its first batch."""
+    try:
+        with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as connection:
+            return bool(connection.execute("SELECT count(*) FROM trial_params").fetchone()[0])
+    except sqlite3.OperationalError:  # not there yet
+        return False
 
 
 def compare(
@@ -155,7 +169,7 @@ def full_fidelity(folder: Path, options: Options) -> list[Row]:
 
 
 def start_up(folder: Path, options: Options) -> list[Row]:
-    """Seconds of `--help` and of `check`, and from `run` to its first batch (its parameters are stored just before)."""
+    """Seconds of `--help` and of `check`, and from `run` to its first batch."""
     file, database = folder / "speed.toml", folder / "speed.db"
     file.write_text(define(draw_trials(1), train=3840, validation=1280, epochs=1).to_toml())
 
@@ -164,19 +178,12 @@ def start_up(folder: Path, options: Options) -> list[Row]:
         subprocess.run([*HPSEARCH, *arguments], check=True, capture_output=True, env=environment())
         return time.perf_counter() - start
 
-    def has_parameters() -> bool:
-        try:
-            with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as connection:
-                return bool(connection.execute("SELECT count(*) FROM trial_params").fetchone()[0])
-        except sqlite3.OperationalError:  # not there yet
-            return False
-
     def time_first_batch() -> float:
         database.unlink(missing_ok=True)
         start = time.perf_counter()
         command = [*HPSEARCH, "run", str(file), "--workers", "2", "--storage", f"sqlite:///{database}"]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment()):
-            wait_for(has_parameters, "the first batch")
+            wait_for(lambda: has_parameters(database), "the first batch")
             return time.perf_counter() - start
 
     measured: dict[str, list[float]] = {"--help": [], "check": [], "first batch after run": []}

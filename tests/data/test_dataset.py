@@ -304,6 +304,16 @@ def test_the_real_mnist_is_read_from_its_archives(tmp_path: Path) -> None:
     assert data.std == pytest.approx(0.3081, abs=0.001)
 
 
+def test_pixels_have_the_same_mean_in_any_number_of_threads() -> None:
+    images = torch.randint(0, 256, (1000, 1, 28, 28), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    measured = set()
+    for n_threads in (1, 2, 3, 4):
+        torch.set_num_threads(n_threads)
+        measured.add(dataset._measure_pixels(images))
+        assert torch.get_num_threads() == n_threads
+    assert len(measured) == 1
+
+
 def test_scripts_import_the_loaders_from_the_room_which_does_not_import_torch_before() -> None:
     from hpsearch.data import load_data, load_test
 
