@@ -111,11 +111,15 @@ def run(
     trials: Annotated[int | None, options.number("Trials in total. [default: budget.trials]", 1)] = None,
     ray: Annotated[
         str | None,
-        typer.Option(metavar="[ADDRESS]", parser=options.read_address, help="Use a Ray cluster. [env: RAY_ADDRESS]"),
+        typer.Option(metavar="[ADDRESS]", parser=options.read_address, help="Run in a Ray cluster. [env: RAY_ADDRESS]"),
     ] = None,
-    cpus: Annotated[float | None, options.number("With --ray. [default: 1]", 0.01, 1000, "--cpus-per-worker")] = None,
-    gpus: Annotated[float | None, options.number("With --ray. [default: 0]", 0.0, 1000, "--gpus-per-worker")] = None,
-    detaches: Annotated[bool, typer.Option("--detach", help="With --ray: return once workers start.")] = False,
+    cpus: Annotated[
+        float | None, options.number("CPU cores per worker. [default: 1]", 0.01, 1000, "--cpus-per-worker")
+    ] = None,
+    gpus: Annotated[
+        float | None, options.number("GPUs per worker, e.g. 0.25. [default: 0]", 0.0, 1000, "--gpus-per-worker")
+    ] = None,
+    detaches: Annotated[bool, typer.Option("--detach", help="Leave the workers running in the cluster.")] = False,
     shows_dashboard: Annotated[bool, typer.Option("--dashboard", help="Also serve the Optuna dashboard.")] = False,
     opens: Annotated[bool, typer.Option("--open", help="Also open the dashboard in a browser.")] = False,
     storage: options.StorageOption = None,

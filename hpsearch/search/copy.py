@@ -60,7 +60,7 @@ def copy_study(definition: StudyDefinition, target: StudyDefinition) -> Copy:
     this name. Raises `StorageError` if the copy differs from its source.
     """
     name, place = definition.study.name, show_url(target.study.storage)
-    delete = f"optuna delete-study --study-name {name} --storage URL"
+    delete = f"optuna delete-study --study-name {name} --storage {place}"
     with ExitStack() as stack:
         recovery = definition.recovery
         source = open_storage(
