@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hpsearch.bundle.bundle import Classifier as Classifier
+    from hpsearch.bundle.bundle import Prediction as Prediction
     from hpsearch.bundle.bundle import load as load
     from hpsearch.bundle.confirm import confirm as confirm
     from hpsearch.bundle.evaluation import Evaluation as Evaluation

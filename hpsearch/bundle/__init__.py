@@ -4,7 +4,7 @@ evaluation   accuracy, confusion matrix, calibration, misclassified images
 figures      plots of an evaluation as PNG files
 confirm      retrains the best trials with new seeds: was it luck?
 replay       re-runs a trial with its seed
-manifest     replaces a folder in one step; reads it only if no file has changed
+manifest     replaces a folder in one step; reads a file only if it has not changed
 formats      writes the model files, and verifies each in a new process
 bundle       saves and loads the model folder; `Classifier`
 retrain      retrains the winner, tests it once, saves it

@@ -1,13 +1,14 @@
 """The model folder: saved beside its target, verified in new processes, and loaded only if complete and unmodified."""
 
 import json
+import logging
 import math
 import os
 import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple, overload
 
 import numpy as np
 import psutil
@@ -32,13 +33,16 @@ from hpsearch.plugins import DATA_SETS, NETWORKS, find
 from hpsearch.training.kinds import Hyperparameters
 from hpsearch.training.networks import Network, from_layers
 
+logger = logging.getLogger(__name__)
+
 FORMAT_VERSION = 1
+CARD = "README.md"  # users may edit it
 REQUIRED = (
     *("model.safetensors", "model.pt", "config.json", "metrics.json", "study.toml", "confusion_matrix.png"),
-    "README.md",
+    CARD,
 )
 EXAMPLE = "example.png"  # the first test image, so that there is one to classify
-OPTIONAL = ("model.onnx", "model.pt2", "mistakes.png", "calibration.png", EXAMPLE)
+OPTIONAL = ("model.onnx", "model.pt2", "mistakes.png", "calibration.png", EXAMPLE, formats.PROGRAM)
 _MAX_MODEL_BYTES = 2**32
 
 _Name = Annotated[str, StringConstraints(max_length=100)]
@@ -70,13 +74,44 @@ class Contents:
     study_toml: str
 
 
+class Prediction(NamedTuple):
+    """The most likely class of an image, and its probability."""
+
+    class_name: str
+    probability: float
+
+
 class Classifier:
-    """A network loaded from a model folder, with everything it needs to classify raw pixels."""
+    """A network loaded from a model folder, with everything it needs to classify images."""
 
     def __init__(self, network: Network, config: Config) -> None:
         self.network, self.config = network, config
         self.image_shape = config.image_shape
         self.class_names = tuple(config.class_names)
+
+    def __repr__(self) -> str:
+        n_parameters = sum(parameter.numel() for parameter in self.network.parameters())
+        size = "x".join(map(str, self.image_shape))
+        return (
+            f"<Classifier: {self.config.kind} with {n_parameters:,} parameters, trained on {self.config.data}, "
+            f"{size} pixels to {len(self.class_names)} classes>"
+        )
+
+    @overload
+    def predict(self, images: Path | str | Image.Image) -> Prediction: ...
+    @overload
+    def predict(self, images: NDArray[np.uint8] | torch.Tensor) -> list[Prediction]: ...
+    def predict(
+        self, images: Path | str | Image.Image | NDArray[np.uint8] | torch.Tensor
+    ) -> Prediction | list[Prediction]:
+        """Return the `Prediction` for an image, or a list of them for an array of images.
+
+        An image is the path of a file or a Pillow image, and is prepared as `hpsearch predict` does. An array has raw
+        pixels as for `predict_proba`. Raises `ImageError`.
+        """
+        if isinstance(images, Path | str | Image.Image):
+            return self.predict(self.read_image(images)[np.newaxis])[0]
+        return [Prediction(*self.rank(probabilities, 1)[0]) for probabilities in self.predict_proba(images)]
 
     def predict_proba(self, images: NDArray[np.uint8] | torch.Tensor) -> NDArray[np.float32]:
         """Return the softmax probabilities of raw pixels: float32 of shape (N, classes).
@@ -99,14 +134,9 @@ class Classifier:
         probabilities: NDArray[np.float32] = self.network.predict_proba(inputs).numpy()
         return probabilities
 
-    def predict_file(self, file: Path | str, top: int = 3) -> list[tuple[str, float]]:
-        """Return the `top` most likely classes of an image file with their probabilities; raises `ImageError`."""
-        [probabilities] = self.predict_proba(self.read_image(file)[np.newaxis])
-        return self.rank(probabilities, top)
-
-    def read_image(self, file: Path | str) -> NDArray[np.uint8]:
-        """Read an image file as raw pixels of the network's image shape; raises `ImageError`."""
-        pixels: NDArray[np.uint8] = find(DATA_SETS, self.config.data).read_image(file)
+    def read_image(self, image: Path | str | Image.Image) -> NDArray[np.uint8]:
+        """Return an image file or Pillow image as raw pixels of the network's image shape; raises `ImageError`."""
+        pixels: NDArray[np.uint8] = find(DATA_SETS, self.config.data).read_image(image)
         return pixels
 
     def rank(self, probabilities: NDArray[np.float32], top: int) -> list[tuple[str, float]]:
@@ -123,7 +153,8 @@ def load(path: Path | str) -> Classifier:
     """Load the classifier from a model folder after checking every file's SHA-256; runs no code from it.
 
     Reads only regular files with known names, and no more bytes than the network can have. Raises `BundleError` naming
-    the file that is missing, modified, too large, a link, unexpected or invalid.
+    the file that is missing, modified, too large, a link, unexpected or invalid. Nothing is read from the model card:
+    if it was edited or removed, that is only logged as a warning.
     """
     folder = Path(path)
     while True:
@@ -147,14 +178,21 @@ def _load(folder: Path) -> Classifier:
         network = _build(config, folder / "config.json")
         n_bytes = _count_bytes(network)
         bound = min(n_bytes + n_bytes // 4 + 2**22, _MAX_MODEL_BYTES)  # names and graphs take some space
-        for name in files.names:
+        for name in _sealed(files):
             content = files.read(name, bound if name.startswith("model.") else MAX_BYTES)
             if name == "model.safetensors":
                 weights = content
+        if not files.is_original(CARD):
+            logger.warning("warning: %s was edited or removed after the export; the model is unchanged", folder / CARD)
     except OSError as error:
         raise BundleError(f"cannot read {error.filename or folder}: {error.strerror}") from error
     _load_weights(network, weights, folder / "model.safetensors")
     return Classifier(network.eval(), config)
+
+
+def _sealed(files: VerifiedFolder) -> list[str]:
+    """Return the names of all files but the model card."""
+    return [name for name in files.names if name != CARD]
 
 
 def _build(config: Config, file: Path) -> Network:
@@ -210,6 +248,7 @@ def save(
         (new / "study.toml").write_text(contents.study_toml, encoding="utf-8")
         draw_evaluation(contents.evaluation, images, new, contents.metrics["study"])
         Image.fromarray(images[0, 0].numpy()).save(new / EXAMPLE)
+        _write_program(contents.config, new)
         _write_texts(contents, new, {})  # `hpsearch.load`, which verifies model.safetensors, needs a manifest
         verified = formats.verify_models(contents.network, contents.config, new, images, labels)
         _write_texts(contents, new, verified)
@@ -272,8 +311,10 @@ def read_origin(folder: Path) -> Origin:
 
 def _check_origin(older: VerifiedFolder, origin: Origin) -> None:
     """Raise `BundleError` if a file was changed, or if the model is of another study."""
-    for name in older.names:
+    for name in _sealed(older):
         older.read(name, _MAX_MODEL_BYTES)
+    if not older.is_original(CARD):
+        raise BundleError(f"its model card, {CARD}, was edited or removed after the export")
     found = read_origin(older.path)
     if found.study != origin.study:
         raise BundleError(f"it is the model of study '{found.study}'")
@@ -305,18 +346,41 @@ def _write_texts(contents: Contents, folder: Path, verified: dict[str, dict[str,
     write_manifest(folder)
 
 
+def _has_program(data_set: DataSet) -> bool:
+    return type(data_set).read_image is DataSet.read_image and data_set.image_shape[0] == 1
+
+
+def _write_program(config: dict[str, Any], folder: Path) -> None:
+    """Write predict.py, unless only the data set itself knows how an image file becomes pixels."""
+    data_set: DataSet = find(DATA_SETS, config["data"])
+    if _has_program(data_set):
+        program = _render("predict.py.jinja", data_set=data_set)
+        (folder / formats.PROGRAM).write_text(program, encoding="utf-8")
+
+
 def _write_json(document: dict[str, Any], file: Path) -> None:
     file.write_text(json.dumps(document, indent=2) + "\n")
 
 
-def _write_card(contents: Contents, verified: dict[str, dict[str, float]]) -> str:
+def _render(template: str, **values: Any) -> str:
     loader = PackageLoader("hpsearch.bundle", "")
     environment = Environment(loader=loader, undefined=StrictUndefined, keep_trailing_newline=True)  # noqa: S701 - text
-    return environment.get_template("model_card.md.jinja").render(
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}  # YAML would read surrogates as two characters
+    return environment.get_template(template).render(**values)
+
+
+def _write_card(contents: Contents, verified: dict[str, dict[str, float]]) -> str:
+    data_set: DataSet = find(DATA_SETS, contents.config["data"])
+    return _render(
+        "model_card.md.jinja",
+        data_set=data_set,
+        hub_id=data_set.hub_id or contents.config["data"],
         m=contents.metrics,
         config=contents.config,
         network=find(NETWORKS, contents.config["kind"]).title,
         confirmed=contents.metrics.get("confirmed"),
         verified=verified,
         formats=formats.FORMATS,
+        program=formats.PROGRAM_FORMAT if _has_program(data_set) else None,
+        safetensors=formats.SAFETENSORS,
     )

@@ -26,6 +26,11 @@ from hpsearch.workers.forkserver import import_path
 
 logger = logging.getLogger(__name__)
 
+PROGRAM = "predict.py"
+SAFETENSORS = """\
+import safetensors.torch
+network.load_state_dict(safetensors.torch.load_file("model.safetensors"))
+"""
 _BATCH_SIZE = 512
 _TIMEOUT = 900  # seconds per file
 
@@ -64,6 +69,7 @@ FORMATS = {
     "model.onnx": Format(_ONNX, _PREDICTING_ONNX, 1e-4, False),
     "model.pt2": Format(_TORCH_EXPORT, "probabilities = model(images)\n", 1e-4, True),
 }
+PROGRAM_FORMAT = Format("from predict import predict_proba\n", "probabilities = predict_proba(images)\n", 1e-5, True)
 
 
 class _Deployed(nn.Module):
@@ -130,9 +136,9 @@ def verify_models(
 ) -> dict[str, dict[str, float]]:
     """Return, for each model file, the maximum difference of its probabilities and its accuracy on the images.
 
-    `images` are raw pixels, uint8, (N, C, H, W). Each file is loaded in a new process with the model card's code and
-    run in batches. Raises `BundleError` if a difference exceeds the format's tolerance; a `model.pt2` is removed
-    instead.
+    `images` are raw pixels, uint8, (N, C, H, W). Each file is loaded in a new process with the model card's code, and
+    model.pt with predict.py if there is one, and run in batches. Raises `BundleError` if a difference exceeds the
+    format's tolerance; a `model.pt2` is removed instead.
     """
     expected = network.predict_proba(normalise(images, config["mean"], config["std"])).numpy()
     found: dict[str, dict[str, float]] = {}
@@ -154,9 +160,12 @@ def verify_models(
 def _predict(file: Path, pixels: Path) -> NDArray[np.float32]:
     """Load a model file in a new process, and return its probabilities for the pixels."""
     kind, output = FORMATS[file.name], pixels.with_name(f"{file.name}.npy")
+    if file.name == "model.pt" and file.with_name(PROGRAM).exists():
+        kind = PROGRAM_FORMAT
     wrap = "torch.from_numpy(images)" if kind.has_tensors else "images"
-    program = (
-        f"{kind.loading}import sys, numpy\nparts, pixels = [], numpy.load(sys.argv[1])\n"
+    program = (  # the folder gets no bytecode of predict.py
+        f"import sys\nsys.dont_write_bytecode = True\nsys.path.insert(0, '')\n{kind.loading}"
+        f"import numpy{', torch' * kind.has_tensors}\nparts, pixels = [], numpy.load(sys.argv[1])\n"
         f"for start in range(0, len(pixels), {_BATCH_SIZE}):\n"
         f"    images = pixels[start : start + {_BATCH_SIZE}]\n    images = {wrap}\n"
         f"{textwrap.indent(kind.predicting, '    ')}    parts.append(numpy.asarray(probabilities))\n"

@@ -1,4 +1,4 @@
-"""A folder with a manifest of checksums: replaced in one step, and refused if any file has changed."""
+"""A folder with a manifest of checksums: replaced in one step, and read only if what is read has not changed."""
 
 import ctypes
 import glob
@@ -22,6 +22,7 @@ from hpsearch.errors import BundleError, UsageError
 
 MANIFEST = "manifest.json"
 MAX_BYTES = 2**24  # size limit of files without weights
+_BYTECODE = "__pycache__"  # of predict.py where someone imports it; never read
 _RENAME_EXCHANGE, _AT_FDCWD = 2, -100  # of Linux' fs.h and fcntl.h
 
 _Name = Annotated[str, StringConstraints(max_length=100)]
@@ -51,7 +52,7 @@ class VerifiedFolder:
         if content != _dump_manifest(self._digests):
             raise BundleError(f"{path / MANIFEST} is corrupt; export again")
         self.names = sorted(self._digests)
-        for name in sorted({entry.name for entry in os.scandir(path)} - {MANIFEST}):
+        for name in sorted({entry.name for entry in os.scandir(path)} - {MANIFEST, _BYTECODE}):
             if name not in known:
                 raise BundleError(f"{path} contains an unexpected file: {name}; remove it, or export again")
             if name not in self._digests:
@@ -64,11 +65,18 @@ class VerifiedFolder:
 
     def read(self, name: str, max_bytes: int = MAX_BYTES) -> bytes:
         """Return the content of a file; raises `BundleError` if it is missing, a link, too large or modified."""
-        file = self.path / name
-        content = _read(file, max_bytes)
-        if hashlib.sha256(content).hexdigest() != self._digests[name]:
-            raise BundleError(f"{file} was changed after the export (SHA-256 mismatch); export again")
+        content = _read(self.path / name, max_bytes)
+        if not self._fits(name, content):
+            raise BundleError(f"{self.path / name} was changed after the export (SHA-256 mismatch); export again")
         return content
+
+    def is_original(self, name: str) -> bool:
+        """Return whether a file is there as it was written; raises `BundleError` if it is a link or too large."""
+        file = self.path / name
+        return os.path.lexists(file) and self._fits(name, _read(file, MAX_BYTES))
+
+    def _fits(self, name: str, content: bytes) -> bool:
+        return hashlib.sha256(content).hexdigest() == self._digests[name]
 
 
 def parse(model: type[_Model], content: bytes, file: Path) -> _Model:

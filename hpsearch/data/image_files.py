@@ -42,8 +42,10 @@ _TURNS = (
 )
 
 
-def read_image(file: Path | str, image_shape: tuple[int, int, int], *, is_digit: bool = True) -> NDArray[np.uint8]:
-    """Read an image file of any size as raw pixels, uint8, shape (1, H, W): light ink on a dark background.
+def read_image(
+    image: Path | str | Image.Image, image_shape: tuple[int, int, int], *, is_digit: bool = True
+) -> NDArray[np.uint8]:
+    """Return an image file or Pillow image of any size as raw pixels, uint8, shape (1, H, W): light ink on dark ground.
 
     1. Of several pictures in a file, the first is read. The camera's EXIF rotation is applied. Colors become gray,
        values of more than 8 bits are scaled to 8 bits, and transparent pixels become paper.
@@ -60,7 +62,7 @@ def read_image(file: Path | str, image_shape: tuple[int, int, int], *, is_digit:
     """
     height, width = image_shape[1:]
     try:
-        pixels = _read_grey(Path(file))
+        pixels = _read_grey(image)
         contrast = np.ptp(pixels)
         if contrast < (MIN_CONTRAST if is_digit else _MIN_CONTRAST):
             raise ImageError(LOW_CONTRAST if contrast > _INVISIBLE else "image is blank")
@@ -71,7 +73,7 @@ def read_image(file: Path | str, image_shape: tuple[int, int, int], *, is_digit:
             ink = _find_digit(pixels) if is_digit else _remove_ground(upright)
             pixels = scale_and_center(ink, height, width, is_digit=is_digit)
     except ImageError as error:
-        raise ImageError(f"{file}: {error}") from error
+        raise error if isinstance(image, Image.Image) else ImageError(f"{image}: {error}") from error
     return np.asarray(pixels.round(), dtype=np.uint8)[np.newaxis]
 
 
@@ -81,9 +83,12 @@ def _find_digit(pixels: Pixels) -> Pixels:
     return thicken_strokes(crop_to_ink(ink))
 
 
-def _read_grey(file: Path) -> Pixels:
-    """Return a file's pixels from 0 to 255, shape (H, W)."""
+def _read_grey(source: Path | str | Image.Image) -> Pixels:
+    """Return an image's pixels from 0 to 255, shape (H, W)."""
     try:
+        if isinstance(source, Image.Image):
+            return _to_grey(_turn_upright(source))
+        file = Path(source)
         if not stat.S_ISREG(mode := file.stat().st_mode):  # a pipe or a device may never end
             raise ImageError(f"is {'a directory' if stat.S_ISDIR(mode) else 'not a regular file'}")
         with warnings.catch_warnings():

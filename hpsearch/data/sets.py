@@ -10,7 +10,7 @@ import tempfile
 import zlib
 from abc import ABC, abstractmethod
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from hpsearch.errors import DataError
 if TYPE_CHECKING:
     from numpy import uint8
     from numpy.typing import NDArray
+    from PIL import Image
     from torch import Tensor
 
 _FILES = {part: (f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte") for part in ("train", "t10k")}
@@ -66,23 +67,30 @@ def data_folder(folder: Path | str | None = None) -> Path:
 
 @dataclass(frozen=True)
 class DataSet(ABC):
-    """A data set. An image file is prepared like MNIST's digits if `is_digit`, else like Fashion-MNIST's pictures."""
+    """A data set. An image file is prepared like MNIST's digits if `is_digit`, else like Fashion-MNIST's pictures.
+
+    `hub_id` is its id at https://huggingface.co/datasets, which a model card names.
+    """
 
     n_train: int
     n_test: int
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
     is_digit: bool
+    hub_id: str | None = field(default=None, kw_only=True)
 
     @abstractmethod
     def read(self, folder: Path | str | None, *, is_train: bool) -> "tuple[Tensor, Tensor]":
         """Return the images of a part, uint8, shape (N, C, H, W), and their labels, int64. Raises `DataError`."""
 
-    def read_image(self, file: Path | str) -> "NDArray[uint8]":
-        """Return an image file as pixels like those of the data set, shape (C, H, W). Raises `ImageError`."""
+    def read_image(self, image: "Path | str | Image.Image") -> "NDArray[uint8]":
+        """Return an image file or Pillow image as pixels like those of the data set, shape (C, H, W).
+
+        Raises `ImageError`.
+        """
         from hpsearch.data.image_files import read_image
 
-        return read_image(file, self.image_shape, is_digit=self.is_digit)
+        return read_image(image, self.image_shape, is_digit=self.is_digit)
 
     def find_missing(self, folder: Path | str | None) -> list[str]:
         """Return the archives that `read` would download; changes nothing."""
@@ -222,7 +230,12 @@ class Digits(DataSet):
 _DIGITS = tuple("0123456789")
 _KANA = ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")
 _CLOTHES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
-MNIST = Torchvision(60_000, 10_000, _DIGITS, (1, 28, 28), is_digit=True, class_name="MNIST")
-FASHION_MNIST = Torchvision(60_000, 10_000, _CLOTHES, (1, 28, 28), is_digit=False, class_name="FashionMNIST")
-KMNIST = Torchvision(60_000, 10_000, _KANA, (1, 28, 28), is_digit=False, class_name="KMNIST")
+MNIST = Torchvision(60_000, 10_000, _DIGITS, (1, 28, 28), is_digit=True, class_name="MNIST", hub_id="ylecun/mnist")
+FASHION_MNIST = Torchvision(
+    *(60_000, 10_000, _CLOTHES, (1, 28, 28)),
+    is_digit=False,
+    class_name="FashionMNIST",
+    hub_id="zalando-datasets/fashion_mnist",
+)
+KMNIST = Torchvision(60_000, 10_000, _KANA, (1, 28, 28), is_digit=False, class_name="KMNIST", hub_id="tanganke/kmnist")
 DIGITS = Digits(1_437, 360, _DIGITS, (1, 28, 28), is_digit=True)

@@ -15,13 +15,16 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import yaml
 from filelock import FileLock, Timeout
+from PIL import Image
 
 from hpsearch.bundle import bundle, formats, manifest
 from hpsearch.bundle.evaluation import evaluate
 from hpsearch.data.dataset import ImageData, load_test
+from hpsearch.data.sets import DIGITS, Digits
 from hpsearch.errors import BundleError, ImageError, UsageError
-from hpsearch.plugins import NETWORKS, find
+from hpsearch.plugins import DATA_SETS, NETWORKS, find
 from hpsearch.training.kinds import Hyperparameters
 from hpsearch.training.networks import build_network
 from hpsearch.training.trainer import Trainer
@@ -85,6 +88,7 @@ def test_a_bundle_has_the_files_of_the_design_and_nothing_beside_it(saved: Path)
         "mistakes.png",
         "calibration.png",
         "example.png",
+        "predict.py",
         "manifest.json",
     }
     assert [file.name for file in saved.parent.iterdir()] == ["small"]
@@ -131,6 +135,31 @@ def test_images_may_come_as_arrays_or_tensors_with_or_without_a_channel(saved: P
     assert classifier.predict_proba(images[:0]).shape == (0, 10)
 
 
+def test_a_prediction_is_a_class_and_its_probability_for_one_image_and_a_list_for_an_array(
+    saved: Path, tmp_path: Path
+) -> None:
+    classifier = bundle.load(saved)
+    images = load_test("digits")[0][:3]
+    expected = [(str(row.argmax()), float(row.max())) for row in classifier.predict_proba(images)]
+    assert [(each.class_name, each.probability) for each in classifier.predict(images)] == expected
+    assert classifier.predict(images[:, 0].numpy()) == classifier.predict(images)
+    picture = Image.fromarray(images[1, 0].numpy()).resize((90, 90))
+    for i, image in ((1, Image.fromarray(images[1, 0].numpy())), (0, saved / "example.png")):
+        name, probability = classifier.predict(image)
+        assert name == expected[i][0]
+        assert probability == pytest.approx(expected[i][1], abs=1e-6)
+    picture.save(tmp_path / "picture.png")
+    assert classifier.predict(picture) == classifier.predict(tmp_path / "picture.png")
+    with pytest.raises(ImageError, match=r"^image "):
+        classifier.predict(Image.new("L", (28, 28)))
+
+
+def test_a_classifier_says_what_it_is(saved: Path) -> None:
+    assert repr(bundle.load(saved)) == (
+        "<Classifier: mlp with 6,442 parameters, trained on digits, 1x28x28 pixels to 10 classes>"
+    )
+
+
 @pytest.mark.parametrize(
     ("images", "message"),
     [
@@ -146,7 +175,7 @@ def test_images_of_another_type_or_shape_are_refused(saved: Path, images: Any, m
         bundle.load(saved).predict_proba(images)
 
 
-@pytest.mark.parametrize("name", bundle.REQUIRED)
+@pytest.mark.parametrize("name", {*bundle.REQUIRED, formats.PROGRAM} - {bundle.CARD})
 def test_a_damaged_or_missing_file_is_refused_by_name(copy: Path, name: str) -> None:
     content = bytearray((copy / name).read_bytes())
     content[len(content) // 2] ^= 1
@@ -156,6 +185,46 @@ def test_a_damaged_or_missing_file_is_refused_by_name(copy: Path, name: str) -> 
     (copy / name).unlink()
     with pytest.raises(BundleError, match=f"{name} is missing"):
         bundle.load(copy)
+
+
+def test_a_model_whose_card_was_edited_or_removed_is_loaded_with_a_warning(
+    copy: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bundle.load(copy)
+    assert caplog.messages == []
+    card = copy / "README.md"
+    card.write_text(card.read_text().replace("library_name", "license: mit\nlibrary_name", 1))
+    bundle.load(copy)
+    card.unlink()
+    bundle.load(copy)
+    assert caplog.messages == [
+        f"warning: {card} was edited or removed after the export; the model is unchanged",
+    ] * 2  # fmt: skip
+
+
+def test_a_folder_is_used_and_replaced_after_predict_py_was_imported_from_it(copy: Path, digits: ImageData) -> None:
+    (copy / "__pycache__").mkdir()
+    (copy / "__pycache__" / "predict.cpython-311.pyc").write_bytes(b"whatever")
+    bundle.load(copy)
+    save(make_contents(digits), copy)
+    assert not (copy / "__pycache__").exists()
+
+
+def test_predict_py_is_not_written_for_a_data_set_that_reads_images_in_its_own_way(
+    digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(DATA_SETS, "digits", f"{__name__}:OWN_DIGITS")
+    save(make_contents(digits), tmp_path / "b")
+    assert not (tmp_path / "b" / "predict.py").exists()
+    assert "predict.py" not in (tmp_path / "b" / "README.md").read_text()
+
+
+class OwnDigits(Digits):
+    def read_image(self, image: Any) -> Any:
+        return np.zeros(self.image_shape, dtype=np.uint8)
+
+
+OWN_DIGITS = OwnDigits(1_437, 360, DIGITS.class_names, (1, 28, 28), is_digit=True)
 
 
 @pytest.mark.parametrize("manifest", [None, "", "[]", '{"sha256": 3}', '{"sha256": {}}'])
@@ -272,7 +341,7 @@ def test_the_model_of_another_study_and_a_modified_one_are_replaced_only_by_forc
     with pytest.raises(BundleError, match="it is the model of another study with the name 'small'"):
         save(replace(mine, metrics=mine.metrics | {"study_id": "89abcdef"}), copy)
     (copy / "README.md").write_text(notes)
-    with pytest.raises(BundleError, match=r"README.md was changed after the export .* --force"):
+    with pytest.raises(BundleError, match=r"its model card, README\.md, was edited or removed .* --force"):
         save(again, copy)
     assert (copy / "README.md").read_text() == notes
     save(other, copy, force=True)
@@ -352,6 +421,39 @@ def test_the_model_card_tells_how_good_and_how_to_load(saved: Path) -> None:
         assert part in card
 
 
+def test_the_head_of_the_model_card_is_what_hugging_face_reads(saved: Path) -> None:
+    """As https://github.com/huggingface/hub-docs/blob/main/modelcard.md describes it."""
+    before, head, _ = (saved / "README.md").read_text().split("---\n", 2)
+    assert before == ""
+    assert yaml.safe_load(head) == {
+        "library_name": "pytorch",
+        "pipeline_tag": "image-classification",
+        "datasets": ["digits"],
+        "metrics": ["accuracy"],
+        "model-index": [
+            {
+                "name": "small",
+                "results": [
+                    {
+                        "task": {"type": "image-classification"},
+                        "dataset": {"type": "digits", "name": "digits", "split": "test"},
+                        "metrics": [{"type": "accuracy", "value": 0.8, "name": "test accuracy"}],
+                    }
+                ],
+            }
+        ],
+    }
+
+
+@pytest.mark.parametrize("name", ["1e3", "yes", "2026-01-01", "null", "𠮷野.c-d"])
+def test_whatever_a_study_is_called_is_its_name_on_hugging_face(digits: ImageData, name: str) -> None:
+    contents = make_contents(digits)
+    contents = replace(contents, config=contents.config | {"data": "mnist"}, metrics=contents.metrics | {"study": name})
+    head = yaml.safe_load(bundle._write_card(contents, {}).split("---\n")[1])
+    assert head["model-index"][0]["name"] == name
+    assert head["datasets"] == ["ylecun/mnist"]
+
+
 @pytest.mark.parametrize("kind", ["mlp", "cnn"])
 def test_every_format_gives_the_same_probabilities_from_the_lines_of_the_model_card_alone(
     digits: ImageData, tmp_path: Path, kind: str
@@ -369,12 +471,15 @@ def test_every_format_gives_the_same_probabilities_from_the_lines_of_the_model_c
     programs = re.findall(r"```python\n(.*?)```", (tmp_path / "b" / "README.md").read_text(), re.DOTALL)
     from_torch = "import torch, numpy\nimages = torch.from_numpy(numpy.load('../images.npy'))\n"
     from_numpy = "import numpy\nimages = numpy.load('../images.npy')\n"
+    [line] = [line for line in programs[1].splitlines(keepends=True) if "model.pt" in line]
     for before, program, allowed in (
-        (from_torch, programs[0] + programs[1], ("torch", "numpy")),
-        (from_numpy, programs[2], ("onnxruntime", "numpy")),
-        (from_torch, programs[3], ("torch", "numpy")),
+        (from_torch, programs[0], ("torch", "PIL")),
+        (from_torch, programs[1], ("torch",)),
+        (from_torch, programs[1].replace(line, programs[2]), ("torch", "safetensors")),
+        (from_numpy, programs[3], ("onnxruntime",)),
+        (from_torch, programs[4], ("torch",)),
     ):
-        blocked = {"hpsearch", "torch", "onnx", "onnxruntime", "optuna", "safetensors", "sklearn"} - {*allowed}
+        blocked = {"hpsearch", "torch", "onnx", "onnxruntime", "optuna", "safetensors", "sklearn", "PIL"} - {*allowed}
         guard = f"import sys\nfor name in {blocked!r}: sys.modules[name] = None\n"
         after = "numpy.save('../answers.npy', numpy.asarray(probabilities))\n"
         subprocess.run(

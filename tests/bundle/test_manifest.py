@@ -1,4 +1,4 @@
-"""Nothing that is not the bundle that was written is loaded, and no code from it runs, whatever was done to it."""
+"""Nothing but the model that was written is loaded, and no code from its folder runs, whatever was done to it."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from hpsearch.errors import BundleError
 
 from .test_bundle import make_contents, save
 
-FILES = (*bundle.REQUIRED, "mistakes.png", "calibration.png", "manifest.json")
+FILES = ({*bundle.REQUIRED} - {bundle.CARD}) | {"mistakes.png", "calibration.png", "predict.py", "manifest.json"}
 DANGEROUS = {"pickle.find_class", "exec", "compile", "import", "subprocess.Popen", "os.system", "os.exec", "os.fork"}
 Mutate = Callable[[Path], None]
 
@@ -155,7 +155,7 @@ def spoil_config(path: tuple[str, ...], value: Any) -> Mutate:
     return mutate
 
 
-names, places = st.sampled_from(FILES), st.floats(0, 1, exclude_max=True)
+names, places = st.sampled_from(sorted(FILES)), st.floats(0, 1, exclude_max=True)
 documents = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
@@ -233,6 +233,25 @@ def test_a_thousand_mutated_bundles_are_refused_by_our_error_and_run_no_code(
     assert seen == []
     assert not (copy.parent / "proof").exists()
     (copy.parent / "elsewhere").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize(
+    "mutate",
+    [
+        flip("README.md", 0.5, 3),
+        truncate("README.md", 0),
+        put_pickle("README.md", 4, is_torch=False, is_signed=False),
+        replace("predict.py", lambda file: file.write_text(f"open({str(file.parent.parent / 'proof')!r}, 'w')")),
+    ],
+    ids=["flipped", "empty", "pickle", "program"],
+)
+def test_no_card_and_no_program_of_a_folder_is_run(bundles: tuple[Path, Path], tmp_path: Path, mutate: Mutate) -> None:
+    copy = Path(shutil.copytree(bundles[0], tmp_path / "copy"))
+    mutate(copy)
+    if "proof" in (copy / "predict.py").read_text():
+        manifest.write_manifest(copy)
+    bundle.load(copy)
+    assert not (tmp_path / "proof").exists()
 
 
 def test_the_hostile_pickle_would_be_noticed_if_it_ran(tmp_path: Path) -> None:

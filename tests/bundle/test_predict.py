@@ -2,13 +2,17 @@
 
 import json
 import os
+import runpy
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+import torch
+from PIL import Image, ImageOps
 
 from hpsearch.bundle import bundle, predict
 from hpsearch.bundle.predict import find_images, predict_files
@@ -17,6 +21,8 @@ from hpsearch.data import image_files
 from hpsearch.data.dataset import ImageData, load_test
 from hpsearch.data.image_files import read_image
 from hpsearch.monitor.text import printable
+from hpsearch.training.kinds import Hyperparameters
+from hpsearch.training.trainer import Trainer
 
 from ..cli.test_app import Run, run  # noqa: F401
 from .test_bundle import make_contents, save
@@ -93,7 +99,67 @@ def test_predictions_come_in_order_and_are_those_of_the_single_files(
     expected = np.sort(classifier.predict_proba(images), axis=1)[:, :-4:-1]
     probabilities = [[entry["probability"] for entry in row["top"]] for row in rows]
     assert np.allclose(probabilities, expected, atol=1e-6)
-    assert [entry["class"] for entry in rows[0]["top"]] == [name for name, _ in classifier.predict_file(files[0])]
+    assert rows[0]["top"][0]["class"] == classifier.predict(files[0]).class_name
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, digits: ImageData, forked_verification: None) -> Path:
+    contents = make_contents(digits)
+    list(Trainer(contents.network, digits.train, Hyperparameters(width=8, lr=1e-2, batch_size=32), 12))
+    target = tmp_path_factory.mktemp("models") / "trained"
+    save(contents, target)
+    return target
+
+
+def draw(digit: Image.Image, kind: int) -> Image.Image:
+    """A test image as it is; black on white; larger; drawn somewhere on gray paper; or black on transparent."""
+    large = digit.resize((280, 280), Image.Resampling.BICUBIC)
+    if kind == 2:
+        return large
+    if kind == 3:
+        paper = Image.new("L", (500, 400), 210)
+        paper.paste(large.point(lambda shade: 210 - shade * 190 // 255), (200, 60))
+        return paper.convert("RGB")
+    if kind == 4:
+        drawing = Image.new("RGBA", large.size)
+        drawing.putalpha(large)
+        return drawing
+    return ImageOps.invert(digit) if kind == 1 else digit
+
+
+def test_predict_py_agrees_with_hpsearch_on_a_hundred_pictures(trained: Path, tmp_path: Path) -> None:
+    """On 20 each of `draw`. Photographs, thin pens and ruled paper, which only hpsearch reads, are not among them."""
+    images, labels = load_test("digits")
+    files = [tmp_path / f"{i}.png" for i in range(100)]
+    for i, file in enumerate(files):
+        draw(Image.fromarray(images[i, 0].numpy()), i % 5).save(file)
+    program = runpy.run_path(str(trained / "predict.py"))
+    classifier = bundle.load(trained)
+    expected = classifier.predict_proba(np.concatenate([classifier.read_image(file)[np.newaxis] for file in files]))
+    found = program["predict_proba"](torch.stack([program["read_image"](file) for file in files])).numpy()
+    differences = np.abs(found - expected).max(axis=1)
+    assert differences[[i for i in range(100) if i % 5 < 2]].max() < 1e-6
+    assert np.quantile(differences, 0.95) < 0.02
+    assert (found.argmax(axis=1) == expected.argmax(axis=1)).all()
+    assert (found.argmax(axis=1) == labels[:100].numpy()).mean() > 0.6
+
+
+def test_predict_py_runs_with_torch_and_pillow_alone_and_has_forty_lines(trained: Path) -> None:
+    text = (trained / "predict.py").read_text()
+    assert len(text.splitlines()) <= 40
+    assert max(map(len, text.splitlines())) <= 120
+    guard = "import sys\nfor name in ('hpsearch', 'numpy', 'safetensors', 'scipy'): sys.modules[name] = None\n"
+    run_it = "import runpy\nsys.argv = ['predict.py', 'example.png']\nrunpy.run_path('predict.py', run_name='__main__')"
+    command = [sys.executable, "-W", "ignore", "-c", guard + run_it]
+    found = subprocess.run(command, cwd=trained, check=True, capture_output=True, text=True).stdout
+    [row] = predict_files(bundle.load(trained), [trained / "example.png"])
+    assert found == prediction_line(row | {"image": "example.png"}) + "\n"
+
+
+def test_predict_py_names_the_file_that_is_blank(trained: Path, tmp_path: Path) -> None:
+    Image.new("L", (300, 200), 255).save(tmp_path / "paper.png")
+    with pytest.raises(ValueError, match=r"paper\.png: blank, or of low contrast"):
+        runpy.run_path(str(trained / "predict.py"))["read_image"](tmp_path / "paper.png")
 
 
 def test_no_more_than_a_batch_is_read_ahead(saved: Path, scans: Path, monkeypatch: pytest.MonkeyPatch) -> None:
