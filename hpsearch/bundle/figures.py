@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 RIGHT, WRONG, FAINT = "#2f6db3", "#d1603d", "#8a8f98"
 N_COLUMNS = 8  # of the gallery
 PLOTS = ("confusion_matrix.png", "calibration.png", "mistakes.png")
+_N_FOR_INTERVAL = 10  # images of a calibration bin
 _KEY = "hpsearch study"  # of a text in the PNG file
 
 
@@ -87,7 +88,10 @@ def draw_confusion_matrix(evaluation: Evaluation, file: Path, study: str = "") -
 
 
 def draw_calibration(evaluation: Evaluation, file: Path, study: str = "") -> None:
-    """Plot the reliability diagram: each bin's accuracy with its 95% confidence interval, and its number of images."""
+    """Plot the reliability diagram: each bin's accuracy with its 95% confidence interval, and its number of images.
+
+    A bin of fewer than 10 images has a hollow point and no interval: it would be as wide as the diagram.
+    """
     bins = evaluation.calibration["bins"]
     confidence, accuracy, counts = (np.array([row[key] for row in bins]) for key in ("confidence", "accuracy", "n"))
     centers = (bin_of(confidence) + 0.5) / N_BINS
@@ -96,9 +100,14 @@ def draw_calibration(evaluation: Evaluation, file: Path, study: str = "") -> Non
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3.2, 1])
     upper.plot([0, 1], [0, 1], color=FAINT, linestyle="--", linewidth=1, label="perfect calibration")
     upper.bar(centers, accuracy, width=0.94 / N_BINS, color=RIGHT, alpha=0.25)
-    whiskers = np.abs(intervals - accuracy)
+    whiskers, is_small = np.abs(intervals - accuracy), counts < _N_FOR_INTERVAL
     points = {"fmt": "o", "color": RIGHT, "markersize": 5, "linewidth": 1.2, "capsize": 2.5, "clip_on": False}
-    upper.errorbar(confidence, accuracy, yerr=whiskers, label="accuracy (95% CI)", **points)
+    large = ~is_small
+    if large.any():
+        upper.errorbar(confidence[large], accuracy[large], whiskers[:, large], label="accuracy (95% CI)", **points)
+    if is_small.any():
+        few = {"s": 25, "facecolor": "white", "edgecolor": RIGHT, "linewidth": 1.2, "clip_on": False, "zorder": 3}
+        upper.scatter(confidence[is_small], accuracy[is_small], label=f"fewer than {_N_FOR_INTERVAL} images", **few)
     upper.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="accuracy")
     upper.set_title(f"expected calibration error {evaluation.calibration['error']:.4f}", size=12, weight="bold")
     upper.legend(loc="upper left", frameon=False)

@@ -27,7 +27,9 @@ from hpsearch.monitor import plots
 from hpsearch.monitor.text import count, format_cell, format_duration, format_percent, shorten
 from hpsearch.monitor.trials import list_trials, read_status
 from hpsearch.plugins import NETWORKS, find
+from hpsearch.search.trials import explain_end, name_state
 from hpsearch.storage.artifacts import replace_file
+from hpsearch.storage.budget import measure_search
 
 MIN_TRIALS = 5  # completed trials needed for importances and a contour plot
 MAX_ROWS = 12
@@ -137,7 +139,8 @@ def _collect(definition: StudyDefinition, study: optuna.Study, folder: Path | No
         "top": [row for row in rows if row["state"] == "complete"][:MAX_ROWS],
         "names": list(definition.search),
         "time": _sum_time(rows, definition.budget.epochs, trials),
-        "notes": Counter((row["state"], row["note"][:300]) for row in rows if row["note"]).most_common(MAX_ROWS),
+        "n_combinations": len({tuple(sorted(trial.params.items())) for trial in trials if trial.params}),
+        "notes": Counter(filter(None, map(_explain_failure, trials))).most_common(MAX_ROWS),
         "advice": list(advise(definition, chosen)) if chosen else [],
         "versions": {"Python": platform.python_version()} | {name: version(name) for name in VERSIONS},
         "toml": definition.to_toml(),
@@ -226,19 +229,24 @@ def _describe_bundle(folder: Path, config: bundles.Config, metrics: dict[str, An
 
 
 def _sum_time(rows: Sequence[dict[str, Any]], full: int, trials: Sequence[FrozenTrial]) -> dict[str, Any]:
-    """Return trials, epochs and seconds by state and by worker, and the seconds saved by pruning."""
+    """Return trials, epochs and seconds by state and by worker, the seconds searched, and those saved by pruning."""
     started = [row | {"seconds": row["seconds"] or 0.0} for row in rows if row["state"] != "waiting"]
     pruned = [row for row in started if row["state"] == "pruned" and row["epoch"]]
     starts = [trial.datetime_start.astimezone() for trial in trials if trial.datetime_start]
-    ends = [trial.datetime_complete.astimezone() for trial in trials if trial.datetime_complete]
     return {
         "seconds": sum(row["seconds"] for row in started),
         "by_state": _group(started, "state"),
         "by_worker": _group(started, "worker"),
         "saved": sum((full - row["epoch"]) * row["seconds"] / row["epoch"] for row in pruned),
-        "wall": (max(ends) - min(starts)).total_seconds() if starts and ends else 0.0,
+        "searched": measure_search(trials),
         "since": min(starts, default=None),
     }
+
+
+def _explain_failure(trial: FrozenTrial) -> tuple[str, str] | None:
+    """Return how a trial went wrong, and why; None if it did not. To be pruned is no failure, unless it diverged."""
+    outcome = "diverged" if "diverged" in trial.user_attrs else name_state(trial)
+    return (outcome, explain_end(trial)[:300]) if outcome in ("diverged", "failed") else None
 
 
 def _group(rows: Sequence[dict[str, Any]], key: str) -> list[dict[str, Any]]:
@@ -255,7 +263,7 @@ def _group(rows: Sequence[dict[str, Any]], key: str) -> list[dict[str, Any]]:
 def advise(definition: StudyDefinition, trial: FrozenTrial) -> Iterator[dict[str, str]]:
     """Return, for each value at the edge of its range, which edge, and the line of the study file now and widened."""
     for name, dimension in definition.search.items():
-        if not isinstance(dimension, Range) or name not in trial.params:
+        if not isinstance(dimension, Range) or name not in trial.params or _has_only_ends(dimension):
             continue
         value = trial.params[name]
         low, high, position = (math.log(x) if dimension.log else x for x in (*dimension.values, value))
@@ -269,6 +277,12 @@ def advise(definition: StudyDefinition, trial: FrozenTrial) -> Iterator[dict[str
             wider = dimension.model_copy(update={"values": ends})
             now, then = (_toml_line(definition, name, table) for table in (dimension, wider))
             yield {"name": name, "value": shorten(value), "end": ("lower", "upper")[end], "now": now, "then": then}
+
+
+def _has_only_ends(dimension: Range) -> bool:
+    """Return whether the range has two values, so that each of them lies at an end."""
+    low, high = dimension.values
+    return dimension.step is not None and high - low < 1.5 * dimension.step
 
 
 def _find_wider(definition: StudyDefinition, name: str, dimension: Range, end: int) -> int | float | None:

@@ -110,13 +110,22 @@ def measure_trial(trial: FrozenTrial, now: datetime | None = None) -> float | No
     None if it has neither. `now` is local time or has a time zone. Like Optuna, a trial has local times, which summer
     time makes jump.
     """
-    start, end = trial.datetime_start, trial.datetime_complete or now
-    if start is None or end is None:
+    if trial.datetime_start is None or (trial.datetime_complete or now) is None:
         return None
-    attributes = trial.user_attrs
-    times = start.astimezone(UTC), end.astimezone(UTC)
-    spans = _spans_of(attributes.get("interruptions", ()), attributes.get("pauses", ()), *times)
-    return sum(max(end - start, timedelta()).total_seconds() for start, end in spans)
+    return sum(max(end - start, timedelta()).total_seconds() for start, end in _spans_of_trial(trial, now))
+
+
+def measure_search(trials: Iterable[FrozenTrial]) -> float:
+    """Return the seconds in which at least one of the trials ran, without pauses; of running ones, earlier attempts."""
+    return seconds_searched(span for trial in trials for span in _spans_of_trial(trial))
+
+
+def _spans_of_trial(trial: FrozenTrial, now: datetime | None = None) -> Iterator[Span]:
+    """Yield the start and end of each span in which an attempt ran, the current one until its end or `now`, if any."""
+    start, end = trial.datetime_start, trial.datetime_complete or now
+    interruptions, pauses = (trial.user_attrs.get(name, ()) for name in ("interruptions", "pauses"))
+    begun, ended = (start.astimezone(UTC), end.astimezone(UTC)) if start and end else (None, datetime.now(UTC))
+    return _spans_of(interruptions, pauses, begun, ended)
 
 
 def seconds_searched(spans: Iterable[Span]) -> float:

@@ -1,6 +1,7 @@
 """The pictures of an evaluation: opaque, the same each time, and as large as what they show."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,16 @@ def test_a_picture_is_opaque_on_white_and_the_same_each_time(
     frame = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     assert (frame == 255).all(), "something is cut off at the edge"
     assert (pixels[..., :3].min(axis=(0, 1)) < 128).all(), "nothing is drawn"
+
+
+def test_calibration_bins_of_few_images_have_no_whiskers(tmp_path: Path) -> None:
+    n_dark = {}
+    for n in (9, 10):
+        bins = [{"confidence": 0.5, "accuracy": 0.5, "n": n}, {"confidence": 0.95, "accuracy": 0.95, "n": 100_000}]
+        draw_calibration(replace(make_evaluation(0), calibration={"error": 0.0, "bins": bins}), tmp_path / "a.png")
+        pixels = read(tmp_path / "a.png")[100:500, 200:500, :3].astype(int)  # around the bin of 0.5, above the counts
+        n_dark[n] = int((np.abs(pixels - (47, 109, 179)).max(axis=2) < 40).sum())
+    assert n_dark[9] < 60 < 200 < n_dark[10]
 
 
 def test_right_and_wrong_cells_of_the_matrix_differ_in_colour(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -124,6 +124,8 @@ def report(tmp_path: Path, definition: StudyDefinition) -> Callable[..., Page]:
         write_report(definition, study, file, bundle=folder, command="studies/small.toml")
         page = Page(file.read_text(encoding="utf-8"))
         assert page.open == []
+        for paragraph in re.findall(r"<p[ >].*?</p>", page.source, re.DOTALL):
+            assert not re.search(r"[a-z0-9)][.:;,][A-Z]", re.sub(r"<[^>]*>", "", paragraph)), "a space is missing"
         return page
 
     return write
@@ -179,6 +181,29 @@ def test_a_study_without_complete_trials_shows_its_curves_and_failures(report: C
     assert "0 complete, 1 pruned" in page.text
     assert "2failedexception: out of paper" in page.text
     assert len(page.values_of("img", "src")) == 1, "there should be learning curves alone"
+
+
+def test_what_went_wrong_are_failures_and_divergences_and_not_prunings(report: Callable[..., Page]) -> None:
+    reason = {"epoch": 1, "value": 0.3, "threshold": 0.4, "rule": "median of 9 trials"}
+    pruned = [make_trial(TrialState.PRUNED, 0.3, 1, pruning=reason), make_trial(TrialState.PRUNED, diverged="NaN")]
+    page = report([make_trial(), *pruned])
+    assert "".join(page.text.partition("What went wrong")[2].split()).startswith(
+        "trialsoutcomereason1divergedNaNReproduce"
+    )
+    assert "What went wrong" not in report([make_trial(), pruned[0]]).text
+
+
+def test_equal_combinations_count_once_and_pauses_do_not(report: Callable[..., Page]) -> None:
+    trials = [make_trial(), make_trial(), make_trial(params=PARAMS | {"width": 9})]
+    pause = ["2026-01-01T00:00:30+00:00", "2026-01-01T00:10:30+00:00"]
+    for trial, minute, seconds in zip(trials, (0, 0, 11), (60, 630, 60), strict=True):
+        begun = datetime(2026, 1, 1, 0, minute, tzinfo=UTC).astimezone().replace(tzinfo=None)
+        trial.datetime_start, trial.datetime_complete = begun, begun + timedelta(seconds=seconds)
+    trials[1].user_attrs["pauses"] = [pause]
+    page = report(trials)
+    assert "The search tried 2 hyperparameter combinations" in page.text
+    assert "total training time2 min of searching" in page.text
+    assert "The search took 2 min without pauses." in page.text
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -327,6 +352,8 @@ SILENCE = [
     ("augment", {"float": [0.0, 1.0]}, 1.0),
     ("depth", {"int": [1, 3]}, 1),
     ("depth", {"int": [2, 2]}, 2),
+    ("depth", {"int": [2, 3]}, 3),  # its values all lie at an end
+    ("dropout", {"float": [0.1, 0.2], "step": 0.1}, 0.2),
 ]
 
 
