@@ -20,9 +20,10 @@ from pydantic import BaseModel, Field, StringConstraints
 from safetensors import SafetensorError
 from safetensors.torch import load as from_safetensors
 
-from hpsearch.bundle import formats
+from hpsearch.bundle import formats, likeness
 from hpsearch.bundle.evaluation import Evaluation, evaluate
 from hpsearch.bundle.figures import draw_evaluation
+from hpsearch.bundle.likeness import Likeness, read_likeness
 from hpsearch.bundle.manifest import MAX_BYTES, VerifiedFolder, check_outside, parse, replace_folder, write_manifest
 from hpsearch.config.definition import DataName, NetworkName
 from hpsearch.config.space import Table
@@ -42,7 +43,10 @@ REQUIRED = (
     CARD,
 )
 EXAMPLE = "example.png"  # the first test image, so that there is one to classify
-OPTIONAL = ("model.onnx", "model.pt2", "mistakes.png", "calibration.png", EXAMPLE, formats.PROGRAM)
+OPTIONAL = (
+    *("model.onnx", "model.pt2", likeness.FILE, "mistakes.png", "calibration.png", EXAMPLE),
+    formats.PROGRAM,
+)
 _MAX_MODEL_BYTES = 2**32
 
 _Name = Annotated[str, StringConstraints(max_length=100)]
@@ -72,6 +76,7 @@ class Contents:
     metrics: dict[str, Any]
     evaluation: Evaluation
     study_toml: str
+    likeness: Likeness | None = None
 
 
 class Prediction(NamedTuple):
@@ -84,8 +89,8 @@ class Prediction(NamedTuple):
 class Classifier:
     """A network loaded from a model folder, with everything it needs to classify images."""
 
-    def __init__(self, network: Network, config: Config) -> None:
-        self.network, self.config = network, config
+    def __init__(self, network: Network, config: Config, likeness: Likeness | None = None) -> None:
+        self.network, self.config, self.likeness = network, config, likeness
         self.image_shape = config.image_shape
         self.class_names = tuple(config.class_names)
 
@@ -119,6 +124,24 @@ class Classifier:
         `images` is a NumPy array or tensor of type uint8 and shape (N, 1, H, W) or (N, H, W); anything else raises
         `ImageError`.
         """
+        pixels = self._check(images)
+        if not len(pixels):
+            return np.empty((0, len(self.class_names)), dtype=np.float32)
+        inputs = normalise(pixels, self.config.mean, self.config.std)
+        probabilities: NDArray[np.float32] = self.network.predict_proba(inputs).numpy()
+        return probabilities
+
+    def measure_distances(self, images: NDArray[np.uint8] | torch.Tensor) -> NDArray[np.float32] | None:
+        """Return how far from the training images raw pixels are: float32 of shape (N,).
+
+        Above 1, an image is unlike them, so that its probabilities mean little; about 1% of the data set's own images
+        are. Returns None for a model folder of an older version. `images` are those of `predict_proba`.
+        """
+        pixels = self._check(images)
+        return None if self.likeness is None else self.likeness.measure(pixels).numpy()
+
+    def _check(self, images: NDArray[np.uint8] | torch.Tensor) -> torch.Tensor:
+        """Return a copy of the images as a tensor of shape (N, C, H, W); raises `ImageError`."""
         array = np.array(images.numpy(force=True) if isinstance(images, torch.Tensor) else images)
         if array.dtype != np.uint8:
             raise ImageError(f"images must be uint8 pixels, got {array.dtype}")
@@ -128,11 +151,7 @@ class Classifier:
         if pixels.shape[1:] != self.image_shape:
             raise ImageError(f"images must have shape (N, {', '.join(map(str, self.image_shape))}), "
                              f"got {tuple(pixels.shape)}")  # fmt: skip
-        if not len(pixels):
-            return np.empty((0, len(self.class_names)), dtype=np.float32)
-        inputs = normalise(pixels, self.config.mean, self.config.std)
-        probabilities: NDArray[np.float32] = self.network.predict_proba(inputs).numpy()
-        return probabilities
+        return pixels
 
     def read_image(self, image: Path | str | Image.Image) -> NDArray[np.uint8]:
         """Return an image file or Pillow image as raw pixels of the network's image shape; raises `ImageError`."""
@@ -178,16 +197,19 @@ def _load(folder: Path) -> Classifier:
         network = _build(config, folder / "config.json")
         n_bytes = _count_bytes(network)
         bound = min(n_bytes + n_bytes // 4 + 2**22, _MAX_MODEL_BYTES)  # names and graphs take some space
+        known = None
         for name in _sealed(files):
             content = files.read(name, bound if name.startswith("model.") else MAX_BYTES)
             if name == "model.safetensors":
                 weights = content
+            elif name == likeness.FILE:
+                known = read_likeness(content, folder / name)
         if not files.is_original(CARD):
             logger.warning("warning: %s was edited or removed after the export; the model is unchanged", folder / CARD)
     except OSError as error:
         raise BundleError(f"cannot read {error.filename or folder}: {error.strerror}") from error
     _load_weights(network, weights, folder / "model.safetensors")
-    return Classifier(network.eval(), config)
+    return Classifier(network.eval(), config, known)
 
 
 def _sealed(files: VerifiedFolder) -> list[str]:
@@ -246,6 +268,8 @@ def save(
         formats.write_models(contents.network, contents.config, new, onnx=onnx, torch_export=torch_export)
         _write_json(contents.config, new / "config.json")
         (new / "study.toml").write_text(contents.study_toml, encoding="utf-8")
+        if contents.likeness:
+            contents.likeness.save(new)
         draw_evaluation(contents.evaluation, images, new, contents.metrics["study"])
         Image.fromarray(images[0, 0].numpy()).save(new / EXAMPLE)
         _write_program(contents.config, new)

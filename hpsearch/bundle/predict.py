@@ -24,7 +24,11 @@ def predict_files(
     top: int = 3,
     on_duplicate: Callable[[str], None] = lambda file: None,
 ) -> Iterator[dict[str, Any]]:
-    """Yield `{"image", "top": [{"class", "probability"}, ...]}` or `{"image", "error"}` for each image, in order.
+    """Yield a dictionary for each image, in order.
+
+    It has the keys `image`, `top` (a list of `{"class", "probability"}`), `unlike` (whether the image is unlike the
+    training images) and `distance` (above 1 if so), the last two None for a model folder of an older version; or the
+    keys `image` and `error`.
 
     An argument is a file, a folder (searched recursively for image suffixes), or a pattern with `*`, `?`, `[...]` or
     `**`. Duplicates are skipped and passed to `on_duplicate`.
@@ -82,9 +86,14 @@ def _predict_batch(classifier: Classifier, batch: Sequence[Found], top: int) -> 
             rows.append({"image": file})
         except ImageError as caught:
             rows.append({"image": file, "error": str(caught)})
-    probabilities = iter(classifier.predict_proba(np.stack(pixels)) if pixels else ())
-    for row in rows:
-        if "error" not in row:
-            ranked = classifier.rank(next(probabilities), top)
-            row["top"] = [{"class": name, "probability": probability} for name, probability in ranked]
+    if not pixels:
+        return rows
+    images = np.stack(pixels)
+    distances = classifier.measure_distances(images)
+    read = (row for row in rows if "error" not in row)
+    for i, (row, probabilities) in enumerate(zip(read, classifier.predict_proba(images), strict=True)):
+        ranked = classifier.rank(probabilities, top)
+        row["top"] = [{"class": name, "probability": probability} for name, probability in ranked]
+        row["unlike"] = None if distances is None else bool(distances[i] > 1)
+        row["distance"] = None if distances is None else float(distances[i])
     return rows

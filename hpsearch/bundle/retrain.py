@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial
 
 from hpsearch.bundle import bundle, formats
 from hpsearch.bundle.evaluation import Evaluation, evaluate, mean_interval
+from hpsearch.bundle.likeness import Likeness
 from hpsearch.config.definition import StudyDefinition
 from hpsearch.config.space import TrainingHyperparameters
 from hpsearch.config.urls import expand_home
@@ -93,7 +94,7 @@ def export(
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("hpsearch", "torch", "torchvision", "optuna", "numpy")},
     }
-    contents = bundle.Contents(networks[0], config, metrics, evaluations[0], definition.to_toml())
+    contents = bundle.Contents(networks[0], config, metrics, evaluations[0], definition.to_toml(), Likeness.fit(data))
     verified = bundle.save(contents, target, test_images, labels, onnx=onnx, torch_export=torch_export, force=force)
     return metrics | {"verified": verified}
 

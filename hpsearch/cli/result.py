@@ -124,7 +124,9 @@ def predict(
             n_errors += 1
             echo(f"error: {printable(prediction['error'])}")
         elif not as_json:
-            print(prediction_line(prediction))
+            print(prediction_line(prediction), flush=True)
+            if prediction["unlike"]:
+                echo(f"warning: {printable(prediction['image'])} is unlike the training images")
         if as_json:
             document.append(prediction)
     if as_json:

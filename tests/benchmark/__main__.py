@@ -14,7 +14,7 @@ import torchvision
 from hpsearch.data.dataset import load_test
 from hpsearch.data.sets import data_folder
 from hpsearch.errors import HpsearchError
-from tests.benchmark import joining, many, pictures, pieces, quality, searches, watching
+from tests.benchmark import joining, many, pictures, pieces, quality, searches, unlike, watching
 from tests.benchmark.report import UNFAIR, Options, Row, show
 
 PARTS = {
@@ -30,6 +30,7 @@ PARTS = {
     "gpu": searches.gpu,
     "many": many.many,
     "pictures": pictures.pictures,
+    "unlike": unlike.unlike,
 }
 
 

@@ -28,6 +28,7 @@ from tests.benchmark.report import Options, Row
 Digit = NDArray[np.uint8]  # shape (28, 28), light on black
 Rng = np.random.Generator
 Draw = Callable[[Digit, Rng], Image.Image]
+Kinds = dict[str, tuple[Draw, str, dict[str, Any]]]
 SURE = 0.9
 
 
@@ -55,11 +56,11 @@ def choose(data: ImageData, n_pictures: int) -> tuple[NDArray[np.uint8], list[in
     return pixels.round().byte().numpy(), data.validation.labels[:n_pictures].tolist()
 
 
-def write(kind: str, digits: NDArray[np.uint8], folder: Path) -> Path:
+def write(kind: str, digits: NDArray[np.uint8], folder: Path, kinds: Kinds | None = None) -> Path:
     """Empty the folder, and write a picture of each digit, named by its number."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    draw, suffix, options = KINDS[kind]
+    draw, suffix, options = (kinds or KINDS)[kind]
     rng = np.random.default_rng(0)
     for i, digit in enumerate(digits):
         draw(digit, rng).save(folder / f"{i:04}{suffix}", **options)
@@ -68,19 +69,22 @@ def write(kind: str, digits: NDArray[np.uint8], folder: Path) -> Path:
 
 def measure(kind: str, folder: Path, labels: Sequence[int], network: Network, data: ImageData) -> Row:
     """Classify the pictures of a folder. One that is not found there counts as refused; a blank one should be."""
-    read = dict(_read(folder))
-    images = torch.from_numpy(np.array([*read.values()], dtype=np.uint8).reshape(-1, 1, 28, 28))
-    probabilities = network.predict_proba(normalise(images, data.mean, data.std)).numpy() if read else np.empty((0, 10))
+    found = dict(read(folder))
+    images = torch.from_numpy(np.array([*found.values()], dtype=np.uint8).reshape(-1, 1, 28, 28))
+    probabilities = (
+        network.predict_proba(normalise(images, data.mean, data.std)).numpy() if found else np.empty((0, 10))
+    )
     is_blank = kind.startswith("blank")
-    is_wrong = (probabilities.argmax(axis=1) != [labels[i] for i in read]) | is_blank
-    n_refused, wrong = len(labels) - len(read), probabilities.max(axis=1)[is_wrong]
-    n_right = n_refused if is_blank else len(read) - len(wrong)
+    is_wrong = (probabilities.argmax(axis=1) != [labels[i] for i in found]) | is_blank
+    n_refused, wrong = len(labels) - len(found), probabilities.max(axis=1)[is_wrong]
+    n_right = n_refused if is_blank else len(found) - len(wrong)
     sure = f", {np.mean(wrong):.2f} sure, {(wrong > SURE).sum()} above {SURE}" if len(wrong) else ""
     what = f"{kind}: right ({len(wrong)} wrong{sure}; {n_refused} refused)"
     return Row("pictures", what, "%", 100 * n_right / len(labels), n=len(labels))
 
 
-def _read(folder: Path) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+def read(folder: Path) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    """The numbers and the pixels of the pictures that are not refused."""
     for file, error in find_images(str(folder)):
         try:
             if error is None:
@@ -349,7 +353,7 @@ TURNED[0x0112] = 6  # the camera was held upright
 OTHER_PAGE = ImageOps.expand(Image.new("L", (60, 200)), 60, 255)
 
 # How each kind is drawn, the suffix of its files, and the options with which Pillow saves them.
-KINDS: dict[str, tuple[Draw, str, dict[str, Any]]] = {
+KINDS: Kinds = {
     "28x28 as in MNIST": (enlarged(1), ".png", {}),
     "28x28 black on white": (lambda digit, rng: Image.fromarray(255 - digit), ".png", {}),
     "28x28 in other shades of grey": (in_other_shades, ".png", {}),

@@ -11,9 +11,10 @@ import pytest
 import torchvision
 from torch import nn
 
+from hpsearch.bundle.likeness import Likeness
 from hpsearch.data.dataset import ImageData, load_data
 from hpsearch.training.networks import Network
-from tests.benchmark import many, pictures, pieces, searches, textbook, watching
+from tests.benchmark import many, pictures, pieces, searches, textbook, unlike, watching
 from tests.benchmark.report import Options, Row, show, summarize
 from tests.benchmark.textbook import Outcome
 
@@ -90,6 +91,16 @@ def test_pictures_of_all_kinds_are_written_and_read(tmp_path: Path, digits: Imag
     assert len(rows) >= 20
     assert [row.what.split(":")[0] for row in rows if "1 refused" in row.what] == ["blank", "blank, photographed"]
     assert [row.median for row in rows][-2:] == [100, 100]
+
+
+def test_pictures_of_what_is_no_digit_are_warned_of(tmp_path: Path, digits: ImageData) -> None:
+    images, _ = pictures.choose(digits, 1)
+    likeness = Likeness.fit(digits)
+    found = [
+        unlike.warn(pictures.write(kind, images, tmp_path / "pictures", unlike.UNLIKE), likeness, 1)
+        for kind in unlike.UNLIKE
+    ]
+    assert all(n_warned + n_refused == 1 for n_warned, n_refused in found)
 
 
 def test_rows_are_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
