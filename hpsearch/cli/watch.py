@@ -164,7 +164,10 @@ def dashboard(
     token: Annotated[
         str | None,
         typer.Option(
-            metavar="TOKEN", envvar="HPSEARCH_TOKEN", help="Default: random. [env: HPSEARCH_TOKEN]", show_envvar=False
+            metavar="TOKEN",
+            envvar="HPSEARCH_TOKEN",
+            help="Token. [default: random] [env: HPSEARCH_TOKEN]",
+            show_envvar=False,
         ),
     ] = None,
     opens: Annotated[bool, typer.Option("--open", help="Open it in your browser.")] = False,

@@ -156,9 +156,7 @@ def test_a_watched_study_gives_a_pipe_the_lines_of_a_run_elsewhere(study_file: S
     assert "best:  trial" in err
 
 
-def test_stop_extend_and_enqueue_steer_four_workers_and_the_budget_stays_exact(
-    study_file: StudyFile, tmp_path: Path
-) -> None:
+def test_stop_and_add_steer_four_workers_and_the_budget_stays_exact(study_file: StudyFile, tmp_path: Path) -> None:
     study_file(
         budget=f"trials = 4\nepochs = {epochs_of(4)}",
         body=f'[pruner]\nkind = "none"\n[study]\nstorage = "sqlite:///{tmp_path / "small.db"}"',
