@@ -8,7 +8,7 @@ from pathlib import Path
 from typer.exceptions import TyperException
 
 from hpsearch.cli.app import app
-from hpsearch.errors import HpsearchError
+from hpsearch.errors import Drained, HpsearchError
 
 _INTERRUPTED = 130  # typer returns it on Ctrl-C without printing anything
 
@@ -25,12 +25,12 @@ def main() -> None:
     try:
         status = app(arguments, prog_name="hpsearch", standalone_mode=False)
         if status == _INTERRUPTED:
-            _exit_with("interrupted", status)
+            _exit_with("interrupted", status, prefix="")
         sys.exit(status)
     except HpsearchError as error:
         if is_debug:
             raise
-        _exit_with(str(error), error.exit_status)
+        _exit_with(str(error), error.exit_status, prefix="" if isinstance(error, Drained) else "error: ")
     except TyperException as error:  # `hpsearch` alone: its message is the help
         _exit_with(error.format_message(), error.exit_code, prefix="")
     except OSError as error:
@@ -55,7 +55,6 @@ def _open_standard_streams() -> None:
 
 
 def _exit_with(message: str, exit_status: int, prefix: str = "error: ") -> None:
-    prefix = "" if exit_status == _INTERRUPTED else prefix  # Ctrl-C is no error
     print(f"{prefix}{message}", file=sys.stderr)
     sys.exit(exit_status)
 

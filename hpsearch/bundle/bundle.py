@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, overload
@@ -255,6 +256,7 @@ def save(
     onnx: bool = False,
     torch_export: bool = False,
     force: bool = False,
+    on_file: Callable[[int, int], None] = lambda n_done, n_total: None,
 ) -> dict[str, dict[str, float]]:
     """Write a model folder to `target`, if `check_target` allows it; returns the result of `formats.verify_models`.
 
@@ -274,7 +276,7 @@ def save(
         Image.fromarray(images[0, 0].numpy()).save(new / EXAMPLE)
         _write_program(contents.config, new)
         _write_texts(contents, new, {})  # `hpsearch.load`, which verifies model.safetensors, needs a manifest
-        verified = formats.verify_models(contents.network, contents.config, new, images, labels)
+        verified = formats.verify_models(contents.network, contents.config, new, images, labels, on_file)
         _write_texts(contents, new, verified)
         load(new)
         check_target(target, origin, force=force)  # it may have changed during the verification

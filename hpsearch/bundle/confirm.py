@@ -1,6 +1,7 @@
 """Retrain the best trials with new seeds, to find the real winner and how lucky the search was."""
 
 import multiprocessing
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -44,14 +45,16 @@ def confirm(
     folder: Path | str | None = None,
     devices: Sequence[str] = ("cpu",),
     on_run: Callable[[int, int, float], None] = lambda trial, run, accuracy: None,
+    on_epoch: Callable[[int, int], None] = lambda n_done, n_total: None,
 ) -> dict[str, Any]:
     """Retrain the `top` best trials `seeds` times each; store the comparison in the study and return it.
 
     A run differs from the one in the search only in its seed: it trains on the training split for the budget's epochs,
     and is evaluated on the validation split. A run that diverges counts as accuracy 0. Finished runs are stored at once
-    and never repeated; `on_run` gets the trial, the run's index and its accuracy. `n_workers` processes share the work
-    and the devices. Raises `NoCompletedTrial`, `DataError`, `StudyMismatch` for other data than the search had,
-    `UsageError` for fewer than two seeds, and `WorkerError` if a process dies.
+    and never repeated; `on_run` gets the trial, the run's index and its accuracy, and `on_epoch` the number of epochs
+    trained and of all. `n_workers` processes share the work and the devices. Raises `NoCompletedTrial`, `DataError`,
+    `StudyMismatch` for other data than the search had, `UsageError` for fewer than two seeds, and `WorkerError` if a
+    process dies.
     """
     if seeds < 2:
         raise UsageError(f"--seeds {seeds}: must be at least 2 (a single run shows no variance)")
@@ -61,7 +64,12 @@ def confirm(
     check_data(definition, study, data)
     done: dict[str, float] = dict(study.user_attrs.get("confirmed_runs", {}))
     missing = [(trial, i) for i in range(seeds) for trial in trials if f"{trial.number}/{i}" not in done]
+    epochs, trained = definition.budget.epochs, Counter[tuple[int, int]]()  # the latter by trial and run
     for (trial, i), accuracy in _train_all(definition, data, missing, n_workers, devices, folder):
+        trained[trial.number, i] = trained[trial.number, i] + 1 if accuracy is None else epochs
+        on_epoch(trained.total(), len(missing) * epochs)
+        if accuracy is None:
+            continue
         new = {f"{trial.number}/{i}": accuracy}
         done |= storage_of(study).change_study_attrs(study._study_id, partial(_add_runs, new))["confirmed_runs"]
         on_run(trial.number, i, accuracy)
@@ -134,12 +142,16 @@ def _train_all(
     n_workers: int,
     devices: Sequence[str],
     folder: Path | str | None,
-) -> Iterator[tuple[Run, float]]:
-    """Train all runs, and yield each with its accuracy in order of completion. No process outlives the iteration."""
+) -> Iterator[tuple[Run, float | None]]:
+    """Train all runs, and yield each after each epoch with None, and at its end with its accuracy.
+
+    No process outlives the iteration.
+    """
     n_workers = min(n_workers, len(runs))
     if n_workers <= 1:
         here = data.to(devices[0])
-        yield from ((run, _measure(definition, here, run)) for run in runs)
+        for run in runs:
+            yield from ((run, accuracy) for accuracy in _measure(definition, here, run))
         return
     shared = share(data) or folder
     n_threads = max(1, torch.get_num_threads() // n_workers)
@@ -190,17 +202,22 @@ def _work(
             next_run.value += 1
         if i >= len(runs):
             return "all runs are trained"
-        send((i, _measure(definition, here, runs[i], drain.check)))
+        for accuracy in _measure(definition, here, runs[i], drain.check):
+            send((i, accuracy))
 
 
-def _measure(definition: StudyDefinition, data: ImageData, run: Run, check: Callable[[], None] = lambda: None) -> float:
-    """Retrain a trial with the new seed of that index, and return its validation accuracy."""
+def _measure(
+    definition: StudyDefinition, data: ImageData, run: Run, check: Callable[[], None] = lambda: None
+) -> Iterator[float | None]:
+    """Retrain a trial with the new seed of that index; yield None after each epoch, then its validation accuracy."""
     trial, i = run
     seed = trial_seed(definition.study.seed, trial, _FIRST_REPETITION + i)
     trainer = build_trainer(definition, data, definition.space.read(trial.params), seed)
     try:
         while not trainer.is_done:
             trainer.run_epoch(check)
+            yield None
     except Diverged:
-        return 0.0
-    return measure_accuracy(trainer.network, data.validation)
+        yield 0.0
+        return
+    yield measure_accuracy(trainer.network, data.validation)

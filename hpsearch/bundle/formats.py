@@ -8,6 +8,7 @@ import sys
 import tempfile
 import textwrap
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,13 +133,18 @@ def write_models(
 
 
 def verify_models(
-    network: Network, config: dict[str, Any], folder: Path, images: Tensor, labels: NDArray[np.int64]
+    network: Network,
+    config: dict[str, Any],
+    folder: Path,
+    images: Tensor,
+    labels: NDArray[np.int64],
+    on_file: Callable[[int, int], None] = lambda n_done, n_total: None,
 ) -> dict[str, dict[str, float]]:
     """Return, for each model file, the maximum difference of its probabilities and its accuracy on the images.
 
     `images` are raw pixels, uint8, (N, C, H, W). Each file is loaded in a new process with the model card's code, and
-    model.pt with predict.py if there is one, and run in batches. Raises `BundleError` if a difference exceeds the
-    format's tolerance; a `model.pt2` is removed instead.
+    model.pt with predict.py if there is one, and run in batches; `on_file` gets the number of files verified and all.
+    Raises `BundleError` if a difference exceeds the format's tolerance; a `model.pt2` is removed instead.
     """
     expected = network.predict_proba(normalise(images, config["mean"], config["std"])).numpy()
     found: dict[str, dict[str, float]] = {}
@@ -146,7 +152,8 @@ def verify_models(
         pixels = Path(temporary, "images.npy")
         np.save(pixels, images.numpy())
         answers = {name: pool.submit(_predict, folder / name, pixels) for name in FORMATS if (folder / name).exists()}
-        for name, answer in answers.items():
+        for i, (name, answer) in enumerate(answers.items()):
+            on_file(i, len(answers))
             try:
                 found[name] = _compare(name, answer.result(), expected, labels)
             except BundleError as error:

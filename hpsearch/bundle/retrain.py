@@ -40,6 +40,7 @@ def export(
     device: torch.device | str = "cpu",
     force: bool = False,
     on_epoch: Callable[[int, EpochResult], None] = lambda seed, result: None,
+    on_file: Callable[[int, int], None] = lambda n_done, n_total: None,
 ) -> dict[str, Any]:
     """Export the confirmed winner, else the best trial, or trial `number` to `target`; return the metrics.
 
@@ -95,7 +96,8 @@ def export(
         | {name: version(name) for name in ("hpsearch", "torch", "torchvision", "optuna", "numpy")},
     }
     contents = bundle.Contents(networks[0], config, metrics, evaluations[0], definition.to_toml(), Likeness.fit(data))
-    verified = bundle.save(contents, target, test_images, labels, onnx=onnx, torch_export=torch_export, force=force)
+    options: dict[str, Any] = {"onnx": onnx, "torch_export": torch_export, "force": force, "on_file": on_file}
+    verified = bundle.save(contents, target, test_images, labels, **options)
     return metrics | {"verified": verified}
 
 

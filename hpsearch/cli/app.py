@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from hpsearch.monitor.live import LiveView
     from hpsearch.workers.ray import Cluster
 
-    Show = Callable[[Callable[[LiveView], str], int, Drain], None]
+    Show = Callable[[Callable[[LiveView], str], Drain], None]
 
 _POLL = 0.25  # seconds between two checks whether all workers have stopped
 
@@ -141,12 +141,13 @@ def run(
     named = options.NamedStudy(study, storage, artifacts=artifacts, trials=trials)
     options.mention_example(study)
 
-    def show(search: Callable[["LiveView"], str], n_workers: int, drain: Drain) -> None:
+    def show(search: Callable[["LiveView"], str], drain: Drain) -> None:
         with _serving_dashboard(named, opens=opens) if shows_dashboard or opens else nullcontext():
-            _show_search(named, search, n_workers, drain, as_json=as_json)
+            _show_search(named, search, drain, as_json=as_json)
 
     if ray is None:
         return _run_here(named, show, workers, threads, data, keeps_extension=trials is None)
+    echo(f"{named.definition.study.name}: connecting to Ray")
     from hpsearch.workers.ray import Resources, connect
 
     resources = Resources(1.0 if cpus is None else cpus, gpus or 0.0)
@@ -167,18 +168,23 @@ def _run_here(
     from hpsearch.workers.forkserver import start_fork_server
 
     start_fork_server()
+    from hpsearch.training.devices import default_workers, share_cores
+
+    drain, n_workers = Drain(), workers or default_workers()
+    n_threads = count(threads or share_cores(n_workers), "thread")
+    echo(f"{named.definition.study.name}: starting {count(n_workers, 'worker')} ({n_threads} each)")
     from hpsearch.search.study import start_study
 
-    start_study(named.definition, keeps_extension=keeps_extension)  # fails before torch is loaded
-    from hpsearch.training.devices import default_workers
-    from hpsearch.workers.processes import run_pool
-
-    drain, n_workers = Drain().listen(), workers or default_workers()
+    start_study(named.definition, keeps_extension=keeps_extension)
+    options.fetch_images(named.definition, data)
 
     def search(view: "LiveView") -> str:
+        from hpsearch.workers.processes import run_pool  # takes seconds, with torch; the table is there before
+
+        drain.listen(on_request=view.announce_stop)
         return run_pool(named.definition, drain, n_workers, n_threads=threads, folder=data, emit=view)
 
-    show(search, n_workers, drain)
+    show(search, drain)
 
 
 def _run_in_cluster(
@@ -201,7 +207,12 @@ def _run_in_cluster(
     for remark in cluster.remark_on(n_workers):
         echo(remark)
     if not detaches:
-        return show(lambda view: cluster.run(n_workers, drain, view.print_finished), n_workers, drain)
+        echo(f"{named.definition.study.name}: starting {count(n_workers, 'worker')} in the cluster")
+
+        def search(view: "LiveView") -> str:
+            return cluster.run(n_workers, drain.listen(on_request=view.announce_stop), view.print_finished)
+
+        return show(search, drain)
     name = cluster.detach(n_workers)
     echo(f"started {n_workers} workers; the actor {name} supervises them in the cluster")
     return echo(f"next: hpsearch status {named.arguments} --watch  |  hpsearch stop {named.arguments}")
@@ -237,19 +248,21 @@ def worker(
 
         start_study(named.definition, resumes=False)
     watch = named.watch()
-    neighbors, drain = Neighbors(watch.study), Drain().listen()
+    neighbors, drain = Neighbors(watch.study), Drain()
     echo(describe_share(neighbors.count() + 1, threads))
+    options.fetch_images(named.definition, data)
 
     def work(view: LiveView) -> str:
+        drain.listen(on_request=view.announce_stop)
         if threads is None:
             wait_for_core(neighbors, named.load_study(), drain)
         with neighbors.joined():
-            from hpsearch.workers.worker import run_worker
+            from hpsearch.workers.worker import run_worker  # takes seconds, with torch; the table is there before
 
             settings: dict[str, Any] = {"data": data, "n_threads": threads, "max_trials": max_trials}
             return run_worker(named.definition, drain, view, neighbors=neighbors, **settings)
 
-    with LiveView(watch) as view:
+    with LiveView(watch) as view, named.named_in_errors():
         try:
             reason = work(view)
         except BudgetSpent as spent:
@@ -278,26 +291,28 @@ def stop(study: options.StudyArgument, storage: options.StorageOption = None) ->
 
 
 def _show_search(
-    named: options.NamedStudy, search: Callable[["LiveView"], str], n_workers: int, drain: Drain, *, as_json: bool
+    named: options.NamedStudy, search: Callable[["LiveView"], str], drain: Drain, *, as_json: bool
 ) -> None:
     """Show a search while it runs, and then its result."""
     from hpsearch.monitor.live import LiveView
     from hpsearch.monitor.status import summarize_search
-    from hpsearch.workers.worker import RETRY_SECONDS
 
     watch, arguments = named.watch(), named.arguments
     try:
-        with LiveView(watch) as view:
-            view.start(n_workers)
+        with LiveView(watch) as view, named.named_in_errors():
+            if (snapshot := watch.poll()).n_finished and not view.is_live:
+                echo(snapshot.describe_progress())
             reason = search(view)
     except Drained:
         with suppress(StorageError):
             echo(watch.poll().describe_progress())
         raise
     echo("done: " + reason.replace(" STUDY", f" {arguments}"))
+    from hpsearch.workers.worker import RETRY_SECONDS
+
     # The trials are stored, so their summary waits for a storage that is away now, until a signal.
     watch.storage.patience, watch.storage.giving_up = RETRY_SECONDS, drain.event
-    options.print_status(watch, arguments, as_json=as_json)
+    options.print_best(watch, arguments, as_json=as_json)
     for line in summarize_search(watch, arguments):
         echo(line)
 

@@ -17,6 +17,7 @@ app = typer.Typer()
 def doctor(
     study: options.StudyArgument,
     fix: Annotated[bool, typer.Option("--fix", help="Fix what can be fixed safely.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Also show what is ok.")] = False,
     storage: options.StorageOption = None,
     artifacts: options.ArtifactsOption = None,
     data: options.DataOption = None,
@@ -29,12 +30,19 @@ def doctor(
     from dataclasses import asdict
 
     from hpsearch.cli.render import render_findings
-    from hpsearch.monitor.doctor import run_checks
 
     definition = options.NamedStudy(study, storage, artifacts=artifacts).definition
-    findings = [asdict(finding) for finding in run_checks(definition, folder=data, fix=fix)]
-    options.print_document(findings, render_findings, as_json=as_json)
-    if not all(finding["is_ok"] for finding in findings):
+    echo(f"{definition.study.name}: checking")
+    from hpsearch.monitor.doctor import run_checks
+
+    findings = list(run_checks(definition, folder=data, fix=fix))
+    shown = [asdict(finding) for finding in findings if verbose or as_json or finding.is_news]
+    if shown:
+        options.print_document(shown, render_findings, as_json=as_json)
+    n_ok = sum(finding.is_ok for finding in findings)
+    hint = "" if verbose or as_json else "; see all with --verbose"
+    echo(f"{definition.study.name}: {n_ok} of {len(findings)} checks are ok{hint}")
+    if n_ok < len(findings):
         raise typer.Exit(1)
 
 

@@ -5,7 +5,8 @@ import math
 import re
 import shlex
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -19,8 +20,10 @@ if TYPE_CHECKING:
     import optuna
     from rich.console import RenderableType
 
+    from hpsearch.config.definition import StudyDefinition
     from hpsearch.monitor.status import Watch
 
+_N_BEST = 5  # trials in the table at the end of a search
 Number = TypeVar("Number", int, float)
 
 
@@ -182,11 +185,32 @@ class NamedStudy:
 
         return load_study(self.definition, open_storage(self.definition.study.storage, must_exist=True))
 
+    @contextmanager
+    def named_in_errors(self) -> Iterator[None]:
+        """Name this study in the message of a search that was stopped, which says how to resume it."""
+        from hpsearch.errors import Drained
+
+        try:
+            yield
+        except Drained as error:
+            raise type(error)(str(error).replace(" STUDY", f" {self.arguments}")) from error
+
     def watch(self) -> "Watch":
         """Return a read-only watch of the stored study. Creates nothing."""
         from hpsearch.monitor.status import Watch
 
         return Watch(self.definition)
+
+
+def fetch_images(definition: "StudyDefinition", folder: Path | None) -> None:
+    """Download the images of a study if none are there, before anything is drawn: each archive has a bar of its own."""
+    from hpsearch.plugins import DATA_SETS, find
+
+    data_set = find(DATA_SETS, definition.data.name)
+    place = data_set.locate(folder)
+    if place and not place.exists():
+        echo(f"downloading {definition.data.name} to {place}")
+        data_set.read(folder, is_train=True)
 
 
 def warn_about_password(option: str, url: str | None) -> None:
@@ -206,6 +230,20 @@ def print_document(document: Any, render: Callable[[Any], "RenderableType"], *, 
         print(json.dumps(document, indent=2))
     else:
         show(render(document))
+
+
+def print_best(watch: "Watch", arguments: str, *, as_json: bool) -> None:
+    """Print the five best trials of a search that ended, as a table, or as JSON the document of `status`."""
+    from hpsearch.monitor.tables import tabulate_trials
+    from hpsearch.monitor.trials import list_trials
+
+    hyperparameters = watch.definition.search
+    columns, hint = ["trial", "value", *hyperparameters, "seconds"], f"; see: hpsearch trials {arguments}"
+    best = list_trials(watch.study, "complete", "value", _N_BEST)
+    if as_json:
+        print_status(watch, arguments, as_json=True)
+    elif best:
+        show(tabulate_trials(best, hyperparameters, columns, hint))
 
 
 def print_status(watch: "Watch", arguments: str, *, as_json: bool) -> None:

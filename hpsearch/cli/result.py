@@ -29,20 +29,26 @@ def confirm(
     """
     named = options.NamedStudy(study, storage)
     stored = named.load_study()
-    from hpsearch.bundle.confirm import confirm as confirm_trials
     from hpsearch.cli.render import render_confirmation
-    from hpsearch.training.devices import default_workers, list_devices
+    from hpsearch.monitor.progress import Steps
 
-    confirmation = confirm_trials(
-        named.definition,
-        stored,
-        top=top,
-        seeds=seeds,
-        n_workers=workers or default_workers(),
-        folder=data,
-        devices=list_devices(),
-        on_run=lambda trial, run, accuracy: echo(f"trial {trial}, run {run + 1}/{seeds}: {accuracy:.4f}"),
-    )
+    options.fetch_images(named.definition, data)
+    with Steps() as show_step:
+        show_step("loading PyTorch and the images")
+        from hpsearch.bundle.confirm import confirm as confirm_trials
+        from hpsearch.training.devices import default_workers, list_devices
+
+        confirmation = confirm_trials(
+            named.definition,
+            stored,
+            top=top,
+            seeds=seeds,
+            n_workers=workers or default_workers(),
+            folder=data,
+            devices=list_devices(),
+            on_run=lambda trial, run, accuracy: echo(f"trial {trial}, run {run + 1}/{seeds}: {accuracy:.4f}"),
+            on_epoch=lambda n_done, n_total: show_step("retraining, epochs", n_done, n_total),
+        )
     options.print_document(confirmation, render_confirmation, as_json=as_json)
     echo(f"next: hpsearch export {named.arguments}")
 
@@ -68,29 +74,40 @@ def export(
     """
     named = options.NamedStudy(study, storage)
     definition, stored = named.definition, named.load_study()
-    from hpsearch.bundle.retrain import export as export_bundle
     from hpsearch.cli.render import render_export
+    from hpsearch.monitor.progress import Steps
     from hpsearch.search.selection import explain_choice
-    from hpsearch.training.devices import list_devices
 
     target = output or Path("models") / definition.study.name
     n_models, n_epochs = definition.retrain.seeds, definition.retrain.epochs or definition.budget.epochs
     if trial is None:
         echo(explain_choice(stored, named.arguments))
-    metrics = export_bundle(
-        definition,
-        stored,
-        target,
-        number=trial,
-        onnx=onnx,
-        torch_export=torch_export,
-        folder=data,
-        force=force,
-        device=list_devices()[0],
-        on_epoch=lambda i, result: echo(
-            f"model {i + 1}/{n_models}  epoch {result.epoch}/{n_epochs}  loss {result.loss:.4f}"
-        ),
-    )
+    options.fetch_images(definition, data)
+    with Steps() as show_step:
+        show_step("loading PyTorch and the images")
+        from hpsearch.bundle.retrain import export as export_bundle
+        from hpsearch.training.devices import list_devices
+        from hpsearch.training.trainer import EpochResult
+
+        def on_epoch(i: int, result: EpochResult) -> None:
+            line = f"model {i + 1}/{n_models}  epoch {result.epoch}/{n_epochs}  loss {result.loss:.4f}"
+            show_step(f"training model {i + 1} of {n_models}, epochs", result.epoch, n_epochs, line=line)
+            if (i + 1, result.epoch) == (n_models, n_epochs):
+                show_step("testing, writing the model folder")
+
+        metrics = export_bundle(
+            definition,
+            stored,
+            target,
+            number=trial,
+            onnx=onnx,
+            torch_export=torch_export,
+            folder=data,
+            force=force,
+            device=list_devices()[0],
+            on_epoch=on_epoch,
+            on_file=lambda n_done, n_total: show_step("verifying the model files", n_done, n_total),
+        )
     options.print_document(metrics, lambda document: render_export(str(target), document), as_json=as_json)
     bundle = shlex.quote(str(target))
     echo(f"next: {_suggest_prediction(target)}hpsearch evaluate {bundle}  |  hpsearch report {named.arguments}")

@@ -1,6 +1,5 @@
 """The group `watch`: the commands that watch and steer a search."""
 
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -31,7 +30,6 @@ def status(
     from hpsearch.monitor.live import LiveView
     from hpsearch.monitor.status import summarize_search
 
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # restores the terminal
     with LiveView(watched, follows=True) as view:
         view.wait()
     for line in summarize_search(watched, named.arguments):

@@ -5,11 +5,13 @@ Checking a study file imports this module, so the packages that read images are 
 
 import gzip
 import hashlib
+import io
 import os
+import sys
 import tempfile
 import zlib
 from abc import ABC, abstractmethod
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,6 +94,10 @@ class DataSet(ABC):
 
         return read_image(image, self.image_shape, is_digit=self.is_digit)
 
+    def locate(self, folder: Path | str | None) -> Path | None:
+        """Return the folder in which `read` looks for files, or None if it needs none."""
+        return None
+
     def find_missing(self, folder: Path | str | None) -> list[str]:
         """Return the archives that `read` would download; changes nothing."""
         return []
@@ -105,7 +111,7 @@ class Torchvision(DataSet):
 
     def read(self, folder: Path | str | None, *, is_train: bool) -> "tuple[Tensor, Tensor]":
         """Read unpacked files or archives, and write nothing, unless one of them is missing and is downloaded."""
-        raw, n_images, problem = self._raw(folder), self.n_train if is_train else self.n_test, ""
+        raw, n_images, problem = self.locate(folder), self.n_train if is_train else self.n_test, ""
         files = [raw / name for name in _FILES["train" if is_train else "t10k"]]
         try:
             try:
@@ -131,10 +137,10 @@ class Torchvision(DataSet):
         return images.unsqueeze(1), labels.long()
 
     def find_missing(self, folder: Path | str | None) -> list[str]:
-        raw = self._raw(folder)
+        raw = self.locate(folder)
         return [f"{name}.gz" for names in _FILES.values() for name in names if not _is_there(raw / name)]
 
-    def _raw(self, folder: Path | str | None) -> Path:
+    def locate(self, folder: Path | str | None) -> Path:
         return data_folder(folder) / self.class_name / "raw"
 
     def _check_archive(self, file: Path) -> None:
@@ -156,6 +162,8 @@ class Torchvision(DataSet):
             FileLock(raw.parent / ".lock"),
             tempfile.TemporaryDirectory(dir=raw.parent) as temporary,
             redirect_stdout(None),  # stdout is reserved for results
+            # torchvision draws a bar for each archive, in a pipe as well
+            nullcontext() if sys.stderr and sys.stderr.isatty() else redirect_stderr(io.StringIO()),
         ):
             if all(_is_there(file) for file in files):  # another process has downloaded them
                 return

@@ -21,7 +21,6 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from hpsearch.config.definition import StudyDefinition
 from hpsearch.config.urls import parse_url, show_url
-from hpsearch.data.sets import data_folder
 from hpsearch.errors import HpsearchError, StorageUnavailable
 from hpsearch.plugins import DATA_SETS, find
 from hpsearch.search.study import load_study
@@ -53,6 +52,11 @@ class Finding:
     check: str
     is_ok: bool
     message: str
+
+    @property
+    def is_news(self) -> bool:
+        """Whether it is worth a look: a problem, or something that was fixed."""
+        return not self.is_ok or self.message.startswith("fixed")
 
 
 def run_checks(
@@ -215,9 +219,10 @@ def _check_store(artifacts: Folder) -> Finding:
 
 def _check_data(definition: StudyDefinition, folder: Path | str | None) -> Finding:
     name = definition.data.name
+    data_set = find(DATA_SETS, name)
     try:
-        if missing := find(DATA_SETS, name).find_missing(folder):
-            place = data_folder(folder)
+        place = data_set.locate(folder)
+        if place and (missing := data_set.find_missing(folder)):
             advice = "the next run downloads them (offline: copy them there yourself)"
             if not os.access(_find_existing(place), os.W_OK | os.X_OK):
                 advice = "the folder is not writable: copy them there yourself, or point HPSEARCH_DATA at another one"
@@ -230,7 +235,7 @@ def _check_data(definition: StudyDefinition, folder: Path | str | None) -> Findi
         advice = "fix its permissions, or point HPSEARCH_DATA at another folder"
         return Finding("data", False, f"{name}: cannot read {error.filename}: {error.strerror}; {advice}")
     counts = f"{len(data.train):,} training and {len(data.validation):,} validation images"
-    return Finding("data", True, f"{name}: complete ({counts})")
+    return Finding("data", True, f"{name}: complete{f' in {place}' if place else ''} ({counts})")
 
 
 def _check_devices() -> Finding:

@@ -1,13 +1,11 @@
 """The view of a running search: on a terminal a table, redrawn every second; in a pipe one line per trial."""
 
 import os
-import sys
-import termios
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from typing import IO, Self
+from typing import Self
 
 from rich.console import Console, ConsoleOptions, Group, OverflowMethod, RenderableType, RenderResult
 from rich.live import Live
@@ -15,8 +13,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from hpsearch.errors import StorageError
-from hpsearch.monitor.status import Snapshot, Watch
+from hpsearch.errors import Drained, Interrupted, StorageError
+from hpsearch.monitor.status import Snapshot, Tally, Watch
 from hpsearch.monitor.tables import (
     STYLES,
     Column,
@@ -26,6 +24,7 @@ from hpsearch.monitor.tables import (
     tabulate,
     tabulate_trials,
 )
+from hpsearch.monitor.terminal import can_draw, is_in_foreground, keys_hidden, terminal_returned
 from hpsearch.monitor.text import (
     count,
     describe_best,
@@ -35,7 +34,6 @@ from hpsearch.monitor.text import (
     format_duration,
     join_params,
     printable,
-    trial_line,
 )
 from hpsearch.search.trials import TrialEvent
 
@@ -58,26 +56,34 @@ class LiveView:
 
     def __init__(self, watch: Watch, *, follows: bool = False) -> None:
         self.watch, self.follows = watch, follows
-        self.console = console = Console(stderr=not follows, highlight=False)
-        # With FORCE_COLOR set, Rich takes any stream for a terminal.
-        is_terminal = console.is_terminal and console.file.isatty() and not console.is_dumb_terminal
-        self.is_live = is_terminal and _is_in_foreground(console.file)
-        self._live, self._size = self._new_live(), console.size
+        self.console = Console(stderr=not follows, highlight=False)
+        self.is_live = can_draw(self.console)
+        self._tally = Tally(watch, gets_all=follows)
+        self._running: set[int] = set()  # the trials of which this process gets the events
+        self._snapshot: Snapshot | None = None
+        self._trouble = self._notice = ""
+        self._live, self._size = self._new_live(), self.console.size
         self._error: Exception | None = None
-        self._drawing = threading.Lock()
-        self._ended, self._restores = threading.Event(), ExitStack()
+        self._drawing = threading.RLock()  # a signal handler draws, too
+        self._ended, self._signals, self._drawn = threading.Event(), ExitStack(), ExitStack()
+        self._has_terminal = False
         self._thread = threading.Thread(target=self._follow, name="live view", daemon=True)
 
     def __call__(self, event: TrialEvent) -> None:
+        (self._running.add if event.state == "running" else self._running.discard)(event.number)
         if not self.is_live and event.state != "running":
-            echo(trial_line(event))
+            echo(self._tally.describe(event))
 
-    def start(self, n_workers: int) -> None:
-        """In a pipe, print the progress before the first worker starts."""
-        if not self.is_live:
-            snapshot = self.watch.poll()
-            n_trials = snapshot.status["budget"]["trials"]
-            echo(f"{snapshot.n_finished} of {n_trials} trials done; starting {count(n_workers, 'worker')}")
+    def announce_stop(self, error: Drained) -> None:
+        """Say at once that the workers were asked to stop. For signal handlers: what they interrupt may be printing."""
+        what = f": saving {count(len(self._running), 'running trial')}" if self._running else ""
+        hint = " (Ctrl-C again to force)" if isinstance(error, Interrupted) else ""
+        self._notice = f"Stopping{what}{hint}"
+        if self.is_live:
+            self._draw()
+        else:
+            with suppress(OSError):  # the reader of the pipe may have ended by the same signal
+                os.write(2, f"{self._notice}\n".encode())
 
     def print_finished(self) -> None:
         """In a pipe, print one line for each trial that ended since the last call."""
@@ -88,9 +94,10 @@ class LiveView:
 
     def __enter__(self) -> Self:
         if self.is_live:
-            self._restores.enter_context(_no_echo_of_control_keys())
-            self._restores.callback(lambda: self._live.stop())
-            self._live.start()
+            self._signals.enter_context(terminal_returned(self._release, self._draw))
+            self._draw()
+        else:
+            self._tally.read()
         if self.is_live or self.follows:
             self._thread.start()
         return self
@@ -98,7 +105,8 @@ class LiveView:
     def __exit__(self, *_: object) -> None:
         with self._drawing:
             self._ended.set()  # the thread may wait for a locked database, but stops drawing
-        self._restores.close()
+        self._release()
+        self._signals.close()
 
     def wait(self) -> None:
         """Wait until the search is over. Raises the error that stopped the view, e.g. a closed pipe."""
@@ -107,20 +115,20 @@ class LiveView:
             raise self._error
 
     def _follow(self) -> None:
-        snapshot, trouble = None, ""
         try:
-            while not self._ended.wait(_REFRESH if snapshot or trouble else 0):
+            while not self._ended.wait(_REFRESH if self._snapshot or self._trouble else 0):
                 try:
-                    snapshot, trouble = self.watch.poll(), ""
+                    self._snapshot, self._trouble = self.watch.poll(), ""
                 except StorageError as error:  # the workers retry as well
-                    if not trouble and not self.is_live:
+                    if not self._trouble and not self.is_live:
                         echo(str(error))
-                    trouble = str(error)
+                    self._trouble = str(error)
+                snapshot = self._snapshot
                 if self.is_live:
-                    self._draw(SnapshotTable(snapshot, trouble, is_own=not self.follows) if snapshot else trouble)
-                elif snapshot and not trouble:
+                    self._draw()
+                elif snapshot and not self._trouble:
                     for event in snapshot.news:
-                        print(trial_line(event), flush=True)
+                        print(self._tally.describe(event), flush=True)
                 if self.follows and snapshot and not snapshot.n_alive and (snapshot.is_over or snapshot.is_stopped):
                     return
         except Exception as error:  # noqa: BLE001 - an error of the view must not end the search
@@ -129,52 +137,44 @@ class LiveView:
     def _new_live(self) -> Live:
         return Live(console=self.console, auto_refresh=False, transient=not self.follows)
 
-    def _draw(self, table: "SnapshotTable | str") -> None:
+    def _release(self) -> None:
+        """Give the terminal back as it was."""
         with self._drawing:
-            if self._ended.is_set():
+            self._has_terminal = False
+            self._drawn.close()
+
+    def _draw(self) -> None:
+        with self._drawing:
+            if self._ended.is_set() or not is_in_foreground(self.console.file):  # as after `bg`
                 return
+            if not self._has_terminal:
+                self._has_terminal, self._live = True, self._new_live()
+                self._drawn.enter_context(keys_hidden())
+                self._drawn.callback(lambda: self._live.stop())
+                self._live.start()
             if self.console.size != self._size:  # terminals differ in how they reflow the old table
                 self._live.stop()
                 self.console.clear()
                 self._live, self._size = self._new_live(), self.console.size
                 self._live.start()
+            if self._snapshot:
+                is_own = not self.follows
+                table: RenderableType = SnapshotTable(self._snapshot, self._trouble, self._notice, is_own=is_own)
+            else:
+                table = "\n".join(filter(None, (self._notice, self._trouble)))
             self._live.update(table, refresh=True)
-
-
-def _is_in_foreground(stream: IO[str]) -> bool:
-    """Return whether this process is in the foreground of the terminal; a background job must not touch it."""
-    try:
-        return os.tcgetpgrp(stream.fileno()) == os.getpgrp()
-    except OSError:  # no terminal with job control
-        return True
-
-
-@contextmanager
-def _no_echo_of_control_keys() -> Iterator[None]:
-    """Hide the `^C` that a terminal echoes at the cursor: it would move the table by a line."""
-    if not sys.stdin or not sys.stdin.isatty() or not _is_in_foreground(sys.stdin):
-        yield
-        return
-    before = termios.tcgetattr(sys.stdin)
-    quiet = [*before[:3], before[3] & ~termios.ECHOCTL, *before[4:]]
-    termios.tcsetattr(sys.stdin, termios.TCSANOW, quiet)
-    try:
-        yield
-    finally:
-        with suppress(termios.error):  # the terminal may be closed
-            if _is_in_foreground(sys.stdin):  # otherwise the shell has set its own modes
-                termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
 
 @dataclass(frozen=True)
 class SnapshotTable:
-    """A snapshot as a table that fits the console; `trouble` says why there is no newer one.
+    """A snapshot as a table that fits the console; `trouble` says why there is no newer one, `notice` what happens now.
 
     `is_own` is set if this process runs the search; then the table does not report missing workers.
     """
 
     snapshot: Snapshot
     trouble: str = ""
+    notice: str = ""
     is_own: bool = False
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -182,7 +182,8 @@ class SnapshotTable:
         cut: OverflowMethod = "crop" if options.ascii_only else "ellipsis"
         head = _render_head(snapshot, options.max_width, cut, is_own=self.is_own)
         # Two lines above the finished trials, and one each that is blank, names hidden columns, and stays empty.
-        n_rows = options.max_height - len(console.render_lines(head, options)) - 5 - bool(self.trouble)
+        n_rows = options.max_height - len(console.render_lines(head, options)) - 5
+        n_rows -= bool(self.trouble) + bool(self.notice)
         failed = snapshot.failed[: min(max(n_rows - 11, 1), _MAX_FAILED)]
         n_rows -= len(failed) and len(failed) + 1
         n_workers = min(len(snapshot.workers), max(n_rows // 2, _MIN_ROWS))
@@ -211,6 +212,8 @@ class SnapshotTable:
             yield _one_line(f"trial {row['number']} failed: {row['note']}", cut, style="red")
         if self.trouble:
             yield _one_line(self.trouble, cut, style="bold red")
+        if self.notice:
+            yield _one_line(self.notice, cut, style="bold yellow")
 
 
 def _render_head(snapshot: Snapshot, width: int, cut: OverflowMethod, *, is_own: bool) -> RenderableType:

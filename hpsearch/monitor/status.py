@@ -2,7 +2,9 @@
 
 import math
 import shlex
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -12,8 +14,15 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpsearch.bundle.evaluation import wilson_interval
 from hpsearch.config.definition import StudyDefinition, load_definition
-from hpsearch.errors import DefinitionError, HpsearchError, StorageUnavailable, StudyMismatch, StudyNotFound
-from hpsearch.monitor.text import describe_best
+from hpsearch.errors import (
+    DefinitionError,
+    HpsearchError,
+    StorageError,
+    StorageUnavailable,
+    StudyMismatch,
+    StudyNotFound,
+)
+from hpsearch.monitor.text import describe_best, join_params, printable, trial_line
 from hpsearch.monitor.trials import describe_trial, read_status
 from hpsearch.search.selection import explain_choice, find_best
 from hpsearch.search.study import load_study
@@ -25,6 +34,7 @@ from hpsearch.storage.tables import count_interruptions
 _N_RECENT = 40  # finished trials used to estimate the remaining time
 _N_DRAWS = 200
 _N_LISTED = 50  # finished and failed trials each
+_TALLY_SECONDS = 1.0  # between two looks at the trials of other workers
 
 
 @dataclass(frozen=True)
@@ -157,6 +167,48 @@ def describe_state(study: str) -> str:
     return f"{n_finished}/{status['budget']['trials']} trials{best}"
 
 
+class Tally:
+    """Counts the finished trials of a study for the lines of a pipe, each of which tells the progress.
+
+    Those of the workers whose events it gets are counted with their own line. Unless it gets the events of all, those
+    of other workers are read from the database, at most once a second.
+    """
+
+    def __init__(self, watch: Watch, *, gets_all: bool) -> None:
+        self._watch, self._gets_all, self._next_read = watch, gets_all, 0.0
+        self._n_trials = watch.definition.budget.trials
+        self._workers: set[str] = set()
+        self._values: dict[int, float | None] = {}  # of the finished trials, by number; None if pruned
+
+    def read(self) -> None:
+        """Count the trials of other workers; not if the database cannot be read, which is no reason to end a search."""
+        self._next_read = time.monotonic() + _TALLY_SECONDS
+        with suppress(StorageError):
+            self._n_trials = self._watch.study.user_attrs["budget"]["trials"]
+            states = (TrialState.COMPLETE, TrialState.PRUNED)
+            for trial in self._watch.study.get_trials(deepcopy=False, states=states):
+                if trial.user_attrs.get("worker") not in self._workers:
+                    self._add(make_event(trial))
+
+    def describe(self, event: TrialEvent) -> str:
+        """Return the line of a trial that ended: result, progress, best trial, time, hyperparameters."""
+        self._workers.add(event.worker)
+        line, now = trial_line(event), time.strftime("%H:%M:%S")
+        if event.state not in ("complete", "pruned"):
+            return f"{line}  {now}"
+        if not self._gets_all and time.monotonic() >= self._next_read:
+            self.read()
+        self._add(event)
+        complete = [(value, -number) for number, value in self._values.items() if value is not None]
+        value, number = max(complete, default=(None, 0))
+        best = f"best {describe_best({'value': value, 'number': -number})}" if complete else describe_best(None)
+        params = printable(join_params(event.params))
+        return f"{line}  {len(self._values)}/{self._n_trials}  {best}  {now}  {params}".rstrip()
+
+    def _add(self, event: TrialEvent) -> None:
+        self._values[event.number] = event.value if event.state == "complete" else None
+
+
 def summarize_search(watch: Watch, command: str) -> list[str]:
     """Return lines with the best trial, how certain it is, and the next commands; `command` holds their arguments."""
     definition, study, snapshot = watch.definition, watch.study, watch.poll()
@@ -170,17 +222,17 @@ def summarize_search(watch: Watch, command: str) -> list[str]:
     best, n_images = find_best(study), definition.data.validation
     low, high = wilson_interval(best.value or 0.0, n_images)
     n_alike, n_others = sum((trial.value or 0.0) >= low for trial in complete) - 1, len(complete) - 1
-    note = f"{n_alike} of the other {n_others} completed trials are within that interval"
+    tied = f"{n_alike} of the other {n_others} completed trials lie in that interval"
     if not n_others:
-        note = "no other completed trial to compare with"
+        tied = "no other completed trial to compare with"
     if "confirmation" in study.user_attrs:
-        note += f"; {explain_choice(study, command)}"
+        tied += f"; {explain_choice(study, command)}"
     elif n_alike and n_others:
-        note += ", so their order may be chance; `confirm` settles it"
+        tied += ": it may be luck"
     return [
-        f"best:  trial {best.number}, validation accuracy {best.value:.4f} on {n_images:,} images "
+        f"best:  trial {best.number}: {best.value:.4f} on {n_images:,} validation images "
         f"(95% CI {low:.4f} to {high:.4f})",
-        f"note:  {note}",
+        f"tied:  {tied}",
         f"next:  hpsearch confirm {command}  |  hpsearch export {command}",
     ]
 

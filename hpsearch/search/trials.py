@@ -1,7 +1,7 @@
 """What happens to trials: the events that workers emit, and why a trial ended, in words."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from optuna.trial import FrozenTrial, TrialState
@@ -21,6 +21,7 @@ class TrialEvent:
     epoch: int = 0
     value: float | None = None
     message: str = ""
+    params: Mapping[str, Any] = field(default_factory=dict)
 
 
 Emit = Callable[[TrialEvent], None]
@@ -32,7 +33,7 @@ def make_event(trial: FrozenTrial) -> TrialEvent:
     state: Any = "requeued" if trial.state == TrialState.WAITING else name_state(trial)
     worker = attributes["interruptions"][-1]["worker"] if state == "requeued" else attributes.get("worker", "unknown")
     message = attributes.get("diverged", "") if state == "pruned" else explain_end(trial)
-    return TrialEvent(worker, trial.number, state, trial.last_step or 0, find_value(trial), message)
+    return TrialEvent(worker, trial.number, state, trial.last_step or 0, find_value(trial), message, trial.params)
 
 
 def name_state(trial: FrozenTrial) -> str:

@@ -5,6 +5,7 @@ import select
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Self
 
@@ -26,9 +27,14 @@ class Drain:
         self.ignores_signals = False
         self._signals: tuple[signal.Signals, ...] = ()
         self._since = 0.0
+        self._on_request: Callable[[Drained], None] = lambda error: None
 
-    def listen(self, *signals: signal.Signals) -> Self:
-        """Take signals as requests to stop: by default SIGINT, SIGTERM and, unless under `nohup`, SIGHUP."""
+    def listen(self, *signals: signal.Signals, on_request: Callable[[Drained], None] = lambda error: None) -> Self:
+        """Take signals as requests to stop: by default SIGINT, SIGTERM and, unless under `nohup`, SIGHUP.
+
+        `on_request` is called in the signal handler, at the first of them, with what will be raised.
+        """
+        self._on_request = on_request
         wanted = signals or (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         self._signals = tuple(number for number in wanted if not (number == signal.SIGHUP and is_nohup))
@@ -63,6 +69,7 @@ class Drain:
                 raise KeyboardInterrupt
             return
         self.set(Interrupted() if number == signal.SIGINT else Drained())
+        self._on_request(self.error)
 
 
 def _leave_closed_terminal() -> None:

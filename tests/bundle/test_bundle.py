@@ -65,7 +65,7 @@ def make_contents(data: ImageData, kind: str = "mlp") -> bundle.Contents:
     return bundle.Contents(network, config, metrics, evaluation, '[study]\nname = "small"\n')
 
 
-def save(contents: bundle.Contents, target: Path, n: int = 8, **options: bool) -> dict[str, dict[str, float]]:
+def save(contents: bundle.Contents, target: Path, n: int = 8, **options: Any) -> dict[str, dict[str, float]]:
     images, labels = load_test("digits")
     return bundle.save(contents, target, images[:n], labels[:n].numpy(), **options)
 

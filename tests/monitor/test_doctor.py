@@ -192,6 +192,7 @@ def test_data_that_cannot_be_read_or_downloaded_are_one_finding_of_several(
 def test_missing_and_damaged_data_are_named_and_nothing_is_downloaded(tmp_path: Path) -> None:
     definition = define(tmp_path, data={"name": "mnist", "validation": 10_000, "train": 1000})
     message = wrong(definition, folder=tmp_path)["data"]
+    assert f"missing or corrupt in {tmp_path / 'MNIST' / 'raw'}: " in message
     assert "train-images-idx3-ubyte.gz" in message
     assert "the next run downloads them" in message
     assert not (tmp_path / "MNIST").exists()

@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +11,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from hpsearch.errors import Interrupted
 from hpsearch.monitor.live import LiveView, SnapshotTable, draw_curve
 from hpsearch.monitor.status import Snapshot, Watch
-from hpsearch.monitor.text import format_duration
+from hpsearch.monitor.text import describe_best, format_duration
 from hpsearch.search.study import open_study
 from hpsearch.search.trials import TrialEvent
 from hpsearch.storage.rdb import open_storage
+from hpsearch.workers.shutdown import Drain
 
 from ..conftest import fill, make_definition
 
@@ -142,11 +145,47 @@ def test_durations_are_told_in_the_unit_that_suits_them() -> None:
 def test_a_pipe_gets_a_line_for_each_trial_that_ended_and_nothing_else(
     watch: Watch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    best = describe_best(watch.poll().status["best"])
     with LiveView(watch) as view:
-        view.start(2)
+        view(TrialEvent("w", 40, "running"))
+        view(TrialEvent("w", 40, "complete", 2, 0.5, params={"depth": 2, "lr": 0.01}))
+        view(TrialEvent("w", 41, "pruned", 2, 0.99))
+        view(TrialEvent("w", 42, "complete", 2, 0.999))
+        view(TrialEvent("w", 43, "failed", message="exception: a"))
+    out, err = capsys.readouterr()
+    lines = re.sub(r"\d\d:\d\d:\d\d", "TIME", err).splitlines()
+    assert (out, lines) == (
+        "",
+        [
+            f"trial 40 complete 0.5000  32/60  best {best}  TIME  depth 2, lr 0.01",
+            f"trial 41 pruned 0.9900 epoch 2  33/60  best {best}  TIME",
+            "trial 42 complete 0.9990  34/60  best 0.9990 (trial 42)  TIME",
+            "trial 43 failed exception: a  TIME",
+        ],
+    )
+
+
+def test_a_line_counts_what_other_workers_finished(watch: Watch, capsys: pytest.CaptureFixture[str]) -> None:
+    study = open_study(watch.definition, open_storage(watch.definition.study.storage))
+    with LiveView(watch) as view:
+        view(TrialEvent("w", 40, "complete", 2, 0.5))
+        study.tell(36, 1.0)
+        view._tally.read()
+        view(TrialEvent("w", 41, "complete", 2, 0.5))
+    assert "  34/60  best 1.0000 (trial 36)  " in capsys.readouterr().err.splitlines()[1]
+
+
+def test_a_request_to_stop_is_answered_at_once(watch: Watch, capfd: pytest.CaptureFixture[str]) -> None:
+    with LiveView(watch) as view:
         view(TrialEvent("w", 3, "running"))
-        view(TrialEvent("w", 3, "complete", 2, 0.5))
-    assert capsys.readouterr() == ("", "31 of 60 trials done; starting 2 workers\ntrial 3 complete 0.5000\n")
+        view(TrialEvent("v", 4, "running"))
+        drain = Drain().listen(signal.SIGUSR1, on_request=view.announce_stop)
+        signal.raise_signal(signal.SIGUSR1)
+        view.announce_stop(Interrupted())
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    stopping = "Stopping: saving 2 running trials"
+    assert drain.event.is_set()
+    assert capfd.readouterr().err.splitlines() == [stopping, f"{stopping} (Ctrl-C again to force)"]
 
 
 def test_a_pipe_that_follows_a_study_gets_the_lines_of_all_its_workers(
@@ -162,7 +201,8 @@ def test_a_pipe_that_follows_a_study_gets_the_lines_of_all_its_workers(
             study.tell(number, number / 100)
         view.wait()
     lines = capsys.readouterr().out.splitlines()
-    assert lines == [f"trial {number} complete 0.{number}00" for number in (36, 38, 37, 39)]
+    assert [line[:24] for line in lines] == [f"trial {number} complete 0.{number}00" for number in (36, 38, 37, 39)]
+    assert [line.split()[4] for line in lines] == ["32/35", "33/35", "34/35", "35/35"]
 
 
 def test_a_pipe_that_was_closed_ends_the_watch(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -209,11 +209,11 @@ def test_the_end_says_what_was_found_how_sure_and_what_to_type(watch: Watch, stu
     study.set_user_attr("budget", {"trials": 31, "epochs": 10})
     found, sure, following = summarize_search(watch, "small")
     best = study.best_trial
-    assert found.startswith(f"best:  trial {best.number}, validation accuracy {best.value:.4f} on 200 images (95% CI ")
+    assert found.startswith(f"best:  trial {best.number}: {best.value:.4f} on 200 validation images (95% CI ")
     low = float(found.split("CI ")[1].split(" to ")[0])
     alike = sum(t.value >= low for t in study.trials if t.state == TrialState.COMPLETE and t.value) - 1
-    assert sure.startswith(f"note:  {alike} of the other 20 completed trials are within that interval")
-    assert ("may be chance" in sure) == (alike > 0)
+    assert sure.startswith(f"tied:  {alike} of the other 20 completed trials lie in that interval")
+    assert ("it may be luck" in sure) == (alike > 0)
     assert following == "next:  hpsearch confirm small  |  hpsearch export small"
 
 

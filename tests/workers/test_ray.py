@@ -125,4 +125,4 @@ def test_a_machine_by_itself_is_a_cluster_where_sqlite_and_a_folder_will_do(stud
     launched = hpsearch(*arguments, cwd=file.parent)
     assert json.loads(launched.stdout)["trials"]["complete"] == 3
     assert launched.stderr.count(" complete 0.") == 3
-    assert "0 of 3 trials done; starting 2 workers" in launched.stderr
+    assert "small: starting 2 workers in the cluster\n" in launched.stderr
