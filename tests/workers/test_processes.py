@@ -151,6 +151,7 @@ def test_missing_data_are_named_before_any_worker_starts(
 
 
 def test_the_default_is_a_worker_per_core_or_per_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "may_have_gpu", lambda: True)
     monkeypatch.setattr(devices, "list_devices", lambda: ["cpu"])
     assert default_workers() == count_cores()
     monkeypatch.setattr(devices, "list_devices", lambda: ["cuda:0", "cuda:1", "cuda:2"])
