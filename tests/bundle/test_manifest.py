@@ -295,7 +295,7 @@ def test_a_config_that_asks_for_more_memory_than_there_is_is_refused_at_once(
         (replace("README.md", os.mkfifo), r"README\.md is not a regular file"),
         (grow("model.safetensors", 2**40, is_signed=False), r"model\.safetensors is too large: 1,099,511"),
         (grow("metrics.json", 2**25, is_signed=False), r"metrics\.json is too large"),
-        (truncate("manifest.json", 0.999), r"manifest\.json is corrupt"),
+        (truncate("manifest.json", 0.9999), r"manifest\.json is corrupt"),
     ],
     ids=["swapped", "extra", "extra-known", "linked", "pipe", "oversized", "oversized-text", "manifest"],
 )
