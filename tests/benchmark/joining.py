@@ -14,7 +14,7 @@ from tests.acceptance.commands import HPSEARCH, environment, wait_for
 from tests.benchmark.report import Options, Row, ratios, summarize
 from tests.benchmark.searches import has_parameters, seconds_of
 
-_SIZES = {"digits": (120, 15), "mnist-mlp": (16, 2)}  # trials and epochs: about half a minute each
+_SIZES = {"digits": (45, 15), "mnist-mlp": (8, 2)}  # trials and epochs: about half a minute each
 
 
 def joining(folder: Path, options: Options) -> list[Row]:

@@ -14,7 +14,7 @@ from torch import nn
 from hpsearch.bundle.likeness import Likeness
 from hpsearch.data.dataset import ImageData, load_data
 from hpsearch.training.networks import Network
-from tests.benchmark import many, pictures, pieces, searches, textbook, unlike, watching
+from tests.benchmark import joining, many, pictures, pieces, searches, textbook, unlike, watching
 from tests.benchmark.report import Options, Row, show, summarize
 from tests.benchmark.textbook import Outcome
 
@@ -48,6 +48,13 @@ def test_the_textbook_way_has_the_images_of_hpsearch(unpacked: Path) -> None:
     ours = (data.train.labels, data.validation.labels)
     for labels, rows in zip(ours, textbook._split(tuple(dataset.targets.tolist()), 300, 200), strict=True):
         assert labels.tolist() == dataset.targets[rows].tolist()
+
+
+def test_a_search_that_a_worker_joins_trains_the_same_trials_as_one_without() -> None:
+    definition = joining.define("digits", 3, 2)
+    assert (definition.budget.trials, definition.budget.epochs, definition.pruner.kind) == (3, 2, "none")
+    assert len(definition.first) == 3
+    assert definition == joining.define("digits", 3, 2)
 
 
 def test_unequal_work_is_noticed() -> None:
