@@ -149,9 +149,9 @@ def test_a_worker_that_waits_ends_with_the_search_and_when_asked_to(study: optun
 
 
 def test_a_worker_gives_way_in_the_middle_of_a_trial_which_is_replayed_with_the_same_threads(
-    study: optuna.Study, digits: ImageData
+    study: optuna.Study, digits: ImageData, tmp_path: Path
 ) -> None:
-    definition = make_definition(str(storage_of(study).engine.url))
+    definition = make_definition(str(storage_of(study).engine.url), study={"artifacts": str(tmp_path / "artifacts")})
     n_threads = 2
     options: dict[str, Any] = {"data": digits, "count_threads": lambda: n_threads, "max_trials": 1}
     worker = Worker(definition, open_worker_storage(definition, Drain()), 0, Drain(), **options)
