@@ -54,7 +54,7 @@ class Likeness:
             (_some(split.images).cpu() * data.std + data.mean) * 255 for split in (data.train, data.validation)
         )
         grey = _grey(training)
-        flat = grey.flatten(1)
+        flat = grey.flatten(1).double()  # in float32, LAPACK may not converge: pixels at the edge are always 0
         components = torch.linalg.eigh(flat.T @ flat).eigenvectors[:, -_N_COMPONENTS:]
         unlimited = cls(_blur(grey).round().byte(), components.half().contiguous(), torch.ones(3))
         limits = unlimited.distances(validation).quantile(1 - _FALSE_ALARMS / 3, dim=0)

@@ -161,3 +161,8 @@ def test_a_damaged_file_is_refused_by_name(saved: Path, likeness: Likeness, tmp_
     ):
         with pytest.raises(BundleError, match=f"{FILE} is invalid: "):
             read_likeness(content, Path(FILE))
+
+
+def test_images_with_pixels_that_are_always_zero_can_be_measured() -> None:
+    digits = load_data("digits", validation=287)  # as in the example, where float32 was not enough
+    assert Likeness.fit(digits).limits.isfinite().all()
