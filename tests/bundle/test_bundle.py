@@ -174,7 +174,7 @@ def test_images_of_another_type_or_shape_are_refused(saved: Path, images: Any, m
         bundle.load(saved).predict_proba(images)
 
 
-@pytest.mark.parametrize("name", {*bundle.REQUIRED, formats.PROGRAM} - {bundle.CARD})
+@pytest.mark.parametrize("name", sorted({*bundle.REQUIRED, formats.PROGRAM} - {bundle.CARD}))
 def test_a_damaged_or_missing_file_is_refused_by_name(copy: Path, name: str) -> None:
     content = bytearray((copy / name).read_bytes())
     content[len(content) // 2] ^= 1

@@ -61,7 +61,11 @@ def bundles(
 def flip(name: str, place: float, bit: int) -> Mutate:
     def mutate(folder: Path) -> None:
         content = bytearray((folder / name).read_bytes())
-        content[int(place * len(content))] ^= 1 << bit
+        index = int(place * len(content))
+        if name == "manifest.json":  # the card may have another digest
+            digest = content.index(b"README.md") + len('README.md": "')
+            assume(not digest <= index < digest + 64)
+        content[index] ^= 1 << bit
         (folder / name).write_bytes(content)
 
     return mutate
