@@ -400,7 +400,6 @@ def _write_card(contents: Contents, verified: dict[str, dict[str, float]]) -> st
     return _render(
         "model_card.md.jinja",
         data_set=data_set,
-        hub_id=data_set.hub_id or contents.config["data"],
         m=contents.metrics,
         config=contents.config,
         network=find(NETWORKS, contents.config["kind"]).title,

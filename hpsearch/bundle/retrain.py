@@ -65,6 +65,7 @@ def export(
     check_test(definition.data.name, folder)
     config = _describe_network(definition, data, hyperparameters)
     bundle.check_space(target, config, n_models=2 + onnx + torch_export)
+    likeness = Likeness.fit(data)
     images = data.merged().to(device)
     epochs = definition.retrain.epochs or definition.budget.epochs
     seeds = [trial_seed(definition.study.seed, trial, 1 + i) for i in range(definition.retrain.seeds)]
@@ -95,7 +96,7 @@ def export(
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("hpsearch", "torch", "torchvision", "optuna", "numpy")},
     }
-    contents = bundle.Contents(networks[0], config, metrics, evaluations[0], definition.to_toml(), Likeness.fit(data))
+    contents = bundle.Contents(networks[0], config, metrics, evaluations[0], definition.to_toml(), likeness)
     options: dict[str, Any] = {"onnx": onnx, "torch_export": torch_export, "force": force, "on_file": on_file}
     verified = bundle.save(contents, target, test_images, labels, **options)
     return metrics | {"verified": verified}

@@ -90,7 +90,7 @@ def check(
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of study files.")] = False,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Check a study file, and print it with all defaults."""
+    """Check a study file; print it with all defaults."""
     from hpsearch.config.definition import StudyDefinition, check_new, load_definition
 
     if schema:

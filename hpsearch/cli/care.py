@@ -27,7 +27,7 @@ def doctor(
 
     It checks the database, trials, checkpoints, disk, data, devices and threads.
     """
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     from hpsearch.cli.render import render_findings
 
@@ -35,7 +35,11 @@ def doctor(
     echo(f"{definition.study.name}: checking")
     from hpsearch.monitor.doctor import run_checks
 
-    findings = list(run_checks(definition, folder=data, fix=fix))
+    named = options.name_study(study, storage)
+    findings = [
+        replace(finding, message=finding.message.replace(" STUDY", f" {named}"))
+        for finding in run_checks(definition, folder=data, fix=fix)
+    ]
     shown = [asdict(finding) for finding in findings if verbose or as_json or finding.is_news]
     if shown:
         options.print_document(shown, render_findings, as_json=as_json)
@@ -91,9 +95,15 @@ def copy(
     if files != definition.study.artifacts:
         echo(f"files: {made.n_files_copied} copied to {files}, {made.n_files_there} already there")
     else:
-        hint = "" if is_url(files) else "; if other machines cannot reach it, use --artifacts-to s3://bucket/prefix"
+        hint = (
+            ""
+            if is_url(files) or is_backup
+            else "; if other machines cannot reach it, use --artifacts-to s3://bucket/prefix"
+        )
         echo(f"files: not copied, still in {files}{hint}")
     if artifacts_to or artifacts:
         settings += f" HPSEARCH_ARTIFACTS={shlex.quote(files)}"
     echo(f"next:  {settings} hpsearch {'status' if is_backup else 'run'} {shlex.quote(study)}")
-    echo(f"note:  the original in {show_url(definition.study.storage)} is unchanged; continue with only one of the two")
+    if not is_backup:
+        original = show_url(definition.study.storage)
+        echo(f"note:  the original in {original} is unchanged; continue with only one of the two")

@@ -91,6 +91,14 @@ def expand_path(path: Path | None) -> Path | None:
     return path and Path(expand_home(str(path)))
 
 
+def find_model_folder(path: Path | None) -> Path | None:
+    """Return the path of a model folder, with the home folder for `~`. Raises `UsageError` if it is no folder."""
+    folder = expand_path(path)
+    if folder and not folder.is_dir():
+        raise UsageError(f"{folder} is not a model folder; create one with: hpsearch export")
+    return folder
+
+
 def read_number(low: Number, high: Number | None = None) -> Callable[[str], Number]:
     """Return a parser of numbers from `low` to `high`, whole ones if `low` is."""
     noun = "a whole number" if isinstance(low, int) else "a number"
@@ -133,7 +141,8 @@ StudyArgument = Annotated[
     ),
 ]
 BundleArgument = Annotated[
-    Path, typer.Argument(metavar="BUNDLE", help="Model folder, written by `hpsearch export`.", callback=expand_path)
+    Path,
+    typer.Argument(metavar="BUNDLE", help="Model folder, written by `hpsearch export`.", callback=find_model_folder),
 ]
 ThreadsOption = Annotated[int | None, number("Threads per worker. [default: cores / workers]", 1, 1024)]
 StorageOption = Annotated[

@@ -34,7 +34,7 @@ def render_status(status: Mapping[str, Any]) -> RenderableType:
 
 
 def render_trial(trial: Mapping[str, Any]) -> RenderableType:
-    """Return the document of `show --json` as text."""
+    """Return the document of `trials STUDY 17 --json` as text."""
     table = Table.grid(padding=(0, 2))
     table.add_row("trial", Text(f"{trial['number']} {trial['state']}", style="bold"))
     if trial["value"] is not None:

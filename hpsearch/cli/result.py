@@ -198,7 +198,7 @@ def report(
     bundle: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Model folder. [default: models/<study>, if any]", callback=options.expand_path
+            metavar="DIR", help="Model folder. [default: models/<study>, if any]", callback=options.find_model_folder
         ),
     ] = None,
     storage: options.StorageOption = None,

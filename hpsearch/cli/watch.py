@@ -138,7 +138,7 @@ def add(
     trials: Annotated[int | None, options.number("Add N trials to the budget.", 1)] = None,
     storage: options.StorageOption = None,
 ) -> None:
-    """Add trials: --trials 20; or values to try next: lr=1e-3."""
+    """Add --trials 20, or values to try next: lr=1e-3."""
     from hpsearch.search.study import enqueue_trial, extend_study
 
     study, first = options.split_study(context, study, r"\w+=.*")

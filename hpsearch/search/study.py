@@ -116,7 +116,7 @@ def check_data(definition: StudyDefinition, study: optuna.Study, data: "ImageDat
     """
     found, known = data.describe(), study.user_attrs.get("data")
     if known is None and stores:
-        study.set_user_attr("data", found)
+        known = _note_data(study, found)
     if known in (None, found):
         return
     names = {"sha256": "SHA-256 of labels and pixels"}
@@ -129,6 +129,17 @@ def check_data(definition: StudyDefinition, study: optuna.Study, data: "ImageDat
         f"study '{study.study_name}' was searched on other images than these of {definition.data.name}:{differing}\n"
         "Point --data or HPSEARCH_DATA at those images, or search on these in a new study: set study.name in the file."
     )
+
+
+def _note_data(study: optuna.Study, found: dict[str, Any]) -> Any:
+    """Note what the data of a study are, and return what is noted: another machine may have been first."""
+    try:
+        storage = storage_of(study)
+    except UsageError:  # a plain study of Optuna
+        study.set_user_attr("data", found)
+        return found
+    noted = storage.change_study_attrs(study._study_id, lambda attributes: {"data": attributes.get("data", found)})
+    return noted["data"]
 
 
 def check_writable(study: optuna.Study) -> None:

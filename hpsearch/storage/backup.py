@@ -15,8 +15,8 @@ from hpsearch.storage.engine import LOCK_TIMEOUT
 def backup(url: URL, file: Path, *, force: bool = False) -> None:
     """Copy a SQLite database to a new file, which appears after an integrity check; the database may be in use.
 
-    SQLite's online backup makes a consistent snapshot. With `force`, it replaces an existing file, but never the
-    database itself, or a file that belongs to a database. Raises `UsageError` and `StorageError`.
+    SQLite's online backup makes a consistent snapshot. With `force`, it replaces another SQLite database, but
+    never this one, a file that belongs to a database, or any other file. Raises `UsageError` and `StorageError`.
     """
     database = Path(url.database or "")
     for suffix in ("-journal", "-wal", "-shm", ".lock"):
@@ -25,7 +25,7 @@ def backup(url: URL, file: Path, *, force: bool = False) -> None:
             raise UsageError(
                 f"{file} would be taken for the {suffix[1:]} file of {owner.name}; choose another file name"
             )
-    may_replace = file.is_file() and not (database.exists() and file.samefile(database))
+    may_replace = _is_database(file) and not (database.exists() and file.samefile(database))
     if file.exists() and not (force and may_replace):
         advice = ", or replace it with --force" if may_replace else ""
         raise UsageError(f"{file} already exists; choose another file name{advice}")
@@ -47,6 +47,14 @@ def backup(url: URL, file: Path, *, force: bool = False) -> None:
                 raise StorageError(f"{database} is corrupt, no backup written: {problems}")
     except (sqlite3.Error, OSError) as error:
         raise StorageError(f"could not back up {database} to {file}: {error}") from error
+
+
+def _is_database(file: Path) -> bool:
+    """Return whether a file is empty or a SQLite database (https://www.sqlite.org/fileformat.html)."""
+    if not file.is_file():
+        return False
+    with file.open("rb") as stream:
+        return stream.read(16) in (b"", b"SQLite format 3\0")
 
 
 def check_integrity(connection: sqlite3.Connection) -> str:

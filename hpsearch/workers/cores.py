@@ -22,7 +22,7 @@ from hpsearch.workers.shutdown import Drain
 
 logger = logging.getLogger(__name__)
 
-_POLL = 1.0  # seconds between two looks whether a core is free
+_POLL = 3.0  # seconds between two looks whether a core is free
 _ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 
 

@@ -158,8 +158,8 @@ def test_a_wrong_argument_gives_one_clear_message_and_status_2(
         (["run", "small.toml", "--ray", "127.0.0.1:9"], 1, "no response from a Ray cluster at 127.0.0.1:9"),
         (["dashboard", "small.toml"], 1, "no search found"),
         (["copy", "small.toml", "--to", "sqlite:///x.db"], 1, "no search found"),
-        (["evaluate", "models/small"], 1, "is not a model folder"),
-        (["predict", "models/small", "x.png"], 1, "is not a model folder"),
+        (["evaluate", "models/small"], 2, "is not a model folder"),
+        (["predict", "models/small", "x.png"], 2, "is not a model folder"),
         (["status", "small.toml", "--storage", "postgresql://me:secret@127.0.0.1:9/db"], 75, "cannot reach"),
     ],
 )
@@ -316,12 +316,15 @@ def test_the_doctor_shows_what_is_wrong_or_was_fixed_and_all_on_request(
     study_file()
     findings = [
         doctor.Finding("study", True, "'small'"),
-        doctor.Finding("data", False, "gone"),
+        doctor.Finding("data", False, "gone; start with: hpsearch run STUDY"),
         doctor.Finding("trials", True, "fixed: 1"),
     ]
     monkeypatch.setattr(doctor, "run_checks", lambda *_, **__: iter(findings))
     code, out, err = run("doctor", "small.toml")
-    assert (code, out.splitlines()) == (1, ["FIX  data    gone", "ok   trials  fixed: 1"])
+    assert (code, out.splitlines()) == (
+        1,
+        ["FIX  data    gone; start with: hpsearch run small.toml", "ok   trials  fixed: 1"],
+    )
     assert err == "small: checking\nsmall: 2 of 3 checks are ok; see all with --verbose\n"
     assert len(run("doctor", "small.toml", "--verbose")[1].splitlines()) == 3
     assert len(json.loads(run("doctor", "small.toml", "--json")[1])) == 3

@@ -50,17 +50,21 @@ def test_a_backup_of_a_study_in_use_is_complete_and_can_be_resumed(tmp_path: Pat
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_only_force_lets_a_backup_replace_a_file_and_nothing_lets_it_replace_the_database(tmp_path: Path) -> None:
+def test_only_force_lets_a_backup_replace_a_database_and_nothing_lets_it_replace_its_own_or_another_file(
+    tmp_path: Path,
+) -> None:
     url = make_url(f"sqlite:///{tmp_path / 'study.db'}")
     open_study(make_definition(str(url)), open_storage(str(url)))
-    (tmp_path / "there.db").write_text("precious")
+    open_storage(f"sqlite:///{tmp_path / 'there.db'}").engine.dispose()
+    (tmp_path / "study.toml").write_text("precious")
     (tmp_path / "there.db.tmp").write_text("mine")
     (tmp_path / "link.db").symlink_to(tmp_path / "study.db")
     before = (tmp_path / "study.db").read_bytes()
-    for name in ("study.db", "link.db"):
+    for name in ("study.db", "link.db", "study.toml"):
         with pytest.raises(UsageError, match=f"{name} already exists; choose another file name$"):
             backup(url, tmp_path / name, force=True)
     assert (tmp_path / "study.db").read_bytes() == before
+    assert (tmp_path / "study.toml").read_text() == "precious"
     backup(url, tmp_path / "there.db", force=True)
     load_study(make_definition(), open_storage(f"sqlite:///{tmp_path / 'there.db'}"))
     assert (tmp_path / "there.db.tmp").read_text() == "mine"
