@@ -33,6 +33,8 @@ os.environ.pop("HPSEARCH_STORAGE", None)
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait for each other sleep: tests share the cores
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts what is in its background
     signal.signal(signal.SIGINT, signal.default_int_handler)  # commands that tests start would inherit it
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # as nohup does
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 torch.set_num_threads(1)
 

@@ -19,7 +19,7 @@ from ..conftest import make_definition
 
 @pytest.mark.parametrize("address", ["127.0.0.1:9", "ray://127.0.0.1:9"])
 def test_a_cluster_that_does_not_answer_is_named_with_what_to_do(address: str) -> None:
-    message = f".*Ray cluster .*{address}.*start one with `ray start --head`, or give --address"
+    message = f".*Ray cluster .*{address}.*start one with `ray start --head`, or give its address"
     with (
         pytest.raises(ClusterError, match=message),
         connect(make_definition("sqlite:///x.db"), Resources(), address=address),
