@@ -123,7 +123,7 @@ BAD_ARGUMENTS = [
         "must not contain a password",
     ),
     (["evaluate"], "missing argument 'BUNDLE'"),
-    (["predict", "models/small"], "missing argument 'IMAGE'"),
+    (["predict", "."], "missing argument 'IMAGE'"),
 ]
 
 
@@ -222,10 +222,10 @@ def test_copy_and_export_replace_a_file_or_a_model_of_another_study_only_with_fo
         (model / name).write_text('{"study": "other"}')
     write_manifest(model)
     for verb in (["copy", "small.toml", "--to", "copy.db"], ["export", "small.toml", "--output", "model"]):
-        (tmp_path / "copy.db").write_text("mine")
+        (tmp_path / "copy.db").write_bytes(b"SQLite format 3\0mine")
         code, _, err = run(*verb)
         assert (code, "replace it with --force" in err) == (1 + (verb[0] == "copy"), True), err
-    assert (tmp_path / "copy.db").read_text() == "mine"
+    assert (tmp_path / "copy.db").read_bytes() == b"SQLite format 3\0mine"
     assert run("copy", "small.toml", "--to", "copy.db", "--force")[0] == 0
     assert "model is a model folder" in run("copy", "small.toml", "--to", "model/copy.db")[2]
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))  # it ends before the training
