@@ -138,7 +138,7 @@ def _note_data(study: optuna.Study, found: dict[str, Any]) -> Any:
     except UsageError:  # a plain study of Optuna
         study.set_user_attr("data", found)
         return found
-    noted = storage.change_study_attrs(study._study_id, lambda attributes: {"data": attributes.get("data", found)})
+    noted = storage.change_study_attrs(study._study_id, lambda attributes: {"data": attributes.get("data") or found})
     return noted["data"]
 
 

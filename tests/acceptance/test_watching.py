@@ -107,7 +107,7 @@ def test_a_run_on_a_terminal_shows_its_workers_fits_after_resizing_and_leaves_it
     assert not any("typed" in line or "while" in line for line in run.read())
     run.process.sendintr()
     assert run.end() == 130
-    assert b"Stopping: saving 2 running trials (Ctrl-C again to force)" in run.written
+    assert b"Stopping: saving 2 running trials" in run.written
     lines = [line.rstrip() for line in run.screen.display if line.strip()]
     assert len(lines) == 2
     assert re.match(r"\d+ of 99 trials done", lines[0])
