@@ -239,8 +239,9 @@ def worker(
     data: options.DataOption = None,
 ) -> None:
     """Add a worker from another terminal or machine."""
+    from hpsearch.cli.render import describe_share
     from hpsearch.monitor.live import LiveView
-    from hpsearch.workers.cores import Neighbors, describe_share, wait_for_core
+    from hpsearch.workers.cores import Neighbors, needs_core, wait_for_core
 
     named = options.NamedStudy(study, storage, artifacts=artifacts)
     if creates:
@@ -254,7 +255,7 @@ def worker(
 
     def work(view: LiveView) -> str:
         drain.listen(on_request=view.announce_stop)
-        if threads is None:
+        if threads is None and needs_core(neighbors.count() + 1):
             wait_for_core(neighbors, named.load_study(), drain)
         with neighbors.joined():
             from hpsearch.workers.worker import run_worker  # takes seconds, with torch; the table is there before

@@ -10,8 +10,11 @@ from rich.text import Text
 from hpsearch.monitor.tables import Column, FittedTable, tabulate
 from hpsearch.monitor.text import count, describe_best, describe_epochs, join_params, printable, shorten
 from hpsearch.monitor.trials import describe_interruption
+from hpsearch.training.devices import count_cores, share_cores
+from hpsearch.workers.cores import needs_core
 
 _N_ERRORS = 5  # shown by `evaluate`
+_ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 
 
 def render_status(status: Mapping[str, Any]) -> RenderableType:
@@ -195,3 +198,13 @@ def _format_probability(probability: float) -> str:
     if probability > 0.9999:
         return ">0.9999"
     return "<0.0001" if probability < 0.0001 else f"{probability:.4f}"
+
+
+def describe_share(n_workers: int, n_threads: int | None = None) -> str:
+    """Return what a worker brings that joins as number `n_workers` on this machine, with `n_threads` if given."""
+    ordinal = f"{_ORDINALS[n_workers - 1]} worker" if n_workers <= len(_ORDINALS) else f"worker {n_workers}"
+    share = count(n_threads or share_cores(n_workers), "thread")
+    if needs_core(n_workers):
+        waits = "it waits until another one ends (--threads 1 starts it now)"
+        share = f"it will not speed up the search; {share if n_threads else waits}"
+    return f"{ordinal} on {count(count_cores(), 'core')}: {share}"

@@ -17,13 +17,12 @@ import optuna
 
 from hpsearch.errors import BudgetInFlight, StorageUnavailable
 from hpsearch.storage.rdb import storage_of
-from hpsearch.training.devices import count_cores, may_have_gpu, share_cores
+from hpsearch.training.devices import count_cores, may_have_gpu
 from hpsearch.workers.shutdown import Drain
 
 logger = logging.getLogger(__name__)
 
 _POLL = 3.0  # seconds between two looks whether a core is free
-_ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 
 
 class Neighbors:
@@ -91,16 +90,6 @@ def _own_cores() -> set[int]:
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else {*range(os.cpu_count() or 1)}
 
 
-def describe_share(n_workers: int, n_threads: int | None = None) -> str:
-    """Return what a worker brings that joins as number `n_workers` on this machine, with `n_threads` if given."""
-    ordinal = f"{_ORDINALS[n_workers - 1]} worker" if n_workers <= len(_ORDINALS) else f"worker {n_workers}"
-    share = _count(n_threads or share_cores(n_workers), "thread")
-    if needs_core(n_workers):
-        waits = "it waits until another one ends (--threads 1 starts it now)"
-        share = f"it will not speed up the search; {share if n_threads else waits}"
-    return f"{ordinal} on {_count(count_cores(), 'core')}: {share}"
-
-
 def needs_core(n_workers: int) -> bool:
     """Return whether `n_workers` workers need more cores than this machine has, so that one of them is of no use."""
     return n_workers > count_cores() and not may_have_gpu()
@@ -117,7 +106,3 @@ def wait_for_core(neighbors: Neighbors, study: optuna.Study, drain: Drain) -> No
             storage.check_budget(study._study_id)
         drain.event.wait(_POLL)
         drain.check()
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"

@@ -19,6 +19,7 @@ from sqlalchemy.exc import OperationalError
 from hpsearch import __main__
 from hpsearch.bundle.bundle import REQUIRED
 from hpsearch.bundle.manifest import write_manifest
+from hpsearch.cli import render
 from hpsearch.config.definition import load_definition
 from hpsearch.monitor import doctor
 from hpsearch.monitor.text import echo, trial_line
@@ -26,6 +27,8 @@ from hpsearch.search.study import open_study
 from hpsearch.search.trials import TrialEvent
 from hpsearch.storage import tables
 from hpsearch.storage.rdb import open_storage
+from hpsearch.training import devices
+from hpsearch.workers import cores
 
 from ..conftest import fill
 
@@ -584,3 +587,27 @@ def test_a_worker_creates_the_study_where_it_is_asked_to(run: Run, study_file: C
     study_file(budget="trials = 1\nepochs = 1")
     code, _, err = run("worker", "small.toml", "--create")
     assert "all 2 trials are finished" in err, "the budget of a study that is there stays"
+
+
+@pytest.mark.parametrize(
+    ("n_workers", "n_threads", "share"),
+    [
+        (1, None, "first worker on 2 cores: 2 threads"),
+        (2, None, "second worker on 2 cores: 1 thread"),
+        (2, 4, "second worker on 2 cores: 4 threads"),
+        (
+            *(3, None),
+            "third worker on 2 cores: it will not speed up the search; it waits until another one ends "
+            "(--threads 1 starts it now)",
+        ),
+        (3, 1, "third worker on 2 cores: it will not speed up the search; 1 thread"),
+        (12, 1, "worker 12 on 2 cores: it will not speed up the search; 1 thread"),
+    ],
+)
+def test_a_worker_says_what_it_brings(
+    monkeypatch: pytest.MonkeyPatch, n_workers: int, n_threads: int | None, share: str
+) -> None:
+    for module in (render, devices, cores):
+        monkeypatch.setattr(module, "count_cores", lambda: 2)
+    monkeypatch.setattr(cores, "may_have_gpu", lambda: False)
+    assert render.describe_share(n_workers, n_threads) == share

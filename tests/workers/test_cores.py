@@ -19,7 +19,7 @@ from hpsearch.errors import BudgetSpent, Drained, Stopped
 from hpsearch.search.study import open_study, stop_study
 from hpsearch.storage.rdb import open_storage, storage_of
 from hpsearch.workers import cores
-from hpsearch.workers.cores import Neighbors, describe_share, wait_for_core
+from hpsearch.workers.cores import Neighbors, wait_for_core
 from hpsearch.workers.shutdown import Drain
 from hpsearch.workers.worker import Worker, open_worker_storage
 
@@ -98,25 +98,6 @@ def test_a_worker_that_cannot_be_counted_says_what_to_do_and_works(
         "workers of this machine do not know of each other "
         f"(cannot write {folder}: the folder belongs to another user); set --threads for each"
     ]
-
-
-@pytest.mark.parametrize(
-    ("n_workers", "n_threads", "share"),
-    [
-        (1, None, "first worker on 2 cores: 2 threads"),
-        (2, None, "second worker on 2 cores: 1 thread"),
-        (2, 4, "second worker on 2 cores: 4 threads"),
-        (
-            *(3, None),
-            "third worker on 2 cores: it will not speed up the search; it waits until another one ends "
-            "(--threads 1 starts it now)",
-        ),
-        (3, 1, "third worker on 2 cores: it will not speed up the search; 1 thread"),
-        (12, 1, "worker 12 on 2 cores: it will not speed up the search; 1 thread"),
-    ],
-)
-def test_a_worker_says_what_it_brings(study: optuna.Study, n_workers: int, n_threads: int | None, share: str) -> None:
-    assert describe_share(n_workers, n_threads) == share
 
 
 def test_a_third_worker_on_two_cores_waits_until_one_is_free(study: optuna.Study) -> None:
