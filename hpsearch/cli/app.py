@@ -263,7 +263,7 @@ def worker(
             settings: dict[str, Any] = {"data": data, "n_threads": threads, "max_trials": max_trials}
             return run_worker(named.definition, drain, view, neighbors=neighbors, **settings)
 
-    with LiveView(watch) as view, named.named_in_errors():
+    with LiveView(watch) as view:
         try:
             reason = work(view)
         except BudgetSpent as spent:
@@ -300,7 +300,7 @@ def _show_search(
 
     watch, arguments = named.watch(), named.arguments
     try:
-        with LiveView(watch) as view, named.named_in_errors():
+        with LiveView(watch) as view:
             if (snapshot := watch.poll()).n_finished and not view.is_live:
                 echo(snapshot.describe_progress())
             reason = search(view)

@@ -5,8 +5,7 @@ import math
 import re
 import shlex
 import tomllib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -193,16 +192,6 @@ class NamedStudy:
         from hpsearch.storage.rdb import open_storage
 
         return load_study(self.definition, open_storage(self.definition.study.storage, must_exist=True))
-
-    @contextmanager
-    def named_in_errors(self) -> Iterator[None]:
-        """Name this study in the message of a search that was stopped, which says how to resume it."""
-        from hpsearch.errors import Drained
-
-        try:
-            yield
-        except Drained as error:
-            raise type(error)(str(error).replace(" STUDY", f" {self.arguments}")) from error
 
     def watch(self) -> "Watch":
         """Return a read-only watch of the stored study. Creates nothing."""
