@@ -42,12 +42,14 @@ def back_up_study(definition: StudyDefinition, target: StudyDefinition, *, force
     `StorageError`.
     """
     urls = [parse_url(each.study.storage) for each in (definition, target)]
+    file = Path(str(urls[1].database))
+    backup.check_backup(urls[0], file, force=force)
     source = open_storage(definition.study.storage, must_exist=True)
     try:
         n_copied, n_there = _copy_files(definition, target, load_study(definition, source))
     finally:
         source.engine.dispose()
-    backup.backup(urls[0], Path(str(urls[1].database)), force=force)
+    backup.backup(urls[0], file, force=force)
     trials = [content for name, content in _read_study(target).items() if name.startswith("trial ")]
     return Copy(len(trials), sum(len(trial["intermediate_values"]) for trial in trials), False, n_copied, n_there)
 

@@ -18,6 +18,25 @@ def backup(url: URL, file: Path, *, force: bool = False) -> None:
     SQLite's online backup makes a consistent snapshot. With `force`, it replaces another SQLite database, but
     never this one, a file that belongs to a database, or any other file. Raises `UsageError` and `StorageError`.
     """
+    check_backup(url, file, force=force)
+    database = Path(url.database or "")
+    location = f"file:{quote(str(database))}?mode=rw"
+    try:
+        with replace_file(file) as temporary:
+            with (
+                closing(sqlite3.connect(location, timeout=LOCK_TIMEOUT, uri=True)) as source,
+                closing(sqlite3.connect(temporary)) as target,
+            ):
+                source.backup(target)
+                problems = check_integrity(target)
+            if problems:
+                raise StorageError(f"{database} is corrupt, no backup written: {problems}")
+    except (sqlite3.Error, OSError) as error:
+        raise StorageError(f"could not back up {database} to {file}: {error}") from error
+
+
+def check_backup(url: URL, file: Path, *, force: bool = False) -> None:
+    """Raise `UsageError` if `backup` may not write the file."""
     database = Path(url.database or "")
     for suffix in ("-journal", "-wal", "-shm", ".lock"):
         owner = Path(str(file.resolve()).removesuffix(suffix))
@@ -34,19 +53,6 @@ def backup(url: URL, file: Path, *, force: bool = False) -> None:
     for rest in (file.with_name(f"{file.name}{suffix}") for suffix in ("-journal", "-wal")):
         if rest.exists() and rest.stat().st_size:  # SQLite would apply it to the copy
             raise UsageError(f"{rest} belongs to another database; choose another file name")
-    location = f"file:{quote(str(database))}?mode=rw"
-    try:
-        with replace_file(file) as temporary:
-            with (
-                closing(sqlite3.connect(location, timeout=LOCK_TIMEOUT, uri=True)) as source,
-                closing(sqlite3.connect(temporary)) as target,
-            ):
-                source.backup(target)
-                problems = check_integrity(target)
-            if problems:
-                raise StorageError(f"{database} is corrupt, no backup written: {problems}")
-    except (sqlite3.Error, OSError) as error:
-        raise StorageError(f"could not back up {database} to {file}: {error}") from error
 
 
 def _is_database(file: Path) -> bool:

@@ -231,7 +231,8 @@ def test_a_sqlite_study_is_copied_to_a_file_with_its_files_while_workers_are_ali
     with pytest.raises(
         UsageError, match=r"copy\.db already exists; choose another file name, or replace it with --force"
     ):
-        back_up_study(definition, target)
+        back_up_study(definition, with_artifacts(target, tmp_path / "nowhere"))
+    assert not (tmp_path / "nowhere").exists()
     assert back_up_study(definition, target, force=True).n_files_there == len(needed)
 
 
