@@ -114,10 +114,11 @@ def choose_winner(accuracies: Mapping[int, list[float]], sizes: Mapping[int, int
     the means differ by fewer than six images: even if one network is right on all images on which two disagree, five
     are not significant at 95% (McNemar 1947, https://doi.org/10.1007/BF02295996: 2 * 0.5^5 = 6%).
 
-    Among equal sizes the higher mean wins. Candidates with a diverged run (accuracy 0) are left out, unless all have
-    one.
+    Among equal sizes the higher mean wins. Candidates with a run that diverged (accuracy 0) or collapsed (below half of
+    the highest accuracy) are left out, unless all have one: the variance of such a run would tie all others.
     """
-    converged = {number: values for number, values in accuracies.items() if min(values) > 0}
+    least = max(map(max, accuracies.values())) / 2
+    converged = {number: values for number, values in accuracies.items() if min(values) >= least > 0}
     accuracies = converged or accuracies
     means = {number: float(np.mean(values)) for number, values in accuracies.items()}
     best = max(means, key=lambda number: (means[number], -sizes[number]))
