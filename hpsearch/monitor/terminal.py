@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import termios
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -10,11 +11,6 @@ from types import FrameType
 from typing import IO
 
 from rich.console import Console
-
-try:
-    import termios
-except ImportError:  # no POSIX terminal, so no keys are hidden
-    termios = None  # type: ignore[assignment]
 
 
 def can_draw(console: Console) -> bool:
@@ -35,7 +31,7 @@ def is_in_foreground(stream: IO[str]) -> bool:
 @contextmanager
 def keys_hidden() -> Iterator[None]:
     """Do not show what is typed, which would move what is drawn; at the end, discard it: nobody saw what it says."""
-    if not termios or not sys.stdin or not sys.stdin.isatty() or not is_in_foreground(sys.stdin):
+    if not sys.stdin or not sys.stdin.isatty() or not is_in_foreground(sys.stdin):
         yield
         return
     before = termios.tcgetattr(sys.stdin)
