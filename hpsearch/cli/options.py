@@ -127,6 +127,16 @@ def number(text: str, low: Number, high: Number | None = None, *names: str) -> A
     return typer.Option(*names, metavar="N", parser=read_number(low, high), help=text)
 
 
+def columns(metavar: str, text: str) -> Any:
+    """Return an option with this help, whose value names columns of the trials of STUDY."""
+    return typer.Option(metavar=metavar, help=text, autocompletion=complete_columns)
+
+
+def path(metavar: str, text: str, callback: Callable[[Path | None], Path | None] = expand_path) -> Any:
+    """Return an option with this help, whose value is the path of a file or folder."""
+    return typer.Option(metavar=metavar, help=text, callback=callback)
+
+
 STUDY_HELP = "Study file or name. [default: the only one here]"
 StudyArgument = Annotated[
     str,

@@ -57,10 +57,7 @@ def confirm(
 def export(
     study: options.StudyArgument,
     trial: Annotated[int | None, options.number("Export this trial, not the winner.", 0)] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Model folder. [default: models/<study>]", callback=options.expand_path),
-    ] = None,
+    output: Annotated[Path | None, options.path("DIR", "Model folder. [default: models/<study>]")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace any model: edited, of another study.")] = False,
     onnx: Annotated[bool, typer.Option("--onnx", help="Also write model.onnx; needs hpsearch[onnx].")] = False,
     torch_export: Annotated[bool, typer.Option("--torch-export", help="Also write model.pt2 (torch.export).")] = False,
@@ -155,14 +152,7 @@ def predict(
 @app.command(epilog="Example: hpsearch evaluate models/digits --pictures pictures")
 def evaluate(
     bundle: options.BundleArgument,
-    pictures: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Save plots of the metrics here.",
-            callback=options.expand_path,
-        ),
-    ] = None,
+    pictures: Annotated[Path | None, options.path("DIR", "Save plots of the metrics here.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace pictures that are no plots of it.")] = False,
     data: options.DataOption = None,
     as_json: options.JsonOption = False,
@@ -190,16 +180,11 @@ def evaluate(
 @app.command(epilog="Example: hpsearch report digits --output report.html")
 def report(
     study: options.StudyArgument,
-    output: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="HTML file. [default: <study>-report.html]", callback=options.expand_path),
-    ] = None,
+    output: Annotated[Path | None, options.path("FILE", "HTML file. [default: <study>-report.html]")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is no report of it.")] = False,
     bundle: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR", help="Model folder. [default: models/<study>, if any]", callback=options.find_model_folder
-        ),
+        options.path("DIR", "Model folder. [default: models/<study>, if any]", options.find_model_folder),
     ] = None,
     storage: options.StorageOption = None,
 ) -> None:

@@ -49,23 +49,9 @@ def trials(
     state: Annotated[
         options.State | None, typer.Option(metavar="STATE", help="complete, pruned, failed, running or waiting.")
     ] = None,
-    sort: Annotated[
-        str | None,
-        typer.Option(
-            metavar="COLUMN",
-            help="Sort by it; value: best first. [default: trial]",
-            autocompletion=options.complete_columns,
-        ),
-    ] = None,
+    sort: Annotated[str | None, options.columns("COLUMN", "Sort by it; value: best first. [default: trial]")] = None,
     limit: Annotated[int | None, options.number("List at most N trials.", 1)] = None,
-    columns: Annotated[
-        str | None,
-        typer.Option(
-            metavar="A,B,...",
-            help="Columns: trial, state, value, lr, ...",
-            autocompletion=options.complete_columns,
-        ),
-    ] = None,
+    columns: Annotated[str | None, options.columns("A,B,...", "Columns: trial, state, value, lr, ...")] = None,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV (formulas are escaped).")] = False,
     as_json: options.JsonOption = False,
     data: options.DataOption = None,
