@@ -235,8 +235,9 @@ def kill_supervisor(folder: Path, n: int, rng: random.Random) -> str:
         wait_for(lambda run=run: not processes_of(run.pid), "the end of its workers", 20)  # type: ignore[misc]
         slowest = max(slowest, time.monotonic() - start)
     assert search.count("RUNNING") == 0, "trials are stuck"
-    search.end(search.run(1))
-    search.check_promises()
+    trials = search.count("COMPLETE") + 1
+    search.end(search.run(1, trials))
+    search.check_promises(trials)
     return f"{n} killed, their workers gone within {slowest:.1f} s, the next run goes on"
 
 
@@ -263,8 +264,9 @@ def drain(folder: Path, n: int, rng: random.Random) -> str:
                 saved = len(checkpoints.read(Folder(file.parent), file.name)["state"]["results"])
                 assert saved >= row["epoch"], f"trial {row['number']} reported {row['epoch']} epochs, {saved} are saved"
         handed_back += len(interrupted)
-    search.end(search.run(1))
-    search.check_promises()
+    trials = search.count("COMPLETE") + 1
+    search.end(search.run(1, trials))
+    search.check_promises(trials)
     return f"{handed_back} trials re-queued, 0 finished epochs lost, none RUNNING"
 
 
