@@ -1,7 +1,6 @@
 """Data sets and kinds of network are found by their Python paths; nothing else in the package names them."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import optuna
@@ -25,7 +24,7 @@ from hpsearch.training.networks import build_network
 class Stripes(DataSet):
     """Bright images of one class, dark ones of the other."""
 
-    def read(self, folder: Path | str | None, *, is_train: bool) -> tuple[Tensor, Tensor]:
+    def read(self, *, is_train: bool) -> tuple[Tensor, Tensor]:
         labels = torch.arange(self.n_train if is_train else self.n_test) % len(self.class_names)
         return (labels * 200).byte()[:, None, None, None].expand(-1, *self.image_shape), labels
 
@@ -69,7 +68,7 @@ def test_what_is_known_of_a_data_set_is_what_it_has(name: str) -> None:
     assert len(data_set.class_names) == 10
     if name == "digits":  # the others check it themselves when they read their files
         for is_train, n_images in ((True, data_set.n_train), (False, data_set.n_test)):
-            images, labels = data_set.read(None, is_train=is_train)
+            images, labels = data_set.read(is_train=is_train)
             assert images.shape == (n_images, *data_set.image_shape)
             assert (images.dtype, labels.dtype) == (torch.uint8, torch.int64)
             assert set(labels.tolist()) == set(range(10))

@@ -128,7 +128,7 @@ class Classifier:
         pixels = self._check(images)
         if not len(pixels):
             return np.empty((0, len(self.class_names)), dtype=np.float32)
-        inputs = normalise(pixels, self.config.mean, self.config.std)
+        inputs = normalise(pixels, [self.config.mean], [self.config.std])
         probabilities: NDArray[np.float32] = self.network.predict_proba(inputs).numpy()
         return probabilities
 

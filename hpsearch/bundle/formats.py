@@ -146,7 +146,7 @@ def verify_models(
     model.pt with predict.py if there is one, and run in batches; `on_file` gets the number of files verified and all.
     Raises `BundleError` if a difference exceeds the format's tolerance; a `model.pt2` is removed instead.
     """
-    expected = network.predict_proba(normalise(images, config["mean"], config["std"])).numpy()
+    expected = network.predict_proba(normalise(images, [config["mean"]], [config["std"]])).numpy()
     found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary, ThreadPoolExecutor() as pool:
         pixels = Path(temporary, "images.npy")

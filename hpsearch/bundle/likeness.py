@@ -16,7 +16,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, normalize
 
-from hpsearch.data.dataset import ImageData
+from hpsearch.data.dataset import ImageData, denormalise
 from hpsearch.errors import BundleError
 
 FILE = "likeness.safetensors"
@@ -51,7 +51,8 @@ class Likeness:
     def fit(cls, data: ImageData) -> Self:
         """Choose references and components from the training images, and limits that suit the validation images."""
         training, validation = (
-            (_some(split.images).cpu() * data.std + data.mean) * 255 for split in (data.train, data.validation)
+            denormalise(split.take(_some(len(split)).to(split.labels.device)).cpu(), data.mean, data.std)
+            for split in (data.train, data.validation)
         )
         grey = _grey(training)
         flat = grey.flatten(1).double()  # in float32, LAPACK may not converge: pixels at the edge are always 0
@@ -109,9 +110,9 @@ def read_likeness(content: bytes, file: Path) -> Likeness:
     return Likeness(**tensors)
 
 
-def _some(images: Tensor) -> Tensor:
-    """Return at most `_N_IMAGES` of the images, evenly spaced because they may be sorted by class."""
-    return images[torch.linspace(0, len(images) - 1, min(len(images), _N_IMAGES)).long()]
+def _some(n_images: int) -> Tensor:
+    """Return the numbers of at most `_N_IMAGES` images, evenly spaced because they may be sorted by class."""
+    return torch.linspace(0, n_images - 1, min(n_images, _N_IMAGES)).long()
 
 
 def _grey(images: Tensor) -> Tensor:

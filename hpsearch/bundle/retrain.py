@@ -22,9 +22,9 @@ from hpsearch.data.dataset import ImageData, check_test, load_test
 from hpsearch.errors import Diverged
 from hpsearch.plugins import NETWORKS, find
 from hpsearch.search.selection import find_best, find_winner
-from hpsearch.search.study import check_data, check_writable
+from hpsearch.search.study import check_data, check_writable, count_validation
 from hpsearch.storage.rdb import storage_of
-from hpsearch.training.run import build_trainer, load_study_data, trial_seed
+from hpsearch.training.run import build_trainer, load_study_data, open_data_set, trial_seed
 from hpsearch.training.trainer import EpochResult
 
 
@@ -56,13 +56,16 @@ def export(
         formats.check_onnx()
     target = Path(expand_home(str(target)))
     bundle.check_target(
-        target, bundle.Origin.model_validate(_describe_search(study, trial, definition.data.validation)), force=force
+        target,
+        bundle.Origin.model_validate(_describe_search(study, trial, count_validation(definition, study))),
+        force=force,
     )
     check_writable(study)
     hyperparameters = definition.space.read(trial.params)
     data = load_study_data(definition, folder)
     check_data(definition, study, data)
-    check_test(definition.data.name, folder)
+    data_set = open_data_set(definition, folder)
+    check_test(data_set)
     config = _describe_network(definition, data, hyperparameters)
     bundle.check_space(target, config, n_models=2 + onnx + torch_export)
     likeness = Likeness.fit(data)
@@ -79,11 +82,11 @@ def export(
             raise Diverged(f"trial {trial.number}, model {i + 1}: {error}; choose another one with --trial") from error
         networks.append(trainer.network.cpu())
 
-    test_images, test_labels = load_test(definition.data.name, folder)
+    test_images, test_labels = load_test(data_set)
     n_test_uses = record_test_use(study, trial)
-    inputs = data.split_of(test_images, test_labels).images
+    inputs = data.split_of(test_images, test_labels)
     labels = test_labels.numpy()
-    evaluations = [evaluate(network.predict_proba(inputs).numpy(), labels, data.class_names) for network in networks]
+    evaluations = [evaluate(network.predict_split(inputs).numpy(), labels, data.class_names) for network in networks]
     metrics = {
         **_describe_evaluations(evaluations),
         "test_reads": n_test_uses,
@@ -154,12 +157,12 @@ def _describe_network(
     layers = find(NETWORKS, definition.network.kind).describe(hyperparameters, data.image_shape, len(data.class_names))
     return {
         "format_version": bundle.FORMAT_VERSION,
-        "data": definition.data.name,
+        "data": definition.data.title,
         "kind": definition.network.kind,
         "hyperparameters": hyperparameters.model_dump(),
         "image_shape": list(data.image_shape),
-        "mean": data.mean,
-        "std": data.std,
+        "mean": data.mean[0],
+        "std": data.std[0],
         "class_names": list(data.class_names),
         "layers": layers,
     }

@@ -212,13 +212,15 @@ class NamedStudy:
 
 def fetch_images(definition: "StudyDefinition", folder: Path | None) -> None:
     """Download the images of a study if none are there, before anything is drawn: each archive has a bar of its own."""
-    from hpsearch.plugins import DATA_SETS, find
+    from hpsearch.data.sets import find_data_set
 
-    data_set = find(DATA_SETS, definition.data.name)
-    place = data_set.locate(folder)
+    if definition.data.name is None:
+        return
+    data_set = find_data_set(definition.data.name, folder)
+    place = data_set.locate()
     if place and not place.exists():
-        echo(f"downloading {definition.data.name} to {place}")
-        data_set.read(folder, is_train=True)
+        echo(f"downloading {data_set.title} to {place}")
+        data_set.read(is_train=True)
 
 
 def warn_about_password(option: str, url: str | None) -> None:

@@ -29,7 +29,15 @@ def _check_name(registry: Mapping[str, str], name: Any) -> Any:
     return name
 
 
+def _check_share(value: Any) -> Any:
+    if isinstance(value, float) and not 0 < value < 1:
+        raise PydanticCustomError("share", "must be a number of images, such as 500, or a share of them, such as 0.15")
+    return value
+
+
 DataName = Annotated[str, BeforeValidator(partial(_check_name, DATA_SETS))]
+Share = Annotated[int | float, BeforeValidator(_check_share), Field(gt=0)]
+_OWN = ("folder", "file", "load")  # keys of [data], of which one names the user's own images
 NetworkName = Annotated[str, BeforeValidator(partial(_check_name, NETWORKS))]
 
 
@@ -63,17 +71,45 @@ class Budget(Table):
 
 
 class Data(Table):
-    name: DataName = Field("mnist", json_schema_extra={"enum": [*DATA_SETS]})
-    validation: int = Field(0, ge=1, description="images held out for validation; default: one sixth")
+    """A built-in data set (`name`), or own images: a `folder`, a `file` of arrays, or a function to `load` them."""
+
+    name: DataName | None = Field(None, json_schema_extra={"enum": [*DATA_SETS]}, description='default: "mnist"')
+    folder: str | None = Field(None, min_length=1, description="folder with a subfolder of images for each class")
+    file: str | None = Field(None, min_length=1, description=".npz file with x_train, y_train, x_test, y_test")
+    load: str | None = Field(None, min_length=1, description='function that loads images: "my_data.py:load"')
+    size: int | tuple[int, int] | None = Field(None, description="pixels, or height and width, of a folder's images")
+    color: Literal["rgb", "grey"] | None = Field(None, description="of a folder's images; default: as the files are")
+    test: Share | None = Field(None, description="images, or share of them, in the test set; default: 0.15")
+    validation: Share | None = Field(None, description="images held out for validation; default: one sixth")
     train: int | None = Field(None, ge=1, description="train on this many images only; default: all")
     split_seed: int = Field(0, ge=0, lt=2**32)
+    skip_unreadable: bool | None = Field(None, description="go on without the image files that cannot be read")
+
+    @property
+    def title(self) -> str:
+        """What messages call the data set."""
+        return self.name or self.load or Path(self.folder or self.file or "").name
 
     @model_validator(mode="after")
     def _resolve(self) -> Self:
+        given = [key for key in ("name", *_OWN) if getattr(self, key) is not None]
+        if len(given) > 1:
+            raise PydanticCustomError("bounds", "{given} cannot be combined", {"given": " and ".join(given)})
+        folder_only = ("size", "color", "skip_unreadable")
+        useless = [] if self.folder else [key for key in folder_only if getattr(self, key) is not None]
+        if useless:
+            raise PydanticCustomError("bounds", "{keys}: only for a folder", {"keys": ", ".join(useless)})
+        if not given:
+            object.__setattr__(self, "name", "mnist")
+        if self.name is None:
+            return self
+        if self.test is not None:
+            raise PydanticCustomError("bounds", "test: {name} has a test set of its own", {"name": self.name})
         n_images = find(DATA_SETS, self.name).n_train
-        if "validation" not in self.model_fields_set:
-            object.__setattr__(self, "validation", n_images // 6)
-        wanted = self.validation + (self.train or 1)
+        if self.validation is None or isinstance(self.validation, float):
+            share = self.validation or 1 / 6
+            object.__setattr__(self, "validation", int(n_images * share + 1e-9))
+        wanted = (self.validation or 0) + (self.train or 1)
         if wanted > n_images:
             message = "{name} has only {n} training images, but train + validation need {wanted}"
             raise PydanticCustomError("bounds", message, {"n": n_images, "name": self.name, "wanted": wanted})
@@ -155,6 +191,9 @@ class StudyDefinition(Table):
         identity = {"try": tables["try"], "study.seed": self.study.seed, "budget.epochs": self.budget.epochs}
         for section in ("data", "network", "search", "fixed", "sampler", "pruner"):
             values = {f"{section}.{key}": value for key, value in tables[section].items()}
+            for key in {"data.folder", "data.file"} & values.keys():
+                values[key] = "."  # wherever they are: `check_data` compares the images
+            values.pop("data.skip_unreadable", None)
             identity |= values or {section: {}}
         return identity
 
@@ -212,6 +251,10 @@ def load_definition(path: Path | str, *, storage: str | None = None, artifacts: 
         location = _resolve_artifacts(Path() if location else folder, location or definition.study.artifacts)
     except UsageError as error:
         raise DefinitionError(str(file), [f"study.artifacts: {error}"]) from None
+    paths = {key: value for key in ("folder", "file") if (value := getattr(definition.data, key))}
+    if paths:
+        resolved = {key: str(folder.resolve() / expand_home(path)) for key, path in paths.items()}
+        definition = evolve(definition, "data", **resolved)
     try:
         return evolve(definition, "study", name=name, storage=url, artifacts=location)
     except UsageError as error:

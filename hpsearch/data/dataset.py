@@ -5,31 +5,44 @@ and a search never calls it.
 """
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset
 
-from hpsearch.data.sets import DataSet
-from hpsearch.errors import DataError
-from hpsearch.plugins import DATA_SETS, find
+from hpsearch.data.pixels import MappedPixels
+from hpsearch.data.sets import DataSet, find_data_set
 
 _N_HASHED = 4096  # least images of a split, if it has as many
+_N_COUNTED = 2**27  # pixels, of which counts are measured instead of floats
 
 
 @dataclass(frozen=True)
-class Split:
-    """Normalized images, float32, shape (N, 1, H, W), and their labels, int64, shape (N,)."""
+class Split(Dataset[tuple[Tensor, ...]]):
+    """Normalized images, float32, shape (N, C, H, W), and their labels, int64, shape (N,); a dataset of torch."""
 
     images: Tensor
     labels: Tensor
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, ...]:
+        return self.take(slice(i, i + 1))[0], self.labels[i]
+
+    def take(self, rows: Tensor | slice) -> Tensor:
+        """Return the normalized images with these row numbers, which are on the device of the images."""
+        return self.images[rows] if isinstance(rows, slice) else self.images.index_select(0, rows)
+
+    def share_memory(self) -> None:
+        """Move the split to shared memory."""
+        self.images.share_memory_()
+        self.labels.share_memory_()
 
     def to(self, device: torch.device | str) -> Self:
         return type(self)(self.images.to(device), self.labels.to(device))
@@ -41,26 +54,74 @@ class Split:
         return _Loader(self, batch_size, shuffle=shuffle, generator=generator)
 
 
+class RawSplit(Split):
+    """A split of raw pixels, uint8, shape (N, C, H, W), each batch of which is normalized when it is taken.
+
+    It takes a quarter of the memory, and pixels in a file are not copied. `rows` are the numbers of its images; None
+    means all. `images` are all of them, normalized now.
+    """
+
+    pixels: MappedPixels | Tensor
+    rows: Tensor | None
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    def __init__(
+        self,
+        pixels: MappedPixels | Tensor,
+        labels: Tensor,
+        mean: Sequence[float],
+        std: Sequence[float],
+        rows: Tensor | None = None,
+    ) -> None:
+        self.__dict__.update(pixels=pixels, labels=labels, mean=mean, std=std, rows=rows)
+
+    @property
+    def images(self) -> Tensor:
+        return self.take(slice(None))
+
+    def take(self, rows: Tensor | slice) -> Tensor:
+        pixels = self.pixels.tensor if isinstance(self.pixels, MappedPixels) else self.pixels
+        if self.rows is not None:
+            rows = self.rows[rows]
+        chosen = pixels[rows] if isinstance(rows, slice) else pixels.index_select(0, rows)
+        return normalise(chosen, self.mean, self.std)
+
+    def share_memory(self) -> None:
+        if isinstance(self.pixels, Tensor):
+            self.pixels.share_memory_()
+        self.labels.share_memory_()
+
+    def to(self, device: torch.device | str) -> Self:
+        """Return the split with its pixels in the memory of a device; on the CPU, those in a file stay there."""
+        if torch.device(device).type == "cpu" and self.labels.device.type == "cpu":
+            return self
+        pixels = self.pixels.tensor if isinstance(self.pixels, MappedPixels) else self.pixels
+        chosen = pixels if self.rows is None else pixels.index_select(0, self.rows)
+        return type(self)(chosen.to(device), self.labels.to(device), self.mean, self.std)
+
+
 @dataclass(frozen=True)
 class ImageData:
     """The data of a search: the training and validation split, and the statistics that normalize them.
 
-    `mean` and `std` are computed from the training split's pixels, scaled to [0, 1].
+    `mean` and `std` have a number for each channel. They are computed from the training split's pixels, scaled to
+    [0, 1].
     """
 
     train: Split
     validation: Split
-    mean: float
-    std: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     class_names: tuple[str, ...]
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        channels, height, width = self.train.images.shape[1:]
+        channels, height, width = self.train.take(slice(0, 1)).shape[1:]
         return channels, height, width
 
     def to(self, device: torch.device | str) -> Self:
-        return type(self)(self.train.to(device), self.validation.to(device), self.mean, self.std, self.class_names)
+        return replace(self, train=self.train.to(device), validation=self.validation.to(device))
 
     def describe(self) -> dict[str, Any]:
         """Return what tells the data from others: numbers of images, image shape, classes and a SHA-256.
@@ -70,8 +131,8 @@ class ImageData:
         """
         digest = hashlib.sha256()
         for split in (self.train, self.validation):
-            sample = split.images[:: max(len(split) // _N_HASHED, 1)].cpu()
-            pixels = sample.mul(self.std * 255).add_(self.mean * 255).round_().clamp_(0, 255)
+            sample = split.take(slice(None, None, max(len(split) // _N_HASHED, 1))).cpu()
+            pixels = denormalise(sample, self.mean, self.std).round_().clamp_(0, 255)
             digest.update(split.labels.cpu().numpy().tobytes() + pixels.to(torch.uint8).numpy().tobytes())
         return {
             "train": len(self.train),
@@ -84,64 +145,108 @@ class ImageData:
     def share_memory(self) -> Self:
         """Move the data to shared memory, and return it."""
         for split in (self.train, self.validation):
-            split.images.share_memory_()
-            split.labels.share_memory_()
+            split.share_memory()
         return self
 
     def split_of(self, images: Tensor, labels: Tensor) -> Split:
         """Normalize raw pixels (uint8), such as those of `load_test`, like the training split."""
-        return Split(normalise(images, self.mean, self.std), labels)
+        return RawSplit(images, labels, self.mean, self.std)
 
     def merged(self) -> Split:
         """Return the training and validation images as one split, to retrain the winner on."""
         parts = self.train, self.validation
-        return Split(torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts]))
+        labels = torch.cat([part.labels for part in parts])
+        if isinstance(self.train, RawSplit) and isinstance(self.validation, RawSplit):
+            rows = [part.rows for part in (self.train, self.validation) if part.rows is not None]
+            return RawSplit(self.train.pixels, labels, self.mean, self.std, torch.cat(rows))
+        return Split(torch.cat([part.images for part in parts]), labels)
 
 
 def load_data(
-    name: str, folder: Path | str | None = None, *, validation: int, train: int | None = None, split_seed: int = 0
+    data_set: DataSet | str,
+    folder: Path | str | None = None,
+    *,
+    validation: int,
+    train: int | None = None,
+    split_seed: int = 0,
 ) -> ImageData:
-    """Load the training and validation split of a data set, stratified by class, with the seed `split_seed`.
+    """Load the training and validation split of a data set, or of the built-in one with this name in `folder`.
 
-    `validation` and `train` are numbers of images; without `train`, all remaining images are used for training. Raises
-    `DataError` if the data cannot be loaded or downloaded.
+    They are what `DataSet.split` returns. Raises `DataError` if the data cannot be loaded or downloaded.
     """
-    data_set: DataSet = find(DATA_SETS, name)
-    images, labels = data_set.read(folder, is_train=True)
-    training, held_out = _stratify(labels, validation, train, split_seed)
+    data_set = _find(data_set, folder)
+    mapped = data_set.map_training()
+    images, labels = (mapped[0].tensor, mapped[1]) if mapped else data_set.read(is_train=True)
+    training, held_out = data_set.split(labels, validation, train, split_seed)
     mean, std = _measure_pixels(images[training])
 
     def take(rows: Tensor) -> Split:
+        if mapped:
+            return RawSplit(mapped[0], labels[rows], mean, std, rows)
         return Split(normalise(images[rows], mean, std), labels[rows])
 
     return ImageData(take(training), take(held_out), mean, std, data_set.class_names)
 
 
-def _measure_pixels(images: Tensor) -> tuple[float, float]:
-    """Return mean and standard deviation of raw pixels, in one thread, since the last bits depend on their number."""
+def _find(data_set: DataSet | str, folder: Path | str | None) -> DataSet:
+    return find_data_set(data_set, folder) if isinstance(data_set, str) else data_set
+
+
+def _measure_pixels(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation of each channel of raw pixels, scaled to [0, 1].
+
+    It uses one thread, since the last bits depend on their number.
+    """
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        pixels = images.float().div_(255)
-        return pixels.mean().item(), pixels.std().item()
+        measured = [_measure_channel(images[:, channel]) for channel in range(images.shape[1])]
     finally:
         torch.set_num_threads(n_threads)
+    means, deviations = zip(*measured, strict=True)
+    return means, deviations
 
 
-def load_test(name: str, folder: Path | str | None = None) -> tuple[Tensor, Tensor]:
-    """Load the test set: raw pixels, uint8, shape (N, 1, H, W), and labels, int64. Raises `DataError`."""
-    data_set: DataSet = find(DATA_SETS, name)
-    return data_set.read(folder, is_train=False)
+def _measure_channel(shades: Tensor) -> tuple[float, float]:
+    if shades.numel() <= _N_COUNTED:
+        pixels = shades.float().div_(255)
+        return pixels.mean().item(), pixels.std().item()
+    counts = sum(part.flatten().bincount(minlength=256) for part in shades.split(1024)).double()
+    values = torch.arange(256, dtype=torch.float64) / 255
+    mean = (counts @ values) / counts.sum()
+    return mean.item(), ((counts @ (values - mean).square()) / (counts.sum() - 1)).sqrt().item()
 
 
-def check_test(name: str, folder: Path | str | None = None) -> None:
+def load_test(data_set: DataSet | str, folder: Path | str | None = None) -> tuple[Tensor, Tensor]:
+    """Load the test set of a data set, or of the built-in one with this name in `folder`.
+
+    Returns raw pixels, uint8, shape (N, C, H, W), and labels, int64, shape (N,). Raises `DataError`.
+    """
+    return _find(data_set, folder).read(is_train=False)
+
+
+def check_test(data_set: DataSet | str, folder: Path | str | None = None) -> None:
     """Raise `DataError` if the test set cannot be read. Returns nothing of it, so that nothing can depend on it."""
-    load_test(name, folder)
+    load_test(data_set, folder)
 
 
-def normalise(images: Tensor, mean: float, std: float) -> Tensor:
-    """Return raw pixels (uint8) as float32, normalized with the given mean and standard deviation."""
-    return images.float().div_(255).sub_(mean).div_(std)
+def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Return raw pixels, uint8, (N, C, H, W), as float32, normalized with the mean and deviation of each channel."""
+    pixels = images.float().div_(255)
+    if len(mean) == 1:
+        return pixels.sub_(mean[0]).div_(std[0])
+    return pixels.sub_(_by_channel(mean, pixels)).div_(_by_channel(std, pixels))
+
+
+def denormalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Return the pixels of normalized images, float32, from 0 to 255."""
+    return images.mul(_by_channel([each * 255 for each in std], images)).add_(
+        _by_channel([each * 255 for each in mean], images)
+    )
+
+
+def _by_channel(numbers: Sequence[float], images: Tensor) -> Tensor:
+    return torch.tensor(numbers, dtype=images.dtype, device=images.device)[:, None, None]
 
 
 class _Loader(DataLoader[tuple[Tensor, ...]]):
@@ -153,7 +258,7 @@ class _Loader(DataLoader[tuple[Tensor, ...]]):
     batch_size: int
 
     def __init__(self, split: Split, batch_size: int, *, shuffle: bool, generator: torch.Generator | None) -> None:
-        super().__init__(TensorDataset(split.images, split.labels), batch_size, generator=generator)
+        super().__init__(split, batch_size, generator=generator)
         self.split, self.shuffle = split, shuffle
 
     def __len__(self) -> int:
@@ -162,27 +267,11 @@ class _Loader(DataLoader[tuple[Tensor, ...]]):
         return -(-n_rows // self.batch_size) - drops_last
 
     def __iter__(self) -> Any:
-        images, labels = self.split.images, self.split.labels
+        split, labels, size = self.split, self.split.labels, self.batch_size
         if self.shuffle:
             rows = torch.randperm(len(labels), generator=self.generator).to(labels.device)
             labels = labels.index_select(0, rows)
-            image_batches = (images.index_select(0, batch) for batch in rows.split(self.batch_size))
+            image_batches = (split.take(batch) for batch in rows.split(size))
         else:
-            image_batches = iter(images.split(self.batch_size))
+            image_batches = (split.take(slice(i, i + size)) for i in range(0, len(split), size))
         return islice(zip(image_batches, labels.split(self.batch_size), strict=True), len(self))
-
-
-def _stratify(labels: Tensor, n_held_out: int, n_training: int | None, seed: int) -> tuple[Tensor, Tensor]:
-    """Return the row numbers of two disjoint parts, training and held out, sorted and stratified by label."""
-    from sklearn.model_selection import train_test_split
-
-    try:
-        training, held_out = train_test_split(
-            range(len(labels)), train_size=n_training, test_size=n_held_out, stratify=labels, random_state=seed
-        )
-    except ValueError as error:
-        raise DataError(
-            f"cannot split {len(labels)} images into data.train = {n_training or 'the rest'} and "
-            f"data.validation = {n_held_out} with every class in both: {error}"
-        ) from error
-    return torch.tensor(sorted(training)), torch.tensor(sorted(held_out))

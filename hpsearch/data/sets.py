@@ -12,17 +12,20 @@ import tempfile
 import zlib
 from abc import ABC, abstractmethod
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpsearch.errors import DataError
+from hpsearch.plugins import DATA_SETS, find
 
 if TYPE_CHECKING:
     from numpy import uint8
     from numpy.typing import NDArray
     from PIL import Image
     from torch import Tensor
+
+    from hpsearch.data.pixels import MappedPixels
 
 _FILES = {part: (f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte") for part in ("train", "t10k")}
 # The checksums of the archives, as in torchvision's `resources`; all three data sets have the same files and sizes.
@@ -71,7 +74,8 @@ def data_folder(folder: Path | str | None = None) -> Path:
 class DataSet(ABC):
     """A data set. An image file is prepared like MNIST's digits if `is_digit`, else like Fashion-MNIST's pictures.
 
-    `hub_id` is its id at https://huggingface.co/datasets, which a model card names.
+    `title` is what messages call it, and `folder` where its files are: see `data_folder`. `hub_id` is its id at
+    https://huggingface.co/datasets, which a model card names.
     """
 
     n_train: int
@@ -79,11 +83,42 @@ class DataSet(ABC):
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
     is_digit: bool
+    title: str = field(default="", kw_only=True)
+    folder: Path | str | None = field(default=None, kw_only=True)
     hub_id: str | None = field(default=None, kw_only=True)
 
     @abstractmethod
-    def read(self, folder: Path | str | None, *, is_train: bool) -> "tuple[Tensor, Tensor]":
+    def read(self, *, is_train: bool) -> "tuple[Tensor, Tensor]":
         """Return the images of a part, uint8, shape (N, C, H, W), and their labels, int64. Raises `DataError`."""
+
+    def map_training(self) -> "tuple[MappedPixels, Tensor] | None":
+        """Return what `read` does for the training part as a file that processes share, if there is one."""
+        return None
+
+    def split(self, labels: "Tensor", validation: int, train: int | None, seed: int) -> "tuple[Tensor, Tensor]":
+        """Return the row numbers of the training and of the validation images, both stratified by class.
+
+        They are drawn with the seed. `validation` and `train` are numbers of images; without `train`, all remaining
+        ones are used for training. Raises `DataError`.
+        """
+        import torch
+        from sklearn.model_selection import train_test_split
+
+        try:
+            training, held_out = train_test_split(
+                range(len(labels)), train_size=train, test_size=validation, stratify=labels, random_state=seed
+            )
+        except ValueError as error:
+            raise DataError(
+                f"cannot split {len(labels)} images into data.train = {train or 'the rest'} and "
+                f"data.validation = {validation} with every class in both: {error}"
+            ) from error
+        return torch.tensor(sorted(training)), torch.tensor(sorted(held_out))
+
+    @property
+    def preparation(self) -> dict[str, Any]:
+        """Return how an image file becomes pixels, for the config of a model."""
+        return {"kind": "digit" if self.is_digit else "picture"}
 
     def read_image(self, image: "Path | str | Image.Image") -> "NDArray[uint8]":
         """Return an image file or Pillow image as pixels like those of the data set, shape (C, H, W).
@@ -94,11 +129,11 @@ class DataSet(ABC):
 
         return read_image(image, self.image_shape, is_digit=self.is_digit)
 
-    def locate(self, folder: Path | str | None) -> Path | None:
+    def locate(self) -> Path | None:
         """Return the folder in which `read` looks for files, or None if it needs none."""
         return None
 
-    def find_missing(self, folder: Path | str | None) -> list[str]:
+    def find_missing(self) -> list[str]:
         """Return the archives that `read` would download; changes nothing."""
         return []
 
@@ -109,9 +144,9 @@ class Torchvision(DataSet):
 
     class_name: str
 
-    def read(self, folder: Path | str | None, *, is_train: bool) -> "tuple[Tensor, Tensor]":
+    def read(self, *, is_train: bool) -> "tuple[Tensor, Tensor]":
         """Read unpacked files or archives, and write nothing, unless one of them is missing and is downloaded."""
-        raw, n_images, problem = self.locate(folder), self.n_train if is_train else self.n_test, ""
+        raw, n_images, problem = self.locate(), self.n_train if is_train else self.n_test, ""
         files = [raw / name for name in _FILES["train" if is_train else "t10k"]]
         try:
             try:
@@ -136,12 +171,12 @@ class Torchvision(DataSet):
             ) from error
         return images.unsqueeze(1), labels.long()
 
-    def find_missing(self, folder: Path | str | None) -> list[str]:
-        raw = self.locate(folder)
+    def find_missing(self) -> list[str]:
+        raw = self.locate()
         return [f"{name}.gz" for names in _FILES.values() for name in names if not _is_there(raw / name)]
 
-    def locate(self, folder: Path | str | None) -> Path:
-        return data_folder(folder) / self.class_name / "raw"
+    def locate(self) -> Path:
+        return data_folder(self.folder) / self.class_name / "raw"
 
     def _check_archive(self, file: Path) -> None:
         """Raise `ValueError` if a file is read from an archive that is not one of this data set."""
@@ -220,7 +255,7 @@ class Digits(DataSet):
     The test images are stratified by class, and always the same.
     """
 
-    def read(self, folder: Path | str | None, *, is_train: bool) -> "tuple[Tensor, Tensor]":
+    def read(self, *, is_train: bool) -> "tuple[Tensor, Tensor]":
         import numpy as np
         import torch
         from sklearn.datasets import load_digits
@@ -247,3 +282,9 @@ FASHION_MNIST = Torchvision(
 )
 KMNIST = Torchvision(60_000, 10_000, _KANA, (1, 28, 28), is_digit=False, class_name="KMNIST", hub_id="tanganke/kmnist")
 DIGITS = Digits(1_437, 360, _DIGITS, (1, 28, 28), is_digit=True)
+
+
+def find_data_set(name: str, folder: Path | str | None = None) -> DataSet:
+    """Return a built-in data set, whose files are in `folder`: see `data_folder`."""
+    data_set: DataSet = find(DATA_SETS, name)
+    return replace(data_set, title=name, folder=folder)

@@ -22,7 +22,6 @@ from sqlalchemy.exc import SQLAlchemyError
 from hpsearch.config.definition import StudyDefinition
 from hpsearch.config.urls import parse_url, show_url
 from hpsearch.errors import HpsearchError, StorageUnavailable
-from hpsearch.plugins import DATA_SETS, find
 from hpsearch.search.study import load_study
 from hpsearch.storage import tables
 from hpsearch.storage.artifacts import Folder
@@ -37,7 +36,7 @@ from hpsearch.storage.engine import network_file_system, safe_journal
 from hpsearch.storage.rdb import Storage, open_storage
 from hpsearch.storage.retry import describe_cause
 from hpsearch.training.devices import count_cores, list_devices
-from hpsearch.training.run import load_study_data
+from hpsearch.training.run import load_study_data, open_data_set
 
 _MAX_LATENCY = 1.0  # seconds
 _MAX_CLOCK_DIFFERENCE = 5.0  # seconds
@@ -218,11 +217,11 @@ def _check_store(artifacts: Folder) -> Finding:
 
 
 def _check_data(definition: StudyDefinition, folder: Path | str | None) -> Finding:
-    name = definition.data.name
-    data_set = find(DATA_SETS, name)
+    name = definition.data.title
     try:
-        place = data_set.locate(folder)
-        if place and (missing := data_set.find_missing(folder)):
+        data_set = open_data_set(definition, folder)
+        place = data_set.locate()
+        if place and (missing := data_set.find_missing()):
             advice = "the next run downloads them (offline: copy them there yourself)"
             if not os.access(_find_existing(place), os.W_OK | os.X_OK):
                 advice = "the folder is not writable: copy them there yourself, or point HPSEARCH_DATA at another one"

@@ -27,6 +27,7 @@ from hpsearch.monitor import plots
 from hpsearch.monitor.text import count, format_cell, format_duration, format_percent, shorten
 from hpsearch.monitor.trials import list_trials, read_status
 from hpsearch.plugins import NETWORKS, find
+from hpsearch.search.study import count_validation
 from hpsearch.search.trials import explain_end, name_state
 from hpsearch.storage.artifacts import replace_file
 from hpsearch.storage.budget import measure_search
@@ -119,17 +120,19 @@ def _collect(definition: StudyDefinition, study: optuna.Study, folder: Path | No
     best = trials[rows[0]["number"]] if complete else None
     chosen = trials[confirmation["winner"]] if confirmation else best
     exported, problem = _read_bundle(folder, study, trials)
+    n_validation = count_validation(definition, study)
     for candidate in confirmation["candidates"] if confirmation else ():  # of older versions, it was narrower
-        candidate["interval"] = mean_interval(candidate["accuracies"], definition.data.validation)
+        candidate["interval"] = mean_interval(candidate["accuracies"], n_validation)
     compared = [candidate["number"] for candidate in confirmation["candidates"]] if confirmation else []
     reads = study.user_attrs.get("test_reads")
     return {
         "definition": definition,
+        "n_validation": n_validation,
         "networks": f"{find(NETWORKS, definition.network.kind).title}s",
         "summary": read_status(definition, study),
         "best": best,
         "chosen": chosen,
-        "interval": chosen and wilson_interval(chosen.value or 0.0, definition.data.validation),
+        "interval": chosen and wilson_interval(chosen.value or 0.0, n_validation),
         "confirmation": confirmation,
         "is_best_compared": bool(best and best.number in compared),
         "bundle": exported,

@@ -25,7 +25,7 @@ from hpsearch.errors import (
 from hpsearch.monitor.text import describe_best, join_params, printable, trial_line
 from hpsearch.monitor.trials import describe_trial, read_status
 from hpsearch.search.selection import explain_choice, find_best
-from hpsearch.search.study import load_study
+from hpsearch.search.study import count_validation, load_study
 from hpsearch.search.trials import TrialEvent, make_event
 from hpsearch.storage.budget import find_limit, is_final, measure_trial
 from hpsearch.storage.rdb import open_storage
@@ -219,7 +219,7 @@ def summarize_search(watch: Watch, command: str) -> list[str]:
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if not complete:
         return [f"result: no trial completed; see: hpsearch trials {command}"]
-    best, n_images = find_best(study), definition.data.validation
+    best, n_images = find_best(study), count_validation(definition, study)
     low, high = wilson_interval(best.value or 0.0, n_images)
     n_alike, n_others = sum((trial.value or 0.0) >= low for trial in complete) - 1, len(complete) - 1
     tied = f"{n_alike} of the other {n_others} completed trials lie in that interval"

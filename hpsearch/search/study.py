@@ -126,9 +126,15 @@ def check_data(definition: StudyDefinition, study: optuna.Study, data: "ImageDat
         if known.get(key) != value
     )
     raise StudyMismatch(
-        f"study '{study.study_name}' was searched on other images than these of {definition.data.name}:{differing}\n"
+        f"study '{study.study_name}' was searched on other images than these of {definition.data.title}:{differing}\n"
         "Point --data or HPSEARCH_DATA at those images, or search on these in a new study: set study.name in the file."
     )
+
+
+def count_validation(definition: StudyDefinition, study: optuna.Study) -> int:
+    """Return the number of validation images of the study; 0 for own images that no search has read."""
+    known = study.user_attrs.get("data") or {"validation": definition.data.validation}
+    return int(known["validation"] or 0)
 
 
 def _note_data(study: optuna.Study, found: dict[str, Any]) -> Any:

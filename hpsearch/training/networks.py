@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from hpsearch.config.space import TrainingHyperparameters
+from hpsearch.data.dataset import Split
 from hpsearch.plugins import NETWORKS, find
 from hpsearch.training.kinds import Layer
 
@@ -22,6 +23,10 @@ class Network(nn.Sequential):
         probabilities = torch.cat([self(batch).softmax(dim=1) for batch in images.split(batch_size)])
         self.train(was_training)
         return probabilities
+
+    def predict_split(self, split: Split) -> Tensor:
+        """Return what `predict_proba` does for a split, without normalizing all of its images at once."""
+        return torch.cat([self.predict_proba(images) for images, _ in split.loader(512)])
 
 
 class Dropout(nn.Dropout):

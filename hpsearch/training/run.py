@@ -2,6 +2,7 @@
 
 import platform
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from hpsearch.config.definition import StudyDefinition
 from hpsearch.config.space import Suggests, TrainingHyperparameters
 from hpsearch.data.dataset import ImageData, Split, load_data
+from hpsearch.data.sets import DataSet, find_data_set
+from hpsearch.errors import DataError
 from hpsearch.training.devices import tune_malloc
 from hpsearch.training.networks import build_network
 from hpsearch.training.trainer import Trainer
@@ -18,10 +21,27 @@ from hpsearch.training.trainer import Trainer
 _building = threading.Lock()  # threads share torch's default generator
 
 
+def open_data_set(
+    definition: StudyDefinition,
+    folder: Path | str | None = None,
+    on_read: Callable[[int, int], None] = lambda n_done, n_total: None,
+) -> DataSet:
+    """Return the data set of a study: a built-in one, whose files are in `folder`, or the user's own images.
+
+    Own images are read unless that was done before; `on_read` gets the number of files read and of all. `folder` takes
+    the place of the folder or file in the study file. Raises `DataError`.
+    """
+    data = definition.data
+    if data.name:
+        return find_data_set(data.name, folder)
+    raise DataError(f"{data.title}: images of one's own cannot be read yet")
+
+
 def load_study_data(definition: StudyDefinition, folder: Path | str | None = None) -> ImageData:
     """Load the training and validation split of a study. Raises `DataError`."""
-    data = definition.data
-    return load_data(data.name, folder, validation=data.validation, train=data.train, split_seed=data.split_seed)
+    data, data_set = definition.data, open_data_set(definition, folder)
+    n_validation = int(data.validation or 0)
+    return load_data(data_set, validation=n_validation, train=data.train, split_seed=data.split_seed)
 
 
 def build_trainer(

@@ -18,7 +18,7 @@ from scipy import ndimage
 from hpsearch.bundle.predict import find_images
 from hpsearch.config.definition import load_definition
 from hpsearch.config.space import suggest
-from hpsearch.data.dataset import ImageData, normalise
+from hpsearch.data.dataset import ImageData, denormalise, normalise
 from hpsearch.data.sets import MNIST
 from hpsearch.errors import ImageError
 from hpsearch.training.networks import Network
@@ -52,8 +52,8 @@ def train(folder: Path, n_epochs: int) -> tuple[Network, ImageData]:
 
 def choose(data: ImageData, n_pictures: int) -> tuple[NDArray[np.uint8], list[int]]:
     """The first validation images as raw pixels, shape (N, 28, 28), and their labels."""
-    pixels = (data.validation.images[:n_pictures, 0] * data.std + data.mean) * 255
-    return pixels.round().byte().numpy(), data.validation.labels[:n_pictures].tolist()
+    pixels = denormalise(data.validation.images[:n_pictures], data.mean, data.std)
+    return pixels[:, 0].round().byte().numpy(), data.validation.labels[:n_pictures].tolist()
 
 
 def write(kind: str, digits: NDArray[np.uint8], folder: Path, kinds: Kinds | None = None) -> Path:

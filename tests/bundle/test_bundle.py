@@ -119,7 +119,7 @@ def test_a_loaded_classifier_predicts_what_the_network_did(digits: ImageData, tm
     probabilities = classifier.predict_proba(images)
     assert probabilities.dtype == np.float32
     assert probabilities.shape == (360, 10)
-    normalised = (images.float() / 255 - digits.mean) / digits.std
+    normalised = (images.float() / 255 - digits.mean[0]) / digits.std[0]
     assert np.allclose(probabilities, contents.network.predict_proba(normalised).numpy(), atol=1e-6)
 
 

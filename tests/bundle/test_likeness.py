@@ -14,7 +14,7 @@ from safetensors.torch import save as to_safetensors
 from hpsearch.bundle import bundle
 from hpsearch.bundle.likeness import FILE, Likeness, read_likeness
 from hpsearch.bundle.manifest import MANIFEST, write_manifest
-from hpsearch.data.dataset import ImageData, load_data, load_test
+from hpsearch.data.dataset import ImageData, denormalise, load_data, load_test
 from hpsearch.errors import BundleError, ImageError
 
 from ..cli.test_app import Run, run  # noqa: F401
@@ -49,7 +49,7 @@ def draw(what: Callable[[ImageDraw.ImageDraw], None]) -> torch.Tensor:
 def test_about_one_in_a_hundred_images_of_the_data_set_is_unlike_the_others(
     data: ImageData, likeness: Likeness
 ) -> None:
-    validation = (data.validation.images * data.std + data.mean) * 255
+    validation = denormalise(data.validation.images, data.mean, data.std)
     assert (likeness.measure(validation) > 1).float().mean() < 0.015
     assert (likeness.measure(load_test("digits")[0]) > 1).float().mean() < 0.05
     assert likeness.measure(torch.empty(0, 1, 28, 28)).shape == (0,)
@@ -98,7 +98,7 @@ def test_images_of_any_size_and_color_are_compared() -> None:
         labels = torch.zeros(len(images), dtype=torch.int64)
         split = load_data("digits", validation=200).train
         train, validation = (type(split)(images[rows], labels[rows]) for rows in (slice(200), slice(200, None)))
-        likeness = Likeness.fit(ImageData(train, validation, 0.0, 1.0, ("a", "b")))
+        likeness = Likeness.fit(ImageData(train, validation, (0.0,), (1.0,), ("a", "b")))
         assert (likeness.measure(validation.images * 255) > 1).float().mean() < 0.05
         assert (likeness.measure((1 - base) * 255) > 1).all()
 

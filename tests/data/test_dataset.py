@@ -64,7 +64,7 @@ def test_pixels_are_normalised_by_the_training_split_alone(digits: ImageData) ->
 
 def test_normalise_follows_the_formula() -> None:
     images = torch.tensor([[[[0, 51, 255]]]], dtype=torch.uint8)
-    assert torch.allclose(normalise(images, 0.2, 0.4).flatten(), torch.tensor([-0.5, 0.0, 2.0]), atol=1e-6)
+    assert torch.allclose(normalise(images, [0.2], [0.4]).flatten(), torch.tensor([-0.5, 0.0, 2.0]), atol=1e-6)
 
 
 def test_the_splits_are_disjoint_stratified_and_seeded() -> None:
@@ -116,7 +116,7 @@ def test_the_test_set_gets_a_loader_like_the_other_two(digits: ImageData) -> Non
     batches = list(digits.split_of(raw, labels).loader(100))
     assert [len(images) for images, _ in batches] == [100, 100, 100, 60]
     assert torch.equal(torch.cat([labels for _, labels in batches]), labels)
-    expected = (raw.float() / 255 - digits.mean) / digits.std
+    expected = (raw.float() / 255 - digits.mean[0]) / digits.std[0]
     assert torch.allclose(torch.cat([images for images, _ in batches]), expected, atol=1e-6)
 
 
@@ -326,7 +326,7 @@ def test_scripts_import_the_loaders_from_the_room_which_does_not_import_torch_be
 
 def test_data_are_described_alike_on_every_machine_and_no_other_data_are(digits: ImageData) -> None:
     images, labels = digits.train.images, digits.train.labels
-    rounded = replace(digits, train=Split(images * (1 + 1e-6), labels), mean=digits.mean + 1e-7)
+    rounded = replace(digits, train=Split(images * (1 + 1e-6), labels), mean=(digits.mean[0] + 1e-7,))
     assert rounded.describe() == digits.describe()
     darker, shifted = images.clone(), labels.clone()
     darker[7, 0, 14, 14] -= 0.1

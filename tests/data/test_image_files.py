@@ -33,7 +33,7 @@ def draw_one(size: tuple[int, int], ink: int, paper: int, offset: int = 0) -> Im
 @pytest.fixture(scope="module")
 def digits() -> np.ndarray:
     """Five digits as in MNIST, uint8, shape (5, 28, 28)."""
-    return DIGITS.read(None, is_train=True)[0][:5, 0].numpy()
+    return DIGITS.read(is_train=True)[0][:5, 0].numpy()
 
 
 def difference(a: Path, b: Path) -> float:

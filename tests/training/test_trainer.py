@@ -95,7 +95,7 @@ def test_the_same_seed_trains_the_same_weights(blobs: Split) -> None:
 def make_trainer(split: Split, seed: int, kind: str = "mlp", **options: Any) -> Trainer:
     """A trainer of two epochs of four batches, with noise; the weights depend on the seed, too."""
     definition = make_definition(network={"kind": kind}, budget={"epochs": 2})
-    data = ImageData(split, split, 0.0, 1.0, ("dark", "bright"))
+    data = ImageData(split, split, (0.0,), (1.0,), ("dark", "bright"))
     noise = {"depth": 2, "width": 4, "batch_size": 50, "dropout": 0.3, "augment": 0.5}
     return build_trainer(definition, data, Hyperparameters(**noise | options), seed, validation=split)
 
