@@ -40,8 +40,8 @@ def make_contents(data: ImageData, kind: str = "mlp") -> bundle.Contents:
         "kind": kind,
         "hyperparameters": hyperparameters.model_dump(),
         "image_shape": list(data.image_shape),
-        "mean": data.mean,
-        "std": data.std,
+        "mean": data.mean[0],
+        "std": data.std[0],
         "class_names": list(data.class_names),
         "layers": find(NETWORKS, kind).describe(hyperparameters, data.image_shape, 10),
     }

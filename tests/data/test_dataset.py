@@ -300,8 +300,8 @@ def test_the_real_mnist_is_read_from_its_archives(tmp_path: Path) -> None:
     for archive in (Path(os.environ["HPSEARCH_DATA"]) / "MNIST" / "raw").glob("*.gz"):
         shutil.copy(archive, raw)
     data = load_data("mnist", tmp_path, validation=10_000)
-    assert data.mean == pytest.approx(0.1307, abs=0.001)
-    assert data.std == pytest.approx(0.3081, abs=0.001)
+    assert data.mean == pytest.approx((0.1307,), abs=0.001)
+    assert data.std == pytest.approx((0.3081,), abs=0.001)
 
 
 def test_pixels_have_the_same_mean_in_any_number_of_threads() -> None:
