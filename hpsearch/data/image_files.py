@@ -1,11 +1,14 @@
 """Converts image files to raw pixels like those that a network was trained on."""
 
+import os
 import stat
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +30,7 @@ from hpsearch.errors import ImageError
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")
 # Pillow raises all of these for corrupt files.
-_CORRUPT = (
+CORRUPT = (
     *(OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError),
     *(struct.error, zlib.error),
 )
@@ -40,6 +43,7 @@ _TURNS = (
     *(_TURN.FLIP_LEFT_RIGHT, _TURN.ROTATE_180, _TURN.FLIP_TOP_BOTTOM),
     *(_TURN.TRANSPOSE, _TURN.ROTATE_270, _TURN.TRANSVERSE, _TURN.ROTATE_90),
 )
+_QUARTER_TURNS = _TURNS[3:]
 
 
 def read_image(
@@ -61,8 +65,9 @@ def read_image(
     Raises `ImageError` for a file that is missing, not a regular file, corrupt, blank, too faint or too large.
     """
     height, width = image_shape[1:]
-    try:
-        pixels = _read_grey(image)
+    with name_in_errors(image):
+        with open_image(image) as (picture, _):
+            pixels = _to_grey(picture)
         contrast = np.ptp(pixels)
         if contrast < (MIN_CONTRAST if is_digit else _MIN_CONTRAST):
             raise ImageError(LOW_CONTRAST if contrast > _INVISIBLE else "image is blank")
@@ -72,8 +77,6 @@ def read_image(
         else:
             ink = _find_digit(pixels) if is_digit else _remove_ground(upright)
             pixels = scale_and_center(ink, height, width, is_digit=is_digit)
-    except ImageError as error:
-        raise error if isinstance(image, Image.Image) else ImageError(f"{image}: {error}") from error
     return np.asarray(pixels.round(), dtype=np.uint8)[np.newaxis]
 
 
@@ -83,43 +86,76 @@ def _find_digit(pixels: Pixels) -> Pixels:
     return thicken_strokes(crop_to_ink(ink))
 
 
-def _read_grey(source: Path | str | Image.Image) -> Pixels:
-    """Return an image's pixels from 0 to 255, shape (H, W)."""
+@contextmanager
+def name_in_errors(image: Path | str | Image.Image) -> Iterator[None]:
+    """Begin each `ImageError` of the block with the name of the file."""
+    try:
+        yield
+    except ImageError as error:
+        raise error if isinstance(image, Image.Image) else ImageError(f"{image}: {error}") from error
+
+
+@contextmanager
+def open_image(
+    source: Path | str | BinaryIO | Image.Image, side: int | None = None
+) -> Iterator[tuple[Image.Image, tuple[int, int]]]:
+    """Yield the first picture of a file, loaded and turned upright, and its height and width in the file.
+
+    With `side`, a JPEG file may be decoded at a half, quarter or eighth of its size, but not smaller than `side`
+    pixels, which is faster. Raises `ImageError` for all that Pillow raises, in the block as well.
+    """
     try:
         if isinstance(source, Image.Image):
-            return _to_grey(_turn_upright(source))
-        file = Path(source)
-        if not stat.S_ISREG(mode := file.stat().st_mode):  # a pipe or a device may never end
+            yield _turn_upright(source, source.size)
+            return
+        if isinstance(source, Path | str) and not stat.S_ISREG(mode := Path(source).stat().st_mode):
+            # a pipe or a device may never end
             raise ImageError(f"is {'a directory' if stat.S_ISDIR(mode) else 'not a regular file'}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file, formats=FORMATS) as image:
-                return _to_grey(_turn_upright(image))
+            with Image.open(source, formats=FORMATS) as image:
+                size = image.size
+                if side is not None:
+                    image.draft(None, (side, side))
+                yield _turn_upright(image, size)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"image too large: {error}") from error
     except UnidentifiedImageError as error:
-        raise ImageError("file is empty" if file.stat().st_size == 0 else "not a readable image") from error
+        raise ImageError("file is empty" if _is_empty(source) else "not a readable image") from error
     except FileNotFoundError as error:
         raise ImageError("no such file") from error
-    except _CORRUPT as error:
+    except CORRUPT as error:
         raise ImageError(getattr(error, "strerror", None) or str(error)) from error
 
 
-def _turn_upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF rotation, and like a viewer ignore broken EXIF, at which Pillow's `exif_transpose` fails."""
+def _is_empty(source: Path | str | BinaryIO | Image.Image) -> bool:
+    if isinstance(source, Path | str):
+        return Path(source).stat().st_size == 0
+    return not isinstance(source, Image.Image) and source.seek(0, os.SEEK_END) == 0
+
+
+def _turn_upright(image: Image.Image, size: tuple[int, int]) -> tuple[Image.Image, tuple[int, int]]:
+    """Apply the EXIF rotation to a picture of a width and height, and return its height and width after that.
+
+    Like a viewer, it ignores broken EXIF, at which Pillow's `exif_transpose` fails.
+    """
     image.load()
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except _CORRUPT:
+    except CORRUPT:
         orientation = None
     turns: dict[Any, Image.Transpose] = dict(enumerate(_TURNS, 2))
-    return image.transpose(turns[orientation]) if orientation in turns else image
+    width, height = size
+    if (turn := turns.get(orientation)) is None:
+        return image, (height, width)
+    return image.transpose(turn), (width, height) if turn in _QUARTER_TURNS else (height, width)
 
 
 def _to_grey(image: Image.Image) -> Pixels:
     if image.mode[0] in "IF":  # integers of 16 or 32 bits, or floats
-        grey = _scale_to_8_bits(image.convert("I") if ";" in image.mode else image)
+        values = image.convert("I") if ";" in image.mode else image
+        grey = scale_to_8_bits(values, _pixels(_shrink(values)))
         if "transparency" in image.info:
             is_opaque = Image.fromarray(np.asarray(image) != image.info["transparency"])
             return _lay_on_paper(grey, _pixels(_shrink(is_opaque.convert("L"))) / np.float32(255))
@@ -138,10 +174,14 @@ def _spread(channel: Image.Image) -> float:
     return ImageStat.Stat(channel).stddev[0]
 
 
-def _scale_to_8_bits(image: Image.Image) -> Pixels:
-    """Scale white to 255: for floats 1 or the largest value, for integers the largest of as many bits as they take."""
+def scale_to_8_bits(image: Image.Image, values: Pixels) -> Pixels:
+    """Return the values of an image, or of a smaller copy, from 0 for black to 255 for white.
+
+    White is 1 or the largest value for floats, and the largest of as many bits as they take for integers. Raises
+    `ImageError` for values that are no shades of gray.
+    """
     low, high = np.array(image.getextrema()).tolist()
-    is_float, values = image.mode == "F", _pixels(_shrink(image))
+    is_float = image.mode == "F"
     if not np.isfinite(values).all():
         raise ImageError("pixel values that are infinite or not a number cannot be read as shades of gray")
     if low < 0 and not is_float:
