@@ -6,6 +6,10 @@ augment        randomly shifts, rotates and scales a batch
 image_files    converts image files of any size, depth and color to a network's input
 mnist_images   converts handwriting to MNIST's format: removes paper, thickens strokes, centers digits
 page_lines     removes ruled lines, frames and edges from the ink of a page
+photos         converts one image file of the user's own to pixels, and says what is wrong with a file
+inventory      the list of the user's own images, and what differs between two lists
+own            the user's own images as a data set: on which side each image is
+image_folder   a folder of the user's own images, a subfolder a class: what it holds, and its data set
 
 Scripts import `load_data` and `load_test` from here; `import hpsearch.data` alone does not import torch.
 """

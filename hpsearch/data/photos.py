@@ -17,6 +17,7 @@ SUFFIXES = frozenset(
 _SNIFFED = tuple(kind for kind in FORMATS if kind != "TIFF")  # raw files of cameras begin like TIFF files
 _N_DIGITS = 16
 _SIDE = 256  # pixels of the picture whose colors are compared
+_GRAIN = 2  # shades of 255, by which WEBP changes the channels of a gray picture
 
 Color = Literal["grey", "rgb"]
 
@@ -24,7 +25,7 @@ Color = Literal["grey", "rgb"]
 class Look(NamedTuple):
     """What is known of a file: a digest of its bytes, the size of its picture, and why it cannot be read.
 
-    `color` is "grey" also for files with color channels that are all alike. A file that is no image, by its suffix
+    `color` is "grey" also for files whose color channels are alike. A file that is no image, by its suffix
     and by its content, has no color and no problem.
     """
 
@@ -96,8 +97,8 @@ def _find_color(picture: Image.Image) -> Color:
     if plain.mode == "L":
         return "grey"
     shrunk = plain.reduce(max(1, min(plain.size) // _SIDE))
-    red, green, blue = np.moveaxis(np.asarray(_lay_on_white(shrunk)), -1, 0)
-    return "grey" if np.array_equal(red, green) and np.array_equal(green, blue) else "rgb"
+    pixels = np.asarray(_lay_on_white(shrunk))
+    return "grey" if (np.ptp(pixels, axis=-1) <= _GRAIN).all() else "rgb"
 
 
 def _to_plain_mode(picture: Image.Image) -> Image.Image:

@@ -1,0 +1,195 @@
+"""The user's own images as a data set, and on which side each image is: training, validation or test."""
+
+import hashlib
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hpsearch.data.inventory import Inventory, show_name
+from hpsearch.data.sets import DataSet
+from hpsearch.errors import DataError
+
+if TYPE_CHECKING:
+    from numpy import uint8
+    from numpy.typing import NDArray
+    from PIL import Image
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class OwnImages(DataSet):
+    """The user's own images. `inventory` lists all of them, and has the side of each.
+
+    `load` returns the pixels of the images with these numbers, uint8, shape (N, C, H, W). `validation` is the share of
+    the training part that is held out, or the number of images, where the inventory has no validation images.
+    """
+
+    inventory: Inventory = field(kw_only=True)
+    load: "Callable[[Sequence[int]], Tensor]" = field(kw_only=True, repr=False)
+    validation: float = field(kw_only=True)
+
+    @classmethod
+    def of(
+        cls,
+        inventory: Inventory,
+        load: "Callable[[Sequence[int]], Tensor]",
+        *,
+        title: str,
+        folder: Path | str | None,
+        image_shape: tuple[int, int, int],
+        validation: float,
+    ) -> "OwnImages":
+        """Return the data set of the images in the inventory."""
+        n_test = inventory.sides.count("test")
+        return cls(
+            len(inventory.sides) - n_test,
+            n_test,
+            tuple(inventory.class_names),
+            image_shape,
+            is_digit=False,
+            title=title,
+            folder=folder,
+            inventory=inventory,
+            load=load,
+            validation=validation,
+        )
+
+    def read(self, *, is_train: bool) -> "tuple[Tensor, Tensor]":
+        import torch
+
+        rows = self.rows(is_train=is_train)
+        return self.load(rows), torch.tensor([self.inventory.labels[row] for row in rows], dtype=torch.int64)
+
+    def rows(self, *, is_train: bool) -> list[int]:
+        """Return the numbers of the images in a part; the training part includes the validation images."""
+        return [row for row, side in enumerate(self.inventory.sides) if (side != "test") == is_train]
+
+    def split(self, labels: "Tensor", validation: float, train: int | None, seed: int) -> "tuple[Tensor, Tensor]":
+        """Return the row numbers of the training and of the validation images.
+
+        Where the inventory says which they are, that holds, and `train` chooses some of the training images within
+        each class. Otherwise they are drawn as for a built-in data set, and copies of an image join the first of them.
+        `validation` is a number of images or a share of them; 0 stands for that of the data set.
+        """
+        import torch
+
+        rows = self.rows(is_train=True)
+        digests = [self.inventory.digests[row] for row in rows]
+        sides = [self.inventory.sides[row] for row in rows]
+        if "validation" in sides:
+            training = [row for row, side in enumerate(sides) if side != "validation"]
+            held_out = [row for row, side in enumerate(sides) if side == "validation"]
+            if train is not None:
+                training = self._choose(training, digests, labels.tolist(), train, seed)
+            return torch.tensor(training), torch.tensor(held_out)
+        wanted = validation or self.validation
+        n_held_out = max(round(wanted * len(rows)), len(self.class_names)) if wanted < 1 else int(wanted)
+        parts = super().split(labels, n_held_out, train, seed)
+        is_held_out = dict.fromkeys(parts[0].tolist(), False) | dict.fromkeys(parts[1].tolist(), True)
+        first: dict[str, bool] = {}
+        joined = {row: first.setdefault(digests[row], is_held_out[row]) for row in sorted(is_held_out)}
+        both = [[row for row, held_out in joined.items() if held_out == is_wanted] for is_wanted in (False, True)]
+        return torch.tensor(both[0]), torch.tensor(both[1])
+
+    def _choose(
+        self, rows: Sequence[int], digests: Sequence[str], labels: Sequence[int], n: int, seed: int
+    ) -> list[int]:
+        if n > len(rows):
+            raise DataError(f"{self.title} has only {len(rows)} training images, but data.train = {n}")
+        if n == len(rows):
+            return list(rows)
+        chosen = choose_sides([digests[row] for row in rows], [labels[row] for row in rows], {"train": n}, seed)
+        return [row for row, side in zip(rows, chosen, strict=True) if side]
+
+    @property
+    def preparation(self) -> dict[str, Any]:
+        channels, height, width = self.image_shape
+        return {"kind": "photo", "size": [height, width], "color": "grey" if channels == 1 else "rgb"}
+
+    def read_image(self, image: "Path | str | Image.Image") -> "NDArray[uint8]":
+        from hpsearch.data.photos import read_photo
+
+        preparation = self.preparation
+        return read_photo(image, size=tuple(preparation["size"]), color=preparation["color"])
+
+
+def choose_sides(
+    digests: Sequence[str], labels: Sequence[int], sizes: Mapping[str, float], seed: int, rest: str = ""
+) -> list[str]:
+    """Return the side of each image: one of `sizes`, which have a share or number of images each, or else `rest`.
+
+    A place in [0, 1) follows from the seed and the image's digest alone. If all sizes are shares, it decides: so an
+    image stays on its side whatever is added, and copies of one image are on one side. Numbers are divided among the
+    classes in proportion, and within a class the images with the first places are taken. A side without an image of a
+    class gets one, if the class has enough different images: see `find_small_classes`.
+    """
+    places = {digest: _place(digest, seed) for digest in digests}
+    classes = _group(digests, labels)
+    if any(size >= 1 for size in sizes.values()):
+        n_images = {label: members.total() for label, members in classes.items()}
+        quotas = {side: _divide(size, n_images) for side, size in sizes.items()}
+    sides: dict[str, str] = {}
+    for label, members in classes.items():
+        order = sorted(members, key=lambda digest: (places[digest], digest))
+        start, bound, n_later = 0, 0.0, len(sizes)
+        for side, size in sizes.items():
+            if any(each >= 1 for each in sizes.values()):
+                n = _count_images(order[start:], members, quotas[side][label])
+            else:
+                bound += size
+                n = sum(places[digest] < bound for digest in order[start:])
+            n = max(1, min(n, len(order) - start - n_later))
+            sides |= dict.fromkeys(order[start : start + n], side)
+            start, n_later = start + n, n_later - 1
+    return [sides.get(digest, rest) for digest in digests]
+
+
+def find_small_classes(digests: Sequence[str], labels: Sequence[int], n_sides: int) -> dict[int, int]:
+    """Return the classes with fewer different images than sides, and how many they have.
+
+    An image that is in two classes counts for the first of them alone.
+    """
+    classes = _group(digests, labels)
+    return {label: len(classes[label]) for label in sorted(set(labels)) if len(classes[label]) < n_sides}
+
+
+def name_class(class_name: str) -> str:
+    """Return what messages call a class."""
+    return f'class "{show_name(class_name)}"'
+
+
+def _group(digests: Sequence[str], labels: Sequence[int]) -> dict[int, Counter[str]]:
+    """Return how many images with each digest a class has. Those of an image in two classes belong to the first."""
+    classes: dict[int, Counter[str]] = defaultdict(Counter)
+    homes: dict[str, int] = {}
+    for digest, label in zip(digests, labels, strict=True):
+        classes[homes.setdefault(digest, label)][digest] += 1
+    return classes
+
+
+def _place(digest: str, seed: int) -> float:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{digest}".encode()).digest()[:6], "big") / 2**48
+
+
+def _divide(size: float, n_images: Mapping[int, int]) -> dict[int, int]:
+    """Divide a share or number of all images among the classes in proportion, by the largest remainders."""
+    total = sum(n_images.values())
+    share = size if size < 1 else size / total
+    quotas = {label: n * share for label, n in n_images.items()}
+    divided = {label: math.floor(quota + 1e-9) for label, quota in quotas.items()}
+    n_left = round(share * total) - sum(divided.values())
+    for label in sorted(quotas, key=lambda label: (divided[label] - quotas[label], label))[:n_left]:
+        divided[label] += 1
+    return divided
+
+
+def _count_images(order: Sequence[str], members: Mapping[str, int], n_images: int) -> int:
+    """Return how many of the digests have so many images together."""
+    n_digests = 0
+    while n_images > 0 and n_digests < len(order):
+        n_images -= members[order[n_digests]]
+        n_digests += 1
+    return n_digests
