@@ -55,7 +55,7 @@ class Inventory:
         """
         if self.sha256 == older.sha256:
             return []
-        new, old = self._rows(), older._rows()
+        new, old = _list_rows(self), _list_rows(older)
         _, new, old = _match(new, old, lambda row: row)
         renamed, new, old = _match(new, old, lambda row: (row.digest, row.class_name, row.side))
         moved, new, old = _match(new, old, lambda row: row.digest)
@@ -76,16 +76,17 @@ class Inventory:
         ]
         return [sentence for sentence in sentences if sentence] or ["the images are in another order"]
 
-    def _rows(self) -> list["_Row"]:
-        classes = [self.class_names[label] for label in self.labels]
-        return [_Row(*row) for row in zip(self.names, self.digests, classes, self.sides, strict=True)]
-
 
 class _Row(NamedTuple):
     name: str
     digest: str
     class_name: str
     side: str
+
+
+def _list_rows(inventory: Inventory) -> list[_Row]:
+    classes = [inventory.class_names[label] for label in inventory.labels]
+    return [_Row(*row) for row in zip(inventory.names, inventory.digests, classes, inventory.sides, strict=True)]
 
 
 def _match(

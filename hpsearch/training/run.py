@@ -12,6 +12,7 @@ import torch
 from hpsearch.config.definition import StudyDefinition
 from hpsearch.config.space import Suggests, TrainingHyperparameters
 from hpsearch.data.dataset import ImageData, Split, load_data
+from hpsearch.data.image_folder import open_folder
 from hpsearch.data.sets import DataSet, find_data_set
 from hpsearch.errors import DataError
 from hpsearch.training.devices import tune_malloc
@@ -34,6 +35,17 @@ def open_data_set(
     data = definition.data
     if data.name:
         return find_data_set(data.name, folder)
+    if data.folder:
+        return open_folder(
+            folder or data.folder,
+            size=data.size,
+            color=data.color,
+            test=data.test,
+            validation=data.validation,
+            split_seed=data.split_seed,
+            skip_unreadable=bool(data.skip_unreadable),
+            on_read=on_read,
+        )
     raise DataError(f"{data.title}: images of one's own cannot be read yet")
 
 
