@@ -1,6 +1,7 @@
 """Data sets as tensors in memory, image files as pixels.
 
 sets           the built-in data sets: what is known of each, and how it is downloaded and read
+pixels         pixels in a file that all processes share
 dataset        splits and batches
 augment        randomly shifts, rotates and scales a batch
 image_files    converts image files of any size, depth and color to a network's input

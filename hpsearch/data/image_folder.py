@@ -4,7 +4,7 @@ import logging
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -122,11 +122,10 @@ def survey_folder(
     class_names = sorted({show_name(path.name) for _, path in class_folders}, key=natural_key)
     if len(class_names) < 2:
         raise DataError(_explain_classes(folder, class_folders))
-    found = [
-        (side, show_name(path.name), path.name if not splits else f"{path.parent.name}/{path.name}", name)
-        for side, path in class_folders
-        for name in listing.walk(path)
-    ]
+    found: list[tuple[str, str, str, str]] = []
+    for side, path in class_folders:
+        class_name, parent = show_name(path.name), path.relative_to(folder).as_posix()
+        found += [(side, class_name, parent, name) for name in listing.walk(path)]
     ranks = {name: rank for rank, name in enumerate(class_names)}
     found.sort(key=lambda file: (natural_key(file[3]), ranks[file[1]], file[0], file[2]))
     names = [f"{parent}/{name}" for _, _, parent, name in found]
@@ -203,8 +202,11 @@ def take_inventory(
     sides = [image.side or "train" for image in images]
     sizes = {} if "test" in survey.splits else {"test": test or DEFAULT_SHARE}
     n_needed = 1 + len({"test", "validation"} - set(survey.splits))
-    if not survey.splits:
+    if not {"test", "validation"} & set(survey.splits):
         sizes["validation"] = validation or DEFAULT_SHARE
+    for side, size in (("test", test), ("validation", validation)):
+        if side in survey.splits and size is not None:
+            problems.append(f"data.{side} = {size:g}, but the folder has a {side} side of its own; remove one of them")
     pool = [row for row, side in enumerate(sides) if side == "train"]
     digests, pool_labels = [images[row].look.digest for row in pool], [labels[images[row].class_name] for row in pool]
     if sum(size if size < 1 else size / max(len(pool), 1) for size in sizes.values()) >= 1:
@@ -249,8 +251,8 @@ class _Listing:
         self.left_out: Counter[str] = Counter()
         self.problems: list[str] = []
 
-    def list_folder(self, folder: Path) -> tuple[list[Path], list[Path]]:
-        """Return the folders and files in a folder, links to such included."""
+    def list_folder(self, folder: Path) -> tuple[list[str], list[str]]:
+        """Return the names of the folders and files in a folder, links to such included."""
         folders, files = [], []
         try:
             with os.scandir(folder) as scanned:
@@ -262,24 +264,29 @@ class _Listing:
             if _HIDDEN.match(entry.name):
                 self.left_out["hidden"] += 1
             elif _is(entry.is_dir):
-                folders.append(Path(entry))
+                folders.append(entry.name)
             elif _is(entry.is_file) or entry.is_symlink():
-                files.append(Path(entry))
+                files.append(entry.name)
             else:
                 self.left_out["not a file"] += 1
         return folders, files
 
-    def walk(self, folder: Path) -> Iterable[str]:
+    def walk(self, folder: Path) -> Iterator[str]:
         """Return the names of all files in a folder and below, relative to it; a link to a folder above is left out."""
-        waiting = [(folder, frozenset((_identify(self.folder), _identify(folder.parent))))]
+        waiting = [("", frozenset((_identify(self.folder), _identify(folder.parent))))]
         while waiting:
-            path, above = waiting.pop()
-            if (identity := _identify(path)) in above:
+            inside, above = waiting.pop()
+            try:
+                identity = _identify(folder / inside)
+            except OSError as error:
+                self.problems.append(f"{self._name(folder / inside)}: {error.strerror}")
+                continue
+            if identity in above:
                 self.left_out["link to a folder above"] += 1
                 continue
-            folders, files = self.list_folder(path)
-            yield from (file.relative_to(folder).as_posix() for file in files)
-            waiting += [(each, above | {identity}) for each in folders]
+            folders, files = self.list_folder(folder / inside)
+            yield from (f"{inside}{file}" for file in files)
+            waiting += [(f"{inside}{each}/", above | {identity}) for each in folders]
 
     def leave_out(self, name: str) -> None:
         self.left_out[Path(name).suffix.lower() or "no suffix"] += 1
@@ -309,34 +316,31 @@ def _find_class_folders(listing: _Listing, folder: Path) -> tuple[tuple[str, ...
     folders, files = listing.list_folder(folder)
     if listing.problems:
         raise DataError(listing.problems[0])
-    sides = {path: _SIDES[path.name.casefold()] for path in folders if path.name.casefold() in _SIDES}
-    inside = {path: listing.list_folder(path) for path in sides}
-    if not any(side == "train" and inside[path][0] for path, side in sides.items()):
+    sides = {name: _SIDES[name.casefold()] for name in folders if name.casefold() in _SIDES}
+    inside = {name: listing.list_folder(folder / name) for name in sides}
+    if not any(side == "train" and inside[name][0] for name, side in sides.items()):
         _leave_out_loose(listing, files)
-        return (), [("", path) for path in folders]
-    for path in folders:
-        if path not in sides:
-            listing.left_out["folder beside train"] += 1
+        return (), [("", folder / name) for name in folders]
+    listing.left_out.update(f"folder {show_name(name)}" for name in folders if name not in sides)
     found = []
-    for path, side in sides.items():
-        classes, loose = inside[path]
+    for name, side in sides.items():
+        classes, loose = inside[name]
         _leave_out_loose(listing, [*files, *loose])
         files = []
-        if [other for other, name in sides.items() if name == side] != [path]:
-            listing.problems.append(f"{path.name}: there is another folder for the {side} side; keep one of them")
+        if list(sides.values()).count(side) > 1:
+            listing.problems.append(f"{name}: there is another folder for the {side} side; keep one of them")
         if not classes:
-            listing.problems.append(f"{path.name}: no class folders; sort its images into them, or move it elsewhere")
-            continue
-        found += [(side, each) for each in classes]
+            listing.problems.append(f"{name}: no class folders; sort its images into them, or move it elsewhere")
+        found += [(side, folder / name / each) for each in classes]
     return tuple(side for side in ("train", "validation", "test") if side in sides.values()), found
 
 
-def _leave_out_loose(listing: _Listing, files: Sequence[Path]) -> None:
+def _leave_out_loose(listing: _Listing, files: Iterable[str]) -> None:
     for file in files:
-        if file.suffix.lower() in SUFFIXES:
+        if Path(file).suffix.lower() in SUFFIXES:
             listing.left_out["image outside the class folders"] += 1
         else:
-            listing.leave_out(file.name)
+            listing.leave_out(file)
 
 
 def _explain_classes(folder: Path, class_folders: Sequence[tuple[str, Path]]) -> str:
@@ -389,6 +393,6 @@ def _warn(survey: FolderSurvey) -> None:
         (survey.conflicts, "class"),
     ):
         if groups:
-            pairs = [" = ".join(group) for group in groups]
+            pairs = [" = ".join(group if len(group) <= 3 else [*group[:3], "..."]) for group in groups]
             subject = "1 image is" if len(groups) == 1 else f"{len(groups):,} images are"
             logger.warning("%s: %s in more than one %s: %s", title, subject, meaning, list_names(pairs))

@@ -115,6 +115,8 @@ def test_the_users_own_splits_stay_as_they_are(flowers: Path) -> None:
     for split, n in (("train", 10), ("valid", 4), ("Test", 5)):
         for name in ("a", "b"):
             write(flowers / split / name, n, first=100 * n)
+    with pytest.raises(DataError, match=r"test = 0.2, but the folder has a test side of its own; remove one of them"):
+        open_folder(flowers, test=0.2)
     images = open_folder(flowers)
     assert images.n_train == 28
     labels = images.read(is_train=True)[1]
@@ -269,7 +271,7 @@ def test_splits_that_do_not_fit_together_are_refused(flowers: Path) -> None:
     write(flowers / "test", 2)
     (flowers / "annotations").mkdir()
     survey = survey_folder(flowers)
-    assert survey.left_out == {"folder beside train": 1, "image outside the class folders": 2}
+    assert survey.left_out == {"folder annotations": 1, "image outside the class folders": 2}
     assert survey.problems == (
         "test: no class folders; sort its images into them, or move it elsewhere",
         "val: there is another folder for the validation side; keep one of them",
