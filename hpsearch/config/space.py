@@ -30,6 +30,9 @@ class TrainingHyperparameters(Table):
     schedule: Literal["constant", "cosine", "onecycle"] = "constant"
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     augment: float = Field(0.0, ge=0, le=1, description="strength of random shift, rotation and scaling")
+    flip: bool = Field(False, description="mirror half of the images left to right, at random")
+    erase: float = Field(0.0, ge=0, le=1, description="strength of random erasing: a rectangle in each image")
+    color_jitter: float = Field(0.0, ge=0, le=1, description="strength of random brightness, contrast and saturation")
 
 
 class Suggests(Protocol):

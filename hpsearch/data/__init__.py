@@ -3,7 +3,7 @@
 sets           the built-in data sets: what is known of each, and how it is downloaded and read
 pixels         pixels in a file that all processes share
 dataset        splits and batches
-augment        randomly shifts, rotates and scales a batch
+augment        random changes of a batch: shifts, mirrors, erases, recolours
 image_files    converts image files of any size, depth and color to a network's input
 mnist_images   converts handwriting to MNIST's format: removes paper, thickens strokes, centers digits
 page_lines     removes ruled lines, frames and edges from the ink of a page

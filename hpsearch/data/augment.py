@@ -1,8 +1,12 @@
-"""Random shift, rotation and scaling of a batch."""
+"""Random changes of the images of a batch: shift, rotation and scale; mirroring; erasing; colour."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+_LUMA = [0.2989, 0.587, 0.1141]  # of red, green and blue: ITU-R BT.601, as in torchvision and Pillow
 
 
 def augment(images: Tensor, strength: float, generator: torch.Generator | None = None) -> Tensor:
@@ -25,3 +29,65 @@ def augment(images: Tensor, strength: float, generator: torch.Generator | None =
     down = (torch.outer(sine, column) + y[:, None])[:, None, :] + torch.outer(cosine, row)[:, :, None]
     grid = torch.stack([across, down], dim=-1)
     return functional.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def flip(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Mirror half of the images left to right, chosen at random."""
+    is_mirrored = torch.rand(len(images), generator=generator, device=images.device) < 0.5
+    return torch.where(is_mirrored[:, None, None, None], images.flip(3), images)
+
+
+def erase(images: Tensor, strength: float, generator: torch.Generator | None = None) -> Tensor:
+    """Set a random rectangle of each normalized image to 0, the mean of all images.
+
+    At strength 1 its area is uniform up to 40% of the image; other strengths scale it. Its height is between 0.3 and
+    3.3 times its width (Random Erasing, Zhong et al. 2017, https://arxiv.org/abs/1708.04896, who erase half of the
+    images instead of less).
+    """
+    height, width = images.shape[2:]
+    area, ratio, top, left = torch.rand(4, len(images), generator=generator, device=images.device)
+    area, ratio = area * (0.4 * strength * height * width), (1 / 0.3) ** (ratio - 0.5).mul(2)
+    rows, columns = (area * ratio).sqrt().clamp(max=height), (area / ratio).sqrt().clamp(max=width)
+    is_erased = (
+        _is_between(top * (height - rows), rows, height)[:, :, None]
+        & _is_between(left * (width - columns), columns, width)[:, None, :]
+    )
+    return images * (~is_erased[:, None]).to(images.dtype)
+
+
+def _is_between(start: Tensor, length: Tensor, size: int) -> Tensor:
+    """Return which of `size` pixels have their centre in the stretches, shape (N, size)."""
+    centre = torch.arange(size, device=start.device) + 0.5
+    return (centre >= start[:, None]) & (centre < (start + length)[:, None])
+
+
+def jitter_color(
+    images: Tensor,
+    strength: float,
+    mean: Sequence[float],
+    std: Sequence[float],
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Change brightness, contrast and, with three channels, saturation of each image by random factors.
+
+    At strength 1 the factors are uniform between 0.5 and 1.5; other strengths scale the difference from 1. They are
+    applied to the pixels before the normalization with `mean` and `std`, one number a channel, in this order and as
+    torchvision's ColorJitter does, but pixels are clipped to [0, 1] only at the end.
+    """
+    n, n_channels = images.shape[:2]
+    factors = 1 + (torch.rand(3, n, 1, generator=generator, device=images.device) - 0.5) * strength
+    brightness, contrast, saturation = factors if n_channels == 3 else (*factors[:2], torch.ones_like(factors[2]))
+    luma = _LUMA if n_channels == 3 else [1 / n_channels] * n_channels
+    middle, deviation, weights = torch.tensor([mean, std, luma], device=images.device)
+    # All three are linear in the pixels, so that they are one product with a matrix for each image.
+    mixed = (
+        saturation[:, :, None] * torch.eye(n_channels, device=images.device) + (1 - saturation)[:, :, None] * weights
+    )
+    matrix = (brightness * contrast)[:, :, None] * mixed
+    grey = (images.mean((2, 3)) * deviation + middle) @ weights
+    offset = matrix @ middle + (1 - contrast) * brightness * grey[:, None]
+    matrix, offset = matrix * deviation / deviation[:, None], (offset - middle) / deviation
+    jittered = torch.baddbmm(offset[:, :, None], matrix, images.flatten(2)).view_as(images)
+    for channel in range(n_channels):
+        jittered[:, channel].clamp_(-mean[channel] / std[channel], (1 - mean[channel]) / std[channel])
+    return jittered

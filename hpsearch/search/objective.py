@@ -24,6 +24,7 @@ from hpsearch.training.trainer import EpochResult
 
 logger = logging.getLogger(__name__)
 _CHECKPOINT_FORMAT = 3
+_NEWER = {"flip", "erase", "color_jitter"}  # where they are off, checkpoints are as those of versions without them
 _loading = threading.Lock()  # the threads of `n_jobs` share the data
 
 
@@ -129,7 +130,7 @@ class Objective:
             "format": _CHECKPOINT_FORMAT,
             "study": self.fingerprint,
             "seed": trial_seed(self.definition.study.seed, trial),
-            "hyperparameters": hyperparameters.model_dump(),
+            "hyperparameters": {k: v for k, v in hyperparameters.model_dump().items() if v or k not in _NEWER},
         }
         return Checkpoint(self.checkpoints, checkpoints_of(trial), identity, self.definition.recovery.checkpoint)
 

@@ -76,9 +76,16 @@ def build_trainer(
         torch.default_generator.manual_seed(seed)
         network = build_network(definition.network.kind, hyperparameters, data.image_shape, len(data.class_names))
         after_weights = torch.get_rng_state()
-    network.to(split.images.device)
+    network.to(split.labels.device)
     trainer = Trainer(
-        network, split, hyperparameters, epochs or definition.budget.epochs, validation=validation, seed=seed
+        network,
+        split,
+        hyperparameters,
+        epochs or definition.budget.epochs,
+        validation=validation,
+        seed=seed,
+        mean=data.mean,
+        std=data.std,
     )
     if trainer.noise.device.type == "cpu":  # as in earlier versions, so that their trials are replayed bit for bit
         trainer.noise.set_state(after_weights)

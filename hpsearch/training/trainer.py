@@ -1,15 +1,16 @@
 """The trainer: trains a network an epoch at a time, from a state that can be saved between any two batches."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from itertools import islice
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hpsearch.config.space import TrainingHyperparameters
-from hpsearch.data.augment import augment
+from hpsearch.data.augment import augment, erase, flip, jitter_color
 from hpsearch.data.dataset import Split
 from hpsearch.errors import Diverged
 from hpsearch.training.gradients import choose_gradients, fast_matmul, join_parameters
@@ -38,7 +39,8 @@ class Trainer:
 
     `for result in trainer` trains to the end; `run_epoch` is for those who want more control. The random numbers follow
     from `seed` and belong to the trainer: the `order` of the images, and the `noise` of dropout and augmentation. So
-    trainers do not disturb each other, and a state that was saved and loaded continues bit for bit (on the CPU).
+    trainers do not disturb each other, and a state that was saved and loaded continues bit for bit (on the CPU). `mean`
+    and `std`, one number a channel, normalized the images; `color_jitter` needs to know.
     `results` are those of the finished epochs; `n_batches` counts the batches trained in the current one. `threads` has
     `[epoch, n_batches, threads]` for the start and for each change of torch's number of threads, on which the last bits
     depend.
@@ -53,6 +55,8 @@ class Trainer:
         *,
         validation: Split | None = None,
         seed: int = 0,
+        mean: Sequence[float] = (0.0,),
+        std: Sequence[float] = (1.0,),
     ) -> None:
         device = split.labels.device
         self.network, self.epochs, self.validation = network, epochs, validation
@@ -66,7 +70,7 @@ class Trainer:
                 layer.generator = self.noise
         network.to(memory_format=torch.channels_last)  # faster for convolutions
         joined = join_parameters(network)
-        self._augmentation = hyperparameters.augment
+        self._hyperparameters, self._mean, self._std = hyperparameters, mean, std
         self._loader = split.loader(hyperparameters.batch_size, shuffle=True, generator=self.order)
         self._optimizer = build_optimizer([joined], hyperparameters)
         self._schedule = build_schedule(self._optimizer, hyperparameters, n_steps=epochs * len(self._loader))
@@ -99,9 +103,7 @@ class Trainer:
             for images, labels in islice(self._loader, self.n_batches, None):
                 check()
                 self._note_threads()
-                if self._augmentation:
-                    images = augment(images, self._augmentation, self.noise)
-                total_loss += gradients(images, labels)
+                total_loss += gradients(self._change(images), labels)
                 optimizer.step()
                 schedule.step()
                 self.n_batches += 1
@@ -114,6 +116,19 @@ class Trainer:
         self.n_batches, self._epoch_order = 0, self.order.get_state()
         total_loss.zero_()
         return self.results[-1]
+
+    def _change(self, images: Tensor) -> Tensor:
+        """Return the images of a batch, changed at random as the hyperparameters say."""
+        chosen = self._hyperparameters
+        if chosen.flip:
+            images = flip(images, self.noise)
+        if chosen.augment:
+            images = augment(images, chosen.augment, self.noise)
+        if chosen.color_jitter:
+            images = jitter_color(images, chosen.color_jitter, self._mean, self._std, self.noise)
+        if chosen.erase:
+            images = erase(images, chosen.erase, self.noise)
+        return images
 
     def _note_threads(self) -> None:
         n_threads = torch.get_num_threads()

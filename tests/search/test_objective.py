@@ -1,5 +1,6 @@
 """The objective: a trial becomes a value, in plain Optuna as well, the same for the same seed."""
 
+import json
 import threading
 from contextlib import suppress
 from dataclasses import replace
@@ -15,10 +16,12 @@ from hpsearch.bundle.confirm import confirm
 from hpsearch.bundle.replay import replay
 from hpsearch.bundle.retrain import export
 from hpsearch.data.dataset import ImageData, Split
-from hpsearch.errors import StudyMismatch
+from hpsearch.errors import Drained, StudyMismatch
 from hpsearch.search.objective import Objective
 from hpsearch.search.pruning import PruningCallback
 from hpsearch.search.study import open_study
+from hpsearch.storage.artifacts import Folder
+from hpsearch.storage.checkpoints import read
 from hpsearch.storage.rdb import open_storage
 from hpsearch.training import run, trainer
 from hpsearch.training.networks import build_network
@@ -151,6 +154,25 @@ def test_a_retried_trial_has_the_seed_of_the_trial_that_it_repeats() -> None:
     assert trial_seed(7, retry) == trial_seed(7, first)
     assert trial_seed(7, first) != trial_seed(8, first)
     assert trial_seed(7, first) != trial_seed(7, first, repetition=1)
+
+
+@pytest.mark.parametrize("newer", [{}, {"flip": True}])
+def test_a_checkpoint_names_newer_hyperparameters_only_where_they_are_on_so_that_older_checkpoints_are_resumed(
+    digits: ImageData, tmp_path: Path, newer: dict[str, Any]
+) -> None:
+    def stop(*, between_epochs: bool = False) -> None:
+        raise Drained
+
+    objective, trial = Objective(make_definition(fixed=newer), digits, checkpoints=tmp_path), FixedTrial(PARAMS)
+    with pytest.raises(Drained):
+        objective(trial, stop)  # type: ignore[arg-type]
+    identity = json.loads(read(Folder(tmp_path), "trial-0.ckpt")["identity"])
+    older = {
+        "activation": "relu", "augment": 0.0, "batch_norm": True, "batch_size": 64, "depth": 2, "dropout": 0.0,
+        "label_smoothing": 0.0, "lr": 0.01, "momentum": 0.0, "optimizer": "adam", "schedule": "constant",
+        "weight_decay": 0.0, "width": 16,
+    }  # fmt: skip
+    assert identity["hyperparameters"] == older | newer
 
 
 def test_a_diverging_trial_is_pruned_with_its_last_finite_report(digits: ImageData) -> None:

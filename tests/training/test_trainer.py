@@ -23,6 +23,8 @@ from hpsearch.training.trainer import Trainer, measure_accuracy
 
 from ..conftest import make_definition
 
+NO_CHANGE: dict[str, Any] = {"augment": 0.0, "flip": False, "erase": 0.0, "color_jitter": 0.0}
+
 
 def small_network(**options: Any) -> tuple[Network, Hyperparameters]:
     hyperparameters = Hyperparameters(**{"width": 16, "batch_size": 32} | options)
@@ -59,9 +61,10 @@ def test_the_accuracy_is_that_of_the_validation_split(blobs: Split) -> None:
     assert result.accuracy == 0.0
 
 
-def test_augmentation_changes_the_training(blobs: Split) -> None:
-    plain, augmented = (make_trainer(blobs, 1, dropout=0.0, augment=augment) for augment in (0.0, 0.5))
-    assert plain.run_epoch() != augmented.run_epoch()
+@pytest.mark.parametrize("change", [{"augment": 0.5}, {"flip": True}, {"erase": 0.5}, {"color_jitter": 0.5}])
+def test_augmentation_changes_the_training_and_is_off_by_default(blobs: Split, change: dict[str, Any]) -> None:
+    assert make_trainer(blobs, 1, **NO_CHANGE).run_epoch() != make_trainer(blobs, 1, **NO_CHANGE | change).run_epoch()
+    assert {name: getattr(Hyperparameters(), name) for name in NO_CHANGE} == NO_CHANGE
 
 
 def test_the_check_is_called_before_each_batch_and_may_raise(blobs: Split) -> None:
@@ -96,7 +99,8 @@ def make_trainer(split: Split, seed: int, kind: str = "mlp", **options: Any) -> 
     """A trainer of two epochs of four batches, with noise; the weights depend on the seed, too."""
     definition = make_definition(network={"kind": kind}, budget={"epochs": 2})
     data = ImageData(split, split, (0.0,), (1.0,), ("dark", "bright"))
-    noise = {"depth": 2, "width": 4, "batch_size": 50, "dropout": 0.3, "augment": 0.5}
+    changes = {"augment": 0.5, "flip": True, "erase": 0.5, "color_jitter": 0.5}
+    noise = {"depth": 2, "width": 4, "batch_size": 50, "dropout": 0.3} | changes
     return build_trainer(definition, data, Hyperparameters(**noise | options), seed, validation=split)
 
 
