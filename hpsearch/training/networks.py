@@ -1,5 +1,7 @@
 """Networks as plain sequences of torch layers, built from the layers that their kind describes."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -8,25 +10,37 @@ from hpsearch.data.dataset import Split
 from hpsearch.plugins import NETWORKS, find
 from hpsearch.training.kinds import Layer
 
+_N_IMAGES, _N_PIXELS = 512, 512 * 28**2  # of a batch
+
 
 class Network(nn.Sequential):
     """A sequence of layers; `forward` maps normalized images (N, C, H, W) to logits (N, classes)."""
 
     @torch.inference_mode()
-    def predict_proba(self, images: Tensor, batch_size: int = 512) -> Tensor:
+    def predict_proba(self, images: Tensor, batch_size: int | None = None) -> Tensor:
         """Return softmax probabilities (N, classes) of normalized images, computed in evaluation mode.
 
-        The default batches are small enough for the CPU caches.
+        The default batches are small enough for the CPU caches: see `fit_batch`.
         """
         was_training = self.training
         self.eval()
-        probabilities = torch.cat([self(batch).softmax(dim=1) for batch in images.split(batch_size)])
+        batches = images.split(batch_size or fit_batch(images))
+        probabilities = torch.cat([self(batch).softmax(dim=1) for batch in batches])
         self.train(was_training)
         return probabilities
 
     def predict_split(self, split: Split) -> Tensor:
         """Return what `predict_proba` does for a split, without normalizing all of its images at once."""
-        return torch.cat([self.predict_proba(images) for images, _ in split.loader(512)])
+        batches = split.loader(fit_batch(split.take(slice(0, 1))))
+        return torch.cat([self.predict_proba(images) for images, _ in batches])
+
+
+def fit_batch(images: Tensor) -> int:
+    """Return how many of such images (N, C, H, W) to predict at once: at most 512, and with as many pixels as 28x28.
+
+    So the memory of the activations does not grow with the size of the images.
+    """
+    return min(max(_N_PIXELS // math.prod(images.shape[2:]), 1), _N_IMAGES)
 
 
 class Dropout(nn.Dropout):

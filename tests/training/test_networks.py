@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+from hpsearch.data.dataset import RawSplit, Split
 from hpsearch.plugins import NETWORKS, find
 from hpsearch.training.kinds import Hyperparameters
-from hpsearch.training.networks import build_network, from_layers
+from hpsearch.training.networks import Network, build_network, from_layers
+from hpsearch.training.trainer import Trainer
 
 SHAPE = (1, 28, 28)
 
@@ -64,3 +66,32 @@ def test_networks_take_other_image_shapes_and_numbers_of_classes() -> None:
     for kind in ("mlp", "cnn"):
         network = build_network(kind, Hyperparameters(width=8), (3, 32, 20), 4)
         assert network(torch.randn(5, 3, 32, 20)).shape == (5, 4)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+@pytest.mark.parametrize("shape", [(1, 4, 4), (3, 8, 8), (3, 16, 16), (1, 64, 48), (3, 224, 224)])
+def test_images_of_any_size_train_a_deep_network(kind: str, shape: tuple[int, int, int]) -> None:
+    split = Split(torch.randn(4, *shape), torch.tensor([0, 1, 2, 0]))
+    hyperparameters = Hyperparameters(depth=9, width=2, batch_size=2)
+    trainer = Trainer(build_network(kind, hyperparameters, shape, 3), split, hyperparameters, 1, validation=split)
+    assert trainer.run_epoch().value >= 0
+
+
+@pytest.mark.parametrize(
+    ("side", "expected"), [(8, [512, 88]), (28, [512, 88]), (56, [128] * 4 + [88]), (224, [8] * 75)]
+)
+def test_larger_images_are_predicted_in_smaller_batches(side: int, expected: list[int]) -> None:
+    seen = list[int]()
+
+    class Recorder(nn.Flatten):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            seen.append(len(images))
+            return super().forward(images[..., 0, :3].float())
+
+    pixels = torch.zeros((), dtype=torch.uint8).expand(sum(expected), 1, side, side)
+    split = RawSplit(pixels, torch.zeros(len(pixels), dtype=torch.int64), (0.5,), (0.5,))
+    network = Network(Recorder())
+    assert network.predict_split(split).shape == (len(pixels), 3)
+    assert seen == expected
+    network.predict_proba(pixels)
+    assert seen == expected * 2
