@@ -28,6 +28,7 @@ _SIDES = {
 _HIDDEN = re.compile(r"\.|__MACOSX$|@eaDir$|Thumbs\.db$|desktop\.ini$", re.IGNORECASE)
 # Pictures that are left out, which a user may not expect.
 _OTHER_PICTURES = (".heic", ".heif", ".avif", ".jp2", ".jxl", ".psd", ".svg", ".dng", ".nef", ".cr2", ".arw", ".dcm")
+DEFAULT_SHARE = 0.15  # of the images, for validation and for the test side each
 _LARGEST_OWN = 64  # pixels of the longer side
 _N_NAMED = 20
 
@@ -116,12 +117,12 @@ def survey_folder(
 
     Raises `DataError` if there is no such folder, or if it has fewer than two class folders.
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()
     listing = _Listing(folder)
     splits, class_folders = _find_class_folders(listing, folder)
     class_names = sorted({show_name(path.name) for _, path in class_folders}, key=natural_key)
     if len(class_names) < 2:
-        raise DataError(_explain_classes(folder, class_folders))
+        raise DataError(_explain_classes(listing, [path for _, path in class_folders]))
     found: list[tuple[str, str, str, str]] = []
     for side, path in class_folders:
         class_name, parent = show_name(path.name), path.relative_to(folder).as_posix()
@@ -188,9 +189,6 @@ def open_folder(
         image_shape=(1 if color == "grey" else 3, height, width),
         validation=validation or DEFAULT_SHARE,
     )
-
-
-DEFAULT_SHARE = 0.15  # of the images, for validation and for the test side each
 
 
 def take_inventory(
@@ -343,13 +341,12 @@ def _leave_out_loose(listing: _Listing, files: Iterable[str]) -> None:
             listing.leave_out(file)
 
 
-def _explain_classes(folder: Path, class_folders: Sequence[tuple[str, Path]]) -> str:
-    title = show_name(str(folder))
+def _explain_classes(listing: _Listing, class_folders: Sequence[Path]) -> str:
+    title = show_name(str(listing.folder))
     if not class_folders:
         return f"{title} has no class folders; sort the images into one subfolder a class"
-    [inner] = {path.name: path for _, path in class_folders}.values()
-    nested = [each for each in inner.iterdir() if each.is_dir() and not _HIDDEN.match(each.name)]
-    if len(nested) > 1:
+    inner = class_folders[0]
+    if len(listing.list_folder(inner)[0]) > 1:
         return f"{title} has a single folder, which has the class folders; set data.folder to {show_name(str(inner))}"
     return f"{title} has a single class, {show_name(inner.name)}; there must be two at least, one subfolder a class"
 

@@ -63,6 +63,9 @@ class OwnImages(DataSet):
         rows = self.rows(is_train=is_train)
         return self.load(rows), torch.tensor([self.inventory.labels[row] for row in rows], dtype=torch.int64)
 
+    def locate(self) -> Path | None:
+        return None if self.folder is None else Path(self.folder)
+
     def rows(self, *, is_train: bool) -> list[int]:
         """Return the numbers of the images in a part; the training part includes the validation images."""
         return [row for row, side in enumerate(self.inventory.sides) if (side != "test") == is_train]

@@ -14,6 +14,7 @@ from PIL import Image
 from hpsearch.data.image_folder import natural_key, open_folder, survey_folder
 from hpsearch.data.inventory import Inventory
 from hpsearch.errors import DataError
+from tests.data.test_photos import as_nobody
 
 Write = Callable[..., Path]
 
@@ -200,6 +201,23 @@ def test_links_are_followed_and_loops_are_left(flowers: Path, tmp_path: Path) ->
         "b/gone.png": "is a link to a missing file",
         "b/self.png": "Too many levels of symbolic links",
     }
+
+
+def test_folders_that_may_not_be_read_are_named() -> None:
+    with as_nobody() as folder:
+        for name in ("a", "b", "c"):
+            write(folder / name, 3)
+        (folder / "b").chmod(0)
+        (folder / "c").chmod(0o600)
+        survey = survey_folder(folder)
+        assert survey.problems[0] == "b: Permission denied"
+        assert [(file.name, file.look.problem) for file in survey.unreadable] == [
+            (f"c/{number}.png", "Permission denied") for number in range(3)
+        ]
+        folder.chmod(0)
+        with pytest.raises(DataError, match=r"^/.*: Permission denied$"):
+            open_folder(folder)
+        folder.chmod(0o700)
 
 
 def test_all_that_is_wrong_is_said_at_once(flowers: Path) -> None:

@@ -4,8 +4,10 @@ import hashlib
 import os
 import shutil
 import stat
+import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,22 @@ from hpsearch.errors import ImageError
 from tests.data.test_image_files import png_of
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+_NOBODY = 65534
 PICTURE = Image.fromarray(PIXELS)
+
+
+@contextmanager
+def as_nobody() -> Iterator[Path]:
+    """Run the block with no more rights than other users have, and yield a folder of this user."""
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as folder:
+        if user == 0:
+            os.chown(folder, _NOBODY, -1)
+            os.seteuid(_NOBODY)
+        try:
+            yield Path(folder)
+        finally:
+            os.seteuid(user)
 
 
 def read(file: Path, size: tuple[int, int] | None = None, color: str = "rgb") -> np.ndarray:
@@ -146,8 +163,8 @@ def test_a_look_says_what_is_wrong_and_the_file_cannot_be_read(
         read(file)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
-def test_a_file_that_may_not_be_read_is_a_problem(tmp_path: Path) -> None:
-    PICTURE.save(tmp_path / "a.png")
-    (tmp_path / "a.png").chmod(stat.S_IWUSR)
-    assert look_at(tmp_path / "a.png").problem == "Permission denied"
+def test_a_file_that_may_not_be_read_is_a_problem() -> None:
+    with as_nobody() as folder:
+        PICTURE.save(folder / "a.png")
+        (folder / "a.png").chmod(stat.S_IWUSR)
+        assert look_at(folder / "a.png") == Look(problem="Permission denied")
