@@ -11,8 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
+from hpsearch.data.dataset import load_data
 from hpsearch.data.image_folder import natural_key, open_folder, survey_folder
 from hpsearch.data.inventory import Inventory
+from hpsearch.data.sets import find_data_set
 from hpsearch.errors import DataError
 from tests.data.test_photos import as_nobody
 
@@ -70,6 +72,24 @@ def test_rows_are_in_the_natural_order_of_the_file_names_whatever_the_class(flow
     for row, pixels in zip(images.rows(is_train=True), images.read(is_train=True)[0], strict=True):
         picture = np.asarray(Image.open(flowers / images.inventory.names[row]))
         assert np.array_equal(pixels.numpy().transpose(1, 2, 0), picture)
+
+
+def test_a_built_in_data_set_written_as_files_is_the_very_same(flowers: Path) -> None:
+    digits = find_data_set("digits")
+    parts = {"train": digits.read(is_train=True), "test": digits.read(is_train=False)}
+    for split, part in parts.items():
+        for number, (pixels, label) in enumerate(zip(*part, strict=True)):
+            folder = flowers / split / str(label.item())
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels[0].numpy()).save(folder / f"{number:05d}.png")
+    images = open_folder(flowers)
+    for split, part in parts.items():
+        for found, expected in zip(images.read(is_train=split == "train"), part, strict=True):
+            assert torch.equal(found, expected)
+    own, built_in = (load_data(each, validation=300, train=900, split_seed=5) for each in (images, digits))
+    assert own.describe() == built_in.describe()
+    assert (own.mean, own.std) == (built_in.mean, built_in.std)
+    assert torch.equal(own.train.images, built_in.train.images)
 
 
 def test_adding_images_moves_none_to_another_side(flowers: Path) -> None:
