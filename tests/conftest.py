@@ -1,7 +1,9 @@
 """Small studies on scikit-learn's digits, which need no download, and databases of both kinds."""
 
+import atexit
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -30,6 +32,9 @@ from hpsearch.storage.tables import BufferedTrial
 from .acceptance.commands import run_program
 
 os.environ.pop("HPSEARCH_STORAGE", None)
+if "PYTEST_XDIST_WORKER" not in os.environ:  # pixels of images are kept there
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="hpsearch-tests-")
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait for each other sleep: tests share the cores
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts what is in its background
     signal.signal(signal.SIGINT, signal.default_int_handler)  # commands that tests start would inherit it

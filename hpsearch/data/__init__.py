@@ -9,6 +9,7 @@ mnist_images   converts handwriting to MNIST's format: removes paper, thickens s
 page_lines     removes ruled lines, frames and edges from the ink of a page
 photos         converts one image file of the user's own to pixels, and says what is wrong with a file
 inventory      the list of the user's own images, and what differs between two lists
+tensors        many image files to pixels, read once and kept in one file of the cache
 own            the user's own images as a data set: on which side each image is
 image_folder   a folder of the user's own images, a subfolder a class: what it holds, and its data set
 

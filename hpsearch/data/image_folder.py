@@ -8,15 +8,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from hpsearch.data.inventory import Inventory, list_names, show_name
 from hpsearch.data.own import OwnImages, choose_sides, find_small_classes, name_class
-from hpsearch.data.photos import SUFFIXES, Look, look_at, read_photo
+from hpsearch.data.photos import SUFFIXES, Look
+from hpsearch.data.tensors import OnRead, Pixels, check_space, look_at_files, read_photos
 from hpsearch.errors import DataError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -111,10 +109,14 @@ class FolderSurvey:
 
 
 def survey_folder(
-    folder: Path | str, *, on_read: Callable[[int, int], None] = lambda n_done, n_total: None
+    folder: Path | str,
+    *,
+    on_read: OnRead = lambda n_done, n_total: None,
+    on_listed: Callable[[int], None] = lambda n_files: None,
 ) -> FolderSurvey:
     """Look at all files of a folder. `on_read` gets the numbers of files read and of all.
 
+    `on_listed` gets the number of files before any is read, and may raise.
     Raises `DataError` if there is no such folder, or if it has fewer than two class folders.
     """
     folder = Path(folder).absolute()
@@ -130,6 +132,7 @@ def survey_folder(
     ranks = {name: rank for rank, name in enumerate(class_names)}
     found.sort(key=lambda file: (natural_key(file[3]), ranks[file[1]], file[0], file[2]))
     names = [f"{parent}/{name}" for _, _, parent, name in found]
+    on_listed(len(names))
     looks = look_at_files(folder, names, on_read)
     files = [ImageFile(n, file[1], file[0], look) for n, file, look in zip(names, found, looks, strict=True)]
     for file in files:
@@ -146,15 +149,6 @@ def survey_folder(
     return replace(survey, problems=(*listing.problems, *_find_empty_classes(survey)))
 
 
-def look_at_files(folder: Path, names: Sequence[str], on_read: Callable[[int, int], None]) -> list[Look]:
-    """Return what is known of each of these files of a folder."""
-    looks = []
-    for n_read, name in enumerate(names, 1):
-        looks.append(look_at(folder / name))
-        on_read(n_read, len(names))
-    return looks
-
-
 def open_folder(
     folder: Path | str,
     *,
@@ -164,7 +158,7 @@ def open_folder(
     validation: float | None = None,
     split_seed: int = 0,
     skip_unreadable: bool = False,
-    on_read: Callable[[int, int], None] = lambda n_done, n_total: None,
+    on_read: OnRead = lambda n_done, n_total: None,
 ) -> OwnImages:
     """Return the data set of a folder of images, which has a subfolder for each class.
 
@@ -172,18 +166,24 @@ def open_folder(
     `test` and `validation` are numbers or shares of the images. `size` is the height and width. `on_read` gets the
     numbers of files read and of all. Raises `DataError` with everything that is wrong, and warns of copies.
     """
-    survey = survey_folder(folder, on_read=on_read)
+
+    def check(n_files: int) -> None:
+        if size:
+            check_space(n_files, (3 if color == "rgb" else 1, *_pair(size)))
+
+    survey = survey_folder(folder, on_read=on_read, on_listed=check)
     inventory, problems = take_inventory(survey, test=test, validation=validation, split_seed=split_seed)
     if not skip_unreadable:
         problems += [f"{show_name(file.name)}: {file.look.problem}" for file in survey.unreadable]
     if problems:
         raise DataError(_report(survey, problems, is_skipping=skip_unreadable))
     _warn(survey)
-    height, width = (size, size) if isinstance(size, int) else size or survey.size
+    height, width = _pair(size) if size else survey.size
     color = color or survey.color
+    check_space(len(survey.images), (1 if color == "grey" else 3, height, width))
     return OwnImages.of(
         inventory,
-        partial(_read_files, survey.folder, inventory.names, size=(height, width), color=color),
+        partial(_read_files, survey.folder, inventory.names, size=(height, width), color=color, on_read=on_read),
         title=show_name(survey.folder.name),
         folder=survey.folder,
         image_shape=(1 if color == "grey" else 3, height, width),
@@ -230,15 +230,14 @@ def natural_key(name: str) -> tuple[list[tuple[int, int, str]], str]:
     return [(0, int(part), "") if part[0] in "0123456789" else (1, 0, part) for part in parts], name
 
 
-def _read_files(
-    folder: Path, names: Sequence[str], rows: Sequence[int], *, size: tuple[int, int], color: str
-) -> "Tensor":
-    import torch
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
 
-    pixels = torch.empty((len(rows), 1 if color == "grey" else 3, *size), dtype=torch.uint8)
-    for place, row in enumerate(rows):
-        pixels[place] = torch.from_numpy(read_photo(folder / names[row], size=size, color=color))
-    return pixels
+
+def _read_files(
+    folder: Path, names: Sequence[str], rows: Sequence[int], *, size: tuple[int, int], color: str, on_read: OnRead
+) -> Iterator[Pixels]:
+    return read_photos([folder / names[row] for row in rows], size=size, color=color, on_read=on_read)
 
 
 class _Listing:

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,24 +18,26 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
+    from hpsearch.data.pixels import MappedPixels
+
 
 @dataclass(frozen=True)
 class OwnImages(DataSet):
     """The user's own images. `inventory` lists all of them, and has the side of each.
 
-    `load` returns the pixels of the images with these numbers, uint8, shape (N, C, H, W). `validation` is the share of
-    the training part that is held out, or the number of images, where the inventory has no validation images.
+    `load` yields the pixels of the images with these numbers, uint8, shape (C, H, W). `validation` is the share of the
+    training part that is held out, or the number of images, where the inventory has no validation images.
     """
 
     inventory: Inventory = field(kw_only=True)
-    load: "Callable[[Sequence[int]], Tensor]" = field(kw_only=True, repr=False)
+    load: "Callable[[Sequence[int]], Iterable[NDArray[uint8]]]" = field(kw_only=True, repr=False)
     validation: float = field(kw_only=True)
 
     @classmethod
     def of(
         cls,
         inventory: Inventory,
-        load: "Callable[[Sequence[int]], Tensor]",
+        load: "Callable[[Sequence[int]], Iterable[NDArray[uint8]]]",
         *,
         title: str,
         folder: Path | str | None,
@@ -58,10 +60,30 @@ class OwnImages(DataSet):
         )
 
     def read(self, *, is_train: bool) -> "tuple[Tensor, Tensor]":
+        """Return the images and labels of a part: the training images are mapped from a file, test images in memory."""
+        import numpy as np
         import torch
 
-        rows = self.rows(is_train=is_train)
-        return self.load(rows), torch.tensor([self.inventory.labels[row] for row in rows], dtype=torch.int64)
+        if is_train:
+            pixels, labels = self.map_training()
+            return pixels.tensor, labels
+        rows = self.rows(is_train=False)
+        images = np.empty((len(rows), *self.image_shape), dtype=np.uint8)
+        for i, image in enumerate(self.load(rows)):
+            images[i] = image
+        return torch.from_numpy(images), self._labels(rows)
+
+    def map_training(self) -> "tuple[MappedPixels, Tensor]":
+        from hpsearch.data.tensors import store_pixels
+
+        rows = self.rows(is_train=True)
+        digests = [self.inventory.digests[row] for row in rows]
+        return store_pixels(digests, self.image_shape, lambda: self.load(rows)), self._labels(rows)
+
+    def _labels(self, rows: Sequence[int]) -> "Tensor":
+        import torch
+
+        return torch.tensor([self.inventory.labels[row] for row in rows], dtype=torch.int64)
 
     def locate(self) -> Path | None:
         return None if self.folder is None else Path(self.folder)

@@ -4,10 +4,10 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,10 @@ class MappedPixels:
     shape: tuple[int, int, int, int]
 
     @cached_property
-    def tensor(self) -> Tensor:
+    def tensor(self) -> "Tensor":
         """The pixels; nothing is read before they are used."""
+        import torch
+
         size = math.prod(self.shape)
         return torch.from_file(str(self.file), shared=False, size=size, dtype=torch.uint8).view(self.shape)
 

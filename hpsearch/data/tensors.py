@@ -1,0 +1,199 @@
+"""Many image files to pixels in one file of the user's cache folder, read once and shared by all processes."""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import platformdirs
+import psutil
+from filelock import FileLock
+from numpy.typing import NDArray
+
+from hpsearch.data.photos import Look, look_at, read_photo
+from hpsearch.data.pixels import MappedPixels
+from hpsearch.errors import DataError
+
+OnRead = Callable[[int, int], None]
+Pixels = NDArray[np.uint8]
+
+_VERSION = 1  # of how files become pixels: another one reads all files again
+_N_TOGETHER = 64  # files of a task
+_KEPT = 30 * 24 * 3600.0  # seconds after which an unused file of the cache is removed
+_SETTLED = 2_000_000_000  # nanoseconds: a file that was changed later than this may change again at the same time
+_SPARE = 2**28  # bytes of memory and disk for everything else
+_T = TypeVar("_T")
+_S = TypeVar("_S")
+
+
+def look_at_files(folder: Path, names: Sequence[str], on_read: OnRead = lambda n_done, n_total: None) -> list[Look]:
+    """Return what `look_at` says of each of these files of a folder; only new and changed ones are read.
+
+    A file counts as unchanged if its size and the time of its last change are. `on_read` gets the numbers of files
+    read and of all.
+    """
+    index = _cache_folder() / f"index-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:32]}"
+    known, states = _read_index(index), [_state(f"{folder}/{name}") for name in names]
+    looks: dict[str, Look] = {}
+    for name, state in zip(names, states, strict=True):
+        if state and (entry := known.get(name)) and entry[:2] == list(state):
+            looks[name] = Look(*entry[2:])
+    new = [name for name in names if name not in looks]
+    paths = [folder / name for name in new]
+    looks |= dict(zip(new, _in_threads(look_at, paths, on_read, len(names)), strict=True))
+    if new or len(known) > len(names):
+        settled = time.time_ns() - _SETTLED
+        entries = {
+            name: [*state, *looks[name]]
+            for name, state in zip(names, states, strict=True)
+            if state and state[1] < settled and not looks[name].problem
+        }
+        with suppress(OSError):  # without it, all files are read again next time
+            index.parent.mkdir(parents=True, exist_ok=True)
+            _write(index, [zlib.compress(json.dumps(entries).encode(), 1)])
+    return [looks[name] for name in names]
+
+
+def read_photos(
+    paths: Sequence[Path], *, size: tuple[int, int], color: str, on_read: OnRead = lambda n_done, n_total: None
+) -> Iterator[Pixels]:
+    """Yield what `read_photo` returns for each file, in order, read by as many threads as there are cores."""
+    return _in_threads(partial(read_photo, size=size, color=color), paths, on_read, len(paths))
+
+
+def store_pixels(
+    digests: Sequence[str], image_shape: tuple[int, int, int], read: Callable[[], Iterable[Pixels]]
+) -> MappedPixels:
+    """Return the pixels of the images with these digests, in a file of the cache folder.
+
+    `read` yields them, shape (C, H, W) each; it is called only if the file is not there. Of several processes, one
+    reads. Files that no search has used for 30 days are removed. Raises `DataError` if the file cannot be written.
+    """
+    folder, shape = _cache_folder(), (len(digests), *image_shape)
+    key = hashlib.sha256(json.dumps([_VERSION, image_shape, digests]).encode()).hexdigest()[:32]
+    file = folder / f"{key}.pixels"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f"{key}.lock"):
+            if not file.exists() or file.stat().st_size != math.prod(shape):
+                _write(file, (pixels.tobytes() for pixels in read()))
+            os.utime(file)
+        _remove_unused(folder)
+    except OSError as error:
+        advice = "set XDG_CACHE_HOME to a folder that can be written and has space"
+        raise DataError(f"cannot keep pixels in {folder}: {error.strerror or error}; {advice}") from error
+    return MappedPixels(file, shape)
+
+
+def check_space(n_images: int, image_shape: tuple[int, int, int]) -> None:
+    """Raise `DataError` if the pixels of so many images fit neither memory nor the disk of the cache folder.
+
+    The message has the largest size that would fit.
+    """
+    folder = _cache_folder()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    memory = f"the {_available_memory() / 1e9:.1f} GB of free memory", _available_memory()
+    free = shutil.disk_usage(existing).free
+    what, room = min(memory, (f"the {free / 1e9:.1f} GB free in {existing}", free), key=lambda each: each[1])
+    n_bytes, (n_channels, height, width) = n_images * math.prod(image_shape), image_shape
+    if n_bytes + _SPARE <= room:
+        return
+    scale = math.sqrt(max(room - _SPARE, 0) / (n_images * n_channels)) / math.sqrt(height * width)
+    fitting = int(min(height, width) * scale) // 8 * 8
+    advice = f"size = {fitting} would fit" if fitting >= 8 else "no size would fit: use fewer images"
+    raise DataError(
+        f"{n_images:,} images of {height}x{width} pixels need {n_bytes / 1e9:.1f} GB, more than {what}; {advice}"
+    )
+
+
+def _available_memory() -> int:
+    """Return the free bytes of memory: at most what the container allows in which this process runs, if any."""
+    free = psutil.virtual_memory().available
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+    except OSError:
+        return free
+    return min(free, int(limit)) if limit.isdigit() else free
+
+
+def _in_threads(function: Callable[[_S], _T], items: Sequence[_S], on_read: OnRead, n_total: int) -> Iterator[_T]:
+    """Yield the results in order. Decoding and hashing run in parallel, since they release Python's lock.
+
+    At most a few tasks are ahead of the results that were taken, so that memory is bounded.
+    """
+    n_done, n_threads = n_total - len(items), len(os.sched_getaffinity(0))
+    parts = (items[start : start + _N_TOGETHER] for start in range(0, len(items), _N_TOGETHER))
+    pool = ThreadPoolExecutor(n_threads)
+    try:
+        tasks = deque(pool.submit(_run, function, part) for part in islice(parts, 4 * n_threads))
+        while tasks:
+            results = tasks.popleft().result()
+            tasks.extend(pool.submit(_run, function, part) for part in islice(parts, 1))
+            n_done += len(results)
+            on_read(n_done, n_total)
+            yield from results
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _run(function: Callable[[_S], _T], items: Sequence[_S]) -> list[_T]:
+    return [function(item) for item in items]
+
+
+def _cache_folder() -> Path:
+    try:
+        return platformdirs.user_cache_path("hpsearch").expanduser() / "images"
+    except RuntimeError as error:
+        raise DataError("no home folder found for the cache; set HOME or XDG_CACHE_HOME") from error
+
+
+def _state(file: str) -> tuple[int, int] | None:
+    try:
+        status = os.stat(file)  # noqa: PTH116 - a Path takes longer than the call
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+def _read_index(file: Path) -> dict[str, list[Any]]:
+    """Return the entries of an index; a damaged one is as good as none."""
+    try:
+        os.utime(file)
+        entries: dict[str, list[Any]] = json.loads(zlib.decompress(file.read_bytes()))
+    except (OSError, zlib.error, ValueError):
+        return {}
+    return entries
+
+
+def _write(file: Path, parts: Iterable[bytes]) -> None:
+    """Write a file that appears complete or not at all."""
+    with tempfile.NamedTemporaryFile(dir=file.parent, prefix=".new-", delete=False) as new:
+        try:
+            for part in parts:
+                new.write(part)
+            new.flush()
+            os.fsync(new.fileno())
+            os.replace(new.name, file)  # noqa: PTH105
+        except BaseException:
+            os.unlink(new.name)  # noqa: PTH108
+            raise
+
+
+def _remove_unused(folder: Path) -> None:
+    for file in folder.iterdir():
+        with suppress(FileNotFoundError):  # another process removes them, too
+            if file.stat().st_mtime < time.time() - _KEPT:
+                file.unlink()
