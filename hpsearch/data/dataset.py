@@ -19,7 +19,8 @@ from hpsearch.data.pixels import MappedPixels
 from hpsearch.data.sets import DataSet, find_data_set
 
 _N_HASHED = 4096  # least images of a split, if it has as many
-_N_COUNTED = 2**27  # pixels, of which counts are measured instead of floats
+_N_COUNTED = 2**26  # pixels, from which on their counts are measured instead of floats
+_N_PART = 64  # images at a time, where all could fill the memory
 
 
 @dataclass(frozen=True)
@@ -131,9 +132,12 @@ class ImageData:
         """
         digest = hashlib.sha256()
         for split in (self.train, self.validation):
-            sample = split.take(slice(None, None, max(len(split) // _N_HASHED, 1))).cpu()
-            pixels = denormalise(sample, self.mean, self.std).round_().clamp_(0, 255)
-            digest.update(split.labels.cpu().numpy().tobytes() + pixels.to(torch.uint8).numpy().tobytes())
+            digest.update(split.labels.cpu().numpy().tobytes())
+            step = max(len(split) // _N_HASHED, 1)
+            for start in range(0, len(split), step * _N_PART):
+                sample = split.take(slice(start, start + step * _N_PART, step)).cpu()
+                pixels = denormalise(sample, self.mean, self.std).round_().clamp_(0, 255)
+                digest.update(pixels.to(torch.uint8).numpy().tobytes())
         return {
             "train": len(self.train),
             "validation": len(self.validation),
@@ -178,7 +182,7 @@ def load_data(
     mapped = data_set.map_training()
     images, labels = (mapped[0].tensor, mapped[1]) if mapped else data_set.read(is_train=True)
     training, held_out = data_set.split(labels, validation, train, split_seed)
-    mean, std = _measure_pixels(images[training])
+    mean, std = _measure_pixels(images, training)
 
     def take(rows: Tensor) -> Split:
         if mapped:
@@ -192,26 +196,27 @@ def _find(data_set: DataSet | str, folder: Path | str | None) -> DataSet:
     return find_data_set(data_set, folder) if isinstance(data_set, str) else data_set
 
 
-def _measure_pixels(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation of each channel of raw pixels, scaled to [0, 1].
+def _measure_pixels(images: Tensor, rows: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation of each channel of these raw images, with pixels scaled to [0, 1].
 
     It uses one thread, since the last bits depend on their number.
     """
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        measured = [_measure_channel(images[:, channel]) for channel in range(images.shape[1])]
+        measured = [_measure_channel(images[:, channel], rows) for channel in range(images.shape[1])]
     finally:
         torch.set_num_threads(n_threads)
     means, deviations = zip(*measured, strict=True)
     return means, deviations
 
 
-def _measure_channel(shades: Tensor) -> tuple[float, float]:
-    if shades.numel() <= _N_COUNTED:
-        pixels = shades.float().div_(255)
+def _measure_channel(shades: Tensor, rows: Tensor) -> tuple[float, float]:
+    if len(rows) * shades[0].numel() <= _N_COUNTED:
+        pixels = shades[rows].float().div_(255)
         return pixels.mean().item(), pixels.std().item()
-    counts = sum(part.flatten().bincount(minlength=256) for part in shades.split(1024)).double()
+    parts = [shades[part].flatten().bincount(minlength=256) for part in rows.split(_N_PART)]
+    counts = torch.stack(parts).sum(0).double()
     values = torch.arange(256, dtype=torch.float64) / 255
     mean = (counts @ values) / counts.sum()
     return mean.item(), ((counts @ (values - mean).square()) / (counts.sum() - 1)).sqrt().item()

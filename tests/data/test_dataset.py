@@ -309,9 +309,17 @@ def test_pixels_have_the_same_mean_in_any_number_of_threads() -> None:
     measured = set()
     for n_threads in (1, 2, 3, 4):
         torch.set_num_threads(n_threads)
-        measured.add(dataset._measure_pixels(images))
+        measured.add(dataset._measure_pixels(images, torch.arange(len(images))))
         assert torch.get_num_threads() == n_threads
     assert len(measured) == 1
+
+
+def test_pixels_of_large_sets_are_counted_with_the_same_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, rows = torch.randint(0, 256, (200, 3, 9, 8), dtype=torch.uint8), torch.arange(0, 200, 2)
+    expected = dataset._measure_pixels(images, rows)
+    monkeypatch.setattr(dataset, "_N_COUNTED", 0)
+    for found, known in zip(dataset._measure_pixels(images, rows), expected, strict=True):
+        assert found == pytest.approx(known, rel=1e-5)
 
 
 def test_scripts_import_the_loaders_from_the_room_which_does_not_import_torch_before() -> None:
