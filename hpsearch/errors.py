@@ -17,6 +17,7 @@ HpsearchError                 1
 ├── RepeatedFailures          1
 ├── CheckpointError           1
 ├── ImageError                1
+├── OwnCodeError              1
 ├── BundleError               1
 ├── TrialLost                 1
 ├── Drained                  75
@@ -125,6 +126,10 @@ class CheckpointError(HpsearchError):
 
 class ImageError(HpsearchError):
     """The file cannot be read as an image."""
+
+
+class OwnCodeError(HpsearchError):
+    """A function that the study file names failed, or returned something that hpsearch cannot use."""
 
 
 class BundleError(HpsearchError):
