@@ -11,16 +11,35 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import tomlkit
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError, PydanticKnownError
 from tomlkit.items import InlineTable
 
 from hpsearch.config.files import EXAMPLES, find_study_file, list_study_files
-from hpsearch.config.space import AnyDimension, SearchSpace, Table
+from hpsearch.config.signature import SignatureError, read_signature
+from hpsearch.config.space import AnyDimension, SearchSpace, Table, TrainingHyperparameters
 from hpsearch.config.urls import expand_home, is_url, parse_url, remove_secrets, show_url
-from hpsearch.config.validation import check_first, check_fixed, describe, did_you_mean, find_unused, read_search
+from hpsearch.config.validation import (
+    check_first,
+    check_fixed,
+    describe,
+    did_you_mean,
+    find_unused,
+    raise_problems,
+    read_search,
+)
 from hpsearch.errors import DefinitionError, UsageError
-from hpsearch.plugins import DATA_SETS, NETWORKS, find
+from hpsearch.plugins import DATA_SETS, NETWORKS, OwnCode, find
+
+FOLDER, CODE = "folder of the study file", "code"  # keys of the context beside the tables
 
 
 def _check_name(registry: Mapping[str, str], name: Any) -> Any:
@@ -37,8 +56,8 @@ def _check_share(value: Any) -> Any:
 
 DataName = Annotated[str, BeforeValidator(partial(_check_name, DATA_SETS))]
 Share = Annotated[int | float, BeforeValidator(_check_share), Field(gt=0)]
+NetworkName = Annotated[str, BeforeValidator(partial(_check_name, NETWORKS))]  # of a built-in kind
 _OWN = ("folder", "file", "load")  # keys of [data], of which one names the user's own images
-NetworkName = Annotated[str, BeforeValidator(partial(_check_name, NETWORKS))]
 
 
 class Study(Table):
@@ -116,8 +135,59 @@ class Data(Table):
         return self
 
 
-class Network(Table):
-    kind: NetworkName = Field("mlp", json_schema_extra={"enum": [*NETWORKS]})
+class NamesCode(Table):
+    """A table that may name a function of the user's. Its source, `code`, travels with the definition."""
+
+    _code: OwnCode | None = PrivateAttr(None)
+
+    @property
+    def code(self) -> OwnCode | None:
+        return self._code
+
+    def _read_code(self, key: str, path: str, info: ValidationInfo) -> None:
+        """Read the source from the folder of the study file, unless the context of the validation has it."""
+        context = info.context or {}
+        known = context.get(CODE)
+        try:
+            self._code = known if known and known.path == path else OwnCode.read(path, context.get(FOLDER, ""))
+        except UsageError as error:
+            raise_problems([((key,), str(error))])
+
+
+class Network(NamesCode):
+    """A built-in kind of network, or a function of the user's that builds one."""
+
+    kind: str = Field(
+        "mlp",
+        json_schema_extra={"anyOf": [{"enum": [*NETWORKS]}, {"pattern": ".:."}]},
+        description="or a function of your own: nets.py:build, package.module:build",
+    )
+
+    @model_validator(mode="after")
+    def _find(self, info: ValidationInfo) -> Self:
+        if self.kind in NETWORKS:
+            return self
+        if ":" not in self.kind and not self.kind.endswith(".py"):
+            hint = f"{did_you_mean(self.kind, NETWORKS)}, or a function of your own such as nets.py:build"
+            raise_problems([(("kind",), f"{self.kind!r} is not valid; {hint}")])
+        self._read_code("kind", self.kind, info)
+        try:
+            _ = self.hyperparameters
+        except SignatureError as error:
+            raise_problems((("kind",), problem) for problem in error.problems)
+        return self
+
+    @property
+    def hyperparameters(self) -> type[TrainingHyperparameters]:
+        """The table of the hyperparameters of the network and its training."""
+        found: type[TrainingHyperparameters]
+        found = read_signature(self.code) if self.code else find(NETWORKS, self.kind).hyperparameters
+        return found
+
+    @property
+    def title(self) -> str:
+        """What reports call it."""
+        return f"network of {self.kind}" if self.code else str(find(NETWORKS, self.kind).title)
 
 
 class Sampler(Table):
@@ -153,7 +223,7 @@ def _add_hyperparameters(schema: dict[str, Any]) -> None:
     """Give the [fixed] table the JSON Schema of the hyperparameters of all kinds of network."""
     schemas = [find(NETWORKS, kind).hyperparameters.model_json_schema() for kind in NETWORKS]
     properties = {name: value for each in schemas for name, value in each["properties"].items()}
-    schema.update(schemas[0], properties=properties)
+    schema.update(schemas[0], properties=properties, additionalProperties=True)  # those of a function of the user's
 
 
 class StudyDefinition(Table):
@@ -176,9 +246,14 @@ class StudyDefinition(Table):
         """Validate the tables of a study file, each against the others. Raises `ValidationError`."""
         return super().model_validate(obj, **{"context": obj, **options})
 
+    def __getstate__(self) -> dict[Any, Any]:
+        state = super().__getstate__()
+        tables = {name: table for name, table in state["__dict__"].items() if name != "space"}
+        return state | {"__dict__": tables}  # the table of a network of the user's is made again from its source
+
     @cached_property
     def space(self) -> SearchSpace:
-        return SearchSpace(self.search, self.fixed, find(NETWORKS, self.network.kind).hyperparameters)
+        return SearchSpace(self.search, self.fixed, self.network.hyperparameters)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -195,6 +270,8 @@ class StudyDefinition(Table):
                 values[key] = "."  # wherever they are: `check_data` compares the images
             values.pop("data.skip_unreadable", None)
             identity |= values or {section: {}}
+        if self.network.code:
+            identity["network.source"] = self.network.code.sha256
         return identity
 
     @property
@@ -238,7 +315,7 @@ def load_definition(path: Path | str, *, storage: str | None = None, artifacts: 
         raise DefinitionError(str(file), [f"cannot read the file: {error.strerror}"]) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DefinitionError(str(file), [f"not valid TOML: {error}"]) from error
-    definition = parse_definition(raw, str(file))
+    definition = parse_definition(raw, str(file), folder=folder)
     name = definition.study.name or file.stem
     given = storage or os.environ.get("HPSEARCH_STORAGE")
     url = given or definition.study.storage or f"sqlite:///{name}.db"
@@ -263,10 +340,15 @@ def load_definition(path: Path | str, *, storage: str | None = None, artifacts: 
         raise DefinitionError(str(file), [problem]) from error
 
 
-def parse_definition(raw: Mapping[str, Any], source: str = "study") -> StudyDefinition:
-    """Validate the tables of a study file. Raises `DefinitionError` with all problems."""
+def parse_definition(
+    raw: Mapping[str, Any], source: str = "study", *, folder: Path | str = "", code: OwnCode | None = None
+) -> StudyDefinition:
+    """Validate the tables of a study file. Raises `DefinitionError` with all problems.
+
+    Files of the user's with code are in the `folder`, except for one that was read already, `code`.
+    """
     try:
-        return StudyDefinition.model_validate(raw)
+        return StudyDefinition.model_validate(raw, context={**raw, FOLDER: folder, CODE: code})
     except ValidationError as error:
         raise DefinitionError(source, list(describe(error, StudyDefinition))) from error
 
@@ -278,13 +360,17 @@ def check_new(definition: StudyDefinition, source: str = "study") -> None:
         raise DefinitionError(source, lines)
 
 
-def read_identity(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the stored identity of a study as this version writes it. Raises `DefinitionError` if it is not valid."""
+def read_identity(identity: Mapping[str, Any], code: OwnCode | None = None) -> dict[str, Any]:
+    """Return the stored identity of a study as this version writes it. Raises `DefinitionError` if it is not valid.
+
+    Only the SHA-256 of the source of a network of the user's is stored; `code` is its source today.
+    """
     tables: dict[str, Any] = {}
     for key, value in identity.items():
         section, _, name = key.partition(".")
         tables |= {section: tables.get(section, {}) | {name: value}} if name else {section: value}
-    return parse_definition(tables).identity
+    source = tables.get("network", {}).pop("source", None)
+    return parse_definition(tables, code=code).identity | ({"network.source": source} if source else {})
 
 
 def evolve(definition: StudyDefinition, section: str, **values: Any) -> StudyDefinition:

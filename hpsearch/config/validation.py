@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel, TypeAdapter, ValidationError, ValidationInfo
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from hpsearch.config.signature import UnknownHyperparameters, list_required
 from hpsearch.config.space import (
     AnyDimension,
     Choice,
@@ -42,6 +43,7 @@ def read_search(tables: Any, info: ValidationInfo) -> Any:
         if name in search or name not in space.hyperparameters.model_fields:
             for value in search[name].values if name in search else [None]:
                 problems += check_values({name: value}, space.hyperparameters)
+    problems += _check_required(tables, space)
     for name, dimension in search.items():
         if name not in space.dimensions:
             problems.append(((name, "when"), "circular `when` conditions"))
@@ -49,8 +51,16 @@ def read_search(tables: Any, info: ValidationInfo) -> Any:
             if parent in search or parent not in tables:  # any other has problems of its own
                 sentences = _check_condition(parent, allowed, search, space.fixed)
                 problems += [((name, "when", parent), sentence) for sentence in sentences]
-    _raise(problems)
+    raise_problems(problems)
     return _write_alike(search, space)
+
+
+def _check_required(tables: Values, space: SearchSpace) -> Iterator[Problem]:
+    for name in list_required(space.hyperparameters):
+        if name in space.dimensions and space.dimensions[name].when:
+            yield (name, "when"), f"every trial needs {name}, which has no default in the network's function"
+        elif name not in tables and name not in space.fixed:
+            yield (name,), "has no default in the network's function; search it here, or set it in [fixed]"
 
 
 def _write_alike(search: dict[str, Dimension], space: SearchSpace) -> dict[str, Dimension]:
@@ -95,7 +105,7 @@ def check_fixed(values: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
     """Return the values of [fixed] if they have no problems, else raise `ValidationError`."""
     problems = check_values(values, _space({}, info).hyperparameters)
     twice = [name for name in values if name in _written(info, "search")]
-    _raise([*problems, *(((name,), "is in both [search] and [fixed]; remove one") for name in twice)])
+    raise_problems([*problems, *(((name,), "is in both [search] and [fixed]; remove one") for name in twice)])
     return values
 
 
@@ -109,7 +119,7 @@ def check_first(first: list[dict[str, Any]], info: ValidationInfo) -> list[dict[
         for i, values in enumerate(first)
         for path, text in chain(_check_known(values, space), _check_effect(values, space))
     ]
-    _raise(problem for problem in problems if problem[0][1] not in unread)
+    raise_problems(problem for problem in problems if problem[0][1] not in unread)
     if "search" not in info.data:  # it has problems of its own
         return first
     space = _space(info.data["search"], info)
@@ -117,8 +127,12 @@ def check_first(first: list[dict[str, Any]], info: ValidationInfo) -> list[dict[
 
 
 def _space(search: Mapping[str, Dimension], info: ValidationInfo) -> SearchSpace:
-    kind = getattr(info.data.get("network"), "kind", next(iter(NETWORKS)))
-    return SearchSpace(search, _written(info, "fixed"), find(NETWORKS, kind).hyperparameters)
+    network = info.data.get("network")
+    if network is None:  # it has problems of its own
+        is_own = ":" in str(_written(info, "network").get("kind"))
+        default: type[TrainingHyperparameters] = find(NETWORKS, next(iter(NETWORKS))).hyperparameters
+        return SearchSpace(search, _written(info, "fixed"), UnknownHyperparameters if is_own else default)
+    return SearchSpace(search, _written(info, "fixed"), network.hyperparameters)
 
 
 def _written(info: ValidationInfo, section: str) -> Values:
@@ -126,7 +140,8 @@ def _written(info: ValidationInfo, section: str) -> Values:
     return table if isinstance(table, Mapping) else {}
 
 
-def _raise(problems: Iterable[Problem]) -> None:
+def raise_problems(problems: Iterable[Problem]) -> None:
+    """Raise a `ValidationError` of all problems, if there are any."""
     details = [
         InitErrorDetails(type=PydanticCustomError("problem", "{text}", {"text": text}), loc=path, input=None)
         for path, text in dict.fromkeys(problems)

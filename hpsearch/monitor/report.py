@@ -26,7 +26,6 @@ from hpsearch.errors import BundleError, UsageError
 from hpsearch.monitor import plots
 from hpsearch.monitor.text import count, format_cell, format_duration, format_percent, shorten
 from hpsearch.monitor.trials import list_trials, read_status
-from hpsearch.plugins import NETWORKS, find
 from hpsearch.search.study import count_validation
 from hpsearch.search.trials import explain_end, name_state
 from hpsearch.storage.artifacts import replace_file
@@ -124,11 +123,11 @@ def _collect(definition: StudyDefinition, study: optuna.Study, folder: Path | No
     for candidate in confirmation["candidates"] if confirmation else ():  # of older versions, it was narrower
         candidate["interval"] = mean_interval(candidate["accuracies"], n_validation)
     compared = [candidate["number"] for candidate in confirmation["candidates"]] if confirmation else []
-    reads = study.user_attrs.get("test_reads")
+    reads, network = study.user_attrs.get("test_reads"), definition.network
     return {
         "definition": definition,
         "n_validation": n_validation,
-        "networks": f"{find(NETWORKS, definition.network.kind).title}s",
+        "networks": f"networks of {network.kind}" if network.code else f"{network.title}s",
         "summary": read_status(definition, study),
         "best": best,
         "chosen": chosen,

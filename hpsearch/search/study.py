@@ -183,9 +183,10 @@ def _find_differences(attributes: dict[str, Any], definition: StudyDefinition) -
         return []
     stored, wanted = attributes["identity"], definition.identity
     with suppress(DefinitionError):  # of another version; then it is compared as it is
-        stored = read_identity(stored)
+        stored = read_identity(stored, definition.network.code)
+    names = {"network.source": f"{definition.network.code.name}, SHA-256"} if definition.network.code else {}
     return [
-        f"\n  {key}: {stored.get(key, 'absent')} -> {wanted.get(key, 'absent')}"
+        f"\n  {names.get(key, key)}: {stored.get(key, 'absent')} -> {wanted.get(key, 'absent')}"
         for key in sorted(stored.keys() | wanted.keys())
         if json.dumps(stored.get(key), sort_keys=True) != json.dumps(wanted.get(key), sort_keys=True)
     ]
