@@ -3,6 +3,7 @@
 import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -131,8 +132,8 @@ def choose_winner(accuracies: Mapping[int, list[float]], sizes: Mapping[int, int
 
 def _count_parameters(definition: StudyDefinition, data: ImageData, trial: FrozenTrial) -> int:
     hyperparameters, n_classes = definition.space.read(trial.params), len(data.class_names)
-    with torch.device("meta"):
-        network = build_network(definition.network.kind, hyperparameters, data.image_shape, n_classes)
+    with torch.device("meta") if not definition.network.code else nullcontext():  # the user's code may need values
+        network = build_network(definition.network, hyperparameters, data.image_shape, n_classes)
     return sum(parameter.numel() for parameter in network.parameters())
 
 

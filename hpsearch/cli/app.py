@@ -23,6 +23,7 @@ from hpsearch.monitor.text import count, echo
 from hpsearch.workers.shutdown import Drain
 
 if TYPE_CHECKING:
+    from hpsearch.config.definition import StudyDefinition
     from hpsearch.monitor.live import LiveView
     from hpsearch.workers.ray import Cluster
 
@@ -100,7 +101,20 @@ def check(
         options.mention_example(study)
         definition = load_definition(study)
         check_new(definition, study)
+        if definition.network.code:
+            _try_network(definition)
         print(json.dumps(definition.to_tables(), indent=2) if as_json else definition.to_toml().rstrip())
+
+
+def _try_network(definition: "StudyDefinition") -> None:
+    """Train a network of the user's on one batch, and convert it as `export` does."""
+    from hpsearch.training.run import open_data_set
+    from hpsearch.training.tryout import check_export, try_network
+
+    data_set = open_data_set(definition)
+    network = try_network(definition, data_set.image_shape, len(data_set.class_names))
+    if definition.network.code and network:
+        check_export(definition.network.code, network, data_set.image_shape)
 
 
 @app.command(epilog="Example: hpsearch run digits --workers 2 --trials 20")

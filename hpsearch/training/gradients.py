@@ -4,7 +4,6 @@ In a small perceptron, autograd's bookkeeping takes more time than the arithmeti
 kernels in the same order without it.
 """
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,32 +11,40 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hpsearch.training.networks import Dropout, Network
+from hpsearch.training.networks import Dropout, Network, OwnNetwork
+from hpsearch.training.random_state import turn
 
 Gradients = Callable[[Tensor, Tensor], Tensor]
 """Maps normalized images (N, C, H, W) and labels (N,) to the mean loss, and stores the gradients in `.grad`."""
 
 _aten: Any = torch.ops.aten
 _FAST_MATMUL_FROM = 2**16  # parameters; in smaller perceptrons oneDNN's overhead per product outweighs the gain
-_matmul_lock = threading.RLock()
 
 
 def join_parameters(network: nn.Module) -> nn.Parameter:
-    """Join all parameters of the network into one, with zero gradients; the parameters become views of it.
+    """Join all parameters that are trained into one, with zero gradients; the parameters become views of it.
 
-    An elementwise optimizer then updates a single tensor.
+    An elementwise optimizer then updates a single tensor. Parameters keep their memory format, and tied ones are tied.
     """
-    parameters = list(network.parameters())
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     joined = nn.Parameter(torch.empty(sum(map(torch.numel, parameters)), device=parameters[0].device))
     joined.grad = torch.zeros_like(joined)
     start = 0
     for parameter in parameters:
+        strides = _dense_strides(parameter)
         values, parameter.grad = (
-            part.as_strided(parameter.shape, parameter.stride(), start) for part in (joined.detach(), joined.grad)
+            part.as_strided(parameter.shape, strides, start) for part in (joined.detach(), joined.grad)
         )
         parameter.data = values.copy_(parameter.data)
         start += parameter.numel()
     return joined
+
+
+def _dense_strides(parameter: Tensor) -> tuple[int, ...]:
+    """Return the strides of a parameter, or contiguous ones if its elements are apart or shared, as in a slice."""
+    extent = 1 + sum((n - 1) * stride for n, stride in zip(parameter.shape, parameter.stride(), strict=True))
+    is_dense = extent == parameter.numel()
+    return parameter.stride() if is_dense else torch.empty(parameter.shape, device="meta").stride()
 
 
 @contextmanager
@@ -48,7 +55,7 @@ def fast_matmul(n_parameters: int) -> Iterator[None]:
     the products are rounded (`torch.set_float32_matmul_precision`). The setting applies to the whole process, so only
     one thread at a time is inside.
     """
-    with _matmul_lock:
+    with turn:
         previous = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("medium" if n_parameters >= _FAST_MATMUL_FROM else previous)
         try:
@@ -69,12 +76,15 @@ def choose_gradients(network: Network, label_smoothing: float) -> Gradients:
 
 
 class Autograd:
-    """torch's own loss and gradients; convolutions use bfloat16 where the hardware supports it."""
+    """torch's own loss and gradients; a built-in network's convolutions use bfloat16 where the hardware supports it."""
 
     def __init__(self, network: Network, label_smoothing: float) -> None:
         self.network, self.loss_function = network, nn.CrossEntropyLoss(label_smoothing=label_smoothing)
         self.device = next(network.parameters()).device.type
-        self.is_mixed = any(isinstance(layer, nn.Conv2d) for layer in network) and _computes_bfloat16(self.device)
+        has_convolutions = not isinstance(network, OwnNetwork) and any(
+            isinstance(layer, nn.Conv2d) for layer in network
+        )
+        self.is_mixed = has_convolutions and _computes_bfloat16(self.device)
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         self.network.zero_grad(set_to_none=False)

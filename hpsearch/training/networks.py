@@ -1,14 +1,20 @@
-"""Networks as plain sequences of torch layers, built from the layers that their kind describes."""
+"""Networks: plain sequences of torch layers that a built-in kind describes, or a module of the user's."""
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from hpsearch.config import definition
+from hpsearch.config.signature import OwnHyperparameters
 from hpsearch.config.space import TrainingHyperparameters
 from hpsearch.data.dataset import Split
-from hpsearch.plugins import NETWORKS, find
+from hpsearch.errors import OwnCodeError
+from hpsearch.plugins import NETWORKS, OwnCode, find
 from hpsearch.training.kinds import Layer
+from hpsearch.training.random_state import GlobalRandom
 
 _N_IMAGES, _N_PIXELS = 512, 512 * 28**2  # of a batch
 
@@ -43,6 +49,21 @@ def fit_batch(images: Tensor) -> int:
     return min(max(_N_PIXELS // math.prod(images.shape[2:]), 1), _N_IMAGES)
 
 
+class OwnNetwork(Network):
+    """A module of the user's as a network. It stays in the memory format and the precision that it was built with."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+
+    @property
+    def module(self) -> nn.Module:
+        return self[0]
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.module(images).float()  # a module may use autocast
+        return logits
+
+
 class Dropout(nn.Dropout):
     """torch's dropout with cheaper random numbers: 16 bits per element, twice as fast on a CPU.
 
@@ -70,10 +91,40 @@ class Dropout(nn.Dropout):
 
 
 def build_network(
-    kind: str, hyperparameters: TrainingHyperparameters, image_shape: tuple[int, int, int], n_classes: int
+    kind: definition.Network | str,
+    hyperparameters: TrainingHyperparameters,
+    image_shape: tuple[int, int, int],
+    n_classes: int,
 ) -> Network:
-    """Build a network with new random weights, for images of shape (C, H, W)."""
-    return from_layers(find(NETWORKS, kind).describe(hyperparameters, image_shape, n_classes))
+    """Build a network with new random weights, for images of shape (C, H, W).
+
+    `kind` is the table of a study file, or the name of a built-in kind. Raises `OwnCodeError` if a function of the
+    user's returns no module; its own errors are raised as they are.
+    """
+    if isinstance(kind, definition.Network) and kind.code:
+        return OwnNetwork(_call_build(kind.code, cast(OwnHyperparameters, hyperparameters), image_shape, n_classes))
+    name = kind if isinstance(kind, str) else kind.kind
+    return from_layers(find(NETWORKS, name).describe(hyperparameters, image_shape, n_classes))
+
+
+def _call_build(
+    code: OwnCode, hyperparameters: OwnHyperparameters, image_shape: tuple[int, int, int], n_classes: int
+) -> nn.Module:
+    with GlobalRandom(0).used():  # what a file draws when it is loaded does not shift the numbers of a network
+        build = code.load()
+    module = build(image_shape, n_classes, **hyperparameters.arguments())
+    if not isinstance(module, nn.Module):
+        raise OwnCodeError(f"{code.path} must return a torch.nn.Module, but returned {_describe(module)}")
+    if any(map(is_lazy, module.parameters())):
+        with torch.no_grad():
+            module.eval()(torch.zeros(2, *image_shape))  # gives lazy parameters their shapes
+    return module
+
+
+def _describe(value: object) -> str:
+    if value is None:
+        return "None; is there a return?"
+    return f"the class {value.__name__}; call it" if isinstance(value, type) else f"a {type(value).__name__}"
 
 
 def from_layers(layers: list[Layer]) -> Network:

@@ -1,7 +1,6 @@
 """Loads the data of a study, and builds trainers that depend only on a seed."""
 
 import platform
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,8 @@ from hpsearch.data.sets import DataSet, find_data_set
 from hpsearch.errors import DataError
 from hpsearch.training.devices import tune_malloc
 from hpsearch.training.networks import build_network
+from hpsearch.training.random_state import GlobalRandom
 from hpsearch.training.trainer import Trainer
-
-_building = threading.Lock()  # threads share torch's default generator
 
 
 def open_data_set(
@@ -72,9 +70,8 @@ def build_trainer(
     """
     split = split or data.train
     tune_malloc()
-    with _building, torch.random.fork_rng(devices=()):
-        torch.default_generator.manual_seed(seed)
-        network = build_network(definition.network.kind, hyperparameters, data.image_shape, len(data.class_names))
+    with GlobalRandom(seed, split.labels.device).used():
+        network = build_network(definition.network, hyperparameters, data.image_shape, len(data.class_names))
         after_weights = torch.get_rng_state()
     network.to(split.labels.device)
     trainer = Trainer(

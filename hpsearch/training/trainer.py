@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import astuple, dataclass
 from itertools import islice
 from typing import Any
@@ -14,8 +15,9 @@ from hpsearch.data.augment import augment, erase, flip, jitter_color
 from hpsearch.data.dataset import Split
 from hpsearch.errors import Diverged
 from hpsearch.training.gradients import choose_gradients, fast_matmul, join_parameters
-from hpsearch.training.networks import Dropout, Network
+from hpsearch.training.networks import Dropout, Network, OwnNetwork
 from hpsearch.training.optimizers import build_optimizer, build_schedule
+from hpsearch.training.random_state import GlobalRandom
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,9 @@ class Trainer:
 
     `for result in trainer` trains to the end; `run_epoch` is for those who want more control. The random numbers follow
     from `seed` and belong to the trainer: the `order` of the images, and the `noise` of dropout and augmentation. So
-    trainers do not disturb each other, and a state that was saved and loaded continues bit for bit (on the CPU). `mean`
-    and `std`, one number a channel, normalized the images; `color_jitter` needs to know.
+    trainers do not disturb each other, and a state that was saved and loaded continues bit for bit (on the CPU). A
+    network of the user's may draw from the global generators, which continue from a state of the trainer's in an epoch.
+    `mean` and `std`, one number a channel, normalized the images; `color_jitter` needs to know.
     `results` are those of the finished epochs; `n_batches` counts the batches trained in the current one. `threads` has
     `[epoch, n_batches, threads]` for the start and for each change of torch's number of threads, on which the last bits
     depend.
@@ -68,14 +71,16 @@ class Trainer:
         for layer in network.modules():
             if isinstance(layer, Dropout):
                 layer.generator = self.noise
-        network.to(memory_format=torch.channels_last)  # faster for convolutions
+        self._global_random = GlobalRandom(seed ^ 2, device) if isinstance(network, OwnNetwork) else None
+        if not isinstance(network, OwnNetwork):
+            network.to(memory_format=torch.channels_last)  # faster for convolutions
         joined = join_parameters(network)
         self._hyperparameters, self._mean, self._std = hyperparameters, mean, std
         self._loader = split.loader(hyperparameters.batch_size, shuffle=True, generator=self.order)
         self._optimizer = build_optimizer([joined], hyperparameters)
         self._schedule = build_schedule(self._optimizer, hyperparameters, n_steps=epochs * len(self._loader))
         self._gradients = choose_gradients(network, hyperparameters.label_smoothing)
-        self._n_parameters = joined.numel()
+        self._n_parameters = 0 if isinstance(network, OwnNetwork) else joined.numel()  # for `fast_matmul`
         self._total_loss = torch.zeros((), device=device)  # of the current epoch
         self._epoch_order = self.order.get_state()  # at the start of the current epoch
 
@@ -96,6 +101,10 @@ class Trainer:
         """
         if self.is_done:
             raise ValueError(f"the training is done after {self.epochs} epochs")
+        with self._global_random.used() if self._global_random else nullcontext():
+            return self._run_epoch(check)
+
+    def _run_epoch(self, check: Callable[[], None]) -> EpochResult:
         gradients, optimizer, schedule, total_loss = self._gradients, self._optimizer, self._schedule, self._total_loss
         self.network.train()
         self.order.set_state(self._epoch_order)
@@ -137,7 +146,7 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, for `torch.save`. As with torch's modules, training on changes its tensors."""
-        return {
+        state = {
             "network": self.network.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "schedule": self._schedule.state_dict(),
@@ -148,6 +157,7 @@ class Trainer:
             "threads": self.threads,
             "results": [astuple(result) for result in self.results],
         }
+        return state | ({"global_random": self._global_random.state_dict()} if self._global_random else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from the state of a trainer with the same arguments."""
@@ -158,6 +168,8 @@ class Trainer:
         device, noise = state["noise"]
         if device == self.noise.device.type:  # generators of other devices have other states
             self.noise.set_state(noise)
+        if self._global_random:
+            self._global_random.load_state_dict(state["global_random"])
         self._total_loss.copy_(state["total_loss"])
         self.n_batches = state["n_batches"]
         self.threads = [[*each] for each in state.get("threads", ())]  # unknown in older versions

@@ -40,6 +40,7 @@ from hpsearch.storage.rdb import Storage, open_storage
 from hpsearch.storage.tables import count_interruptions
 from hpsearch.training.devices import list_devices, share_cores
 from hpsearch.training.run import load_study_data
+from hpsearch.training.tryout import try_network
 from hpsearch.workers.cores import Neighbors
 from hpsearch.workers.shutdown import Drain
 
@@ -305,12 +306,22 @@ def run_worker(
 
     torch.set_num_threads(count_threads())  # torch itself ignores a container's CPU quota
     images = data if isinstance(data, ImageData) else load_study_data(definition, data)
-    stream = storage.join(study._study_id) if stream is None else stream
+    if stream is None:
+        try_first(definition, study, images)
+        stream = storage.join(study._study_id)
     options: dict[str, Any] = {"emit": emit, "max_trials": max_trials, "node": node, "count_threads": count_threads}
     device = device or list_devices()[0]
     worker = Worker(definition, storage, stream, drain, data=images, device=device, **options)
     with nullcontext() if neighbors else others.joined():
         return worker.run()
+
+
+def try_first(definition: StudyDefinition, study: optuna.Study, data: ImageData) -> None:
+    """Try a network of the user's on one batch before its first trial has finished. Raises `OwnCodeError`."""
+    if definition.network.code and not study.get_trials(
+        deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)
+    ):
+        try_network(definition, data.image_shape, len(data.class_names))
 
 
 def open_worker_storage(definition: StudyDefinition, drain: Drain, *, waits: bool = False) -> Storage:
