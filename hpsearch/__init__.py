@@ -13,6 +13,8 @@ folder leads through them:
     data | config        data sets as tensors in memory, image files as pixels
                          the study file and the search space
 
+    >>> hpsearch.run("studies/digits.toml", n_workers=2).best_trial
+
     >>> definition = hpsearch.load_definition("studies/digits.toml")
     >>> study = optuna.create_study(direction="maximize")
     >>> study.optimize(hpsearch.Objective(definition), n_trials=3)
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
     from hpsearch.training.kinds import Hyperparameters as Hyperparameters
     from hpsearch.training.networks import build_network as build_network
     from hpsearch.training.trainer import Trainer as Trainer
+    from hpsearch.workers.run import run as run
 
 # At run time, these lines only say where each name is: executed, they would make `import hpsearch` wait for torch.
 _HOMES = {name: module for module, name in re.findall(r"from (\S+) import (\w+) as", Path(__file__).read_text("utf-8"))}

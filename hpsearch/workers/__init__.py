@@ -6,5 +6,6 @@ worker       one worker: asks for trials, sends heartbeats, trains, tells result
 forkserver   the process that workers are forked from
 executor     the loop that starts, watches, replaces and stops workers
 processes    workers in processes on this machine
+run          a search in Python: `hpsearch.run`
 ray          workers in a Ray cluster
 """

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import chdir, contextmanager, nullcontext, suppress
 from multiprocessing import forkserver, process
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from hpsearch.errors import WorkerError
@@ -48,20 +49,30 @@ def start_fork_server() -> None:
 def start_process(new: process.BaseProcess) -> None:
     """Start a process in the fork server, or in a new one if it was killed or its socket removed; workers live on.
 
-    Raises `WorkerError`.
+    It does not import the program that this process runs. Raises `WorkerError`.
     """
     start_fork_server()
     try:
-        return new.start()
+        return _start(new)
     except (OSError, EOFError):
         _kill_fork_server()
     start_fork_server()
     try:
-        return new.start()
+        return _start(new)
     except (OSError, EOFError) as error:
         _kill_fork_server()
         reason = getattr(error, "strerror", None) or "the process from which it is forked was killed"
         raise WorkerError(f"cannot start a process: {reason}; check memory, ulimit -n and ulimit -u") from error
+
+
+def _start(new: process.BaseProcess) -> None:
+    """Start a process that does not import `__main__`: a script without a guard would run again in it."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")  # has no file: see `multiprocessing.spawn.get_preparation_data`
+    try:
+        new.start()
+    finally:
+        sys.modules["__main__"] = main
 
 
 def import_path() -> dict[str, str]:

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import psutil
@@ -208,3 +209,19 @@ def test_a_terminal_that_is_closed_after_a_request_to_stop_is_no_second_request(
         "else: raise SystemExit('a second request')"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_process_does_not_run_the_program_again_that_started_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(f"open({str(tmp_path / 'again')!r}, 'x')")
+    program = ModuleType("__main__")
+    program.__file__ = str(script)
+    start_fork_server()  # has another program
+    monkeypatch.setitem(sys.modules, "__main__", program)
+    executor = Processes(lambda slot: (f"w{slot}", wait_until_asked))
+    start(executor, 0)
+    executor.kill()
+    assert sys.modules["__main__"] is program
+    assert [*tmp_path.iterdir()] == [script]

@@ -1,0 +1,104 @@
+"""`hpsearch.run`: what the command `run` does on this machine, for scripts and notebooks."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import optuna
+from optuna.trial import TrialState
+
+from hpsearch.config.definition import StudyDefinition, evolve, load_definition
+from hpsearch.errors import HpsearchError, UsageError
+from hpsearch.search.study import load_study, start_study
+from hpsearch.search.trials import TrialEvent
+from hpsearch.storage.rdb import open_storage
+from hpsearch.training.devices import default_workers, share_cores
+from hpsearch.workers.processes import run_pool
+from hpsearch.workers.shutdown import Drain
+
+_LOGGER = "optuna.hpsearch"  # so that Optuna's handlers and verbosity hold for it
+
+
+def run(
+    study: StudyDefinition | Path | str,
+    *,
+    n_workers: int | None = None,
+    n_threads: int | None = None,
+    trials: int | None = None,
+    data: Path | str | None = None,
+    storage: str | None = None,
+    artifacts: str | None = None,
+) -> optuna.Study:
+    """Start or resume a search with parallel workers on this machine; return the Optuna study when it has ended.
+
+    `study` is a study file, the name of one, or a definition. By default there is a worker per GPU, or one per core,
+    each with its share of the cores as `n_threads`. `trials` is the total, `data` what the option `--data` is, and
+    `storage` and `artifacts` override the study file. Ctrl-C saves the running trials and raises `Interrupted`; the
+    same call goes on. A script needs no `if __name__ == "__main__"`: workers do not import it.
+
+    The end of each trial is logged as by Optuna's `optimize`; `optuna.logging.set_verbosity(optuna.logging.WARNING)`
+    silences it. Raises `DefinitionError`, `DataError`, `StorageError` and the other errors of `hpsearch run`.
+    """
+    for name, number in {"n_workers": n_workers, "n_threads": n_threads}.items():
+        if number is not None and number < 1:
+            raise UsageError(f"{name} must be at least 1, not {number}")
+    try:
+        definition = _define(study, storage, artifacts)
+        if trials is not None:
+            definition = evolve(definition, "budget", trials=trials)
+        start_study(definition, keeps_extension=trials is None)
+        n_workers = n_workers or default_workers()
+        n_threads = n_threads or share_cores(n_workers)
+        stored = load_study(definition, open_storage(definition.study.storage))
+        with _signals_drain() as drain:
+            run_pool(definition, drain, n_workers, n_threads=n_threads, folder=data, emit=_Log(stored))
+        return stored
+    except HpsearchError as error:
+        named = study.study.name if isinstance(study, StudyDefinition) else study
+        error.args = (str(error).replace(" STUDY", f" {named}"),)
+        raise
+
+
+def _define(study: StudyDefinition | Path | str, storage: str | None, artifacts: str | None) -> StudyDefinition:
+    if not isinstance(study, StudyDefinition):
+        return load_definition(study, storage=storage, artifacts=artifacts)
+    given = {"storage": storage, "artifacts": artifacts}
+    return evolve(study, "study", **{name: value for name, value in given.items() if value})
+
+
+class _Log:
+    """Logs the end of each trial as Optuna's `optimize` does."""
+
+    def __init__(self, study: optuna.Study) -> None:
+        self._logger = optuna.logging.get_logger(_LOGGER)
+        complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        self._best = max(((trial.value or 0.0, -trial.number) for trial in complete), default=(-1.0, 0))
+
+    def __call__(self, event: TrialEvent) -> None:
+        if event.state == "complete" and event.value is not None:
+            self._best = max(self._best, (event.value, -event.number))
+            value, number = self._best
+            self._logger.info(
+                f"Trial {event.number} finished with value: {event.value} and parameters: {dict(event.params)}. "
+                f"Best is trial {-number} with value: {value}."
+            )
+        elif event.state != "running":
+            self._logger.info(f"Trial {event.number} {event.state}. {event.message}".rstrip())
+
+
+@contextmanager
+def _signals_drain() -> Iterator[Drain]:
+    """Let Ctrl-C and SIGTERM stop the workers in order meanwhile. Signals reach only the main thread."""
+    drain = Drain()
+    if threading.current_thread() is not threading.main_thread():
+        yield drain
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    drain.listen()
+    try:
+        yield drain
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
