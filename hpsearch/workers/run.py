@@ -29,7 +29,7 @@ def run(
     trials: int | None = None,
     data: Path | str | None = None,
     storage: str | None = None,
-    artifacts: str | None = None,
+    artifacts: Path | str | None = None,
 ) -> optuna.Study:
     """Start or resume a search with parallel workers on this machine; return the Optuna study when it has ended.
 
@@ -61,10 +61,11 @@ def run(
         raise
 
 
-def _define(study: StudyDefinition | Path | str, storage: str | None, artifacts: str | None) -> StudyDefinition:
+def _define(study: StudyDefinition | Path | str, storage: str | None, artifacts: Path | str | None) -> StudyDefinition:
+    folder = str(artifacts or "")
     if not isinstance(study, StudyDefinition):
-        return load_definition(study, storage=storage, artifacts=artifacts)
-    given = {"storage": storage, "artifacts": artifacts}
+        return load_definition(study, storage=storage, artifacts=folder or None)
+    given = {"storage": storage, "artifacts": folder}
     return evolve(study, "study", **{name: value for name, value in given.items() if value})
 
 
