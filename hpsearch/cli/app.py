@@ -62,24 +62,29 @@ def _global_options(
     pass
 
 
-@app.command(epilog="Example: hpsearch init digits")
+@app.command(epilog="Example: hpsearch init flowers --images ~/flowers")
 def init(
-    example: Annotated[
+    name: Annotated[
         str | None,
         typer.Argument(
             metavar="NAME",
-            help="Example to write here. [default: list them]",
+            help="Example, or name of a study of --images. [default: list]",
             autocompletion=lambda incomplete: [name for name in EXAMPLES if name.startswith(incomplete)],
         ),
     ] = None,
+    images: Annotated[Path | None, options.path("DIR", "Your images, in a folder with a subfolder a class.")] = None,
 ) -> None:
     """Write a study file to start from."""
-    if example is None:
-        for name in EXAMPLES:
-            print(f"{name:{max(map(len, EXAMPLES))}}  {describe_example(name)}")
-        return echo("next: hpsearch init digits")
-    file = write_example(example)
-    return echo(f"wrote {file}; change it as you like\nnext: hpsearch run {example}")
+    if images is not None:
+        from hpsearch.cli.images import write_draft
+
+        return write_draft(name, images)
+    if name is None:
+        for example in EXAMPLES:
+            print(f"{example:{max(map(len, EXAMPLES))}}  {describe_example(example)}")
+        return echo("next: hpsearch init digits, or for your own images: hpsearch init NAME --images DIR")
+    file = write_example(name)
+    return echo(f"wrote {file}; change it as you like\nnext: hpsearch run {name}")
 
 
 @app.command(epilog="Example: hpsearch check digits")

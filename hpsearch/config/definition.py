@@ -55,6 +55,17 @@ def _check_share(value: Any) -> Any:
 
 
 DataName = Annotated[str, BeforeValidator(partial(_check_name, DATA_SETS))]
+
+
+def _check_size(value: Any) -> Any:
+    sides = [value, value] if isinstance(value, int) else value
+    is_pair = isinstance(sides, list | tuple) and len(sides) == 2
+    if not is_pair or not all(type(side) is int and side > 0 for side in sides):
+        raise PydanticCustomError("size", "must be one number of pixels, or height and width: 64 or [48, 64]")
+    return value if isinstance(value, int) else tuple(value)
+
+
+Size = Annotated[int | tuple[int, int], BeforeValidator(_check_size)]
 Share = Annotated[int | float, BeforeValidator(_check_share), Field(gt=0)]
 NetworkName = Annotated[str, BeforeValidator(partial(_check_name, NETWORKS))]  # of a built-in kind
 _OWN = ("folder", "file", "load")  # keys of [data], of which one names the user's own images
@@ -96,7 +107,7 @@ class Data(Table):
     folder: str | None = Field(None, min_length=1, description="folder with a subfolder of images for each class")
     file: str | None = Field(None, min_length=1, description=".npz file with x_train, y_train, x_test, y_test")
     load: str | None = Field(None, min_length=1, description='function that loads images: "my_data.py:load"')
-    size: int | tuple[int, int] | None = Field(None, description="pixels, or height and width, of a folder's images")
+    size: Size | None = Field(None, description="pixels, or height and width, of a folder's images")
     color: Literal["rgb", "grey"] | None = Field(None, description="of a folder's images; default: as the files are")
     test: Share | None = Field(None, description="images, or share of them, in the test set; default: 0.15")
     validation: Share | None = Field(None, description="images held out for validation; default: one sixth")

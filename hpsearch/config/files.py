@@ -1,6 +1,7 @@
 """Where study files are: in the current folder, in `studies/`, and the examples that come with the package."""
 
 import re
+import shlex
 from pathlib import Path
 
 from hpsearch.errors import UsageError
@@ -53,11 +54,25 @@ def write_example(name: str) -> Path:
     Raises `UsageError` if there is no such example, or if the name is that of a study file already.
     """
     if name not in EXAMPLES:
-        raise UsageError(f"no example '{name}'; the examples are: {', '.join(EXAMPLES)}")
-    file = find_study_file(name)
-    if file != EXAMPLES[name]:
-        raise UsageError(f"{file} is there already; start it with: hpsearch run {name}, or begin in another folder")
+        raise UsageError(
+            f"no example '{name}'; the examples are: {', '.join(EXAMPLES)}; "
+            f"for your own images: hpsearch init {shlex.quote(name)} --images DIR"
+        )
+    return write_study_file(name, EXAMPLES[name].read_text(encoding="utf-8"))
+
+
+def write_study_file(name: str, text: str) -> Path:
+    """Write a study file to the current folder and return it. Raises `UsageError` if there is one with this name."""
+    check_free(name)
     new = Path(f"{name}.toml")
     with new.open("x", encoding="utf-8") as stream:
-        stream.write(EXAMPLES[name].read_text(encoding="utf-8"))
+        stream.write(text)
     return new
+
+
+def check_free(name: str) -> None:
+    """Raise `UsageError` if the name is that of a study file here or in `studies/`."""
+    file = find_study_file(name)
+    if file not in (None, EXAMPLES.get(name)):
+        start = f"start it with: hpsearch run {shlex.quote(name)}"
+        raise UsageError(f"{file} is there already; {start}, or begin in another folder")

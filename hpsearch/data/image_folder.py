@@ -176,7 +176,7 @@ def open_folder(
     if not skip_unreadable:
         problems += [f"{show_name(file.name)}: {file.look.problem}" for file in survey.unreadable]
     if problems:
-        raise DataError(_report(survey, problems, is_skipping=skip_unreadable))
+        raise DataError(report_problems(survey, problems, is_skipping=skip_unreadable))
     _warn(survey)
     height, width = _pair(size) if size else survey.size
     color = color or survey.color
@@ -362,7 +362,8 @@ def _find_empty_classes(survey: FolderSurvey) -> list[str]:
     return problems
 
 
-def _report(survey: FolderSurvey, problems: Sequence[str], *, is_skipping: bool) -> str:
+def report_problems(survey: FolderSurvey, problems: Sequence[str], *, is_skipping: bool) -> str:
+    """Return the message of an error that names the problems of a folder."""
     n_more = len(problems) - _N_NAMED
     lines = [f"{show_name(str(survey.folder))}: {len(problems):,} problem{'s' * (len(problems) != 1)}"]
     lines += [f"  {problem}" for problem in problems[:_N_NAMED]]

@@ -42,6 +42,10 @@ ERRORS = [
     ("[search]\nwidth = { int = [8] }", "search.width.int: expected exactly two values [low, high], got [8]"),
     ("[search]\nwidth = { int = [8, 33], step = 8 }", "search.width: step 8 does not divide the range from 8 to 33"),
     ("[search]\nbatch_size = { int = [1, 64] }", "search.batch_size: must be greater than or equal to 2, but got 1"),
+    (
+        "[data]\nfolder = 'x'\nsize = [48]\n[search]\nlr = { float = [0.1, 0.2] }",
+        "data.size: must be one number of pixels, or height and width: 64 or [48, 64], but got [48]",
+    ),
     ("search = 'x'", "search: expected a table ([section]), got 'x'"),
     ("[search]", "search: expected at least one entry, got {}"),
     (
@@ -426,3 +430,10 @@ def test_the_schema_describes_every_section() -> None:
     properties = StudyDefinition.model_json_schema()["properties"]
     assert {"study", "budget", "data", "network", "search", "fixed", "try"} < set(properties)
     assert "label_smoothing" in properties["fixed"]["properties"]
+
+
+def test_the_size_of_images_is_one_number_or_height_and_width() -> None:
+    for size in (64, [48, 64]):
+        tables = {"study": {"name": "x"}, "data": {"folder": "x", "size": size}, "search": {"depth": {"int": [1, 2]}}}
+        definition = parse_definition(tables)
+        assert parse_definition(tomllib.loads(definition.to_toml().replace('storage = ""', ""))) == definition

@@ -1,0 +1,108 @@
+"""A first study file for images of one's own: splits, search space and budget that suit them and this machine."""
+
+import math
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomlkit
+
+from hpsearch.config.definition import Study
+
+_UNEQUAL = 2  # times as many images in the largest class as in the smallest one
+_TRIALS = 30
+_MOST_MINUTES = 60  # of a search that would take longer
+_TRAINED = 0.6  # share of all epochs that are trained; pruning saves the others
+_SECONDS_PER_PIXEL = 5e-7  # of an epoch of a CNN in the middle of the space, on one core (Xeon, 2.5 GHz)
+# From so many training images on: batch size, and epochs of a trial.
+_PLANS = ((20_000, 128, 10), (5_000, 64, 15), (1_000, 32, 20), (300, 16, 30), (0, 8, 40))
+_SIDED = re.compile(r"left|right", re.IGNORECASE)  # classes that a mirror may exchange
+
+
+@dataclass(frozen=True)
+class Images:
+    """What a draft depends on.
+
+    `source` is the key in [data] that names the images, "folder" or "file", and its value. `counts` has the numbers of
+    images of each class, by side: "train", and "validation" and "test" unless they are chosen later. `splits` are the
+    sides that the images have of their own. `size` is the height and width of all files, and None if they differ.
+    """
+
+    source: tuple[str, str]
+    counts: Mapping[str, Mapping[str, int]]
+    shape: tuple[int, int, int]
+    splits: Collection[str] = ()
+    is_own_size: bool = True
+    unreadable: Sequence[str] = ()
+
+
+def choose_shares(n_images: int, splits: Collection[str]) -> dict[str, float]:
+    """Return the shares of the images for the sides that they do not have of their own: "test" and "validation"."""
+    share = 0.2 if n_images < 1_000 else 0.15 if n_images < 20_000 else 0.1
+    return {side: share for side in ("test", "validation") if side not in splits}
+
+
+def draft_study(name: str, images: Images, n_cores: int) -> str:
+    """Return the text of a commented study file for these images, whose search suits so many cores."""
+    import jinja2
+
+    environment = jinja2.Environment(  # noqa: S701 - TOML has no markup
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters["toml"] = lambda value: tomlkit.item(value).as_string()
+    environment.filters["pad"] = lambda value, width: f"{value!s:{width - 1}} "
+    template = environment.from_string(Path(__file__).with_suffix(".toml.jinja").read_text("utf-8"))
+    return template.render(_plan(images, n_cores), name=name)
+
+
+def _plan(images: Images, n_cores: int) -> dict[str, Any]:
+    """Return what the template needs."""
+    key, path = images.source
+    channels, height, width = images.shape
+    sizes = {side: sum(counts.values()) for side, counts in images.counts.items()}
+    classes = [sum(counts[name] for counts in images.counts.values()) for name in images.counts["train"]]
+    shares = choose_shares(sum(sizes.values()), images.splits)
+    n_validation = sizes.get("validation") or round(shares["validation"] * sizes["train"])
+    n_training = sizes["train"] - (0 if "validation" in sizes else n_validation)
+    batch_size, epochs = next((size, epochs) for least, size, epochs in _PLANS if n_training >= least)
+    seconds = _TRIALS * _TRAINED * epochs * n_training * height * width * _SECONDS_PER_PIXEL / n_cores
+    minutes = math.ceil(seconds / 60)
+    limit = min(max(2 * minutes, 10), _MOST_MINUTES)
+    is_long = minutes > _MOST_MINUTES
+    depth = (4, 8) if min(height, width) >= 32 else (3, 6)
+    return {
+        "n_images": f"{sum(sizes.values()):,}",
+        "n_classes": len(classes),
+        "cores": f"{n_cores} core{'s' * (n_cores != 1)}",
+        "duration": f"about {minutes:,} minutes",
+        "has_metric": "metric" in Study.model_fields,
+        "is_unequal": max(classes) >= _UNEQUAL * min(classes),
+        "smallest": f"{min(classes):,}",
+        "largest": f"{max(classes):,}",
+        "trials": _TRIALS,
+        "epochs": epochs,
+        "limit": limit,
+        "limit_comment": "no trial starts after this" + "; more minutes, more trials" * is_long,
+        "source": {"key": key, "path": path},
+        "size": (height if height == width else [height, width]) if key == "folder" else None,
+        "size_comment": "pixels; " + ("that of all files" if images.is_own_size else "images are scaled, and cropped"),
+        "color": "rgb" if channels == 3 else "grey",
+        "color_comment": 'or "grey"' if channels == 3 else "as all files are",
+        "test": shares.get("test"),
+        "n_test": f"{sizes.get('test', 0):,}",
+        "validation": shares.get("validation"),
+        "validation_of": "of the images" if "validation" in sizes else "of the training images",
+        "n_validation": f"{n_validation:,}",
+        "n_unreadable": f"{len(images.unreadable):,} file{'s' * (len(images.unreadable) != 1)}",
+        "unreadable": images.unreadable and tomlkit.item(images.unreadable[0]).as_string(),
+        "depth": depth,
+        "first_depth": sum(depth) // 2,
+        "width": (12, 32),
+        "first_width": 16,
+        "batch_size": batch_size,
+        "flips": any(len(name) > 1 for name in images.counts["train"])
+        and not any(map(_SIDED.search, images.counts["train"])),
+        "jitters": channels == 3,
+    }

@@ -1,0 +1,110 @@
+"""`init --images` says what is in a folder, and writes a study file for it, or says all that is wrong."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from hpsearch.config.definition import load_definition
+
+from ..shapes import write_shapes
+from .test_app import Run, run  # noqa: F401
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images") / "shapes"
+    write_shapes(folder, 200, size=16, n_copies=5, n_broken=2)
+    return folder
+
+
+def test_init_says_what_is_in_a_folder_and_writes_a_study_file_that_can_be_checked(
+    run: Run,  # noqa: F811
+    shapes: Path,
+    tmp_path: Path,
+) -> None:
+    code, out, err = run("init", "--images", shapes)
+    assert code == 0
+    rows = [line.split() for line in out.splitlines()]
+    assert rows[0] == ["class", "images", "train", "validation", "test"]
+    assert rows[-6][:4] == ["all", "6", "classes", "205"]
+    facts = {row[0]: row[1:] for row in rows[-4:]}
+    assert facts["sizes"] == ["16x16"]
+    assert facts["colors"] == ["205", "rgb"]
+    assert facts["copies"][0] == "5,"
+    assert facts["unreadable"][0] == "2:"
+    assert "image file is truncated" in out
+    assert err.splitlines()[-2:] == [
+        "wrote shapes.toml; change it as you like, and check it with: hpsearch check shapes",
+        "next: hpsearch run shapes",
+    ]
+    assert "warning: only" in err
+    definition = load_definition("shapes")
+    assert definition.data.folder == str(shapes)
+    assert definition.data.skip_unreadable
+    assert run("check", "shapes")[0] == 0
+
+
+def test_a_folder_is_named_relative_to_the_study_file_where_it_is_below_or_was_so_named(
+    run: Run,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for place in ("study/images", "images"):
+        write_shapes(tmp_path / place, 60, size=8)
+    (tmp_path / "study").mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path / "study")
+    for name, path in {"one": tmp_path / "study/images", "two": "../images", "three": tmp_path / "images"}.items():
+        assert run("init", name, "--images", path)[0] == 0
+    written = [(tmp_path / "study" / f"{name}.toml").read_text() for name in ("one", "two", "three")]
+    paths = [text.split("folder = ")[1].split("\n")[0] for text in written]
+    assert paths == ['"images"', '"../images"', f'"{tmp_path}/images"']
+
+
+def test_init_overwrites_nothing_and_names_what_cannot_be_a_name(
+    run: Run,  # noqa: F811
+    shapes: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "shapes.toml").write_text("mine")
+    code, out, err = run("init", "shapes.toml", "--images", shapes)
+    assert (code, out) == (2, "")
+    assert "shapes.toml is there already" in err
+    assert (tmp_path / "shapes.toml").read_text() == "mine"
+    for name in ("a b", "", "../up", "-x", "x" * 101, "ü"):
+        code, out, err = run("init", "--images", shapes, "--", name)
+        assert (code, out) == (2, ""), name
+        assert "the name of a study " in err
+    assert "try: hpsearch init a-b --images" in run("init", "a b", "--images", shapes)[2]
+    monkeypatch.chdir(shapes / "ring")
+    assert "type this elsewhere" in run("init", "new", "--images", shapes)[2]
+    assert [file.name for file in tmp_path.iterdir()] == ["shapes.toml"]
+
+
+def test_what_cannot_be_searched_is_said_at_once_and_nothing_is_written(run: Run, tmp_path: Path) -> None:  # noqa: F811
+    for name, n in {"one": 2, "none": 0, "many": 12}.items():
+        (tmp_path / "bad" / name).mkdir(parents=True)
+        for number in range(n):
+            Image.new("L", (4, 4), 20 * number + n).save(tmp_path / "bad" / name / f"{number}.png")
+    code, out, err = run("init", "new", "--images", "bad")
+    assert code == 1
+    assert "all 3 classes" in out
+    assert 'class "one": 2 different images' in err
+    assert 'class "none": no images' in err
+    for path, reason in {"nowhere": "no such folder", "bad/many": "no class folders"}.items():
+        code, out, err = run("init", "new", "--images", path)
+        assert (code, out) == (1, "")
+        assert reason in err
+    assert not (tmp_path / "new.toml").exists()
+
+
+def test_the_table_of_many_classes_is_short(run: Run, tmp_path: Path) -> None:  # noqa: F811
+    for label in range(30):
+        (tmp_path / "many" / f"c{label}").mkdir(parents=True)
+        for number in range(4):
+            Image.new("L", (4, 4), 8 * label + number).save(tmp_path / "many" / f"c{label}" / f"{number}.png")
+    code, out, _ = run("init", "--images", "many")
+    assert code == 0
+    assert len(out.splitlines()) < 22
+    assert "19 more" in out

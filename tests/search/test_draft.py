@@ -1,0 +1,110 @@
+"""A study file for images of one's own is valid, and suits the images and the machine."""
+
+import tomllib
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hpsearch.config.definition import StudyDefinition, check_new, parse_definition
+from hpsearch.search.draft import Images, choose_shares, draft_study
+
+SIDES = {"train": 0.7, "validation": 0.15, "test": 0.15}
+
+
+def count_images(**classes: int) -> dict[str, dict[str, int]]:
+    return {side: {name: round(n * share) for name, n in classes.items()} for side, share in SIDES.items()}
+
+
+FLOWERS = Images(("folder", "flowers"), count_images(rose=1000, tulip=1100), (3, 48, 48))
+
+
+def read(images: Images, n_cores: int = 2) -> StudyDefinition:
+    definition = parse_definition(tomllib.loads(draft_study("flowers", images, n_cores)))
+    check_new(definition)
+    return definition
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    path=st.text(st.characters(exclude_categories=["Cs"]), min_size=1),
+    classes=st.dictionaries(st.text(min_size=1, max_size=5), st.integers(10, 100_000), min_size=2, max_size=5),
+    channels=st.sampled_from([1, 3]),
+    sides=st.tuples(st.integers(1, 300), st.integers(1, 300)),
+    splits=st.sampled_from([(), ("train", "test"), ("train", "validation"), ("train", "validation", "test")]),
+    unreadable=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), max_size=2),
+)
+def test_the_file_is_valid_whatever_the_images(
+    path: str,
+    classes: dict[str, int],
+    channels: int,
+    sides: tuple[int, int],
+    splits: tuple[str, ...],
+    unreadable: list[str],
+) -> None:
+    counts = count_images(**classes)
+    if splits == ("train", "test"):
+        del counts["validation"]
+    definition = read(Images(("folder", path), counts, (channels, *sides), splits, True, unreadable))
+    data = definition.data
+    assert data.folder == path
+    assert data.color == ("grey" if channels == 1 else "rgb")
+    assert (data.size if isinstance(data.size, tuple) else (data.size, data.size)) == sides
+    assert ((data.test is None), (data.validation is None)) == ("test" in splits, "validation" in splits)
+    assert bool(data.skip_unreadable) == bool(unreadable)
+
+
+def test_each_line_of_the_file_fits_the_screen_and_every_key_is_explained() -> None:
+    text = draft_study("flowers", replace(FLOWERS, unreadable=["rose/a.png"]), 2)
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 120
+    keys = [line for line in lines if " = " in line and not line.startswith("#")]
+    search = lines.index("[fixed]                   # what is the same in every trial")
+    explained = [line for line in keys if "#" in line or "lr" in line]
+    assert len(explained) > 12
+    assert text.startswith("# A CNN on 2,100 images of 2 classes: about ")
+    assert search
+
+
+@pytest.mark.parametrize(
+    ("classes", "flips", "metric"),
+    [
+        ({"rose": 500, "tulip": 600}, True, "accuracy"),
+        ({"rose": 300, "tulip": 600}, True, "balanced_accuracy"),
+        ({"a": 500, "b": 600}, False, "accuracy"),  # letters
+        ({"Left hand": 500, "right hand": 600}, False, "accuracy"),
+    ],
+)
+def test_what_the_classes_are_decides_on_the_metric_and_on_mirror_images(
+    classes: dict[str, int], flips: bool, metric: str
+) -> None:
+    definition = read(replace(FLOWERS, counts=count_images(**classes)))
+    assert ("flip" in definition.search) == flips
+    assert getattr(definition.study, "metric", metric) == metric
+
+
+def test_gray_images_have_no_colors_to_change() -> None:
+    assert "color_jitter" in read(FLOWERS).search
+    assert "color_jitter" not in read(replace(FLOWERS, shape=(1, 48, 48))).search
+
+
+def test_the_budget_suits_the_images_and_the_cores() -> None:
+    few, many = (read(replace(FLOWERS, counts=count_images(a1=n, b1=n))) for n in (50, 40_000))
+    assert few.budget.epochs > many.budget.epochs
+    assert few.fixed["batch_size"] < many.fixed["batch_size"]
+    assert few.budget.minutes == 10
+    assert many.budget.minutes == 60
+    assert "more minutes, more trials" in draft_study(
+        "x", replace(FLOWERS, counts=count_images(a1=40_000, b1=40_000)), 2
+    )
+    first = [draft_study("x", FLOWERS, n_cores).splitlines()[0] for n_cores in (1, 4)]
+    minutes = [int(line.split("about ")[1].split()[0]) for line in first]
+    assert minutes[0] >= 3 * minutes[1]
+    assert [line.split(" on ")[-1] for line in first] == ["1 core.", "4 cores."]
+
+
+def test_more_images_need_smaller_shares_for_tests_and_sides_of_ones_own_none() -> None:
+    shares = [choose_shares(n, ())["test"] for n in (100, 5_000, 50_000)]
+    assert shares == sorted(shares, reverse=True)
+    assert choose_shares(100, ("train", "test")) == {"validation": shares[0]}
