@@ -211,16 +211,36 @@ class NamedStudy:
 
 
 def fetch_images(definition: "StudyDefinition", folder: Path | None) -> None:
-    """Download the images of a study if none are there, before anything is drawn: each archive has a bar of its own."""
+    """Download or read the images of a study if that has not been done, before anything is drawn.
+
+    Each archive has a bar of its own. So has the user's own folder; in a pipe, there is a line.
+    """
     from hpsearch.data.sets import find_data_set
 
     if definition.data.name is None:
+        read_own_images(definition, folder)
         return
     data_set = find_data_set(definition.data.name, folder)
     place = data_set.locate()
     if place and not place.exists():
         echo(f"downloading {data_set.title} to {place}")
         data_set.read(is_train=True)
+
+
+def read_own_images(definition: "StudyDefinition", folder: Path | None) -> None:
+    """Read the user's own images, with a bar; what was read before takes a moment and shows nothing."""
+    from hpsearch.monitor.progress import Steps
+    from hpsearch.training.run import open_data_set
+
+    with Steps() as show_step:
+        announced = set[int]()
+
+        def show(n_done: int, n_total: int) -> None:
+            line = "" if n_total in announced else f"reading {n_total:,} images of {definition.data.title}"
+            announced.add(n_total)
+            show_step(f"reading {definition.data.title}", n_done, n_total, line=line)
+
+        open_data_set(definition, folder, show).map_training()
 
 
 def warn_about_password(option: str, url: str | None) -> None:

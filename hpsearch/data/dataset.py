@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from hpsearch.data.inventory import Inventory
 from hpsearch.data.pixels import MappedPixels
 from hpsearch.data.sets import DataSet, find_data_set
 
@@ -107,7 +108,7 @@ class ImageData:
     """The data of a search: the training and validation split, and the statistics that normalize them.
 
     `mean` and `std` have a number for each channel. They are computed from the training split's pixels, scaled to
-    [0, 1].
+    [0, 1]. The user's own images have an `inventory` that lists them, test images included.
     """
 
     train: Split
@@ -115,6 +116,7 @@ class ImageData:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     class_names: tuple[str, ...]
+    inventory: Inventory | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -128,8 +130,17 @@ class ImageData:
         """Return what tells the data from others: numbers of images, image shape, classes and a SHA-256.
 
         The digest is of all labels and of the pixels of about 8,000 images, which takes 0.03 s. They are rounded to 8
-        bits, since the last bits of `mean` and `std` depend on the machine.
+        bits, since the last bits of `mean` and `std` depend on the machine. Of the user's own images, it is that of the
+        inventory, and there are the numbers of images of each class, test images included.
         """
+        sizes = {
+            "train": len(self.train),
+            "validation": len(self.validation),
+            "image_shape": list(self.image_shape),
+            "class_names": list(self.class_names),
+        }
+        if self.inventory:
+            return sizes | {"counts": self.inventory.counts, "sha256": self.inventory.sha256}
         digest = hashlib.sha256()
         for split in (self.train, self.validation):
             digest.update(split.labels.cpu().numpy().tobytes())
@@ -138,13 +149,7 @@ class ImageData:
                 sample = split.take(slice(start, start + step * _N_PART, step)).cpu()
                 pixels = denormalise(sample, self.mean, self.std).round_().clamp_(0, 255)
                 digest.update(pixels.to(torch.uint8).numpy().tobytes())
-        return {
-            "train": len(self.train),
-            "validation": len(self.validation),
-            "image_shape": list(self.image_shape),
-            "class_names": list(self.class_names),
-            "sha256": digest.hexdigest(),
-        }
+        return sizes | {"sha256": digest.hexdigest()}
 
     def share_memory(self) -> Self:
         """Move the data to shared memory, and return it."""
@@ -189,7 +194,7 @@ def load_data(
             return RawSplit(mapped[0], labels[rows], mean, std, rows)
         return Split(normalise(images[rows], mean, std), labels[rows])
 
-    return ImageData(take(training), take(held_out), mean, std, data_set.class_names)
+    return ImageData(take(training), take(held_out), mean, std, data_set.class_names, data_set.inventory)
 
 
 def _find(data_set: DataSet | str, folder: Path | str | None) -> DataSet:

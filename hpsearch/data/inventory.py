@@ -4,7 +4,7 @@ import hashlib
 import json
 import unicodedata
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -35,6 +35,12 @@ class Inventory:
         """Digest of all but the names: renaming files without changing their order leaves the images as they are."""
         content = [self.digests, self.labels, self.sides, self.class_names]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    @property
+    def counts(self) -> list[int]:
+        """The number of images of each class."""
+        found = Counter(self.labels)
+        return [found[label] for label in range(len(self.class_names))]
 
     def to_bytes(self) -> bytes:
         """Return the list as compressed JSON."""

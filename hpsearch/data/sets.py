@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
+    from hpsearch.data.inventory import Inventory
     from hpsearch.data.pixels import MappedPixels
 
 _FILES = {part: (f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte") for part in ("train", "t10k")}
@@ -75,7 +76,8 @@ class DataSet(ABC):
     """A data set. An image file is prepared like MNIST's digits if `is_digit`, else like Fashion-MNIST's pictures.
 
     `title` is what messages call it, and `folder` where its files are: see `data_folder`. `hub_id` is its id at
-    https://huggingface.co/datasets, which a model card names.
+    https://huggingface.co/datasets, which a model card names. The user's own images have an
+    `inventory` that lists them.
     """
 
     n_train: int
@@ -86,6 +88,7 @@ class DataSet(ABC):
     title: str = field(default="", kw_only=True)
     folder: Path | str | None = field(default=None, kw_only=True)
     hub_id: str | None = field(default=None, kw_only=True)
+    inventory: "Inventory | None" = field(default=None, kw_only=True)
 
     @abstractmethod
     def read(self, *, is_train: bool) -> "tuple[Tensor, Tensor]":

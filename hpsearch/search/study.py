@@ -15,13 +15,15 @@ from optuna.trial import TrialState
 from hpsearch.config.definition import StudyDefinition, check_new, read_identity
 from hpsearch.config.urls import show_url
 from hpsearch.config.validation import check_try, complete_try
-from hpsearch.errors import DefinitionError, StudyMismatch, StudyNotFound, UsageError
+from hpsearch.errors import DataError, DefinitionError, StudyMismatch, StudyNotFound, UsageError
 from hpsearch.storage.artifacts import Folder
+from hpsearch.storage.checkpoints import checkpoint_folder
 from hpsearch.storage.engine import creation_lock
 from hpsearch.storage.rdb import Storage, open_storage, storage_of
 
 if TYPE_CHECKING:
     from hpsearch.data.dataset import ImageData
+    from hpsearch.data.inventory import Inventory
 
 
 def start_study(definition: StudyDefinition, *, keeps_extension: bool = True, resumes: bool = True) -> None:
@@ -110,42 +112,70 @@ def load_study(definition: StudyDefinition, storage: Storage) -> optuna.Study:
 
 
 def check_data(definition: StudyDefinition, study: optuna.Study, data: "ImageData", *, stores: bool = False) -> None:
-    """Raise `StudyMismatch` if the study was searched on other data.
+    """Raise `StudyMismatch`, with what has changed, if the study was searched on other data.
 
     A search that `stores` is the first to use data notes what they are; older versions did not, and then any data fit.
     """
     found, known = data.describe(), study.user_attrs.get("data")
     if known is None and stores:
-        known = _note_data(study, found)
+        known = _note_data(definition, study, data, found)
     if known in (None, found):
         return
+    title, inventory = definition.data.title, data.inventory
+    changes = _compare_images(definition, study, inventory) if inventory and "counts" in known else []
     names = {"sha256": "SHA-256 of labels and pixels"}
-    differing = "".join(
-        f"\n  {names.get(key, key)}: {known.get(key)} -> {value}"
-        for key, value in found.items()
-        if known.get(key) != value
-    )
+    changes = changes or [
+        f"{names.get(key, key)}: {known.get(key)} -> {value}" for key, value in found.items() if known.get(key) != value
+    ]
+    undo = "Point --data or HPSEARCH_DATA at those images"
+    if inventory:
+        undo = "Undo the change, or point --data at a copy of the images as they were"
     raise StudyMismatch(
-        f"study '{study.study_name}' was searched on other images than these of {definition.data.title}:{differing}\n"
-        "Point --data or HPSEARCH_DATA at those images, or search on these in a new study: set study.name in the file."
+        f"study '{study.study_name}' was searched on other images than these of {title}:"
+        + "".join(f"\n  {change}" for change in changes)
+        + f"\n{undo}, or search on these in a new study: set study.name in the file."
     )
 
 
-def count_validation(definition: StudyDefinition, study: optuna.Study) -> int:
-    """Return the number of validation images of the study; 0 for own images that no search has read."""
-    known = study.user_attrs.get("data") or {"validation": definition.data.validation}
-    return int(known["validation"] or 0)
-
-
-def _note_data(study: optuna.Study, found: dict[str, Any]) -> Any:
+def _note_data(definition: StudyDefinition, study: optuna.Study, data: "ImageData", found: dict[str, Any]) -> Any:
     """Note what the data of a study are, and return what is noted: another machine may have been first."""
     try:
         storage = storage_of(study)
     except UsageError:  # a plain study of Optuna
         study.set_user_attr("data", found)
         return found
+    if data.inventory:  # too long for the database, which every worker reads again and again
+        checkpoint_folder(definition, study).write(_name_list(data.inventory.sha256), data.inventory.to_bytes())
     noted = storage.change_study_attrs(study._study_id, lambda attributes: {"data": attributes.get("data") or found})
     return noted["data"]
+
+
+def _compare_images(definition: StudyDefinition, study: optuna.Study, inventory: "Inventory") -> list[str]:
+    """Return what differs between these images and those of the study, as far as it is known."""
+    known = study.user_attrs["data"]
+    try:
+        content = checkpoint_folder(definition, study).read(_name_list(known["sha256"]))
+        return inventory.compare(type(inventory).from_bytes(content))
+    except (OSError, DataError):  # the list is missing, so only the numbers of images are known
+        before, now = (
+            dict(zip(names, counts, strict=True))
+            for names, counts in ((known["class_names"], known["counts"]), (inventory.class_names, inventory.counts))
+        )
+        return [
+            f"images of class {name}: {before.get(name, 0):,} -> {now.get(name, 0):,}"
+            for name in dict.fromkeys([*before, *now])
+            if before.get(name, 0) != now.get(name, 0)
+        ]
+
+
+def _name_list(sha256: str) -> str:
+    return f"images-{sha256[:16]}.json.z"
+
+
+def count_validation(definition: StudyDefinition, study: optuna.Study) -> int:
+    """Return the number of validation images of the study; 0 for own images that no search has read."""
+    known = study.user_attrs.get("data") or {"validation": definition.data.validation}
+    return int(known["validation"] or 0)
 
 
 def check_writable(study: optuna.Study) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hpsearch.config.definition import StudyDefinition
+from hpsearch.config.definition import StudyDefinition, evolve
 from hpsearch.config.urls import find_secrets, parse_url, show_url
 from hpsearch.data.dataset import ImageData, Split
 from hpsearch.errors import ClusterError, Interrupted, UsageError
@@ -179,7 +179,8 @@ def connect(
 ) -> Iterator[Cluster]:
     """Connect to the Ray cluster at `address`, else at RAY_ADDRESS, else of this machine; "local" starts one.
 
-    Ray's runtime environment takes this package and the data folder's path to the nodes, but no secrets. Raises
+    Ray's runtime environment takes this package and the data folder's path to the nodes, but no secrets. The user's own
+    images must be at the same path on each node. Raises
     `UsageError` if the storage URL contains a password or other nodes cannot reach a path, and `ClusterError` if no
     cluster responds.
     """
@@ -190,6 +191,9 @@ def connect(
         )
     address = address or os.environ.get("RAY_ADDRESS") or "auto"
     _check_port(address)
+    if folder and not definition.data.name:
+        key = "folder" if definition.data.folder else "file"
+        definition, folder = evolve(definition, "data", **{key: str(Path(folder).absolute())}), None
     data = str(folder or os.environ.get("HPSEARCH_DATA", ""))
     path = data if data.startswith("~") else str(Path(data).absolute())  # each node has its own home
     environment = {
@@ -267,10 +271,15 @@ class SupervisorActor:
         ray.kill(ray.get_actor(name), no_restart=True)
 
 
-def _load(definition: StudyDefinition) -> tuple[Any, ...]:
-    """Load the study's data as arrays, which Ray stores once per node and maps into its processes."""
+def _load(definition: StudyDefinition) -> ImageData | tuple[Any, ...]:
+    """Load the study's data as arrays, which Ray stores once per node and maps into its processes.
+
+    The user's own images are in a file of the node already, which its processes map.
+    """
     with _signals_restored():
         data = load_study_data(definition)
+    if data.inventory:
+        return data
     splits = (data.train, data.validation)
     arrays = [tensor.numpy() for split in splits for tensor in (split.images, split.labels)]
     return (*arrays, data.mean, data.std, data.class_names)
@@ -290,8 +299,10 @@ def _work(definition: StudyDefinition, data: Mapping[str, Any], resources: Resou
         return capture_exit(lambda: run_worker(definition, drain, **options))
 
 
-def _map(parts: tuple[Any, ...]) -> ImageData:
+def _map(parts: ImageData | tuple[Any, ...]) -> ImageData:
     """Wrap the arrays that all workers of the node share, without copying; nothing writes to them."""
+    if isinstance(parts, ImageData):
+        return parts
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         tensors = [torch.from_numpy(part) for part in parts if isinstance(part, np.ndarray)]
