@@ -3,6 +3,7 @@
 import os
 import stat
 import struct
+import threading
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -86,6 +87,35 @@ def _find_digit(pixels: Pixels) -> Pixels:
     return thicken_strokes(crop_to_ink(ink))
 
 
+class _PillowWarnings:
+    """Makes Pillow's warning of a bomb an error and ignores all other warnings, while any thread is in the context.
+
+    The filters belong to the process. If each thread set and restored them, one would do so under another one.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._n_inside = 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._n_inside == 0:
+                self._filters = warnings.catch_warnings()
+                self._filters.__enter__()
+                warnings.simplefilter("ignore")
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+            self._n_inside += 1
+
+    def __exit__(self, *raised: object) -> None:
+        with self._lock:
+            self._n_inside -= 1
+            if self._n_inside == 0:
+                self._filters.__exit__(None, None, None)
+
+
+PILLOW_WARNINGS = _PillowWarnings()
+
+
 @contextmanager
 def name_in_errors(image: Path | str | Image.Image) -> Iterator[None]:
     """Begin each `ImageError` of the block with the name of the file."""
@@ -111,14 +141,11 @@ def open_image(
         if isinstance(source, Path | str) and not stat.S_ISREG(mode := Path(source).stat().st_mode):
             # a pipe or a device may never end
             raise ImageError(f"is {'a directory' if stat.S_ISDIR(mode) else 'not a regular file'}")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(source, formats=FORMATS) as image:
-                size = image.size
-                if side is not None:
-                    image.draft(None, (side, side))
-                yield _turn_upright(image, size)
+        with PILLOW_WARNINGS, Image.open(source, formats=FORMATS) as image:
+            size = image.size
+            if side is not None:
+                image.draft(None, (side, side))
+            yield _turn_upright(image, size)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"image too large: {error}") from error
     except UnidentifiedImageError as error:

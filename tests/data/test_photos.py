@@ -5,8 +5,10 @@ import os
 import shutil
 import stat
 import tempfile
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -168,3 +170,14 @@ def test_a_file_that_may_not_be_read_is_a_problem() -> None:
         PICTURE.save(folder / "a.png")
         (folder / "a.png").chmod(stat.S_IWUSR)
         assert look_at(folder / "a.png") == Look(problem="Permission denied")
+
+
+def test_threads_that_look_at_files_refuse_every_bomb_and_leave_the_warnings_as_they_were(tmp_path: Path) -> None:
+    (tmp_path / "bomb.png").write_bytes(png_of(10_000, 10_000, zlib.compress(bytes(1000))))  # Pillow only warns of it
+    PICTURE.save(tmp_path / "a.png")
+    before = warnings.filters[:]
+    with ThreadPoolExecutor(8) as pool:
+        looks = list(pool.map(look_at, [tmp_path / "bomb.png", tmp_path / "a.png"] * 500))
+    assert all("image too large" in look.problem for look in looks[::2])
+    assert not any(look.problem for look in looks[1::2])
+    assert warnings.filters == before
