@@ -71,7 +71,9 @@ def try_network(definition: StudyDefinition, image_shape: tuple[int, int, int], 
         logits = network.train().module(images)
         _check_logits(logits, (_N_IMAGES, n_classes), "in training")
         _check_gradients(code, network, logits.detach(), nn.functional.cross_entropy(logits.float(), labels))
-        trainer = Trainer(network, split, hyperparameters, epochs=3, validation=Split(images[:1], labels[:1]))
+        statistics: Any = {"mean": [0.0] * image_shape[0], "std": [1.0] * image_shape[0]}
+        first = Split(images[:1], labels[:1])
+        trainer = Trainer(network, split, hyperparameters, epochs=3, validation=first, **statistics)
         with torch.inference_mode():
             _check_logits(network.eval().module(images[:1]), (1, n_classes), "in evaluation")
         with suppress(Diverged):  # it may be the learning rate
