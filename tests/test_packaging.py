@@ -1,4 +1,4 @@
-"""A wheel has all that the package needs, its documentation, and the way from an empty folder to a prediction."""
+"""A wheel has all that the package needs, its documentation, and the way from a folder of images to a prediction."""
 
 import os
 import re
@@ -10,6 +10,8 @@ from email import message_from_bytes
 from pathlib import Path
 
 import pytest
+
+from tests.shapes import write_shapes
 
 ROOT = Path(__file__).parent.parent
 
@@ -47,16 +49,17 @@ def test_the_description_of_a_wheel_links_to_nothing_and_names_folders_that_it_h
 
 
 @pytest.mark.timeout(600)
-def test_from_a_wheel_and_an_empty_folder_each_command_says_the_next_up_to_a_prediction(
+def test_from_a_wheel_and_a_folder_of_images_each_command_says_the_next_up_to_a_prediction(
     wheel: Path, tmp_path: Path
 ) -> None:
     installed, here = tmp_path / "installed", tmp_path / "here"
-    here.mkdir()
+    write_shapes(here / "shapes", 60, size=16)
     pip("install", "--target", installed, wheel)
     paths = {"PYTHONPATH": str(installed), "PATH": f"{installed / 'bin'}:{os.environ['PATH']}"}
+    paths |= {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     program = [sys.executable, "-c", "import hpsearch; print(hpsearch.__file__)"]
     assert subprocess.check_output(program, cwd=here, env=os.environ | paths, text=True).startswith(str(installed))
-    command, told = "hpsearch init digits", ""
+    command, told = "hpsearch init shapes --images shapes", ""
     for verb in ("init", "run", "export", "predict"):
         if verb != "init":
             [command] = re.findall(rf"(?:next: +|  \|  )(hpsearch {verb} .*?)(?:  \|  |\n)", told)
@@ -66,13 +69,9 @@ def test_from_a_wheel_and_an_empty_folder_each_command_says_the_next_up_to_a_pre
         assert process.returncode == 0, process.stderr
         told = process.stderr
         if verb == "init":
-            text = (here / "digits.toml").read_text()
-            for long, short in (
-                ("trials = 30", "trials = 2"),
-                ("epochs = 15", "epochs = 2"),
-                ("epochs = 30", "epochs = 4"),
-            ):
-                assert text.count(long) == 1
-                text = text.replace(long, short)
-            (here / "digits.toml").write_text(text)
-    assert re.fullmatch(r"models/digits/example.png(  \d 0\.\d{4}){3}\n", process.stdout)
+            text = (here / "shapes.toml").read_text()
+            for key, n in (("trials  = 30", 2), ("epochs  = 40", 2), ("epochs = 80", 4)):
+                assert text.count(key) == 1
+                text = text.replace(key, f"{key.partition('=')[0]}= {n}")
+            (here / "shapes.toml").write_text(text)
+    assert re.fullmatch(r"models/shapes/example.png(  \w+ 0\.\d{4}){3}\n", process.stdout)
