@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from hpsearch.config.definition import StudyDefinition
+    from hpsearch.data.sets import DataSet
     from hpsearch.monitor.status import Watch
 
 _N_BEST = 5  # trials in the table at the end of a search
 Number = TypeVar("Number", int, float)
+_opened: list["DataSet"] = []  # by this command, which calls a function of the user's only once
 
 
 def complete_study(incomplete: str) -> list[str]:
@@ -240,7 +242,12 @@ def read_own_images(definition: "StudyDefinition", folder: Path | None) -> None:
             announced.add(n_total)
             show_step(f"reading {definition.data.title}", n_done, n_total, line=line)
 
-        open_data_set(definition, folder, show).map_training()
+        if definition.data.code:
+            loading = f"loading images with {definition.data.title}"
+            show_step(loading, line=loading)
+        data_set = open_data_set(definition, folder, show)
+        data_set.map_training()
+        _opened.append(data_set)
 
 
 def warn_about_password(option: str, url: str | None) -> None:

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -39,7 +39,7 @@ from hpsearch.config.validation import (
 from hpsearch.errors import DefinitionError, UsageError
 from hpsearch.plugins import DATA_SETS, NETWORKS, OwnCode, find
 
-FOLDER, CODE = "folder of the study file", "code"  # keys of the context beside the tables
+FOLDER, CODE = "folder of the study file", "codes"  # keys of the context beside the tables
 
 
 def _check_name(registry: Mapping[str, str], name: Any) -> Any:
@@ -100,7 +100,26 @@ class Budget(Table):
     failures: int = Field(5, ge=1, description="stop after this many failed trials")
 
 
-class Data(Table):
+class NamesCode(Table):
+    """A table that may name a function of the user's. Its source, `code`, travels with the definition."""
+
+    _code: OwnCode | None = PrivateAttr(None)
+
+    @property
+    def code(self) -> OwnCode | None:
+        return self._code
+
+    def _read_code(self, key: str, path: str, info: ValidationInfo) -> None:
+        """Read the source from the folder of the study file, unless the context of the validation has it."""
+        context = info.context or {}
+        known = {code.path: code for code in context.get(CODE, ())}
+        try:
+            self._code = known.get(path) or OwnCode.read(path, context.get(FOLDER, ""))
+        except UsageError as error:
+            raise_problems([((key,), str(error))])
+
+
+class Data(NamesCode):
     """A built-in data set (`name`), or own images: a `folder`, a `file` of arrays, or a function to `load` them."""
 
     name: DataName | None = Field(None, json_schema_extra={"enum": [*DATA_SETS]}, description='default: "mnist"')
@@ -121,7 +140,7 @@ class Data(Table):
         return self.name or self.load or Path(self.folder or self.file or "").name
 
     @model_validator(mode="after")
-    def _resolve(self) -> Self:
+    def _resolve(self, info: ValidationInfo) -> Self:
         given = [key for key in ("name", *_OWN) if getattr(self, key) is not None]
         if len(given) > 1:
             raise PydanticCustomError("bounds", "{given} cannot be combined", {"given": " and ".join(given)})
@@ -129,6 +148,8 @@ class Data(Table):
         useless = [] if self.folder else [key for key in folder_only if getattr(self, key) is not None]
         if useless:
             raise PydanticCustomError("bounds", "{keys}: only for a folder", {"keys": ", ".join(useless)})
+        if self.load:
+            self._read_code("load", self.load, info)
         if not given:
             object.__setattr__(self, "name", "mnist")
         if self.name is None:
@@ -144,25 +165,6 @@ class Data(Table):
             message = "{name} has only {n} training images, but train + validation need {wanted}"
             raise PydanticCustomError("bounds", message, {"n": n_images, "name": self.name, "wanted": wanted})
         return self
-
-
-class NamesCode(Table):
-    """A table that may name a function of the user's. Its source, `code`, travels with the definition."""
-
-    _code: OwnCode | None = PrivateAttr(None)
-
-    @property
-    def code(self) -> OwnCode | None:
-        return self._code
-
-    def _read_code(self, key: str, path: str, info: ValidationInfo) -> None:
-        """Read the source from the folder of the study file, unless the context of the validation has it."""
-        context = info.context or {}
-        known = context.get(CODE)
-        try:
-            self._code = known if known and known.path == path else OwnCode.read(path, context.get(FOLDER, ""))
-        except UsageError as error:
-            raise_problems([((key,), str(error))])
 
 
 class Network(NamesCode):
@@ -267,6 +269,11 @@ class StudyDefinition(Table):
         return SearchSpace(self.search, self.fixed, self.network.hyperparameters)
 
     @property
+    def codes(self) -> list[OwnCode]:
+        """The functions of the user's that load the images and build the network."""
+        return [table.code for table in (self.data, self.network) if table.code]
+
+    @property
     def identity(self) -> dict[str, Any]:
         """Return the settings that must not change for trials to be comparable, as `section.key` to value.
 
@@ -352,14 +359,14 @@ def load_definition(path: Path | str, *, storage: str | None = None, artifacts: 
 
 
 def parse_definition(
-    raw: Mapping[str, Any], source: str = "study", *, folder: Path | str = "", code: OwnCode | None = None
+    raw: Mapping[str, Any], source: str = "study", *, folder: Path | str = "", codes: Sequence[OwnCode] = ()
 ) -> StudyDefinition:
     """Validate the tables of a study file. Raises `DefinitionError` with all problems.
 
-    Files of the user's with code are in the `folder`, except for one that was read already, `code`.
+    Files of the user's with code are in the `folder`, except for those that were read already, `codes`.
     """
     try:
-        return StudyDefinition.model_validate(raw, context={**raw, FOLDER: folder, CODE: code})
+        return StudyDefinition.model_validate(raw, context={**raw, FOLDER: folder, CODE: codes})
     except ValidationError as error:
         raise DefinitionError(source, list(describe(error, StudyDefinition))) from error
 
@@ -371,24 +378,25 @@ def check_new(definition: StudyDefinition, source: str = "study") -> None:
         raise DefinitionError(source, lines)
 
 
-def read_identity(identity: Mapping[str, Any], code: OwnCode | None = None) -> dict[str, Any]:
+def read_identity(identity: Mapping[str, Any], codes: Sequence[OwnCode] = ()) -> dict[str, Any]:
     """Return the stored identity of a study as this version writes it. Raises `DefinitionError` if it is not valid.
 
-    Only the SHA-256 of the source of a network of the user's is stored; `code` is its source today.
+    Only the SHA-256 of the source of a network of the user's is stored; `codes` are the sources today.
     """
     tables: dict[str, Any] = {}
     for key, value in identity.items():
         section, _, name = key.partition(".")
         tables |= {section: tables.get(section, {}) | {name: value}} if name else {section: value}
     source = tables.get("network", {}).pop("source", None)
-    return parse_definition(tables, code=code).identity | ({"network.source": source} if source else {})
+    return parse_definition(tables, codes=codes).identity | ({"network.source": source} if source else {})
 
 
 def evolve(definition: StudyDefinition, section: str, **values: Any) -> StudyDefinition:
     """Return the definition with some values of a section replaced. Raises `UsageError` if they are invalid."""
     table = getattr(definition, section)
     try:
-        changed = type(table).model_validate(table.model_dump() | values)
+        codes = [table.code] if isinstance(table, NamesCode) and table.code else []
+        changed = type(table).model_validate(table.model_dump() | values, context={CODE: codes})
     except ValidationError as error:
         raise UsageError("; ".join(describe(error, type(table)))) from error
     return definition.model_copy(update={section: changed})

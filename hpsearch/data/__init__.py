@@ -12,6 +12,7 @@ inventory      the list of the user's own images, and what differs between two l
 tensors        many image files to pixels, read once and kept in one file of the cache
 own            the user's own images as a data set: on which side each image is
 image_folder   a folder of the user's own images, a subfolder a class: what it holds, and its data set
+arrays         the user's own images as arrays: an .npz file, or what a function of theirs returns
 
 Scripts import `load_data` and `load_test` from here; `import hpsearch.data` alone does not import torch.
 """

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hpsearch.data.inventory import Inventory, list_names, show_name
-from hpsearch.data.own import OwnImages, choose_sides, find_small_classes, name_class
+from hpsearch.data.own import DEFAULT_SHARE, OwnImages, divide, list_problems, name_class
 from hpsearch.data.photos import SUFFIXES, Look
 from hpsearch.data.tensors import OnRead, Pixels, check_space, look_at_files, read_photos
 from hpsearch.errors import DataError
@@ -26,9 +26,7 @@ _SIDES = {
 _HIDDEN = re.compile(r"\.|__MACOSX$|@eaDir$|Thumbs\.db$|desktop\.ini$", re.IGNORECASE)
 # Pictures that are left out, which a user may not expect.
 _OTHER_PICTURES = (".heic", ".heif", ".avif", ".jp2", ".jxl", ".psd", ".svg", ".dng", ".nef", ".cr2", ".arw", ".dcm")
-DEFAULT_SHARE = 0.15  # of the images, for validation and for the test side each
 _LARGEST_OWN = 64  # pixels of the longer side
-_N_NAMED = 20
 
 
 class ImageFile(NamedTuple):
@@ -207,16 +205,9 @@ def take_inventory(
             problems.append(f"data.{side} = {size:g}, but the folder has a {side} side of its own; remove one of them")
     pool = [row for row, side in enumerate(sides) if side == "train"]
     digests, pool_labels = [images[row].look.digest for row in pool], [labels[images[row].class_name] for row in pool]
-    if sum(size if size < 1 else size / max(len(pool), 1) for size in sizes.values()) >= 1:
-        settings = " and ".join(f"data.{side} = {size:g}" for side, size in sizes.items())
-        problems.append(f"{settings} leave none of {len(pool)} images to train on")
-    few = find_small_classes(digests, pool_labels, n_needed)
-    needed = "training, validation and test sides" if n_needed == 3 else "training and the other side"
-    for label, n in few.items():
-        lacking = f"{n} different image{'s' * (n != 1)}, but the {needed} need one each; add images"
-        problems.append(f"{name_class(survey.class_names[label])}: {lacking}")
+    chosen, found = divide(digests, pool_labels, survey.class_names, sizes, n_needed, split_seed)
+    problems += found
     if sizes and not problems:
-        chosen = choose_sides(digests, pool_labels, sizes, split_seed, rest="train")
         for row, side in zip(pool, chosen, strict=True):
             sides[row] = side
     names, all_digests = [image.name for image in images], [image.look.digest for image in images]
@@ -364,16 +355,8 @@ def _find_empty_classes(survey: FolderSurvey) -> list[str]:
 
 def report_problems(survey: FolderSurvey, problems: Sequence[str], *, is_skipping: bool) -> str:
     """Return the message of an error that names the problems of a folder."""
-    n_more = len(problems) - _N_NAMED
-    lines = [f"{show_name(str(survey.folder))}: {len(problems):,} problem{'s' * (len(problems) != 1)}"]
-    lines += [f"  {problem}" for problem in problems[:_N_NAMED]]
-    if n_more > 0:
-        lines.append(f"  ... and {n_more:,} more")
-    if survey.unreadable and not is_skipping:
-        lines.append(
-            "Replace or remove files that cannot be read, or set data.skip_unreadable = true to go on without."
-        )
-    return "\n".join(lines)
+    advice = "Replace or remove files that cannot be read, or set data.skip_unreadable = true to go on without."
+    return list_problems(show_name(str(survey.folder)), problems, advice * bool(survey.unreadable and not is_skipping))
 
 
 def _warn(survey: FolderSurvey) -> None:

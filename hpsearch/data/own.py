@@ -20,18 +20,23 @@ if TYPE_CHECKING:
 
     from hpsearch.data.pixels import MappedPixels
 
+DEFAULT_SHARE = 0.15  # of the images, for validation and for the test side each
+_N_NAMED = 20
+
 
 @dataclass(frozen=True)
 class OwnImages(DataSet):
     """The user's own images. `inventory` lists all of them, and has the side of each.
 
     `load` yields the pixels of the images with these numbers, uint8, shape (C, H, W). `validation` is the share of the
-    training part that is held out, or the number of images, where the inventory has no validation images.
+    training part that is held out, or the number of images, where the inventory has no validation images. `read_test`
+    returns the images and labels of a test part that is not in the inventory.
     """
 
     inventory: Inventory = field(kw_only=True)
     load: "Callable[[Sequence[int]], Iterable[NDArray[uint8]]]" = field(kw_only=True, repr=False)
     validation: float = field(kw_only=True)
+    read_test: "Callable[[], tuple[Tensor, Tensor]] | None" = field(default=None, kw_only=True, repr=False)
 
     @classmethod
     def of(
@@ -43,12 +48,14 @@ class OwnImages(DataSet):
         folder: Path | str | None,
         image_shape: tuple[int, int, int],
         validation: float,
+        read_test: "Callable[[], tuple[Tensor, Tensor]] | None" = None,
+        n_test: int = 0,
     ) -> "OwnImages":
-        """Return the data set of the images in the inventory."""
-        n_test = inventory.sides.count("test")
+        """Return the data set of the images in the inventory, and `n_test` others that `read_test` returns."""
+        n_listed = inventory.sides.count("test")
         return cls(
-            len(inventory.sides) - n_test,
-            n_test,
+            len(inventory.sides) - n_listed,
+            n_listed + n_test,
             tuple(inventory.class_names),
             image_shape,
             is_digit=False,
@@ -57,6 +64,7 @@ class OwnImages(DataSet):
             inventory=inventory,
             load=load,
             validation=validation,
+            read_test=read_test,
         )
 
     def read(self, *, is_train: bool) -> "tuple[Tensor, Tensor]":
@@ -67,6 +75,8 @@ class OwnImages(DataSet):
         if is_train:
             pixels, labels = self.map_training()
             return pixels.tensor, labels
+        if self.read_test:
+            return self.read_test()
         rows = self.rows(is_train=False)
         images = np.empty((len(rows), *self.image_shape), dtype=np.uint8)
         for i, image in enumerate(self.load(rows)):
@@ -170,6 +180,40 @@ def choose_sides(
             sides |= dict.fromkeys(order[start : start + n], side)
             start, n_later = start + n, n_later - 1
     return [sides.get(digest, rest) for digest in digests]
+
+
+def divide(
+    digests: Sequence[str],
+    labels: Sequence[int],
+    class_names: Sequence[str],
+    sizes: Mapping[str, float],
+    n_sides: int,
+    seed: int,
+) -> tuple[list[str], list[str]]:
+    """Return the side of each image, "train" for those in none of `sizes`, and why that is not possible.
+
+    `n_sides` is the number of sides that need an image of each class. See `choose_sides`.
+    """
+    problems = []
+    if sum(size if size < 1 else size / max(len(digests), 1) for size in sizes.values()) >= 1:
+        settings = " and ".join(f"data.{side} = {size:g}" for side, size in sizes.items())
+        problems.append(f"{settings} leave none of {len(digests)} images to train on")
+    needed = "training, validation and test sides" if n_sides == 3 else "training and the other side"
+    for label, n in find_small_classes(digests, labels, n_sides).items():
+        lacking = f"{n} different image{'s' * (n != 1)}, but the {needed} need one each; add images"
+        problems.append(f"{name_class(class_names[label])}: {lacking}")
+    if problems or not sizes:
+        return ["train"] * len(digests), problems
+    return choose_sides(digests, labels, sizes, seed, rest="train"), problems
+
+
+def list_problems(title: str, problems: Sequence[str], advice: str = "") -> str:
+    """Return the message of an error that names what is wrong with the user's images, and what to do at the end."""
+    lines = [f"{title}: {len(problems):,} problem{'s' * (len(problems) != 1)}"]
+    lines += [f"  {problem}" for problem in problems[:_N_NAMED]]
+    if len(problems) > _N_NAMED:
+        lines.append(f"  ... and {len(problems) - _N_NAMED:,} more")
+    return "\n".join([*lines, *filter(None, [advice])])
 
 
 def find_small_classes(digests: Sequence[str], labels: Sequence[int], n_sides: int) -> dict[int, int]:

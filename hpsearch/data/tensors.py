@@ -15,7 +15,7 @@ from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import platformdirs
@@ -61,9 +61,7 @@ def look_at_files(folder: Path, names: Sequence[str], on_read: OnRead = lambda n
             for name, state in zip(names, states, strict=True)
             if state and state[1] < settled and not looks[name].problem
         }
-        with suppress(OSError):  # without it, all files are read again next time
-            index.parent.mkdir(parents=True, exist_ok=True)
-            _write(index, [zlib.compress(json.dumps(entries).encode(), 1)])
+        _write_index(index, entries)
     return [looks[name] for name in names]
 
 
@@ -98,10 +96,22 @@ def store_pixels(
     return MappedPixels(file, shape)
 
 
-def check_space(n_images: int, image_shape: tuple[int, int, int]) -> None:
+def recall(file: Path, read: Callable[[], _T]) -> _T:
+    """Return what `read` returns, a JSON document, which is kept in the cache folder until the file changes."""
+    index, state = _cache_folder() / f"index-{hashlib.sha256(os.fsencode(file)).hexdigest()[:32]}", _state(str(file))
+    entry = _read_index(index).get("")
+    if state and entry and entry[:2] == list(state):
+        return cast(_T, entry[2])
+    found = read()
+    if state and state == _state(str(file)) and state[1] < time.time_ns() - _SETTLED:
+        _write_index(index, {"": [*state, found]})
+    return found
+
+
+def check_space(n_images: int, image_shape: tuple[int, int, int], *, is_scalable: bool = True) -> None:
     """Raise `DataError` if the pixels of so many images fit neither memory nor the disk of the cache folder.
 
-    The message has the largest size that would fit.
+    The message has the largest size that would fit, if the images can be scaled.
     """
     folder = _cache_folder()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
@@ -113,7 +123,11 @@ def check_space(n_images: int, image_shape: tuple[int, int, int]) -> None:
         return
     scale = math.sqrt(max(room - _SPARE, 0) / (n_images * n_channels)) / math.sqrt(height * width)
     fitting = int(min(height, width) * scale) // 8 * 8
-    advice = f"size = {fitting} would fit" if fitting >= 8 else "no size would fit: use fewer images"
+    advice = (
+        f"size = {fitting} would fit"
+        if is_scalable and fitting >= 8
+        else f"{'no size would fit: ' * is_scalable}use fewer images"
+    )
     raise DataError(
         f"{n_images:,} images of {height}x{width} pixels need {n_bytes / 1e9:.1f} GB, more than {what}; {advice}"
     )
@@ -176,6 +190,12 @@ def _read_index(file: Path) -> dict[str, list[Any]]:
     except (OSError, zlib.error, ValueError):
         return {}
     return entries
+
+
+def _write_index(file: Path, entries: dict[str, list[Any]]) -> None:
+    with suppress(OSError):  # without it, all files are read again next time
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _write(file, [zlib.compress(json.dumps(entries).encode(), 1)])
 
 
 def _write(file: Path, parts: Iterable[bytes]) -> None:

@@ -213,7 +213,7 @@ def _find_differences(attributes: dict[str, Any], definition: StudyDefinition) -
         return []
     stored, wanted = attributes["identity"], definition.identity
     with suppress(DefinitionError):  # of another version; then it is compared as it is
-        stored = read_identity(stored, definition.network.code)
+        stored = read_identity(stored, definition.codes)
     names = {"network.source": f"{definition.network.code.name}, SHA-256"} if definition.network.code else {}
     return [
         f"\n  {names.get(key, key)}: {stored.get(key, 'absent')} -> {wanted.get(key, 'absent')}"

@@ -10,6 +10,7 @@ import torch
 
 from hpsearch.config.definition import StudyDefinition
 from hpsearch.config.space import Suggests, TrainingHyperparameters
+from hpsearch.data.arrays import open_file, open_function
 from hpsearch.data.dataset import ImageData, Split, load_data
 from hpsearch.data.image_folder import open_folder
 from hpsearch.data.sets import DataSet, find_data_set
@@ -33,18 +34,21 @@ def open_data_set(
     data = definition.data
     if data.name:
         return find_data_set(data.name, folder)
+    settings: dict[str, Any] = {"test": data.test, "validation": data.validation, "split_seed": data.split_seed}
     if data.folder:
         return open_folder(
             folder or data.folder,
             size=data.size,
             color=data.color,
-            test=data.test,
-            validation=data.validation,
-            split_seed=data.split_seed,
             skip_unreadable=bool(data.skip_unreadable),
             on_read=on_read,
+            **settings,
         )
-    raise DataError(f"{data.title}: images of one's own cannot be read yet")
+    if data.code and folder:
+        raise DataError(f"--data: has no effect, since {data.title} knows where its images are; leave it out")
+    if data.code:
+        return open_function(data.code, on_read=on_read, **settings)
+    return open_file(folder or str(data.file), on_read=on_read, **settings)
 
 
 def load_study_data(definition: StudyDefinition, folder: Path | str | None = None) -> ImageData:

@@ -167,7 +167,7 @@ def test_the_fingerprint_covers_the_source_and_not_the_place_of_its_file(tmp_pat
     assert load_definition(write(tmp_path / "moved")).fingerprint == definition.fingerprint
     other = load_definition(write(tmp_path, source=BUILD + "# changed\n"))
     assert other.fingerprint != definition.fingerprint
-    assert read_identity(definition.identity, other.network.code) == definition.identity
+    assert read_identity(definition.identity, other.codes) == definition.identity
 
 
 def test_a_study_whose_network_was_edited_is_refused_and_goes_on_when_the_edit_is_undone(
