@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from hpsearch.data.dataset import RawSplit, Split
 from hpsearch.plugins import NETWORKS, find
@@ -75,6 +76,18 @@ def test_images_of_any_size_train_a_deep_network(kind: str, shape: tuple[int, in
     hyperparameters = Hyperparameters(depth=9, width=2, batch_size=2)
     trainer = Trainer(build_network(kind, hyperparameters, shape, 3), split, hyperparameters, 1, validation=split)
     assert trainer.run_epoch().value >= 0
+
+
+@pytest.mark.parametrize("depth", [2, 6])
+def test_the_cost_of_a_cnn_grows_with_the_pixels_and_no_faster(depth: int) -> None:
+    def count_operations(side: int) -> int:
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            network = build_network("cnn", Hyperparameters(depth=depth, width=8), (3, side, side), 10)
+            network(torch.empty(2, 3, side, side)).sum().backward()
+        return int(counter.get_total_flops())
+
+    per_pixel = [count_operations(side) / side**2 for side in (16, 32, 64, 224)]
+    assert per_pixel == pytest.approx([per_pixel[0]] * 4, rel=0.01)
 
 
 @pytest.mark.parametrize(
