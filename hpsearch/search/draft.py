@@ -15,9 +15,9 @@ _UNEQUAL = 2  # times as many images in the largest class as in the smallest one
 _TRIALS = 30
 _MOST_MINUTES = 60  # of a search that would take longer
 _TRAINED = 0.6  # share of all epochs that are trained; pruning saves the others
-_SECONDS_PER_PIXEL = 5e-7  # of an epoch of a CNN in the middle of the space, on one core (Xeon, 2.5 GHz)
-# From so many training images on: batch size, and epochs of a trial.
-_PLANS = ((20_000, 128, 10), (5_000, 64, 15), (1_000, 32, 20), (300, 16, 30), (0, 8, 40))
+_SECONDS_PER_PIXEL = 6e-7  # of an epoch of a CNN in the middle of the space, on one core (Xeon, 2.5 GHz)
+_IMAGES_PER_TRIAL = 60_000  # what made shapes of 48x48 need; their epochs are from 10 to 100
+_FEW, _MANY = 1_000, 20_000  # training images
 _SIDED = re.compile(r"left|right", re.IGNORECASE)  # classes that a mirror may exchange
 
 
@@ -40,7 +40,7 @@ class Images:
 
 def choose_shares(n_images: int, splits: Collection[str]) -> dict[str, float]:
     """Return the shares of the images for the sides that they do not have of their own: "test" and "validation"."""
-    share = 0.2 if n_images < 1_000 else 0.15 if n_images < 20_000 else 0.1
+    share = 0.2 if n_images < _FEW else 0.15 if n_images < _MANY else 0.1
     return {side: share for side in ("test", "validation") if side not in splits}
 
 
@@ -66,7 +66,8 @@ def _plan(images: Images, n_cores: int) -> dict[str, Any]:
     shares = choose_shares(sum(sizes.values()), images.splits)
     n_validation = sizes.get("validation") or round(shares["validation"] * sizes["train"])
     n_training = sizes["train"] - (0 if "validation" in sizes else n_validation)
-    batch_size, epochs = next((size, epochs) for least, size, epochs in _PLANS if n_training >= least)
+    epochs = min(max(round(_IMAGES_PER_TRIAL / max(n_training, 1)), 10), 100)
+    batch_sizes = (16, 32) if n_training < _FEW else (32, 64) if n_training < _MANY else (64, 128)
     seconds = _TRIALS * _TRAINED * epochs * n_training * height * width * _SECONDS_PER_PIXEL / n_cores
     minutes = math.ceil(seconds / 60)
     limit = min(max(2 * minutes, 10), _MOST_MINUTES)
@@ -98,10 +99,9 @@ def _plan(images: Images, n_cores: int) -> dict[str, Any]:
         "n_unreadable": f"{len(images.unreadable):,} file{'s' * (len(images.unreadable) != 1)}",
         "unreadable": images.unreadable and tomlkit.item(images.unreadable[0]).as_string(),
         "depth": depth,
-        "first_depth": sum(depth) // 2,
-        "width": (12, 32),
-        "first_width": 16,
-        "batch_size": batch_size,
+        "batch_sizes": batch_sizes,
+        "is_small": n_training < _FEW,
+        "erases": n_training >= _MANY,
         "flips": any(len(name) > 1 for name in images.counts["train"])
         and not any(map(_SIDED.search, images.counts["train"])),
         "jitters": channels == 3,

@@ -57,7 +57,7 @@ def test_a_folder_is_named_relative_to_the_study_file_where_it_is_below_or_was_s
     for name, path in {"one": tmp_path / "study/images", "two": "../images", "three": tmp_path / "images"}.items():
         assert run("init", name, "--images", path)[0] == 0
     written = [(tmp_path / "study" / f"{name}.toml").read_text() for name in ("one", "two", "three")]
-    paths = [text.split("folder = ")[1].split("\n")[0] for text in written]
+    paths = [text.split("folder     = ")[1].split("\n")[0] for text in written]
     assert paths == ['"images"', '"../images"', f'"{tmp_path}/images"']
 
 
