@@ -300,7 +300,7 @@ def _find_class_folders(listing: _Listing, folder: Path) -> tuple[tuple[str, ...
     if not _is(folder.is_dir):
         if _is(folder.exists):
             raise DataError(f"{show_name(str(folder))} is a file, not a folder; unpack it if it is an archive")
-        raise DataError(f"{show_name(str(folder))}: no such folder; data.folder names one with a subfolder a class")
+        raise DataError(f"{show_name(str(folder))}: no such folder; it should have a subfolder of images for each class")
     folders, files = listing.list_folder(folder)
     if listing.problems:
         raise DataError(listing.problems[0])
@@ -337,7 +337,7 @@ def _explain_classes(listing: _Listing, class_folders: Sequence[Path]) -> str:
         return f"{title} has no class folders; sort the images into one subfolder a class"
     inner = class_folders[0]
     if len(listing.list_folder(inner)[0]) > 1:
-        return f"{title} has a single folder, which has the class folders; set data.folder to {show_name(str(inner))}"
+        return f"{title} has a single folder, which has the class folders; name that one: {show_name(str(inner))}"
     return f"{title} has a single class, {show_name(inner.name)}; there must be two at least, one subfolder a class"
 
 

@@ -283,7 +283,7 @@ def test_skip_unreadable_goes_on_and_says_how_many(flowers: Path, caplog: pytest
 
 def test_a_folder_without_classes_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "flowers"
-    with pytest.raises(DataError, match=r"flowers: no such folder; data.folder names one with a subfolder a class"):
+    with pytest.raises(DataError, match=r"flowers: no such folder; it should have a subfolder"):
         open_folder(folder)
     folder.touch()
     with pytest.raises(DataError, match="flowers is a file, not a folder; unpack it if it is an archive"):
@@ -297,7 +297,7 @@ def test_a_folder_without_classes_is_refused(tmp_path: Path) -> None:
         open_folder(folder)
     write(tmp_path / "outer" / "inner" / "a", 3)
     write(tmp_path / "outer" / "inner" / "b", 3)
-    with pytest.raises(DataError, match=r"which has the class folders; set data.folder to .*outer/inner"):
+    with pytest.raises(DataError, match=r"which has the class folders; name that one: .*outer/inner"):
         open_folder(tmp_path / "outer")
 
 
