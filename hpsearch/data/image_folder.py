@@ -181,7 +181,7 @@ def open_folder(
     check_space(len(survey.images), (1 if color == "grey" else 3, height, width))
     return OwnImages.of(
         inventory,
-        partial(_read_files, survey.folder, inventory.names, size=(height, width), color=color, on_read=on_read),
+        partial(_read_files, survey.folder, inventory, size=(height, width), color=color, on_read=on_read),
         title=show_name(survey.folder.name),
         folder=survey.folder,
         image_shape=(1 if color == "grey" else 3, height, width),
@@ -226,9 +226,10 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def _read_files(
-    folder: Path, names: Sequence[str], rows: Sequence[int], *, size: tuple[int, int], color: str, on_read: OnRead
+    folder: Path, inventory: Inventory, rows: Sequence[int], *, size: tuple[int, int], color: str, on_read: OnRead
 ) -> Iterator[Pixels]:
-    return read_photos([folder / names[row] for row in rows], size=size, color=color, on_read=on_read)
+    files = [(folder / inventory.names[row], inventory.digests[row]) for row in rows]
+    return read_photos(files, size=size, color=color, on_read=on_read)
 
 
 class _Listing:

@@ -1,6 +1,9 @@
 """One image file of the user's own to pixels, and what is known of it before."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
@@ -8,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from hpsearch.data.image_files import FORMATS, name_in_errors, open_image, scale_to_8_bits
+from hpsearch.data.image_files import FORMATS, PILLOW_WARNINGS, name_in_errors, open_image, scale_to_8_bits
 from hpsearch.errors import ImageError
 
 SUFFIXES = frozenset(
@@ -50,9 +53,7 @@ def look_at(file: Path | str) -> Look:
         with Path(file).open("rb") as stream:
             if not has_suffix and not _begins_as_image(stream):
                 return Look()
-            stream.seek(0)
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()[:_N_DIGITS]
-            stream.seek(0)
+            digest = _digest(stream)
             with open_image(stream, _SIDE) as (picture, (height, width)):
                 color = _find_color(picture)
         return Look(digest, height, width, color)
@@ -65,16 +66,19 @@ def look_at(file: Path | str) -> Look:
         return Look(digest, problem="is a link to a missing file" if is_dangling else error.strerror or str(error))
 
 
-def read_photo(image: Path | str | Image.Image, *, size: tuple[int, int] | None, color: str) -> NDArray[np.uint8]:
+def read_photo(
+    image: Path | str | Image.Image, *, size: tuple[int, int] | None, color: str, digest: str = ""
+) -> NDArray[np.uint8]:
     """Return an image file or Pillow image as pixels, uint8, of shape (3, H, W) for "rgb" or (1, H, W) for "grey".
 
     The first picture of a file is read and turned upright. It is scaled to fill the `size`, height and width, with its
     proportions kept, and its centre is cropped; one that has the size already, or without `size`, keeps its pixels.
-    Values of more than 8 bits are scaled to 8 bits, and transparent pixels become white. Raises `ImageError`.
+    Values of more than 8 bits are scaled to 8 bits, and transparent pixels become white. Raises `ImageError`, also for
+    a file whose bytes have another `digest`.
     """
     # Twice the size, so that most of the shrinking is not done by the decoder.
     side = None if size is None else 2 * max(size)
-    with name_in_errors(image), open_image(image, side) as (picture, _):
+    with name_in_errors(image), _open(image, digest) as source, open_image(source, side) as (picture, _):
         plain = _to_plain_mode(picture)
         if size is not None and plain.size != (size[1], size[0]):
             plain = ImageOps.fit(plain, (size[1], size[0]))
@@ -82,13 +86,36 @@ def read_photo(image: Path | str | Image.Image, *, size: tuple[int, int] | None,
     return np.ascontiguousarray(pixels.transpose(2, 0, 1)) if color == "rgb" else pixels[np.newaxis].copy()
 
 
+@contextmanager
+def _open(image: Path | str | Image.Image, digest: str) -> Iterator[Path | str | BinaryIO | Image.Image]:
+    """Yield what to read: an open file if it must have a digest, so that what is read is what was compared."""
+    if not digest or isinstance(image, Image.Image):
+        yield image
+        return
+    try:
+        with Path(image).open("rb") as stream:
+            if _digest(stream) != digest:
+                raise ImageError("has changed since the other files were looked at; run the command again")
+            yield stream
+    except OSError as error:
+        raise ImageError(error.strerror or str(error)) from error
+
+
+def _digest(stream: BufferedReader) -> str:
+    """Return the digest of a file, and go back to its beginning."""
+    stream.seek(0)
+    digest = hashlib.file_digest(stream, "sha256").hexdigest()[:_N_DIGITS]
+    stream.seek(0)
+    return digest
+
+
 def _begins_as_image(stream: BinaryIO) -> bool:
     try:
-        with Image.open(stream, formats=_SNIFFED):
+        with PILLOW_WARNINGS, Image.open(stream, formats=_SNIFFED):
             return True
     except UnidentifiedImageError:
         return False
-    except Image.DecompressionBombError:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         return True
 
 

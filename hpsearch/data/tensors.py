@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -42,15 +41,15 @@ _S = TypeVar("_S")
 def look_at_files(folder: Path, names: Sequence[str], on_read: OnRead = lambda n_done, n_total: None) -> list[Look]:
     """Return what `look_at` says of each of these files of a folder; only new and changed ones are read.
 
-    A file counts as unchanged if its size and the time of its last change are. `on_read` gets the numbers of files
+    A file counts as unchanged if its size and the times of its last changes are. `on_read` gets the numbers of files
     read and of all.
     """
     index = _cache_folder() / f"index-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:32]}"
     known, states = _read_index(index), [_state(f"{folder}/{name}") for name in names]
     looks: dict[str, Look] = {}
     for name, state in zip(names, states, strict=True):
-        if state and (entry := known.get(name)) and entry[:2] == list(state):
-            looks[name] = Look(*entry[2:])
+        if state and (entry := known.get(name)) and entry[: len(state)] == list(state):
+            looks[name] = Look(*entry[len(state) :])
     new = [name for name in names if name not in looks]
     paths = [folder / name for name in new]
     looks |= dict(zip(new, _in_threads(look_at, paths, on_read, len(names)), strict=True))
@@ -66,10 +65,21 @@ def look_at_files(folder: Path, names: Sequence[str], on_read: OnRead = lambda n
 
 
 def read_photos(
-    paths: Sequence[Path], *, size: tuple[int, int], color: str, on_read: OnRead = lambda n_done, n_total: None
+    files: Sequence[tuple[Path, str]],
+    *,
+    size: tuple[int, int],
+    color: str,
+    on_read: OnRead = lambda n_done, n_total: None,
 ) -> Iterator[Pixels]:
-    """Yield what `read_photo` returns for each file, in order, read by as many threads as there are cores."""
-    return _in_threads(partial(read_photo, size=size, color=color), paths, on_read, len(paths))
+    """Yield what `read_photo` returns for each file, with the digest that it must have, in order.
+
+    They are read by as many threads as there are cores.
+    """
+
+    def read(file: tuple[Path, str]) -> Pixels:
+        return read_photo(file[0], size=size, color=color, digest=file[1])
+
+    return _in_threads(read, files, on_read, len(files))
 
 
 def store_pixels(
@@ -174,12 +184,12 @@ def _cache_folder() -> Path:
         raise DataError("no home folder found for the cache; set HOME or XDG_CACHE_HOME") from error
 
 
-def _state(file: str) -> tuple[int, int] | None:
+def _state(file: str) -> tuple[int, int, int] | None:
     try:
         status = os.stat(file)  # noqa: PTH116 - a Path takes longer than the call
     except OSError:
         return None
-    return status.st_size, status.st_mtime_ns
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _read_index(file: Path) -> dict[str, list[Any]]:

@@ -15,7 +15,7 @@ from hpsearch.data.dataset import load_data
 from hpsearch.data.image_folder import natural_key, open_folder, survey_folder
 from hpsearch.data.inventory import Inventory
 from hpsearch.data.sets import find_data_set
-from hpsearch.errors import DataError
+from hpsearch.errors import DataError, ImageError
 from tests.data.test_photos import as_nobody
 
 Write = Callable[..., Path]
@@ -279,6 +279,20 @@ def test_skip_unreadable_goes_on_and_says_how_many(flowers: Path, caplog: pytest
     images = open_folder(flowers, skip_unreadable=True)
     assert (images.n_train, images.n_test) == (7, 7)
     assert "flowers: skipping 2 files that cannot be read: test/a/0.png, train/a/0.png" in caplog.text
+
+
+def test_a_file_that_changes_while_the_folder_is_read_is_named(flowers: Path) -> None:
+    for name in ("a", "b"):
+        write(flowers / name, 4)
+    images = open_folder(flowers)
+    row = images.rows(is_train=True)[2]
+    changed = flowers / images.inventory.names[row]
+    Image.new("RGB", (8, 6)).save(changed)
+    with pytest.raises(ImageError, match=rf"^{changed}: has changed since the other files were looked at; run"):
+        images.read(is_train=True)
+    changed.unlink()
+    with pytest.raises(ImageError, match=rf"^{changed}: No such file or directory"):
+        images.read(is_train=True)
 
 
 def test_a_folder_without_classes_is_refused(tmp_path: Path) -> None:
