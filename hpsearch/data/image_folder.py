@@ -17,6 +17,7 @@ from hpsearch.data.tensors import OnRead, Pixels, check_space, look_at_files, re
 from hpsearch.errors import DataError
 
 logger = logging.getLogger(__name__)
+_warned: dict[Path, list[str]] = {}  # what was said of a folder: a command may open it several times
 
 _SIDES = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -361,14 +362,14 @@ def report_problems(survey: FolderSurvey, problems: Sequence[str], *, is_skippin
 
 
 def _warn(survey: FolderSurvey) -> None:
-    """Warn of what the user should know before a search uses the images."""
-    title = show_name(survey.folder.name)
+    """Warn of what the user should know before a search uses the images, unless that was said of them before."""
+    warnings = []
     if n := len(survey.unreadable):
         names = list_names([file.name for file in survey.unreadable])
-        logger.warning("%s: skipping %s that cannot be read: %s", title, f"{n:,} file{'s' * (n != 1)}", names)
+        warnings.append(f"skipping {n:,} file{'s' * (n != 1)} that cannot be read: {names}")
     if others := {suffix: n for suffix, n in survey.left_out.items() if suffix in _OTHER_PICTURES}:
         found = ", ".join(f"{n:,} {suffix}" for suffix, n in others.items())
-        logger.warning("%s: left out %s files; convert them to JPEG or PNG to use them", title, found)
+        warnings.append(f"left out {found} files; convert them to JPEG or PNG to use them")
     for groups, meaning in (
         (survey.leaks, "split, which makes results look better than they are"),
         (survey.conflicts, "class"),
@@ -376,4 +377,8 @@ def _warn(survey: FolderSurvey) -> None:
         if groups:
             pairs = [" = ".join(group if len(group) <= 3 else [*group[:3], "..."]) for group in groups]
             subject = "1 image is" if len(groups) == 1 else f"{len(groups):,} images are"
-            logger.warning("%s: %s in more than one %s: %s", title, subject, meaning, list_names(pairs))
+            warnings.append(f"{subject} in more than one {meaning}: {list_names(pairs)}")
+    if _warned.get(survey.folder) != warnings:
+        _warned[survey.folder] = warnings
+        for warning in warnings:
+            logger.warning("%s: %s", show_name(survey.folder.name), warning)
