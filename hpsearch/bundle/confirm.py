@@ -18,6 +18,7 @@ from scipy import stats
 from hpsearch.bundle.evaluation import mean_interval
 from hpsearch.config.definition import StudyDefinition
 from hpsearch.data.dataset import ImageData
+from hpsearch.data.sets import DataSet
 from hpsearch.errors import Diverged, HpsearchError, UsageError, WorkerError
 from hpsearch.search.selection import find_best_few
 from hpsearch.search.study import check_data, check_writable
@@ -43,7 +44,7 @@ def confirm(
     top: int = 3,
     seeds: int = 3,
     n_workers: int = 1,
-    folder: Path | str | None = None,
+    folder: DataSet | Path | str | None = None,
     devices: Sequence[str] = ("cpu",),
     on_run: Callable[[int, int, float], None] = lambda trial, run, accuracy: None,
     on_epoch: Callable[[int, int], None] = lambda n_done, n_total: None,
@@ -143,7 +144,7 @@ def _train_all(
     runs: list[Run],
     n_workers: int,
     devices: Sequence[str],
-    folder: Path | str | None,
+    folder: DataSet | Path | str | None,
 ) -> Iterator[tuple[Run, float | None]]:
     """Train all runs, and yield each after each epoch with None, and at its end with its accuracy.
 
@@ -155,7 +156,7 @@ def _train_all(
         for run in runs:
             yield from ((run, accuracy) for accuracy in _measure(definition, here, run))
         return
-    shared = share(data) or folder
+    shared = share(data, folder)
     n_threads = max(1, torch.get_num_threads() // n_workers)
 
     def prepare(slot: int) -> tuple[str, Task]:
@@ -184,7 +185,7 @@ def _train_all(
 
 def _work(
     definition: StudyDefinition,
-    data: ImageData | Path | str | None,
+    data: ImageData | DataSet | Path | str | None,
     device: str,
     n_threads: int,
     runs: list[Run],

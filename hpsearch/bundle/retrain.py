@@ -19,6 +19,7 @@ from hpsearch.config.definition import StudyDefinition
 from hpsearch.config.space import TrainingHyperparameters
 from hpsearch.config.urls import expand_home
 from hpsearch.data.dataset import ImageData, check_test, load_test
+from hpsearch.data.sets import DataSet
 from hpsearch.errors import Diverged
 from hpsearch.plugins import NETWORKS, find
 from hpsearch.search.selection import find_best, find_winner
@@ -36,7 +37,7 @@ def export(
     number: int | None = None,
     onnx: bool = False,
     torch_export: bool = False,
-    folder: Path | str | None = None,
+    folder: DataSet | Path | str | None = None,
     device: torch.device | str = "cpu",
     force: bool = False,
     on_epoch: Callable[[int, EpochResult], None] = lambda seed, result: None,

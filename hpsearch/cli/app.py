@@ -195,13 +195,13 @@ def _run_here(
     from hpsearch.search.study import start_study
 
     start_study(named.definition, keeps_extension=keeps_extension)
-    options.fetch_images(named.definition, data)
+    images = options.fetch_images(named.definition, data)
 
     def search(view: "LiveView") -> str:
         from hpsearch.workers.processes import run_pool  # takes seconds, with torch; the table is there before
 
         drain.listen(on_request=view.announce_stop)
-        return run_pool(named.definition, drain, n_workers, n_threads=threads, folder=data, emit=view)
+        return run_pool(named.definition, drain, n_workers, n_threads=threads, folder=images, emit=view)
 
     show(search, drain)
 
@@ -270,7 +270,7 @@ def worker(
     watch = named.watch()
     neighbors, drain = Neighbors(watch.study), Drain()
     echo(describe_share(neighbors.count() + 1, threads))
-    options.fetch_images(named.definition, data)
+    images = options.fetch_images(named.definition, data)
 
     def work(view: LiveView) -> str:
         drain.listen(on_request=view.announce_stop)
@@ -279,7 +279,7 @@ def worker(
         with neighbors.joined():
             from hpsearch.workers.worker import run_worker  # takes seconds, with torch; the table is there before
 
-            settings: dict[str, Any] = {"data": data, "n_threads": threads, "max_trials": max_trials}
+            settings: dict[str, Any] = {"data": images, "n_threads": threads, "max_trials": max_trials}
             return run_worker(named.definition, drain, view, neighbors=neighbors, **settings)
 
     with LiveView(watch) as view:

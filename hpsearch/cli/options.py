@@ -6,6 +6,7 @@ import re
 import shlex
 import tomllib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 _N_BEST = 5  # trials in the table at the end of a search
 Number = TypeVar("Number", int, float)
-_opened: list["DataSet"] = []  # by this command, which calls a function of the user's only once
 
 
 def complete_study(incomplete: str) -> list[str]:
@@ -212,42 +212,43 @@ class NamedStudy:
         return Watch(self.definition)
 
 
-def fetch_images(definition: "StudyDefinition", folder: Path | None) -> None:
+def fetch_images(definition: "StudyDefinition", folder: Path | None) -> "DataSet | Path | None":
     """Download or read the images of a study if that has not been done, before anything is drawn.
 
-    Each archive has a bar of its own. So has the user's own folder; in a pipe, there is a line.
+    Returns the data set if it is now open, else the folder. Each archive has a bar of its own. So has the user's own
+    folder; in a pipe, there is a line.
     """
     from hpsearch.data.sets import find_data_set
 
     if definition.data.name is None:
-        read_own_images(definition, folder)
-        return
+        return read_own_images(definition, folder)
     data_set = find_data_set(definition.data.name, folder)
     place = data_set.locate()
     if place and not place.exists():
         echo(f"downloading {data_set.title} to {place}")
         data_set.read(is_train=True)
+    return folder
 
 
-def read_own_images(definition: "StudyDefinition", folder: Path | None) -> None:
-    """Read the user's own images, with a bar; what was read before takes a moment and shows nothing."""
+def read_own_images(definition: "StudyDefinition", folder: Path | None) -> "DataSet":
+    """Read and return the user's own images, with a bar; what was read before takes a moment and shows nothing."""
     from hpsearch.monitor.progress import Steps
     from hpsearch.training.run import open_data_set
 
+    title, announced = definition.data.title, set[str]()
     with Steps() as show_step:
-        announced = set[int]()
 
-        def show(n_done: int, n_total: int) -> None:
-            line = "" if n_total in announced else f"reading {n_total:,} images of {definition.data.title}"
-            announced.add(n_total)
-            show_step(f"reading {definition.data.title}", n_done, n_total, line=line)
+        def show(step: str, n_done: int, n_total: int) -> None:
+            line = "" if step in announced else f"{step} {n_total:,} images of {title}"
+            announced.add(step)
+            show_step(f"{step} {title}", n_done, n_total, line=line)
 
         if definition.data.code:
-            loading = f"loading images with {definition.data.title}"
+            loading = f"loading images with {title}"
             show_step(loading, line=loading)
-        data_set = open_data_set(definition, folder, show)
-        data_set.map_training()
-        _opened.append(data_set)
+        data_set = open_data_set(definition, folder, partial(show, "checking"))
+        data_set.map_training(partial(show, "reading"))
+    return data_set
 
 
 def warn_about_password(option: str, url: str | None) -> None:

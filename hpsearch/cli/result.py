@@ -32,7 +32,7 @@ def confirm(
     from hpsearch.cli.render import render_confirmation
     from hpsearch.monitor.progress import Steps
 
-    options.fetch_images(named.definition, data)
+    images = options.fetch_images(named.definition, data)
     with Steps() as show_step:
         show_step("loading PyTorch and the images")
         from hpsearch.bundle.confirm import confirm as confirm_trials
@@ -44,7 +44,7 @@ def confirm(
             top=top,
             seeds=seeds,
             n_workers=workers or default_workers(),
-            folder=data,
+            folder=images,
             devices=list_devices(),
             on_run=lambda trial, run, accuracy: echo(f"trial {trial}, run {run + 1}/{seeds}: {accuracy:.4f}"),
             on_epoch=lambda n_done, n_total: show_step("retraining, epochs", n_done, n_total),
@@ -79,7 +79,7 @@ def export(
     n_models, n_epochs = definition.retrain.seeds, definition.retrain.epochs or definition.budget.epochs
     if trial is None:
         echo(explain_choice(stored, named.arguments))
-    options.fetch_images(definition, data)
+    images = options.fetch_images(definition, data)
     with Steps() as show_step:
         show_step("loading PyTorch and the images")
         from hpsearch.bundle.retrain import export as export_bundle
@@ -99,7 +99,7 @@ def export(
             number=trial,
             onnx=onnx,
             torch_export=torch_export,
-            folder=data,
+            folder=images,
             force=force,
             device=list_devices()[0],
             on_epoch=on_epoch,

@@ -182,7 +182,7 @@ def open_folder(
     check_space(len(survey.images), (1 if color == "grey" else 3, height, width))
     return OwnImages.of(
         inventory,
-        partial(_read_files, survey.folder, inventory, size=(height, width), color=color, on_read=on_read),
+        partial(_read_files, survey.folder, inventory, size=(height, width), color=color),
         title=show_name(survey.folder.name),
         folder=survey.folder,
         image_shape=(1 if color == "grey" else 3, height, width),
@@ -227,10 +227,10 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def _read_files(
-    folder: Path, inventory: Inventory, rows: Sequence[int], *, size: tuple[int, int], color: str, on_read: OnRead
+    folder: Path, inventory: Inventory, rows: Sequence[int], *, size: tuple[int, int], color: str
 ) -> Iterator[Pixels]:
     files = [(folder / inventory.names[row], inventory.digests[row]) for row in rows]
-    return read_photos(files, size=size, color=color, on_read=on_read)
+    return read_photos(files, size=size, color=color)
 
 
 class _Listing:
@@ -302,7 +302,9 @@ def _find_class_folders(listing: _Listing, folder: Path) -> tuple[tuple[str, ...
     if not _is(folder.is_dir):
         if _is(folder.exists):
             raise DataError(f"{show_name(str(folder))} is a file, not a folder; unpack it if it is an archive")
-        raise DataError(f"{show_name(str(folder))}: no such folder; it should have a subfolder of images for each class")
+        raise DataError(
+            f"{show_name(str(folder))}: no such folder; it should have a subfolder of images for each class"
+        )
     folders, files = listing.list_folder(folder)
     if listing.problems:
         raise DataError(listing.problems[0])

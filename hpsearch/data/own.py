@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,12 +83,20 @@ class OwnImages(DataSet):
             images[i] = image
         return torch.from_numpy(images), self._labels(rows)
 
-    def map_training(self) -> "tuple[MappedPixels, Tensor]":
+    def map_training(
+        self, on_read: Callable[[int, int], None] = lambda n_done, n_total: None
+    ) -> "tuple[MappedPixels, Tensor]":
         from hpsearch.data.tensors import store_pixels
 
         rows = self.rows(is_train=True)
+
+        def read() -> "Iterator[NDArray[uint8]]":
+            for n_done, image in enumerate(self.load(rows), 1):
+                yield image
+                on_read(n_done, len(rows))
+
         digests = [self.inventory.digests[row] for row in rows]
-        return store_pixels(digests, self.image_shape, lambda: self.load(rows)), self._labels(rows)
+        return store_pixels(digests, self.image_shape, read), self._labels(rows)
 
     def _labels(self, rows: Sequence[int]) -> "Tensor":
         import torch

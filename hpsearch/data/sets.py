@@ -11,6 +11,7 @@ import sys
 import tempfile
 import zlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -94,8 +95,13 @@ class DataSet(ABC):
     def read(self, *, is_train: bool) -> "tuple[Tensor, Tensor]":
         """Return the images of a part, uint8, shape (N, C, H, W), and their labels, int64. Raises `DataError`."""
 
-    def map_training(self) -> "tuple[MappedPixels, Tensor] | None":
-        """Return what `read` does for the training part as a file that processes share, if there is one."""
+    def map_training(
+        self, on_read: Callable[[int, int], None] = lambda n_done, n_total: None
+    ) -> "tuple[MappedPixels, Tensor] | None":
+        """Return what `read` does for the training part as a file that processes share, if there is one.
+
+        `on_read` gets the number of images read and of all, if it is read.
+        """
         return None
 
     def split(self, labels: "Tensor", validation: int, train: int | None, seed: int) -> "tuple[Tensor, Tensor]":

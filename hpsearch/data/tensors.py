@@ -64,13 +64,7 @@ def look_at_files(folder: Path, names: Sequence[str], on_read: OnRead = lambda n
     return [looks[name] for name in names]
 
 
-def read_photos(
-    files: Sequence[tuple[Path, str]],
-    *,
-    size: tuple[int, int],
-    color: str,
-    on_read: OnRead = lambda n_done, n_total: None,
-) -> Iterator[Pixels]:
+def read_photos(files: Sequence[tuple[Path, str]], *, size: tuple[int, int], color: str) -> Iterator[Pixels]:
     """Yield what `read_photo` returns for each file, with the digest that it must have, in order.
 
     They are read by as many threads as there are cores.
@@ -79,7 +73,7 @@ def read_photos(
     def read(file: tuple[Path, str]) -> Pixels:
         return read_photo(file[0], size=size, color=color, digest=file[1])
 
-    return _in_threads(read, files, on_read, len(files))
+    return _in_threads(read, files)
 
 
 def store_pixels(
@@ -153,7 +147,12 @@ def _available_memory() -> int:
     return min(free, int(limit)) if limit.isdigit() else free
 
 
-def _in_threads(function: Callable[[_S], _T], items: Sequence[_S], on_read: OnRead, n_total: int) -> Iterator[_T]:
+def _in_threads(
+    function: Callable[[_S], _T],
+    items: Sequence[_S],
+    on_read: OnRead = lambda n_done, n_total: None,
+    n_total: int = 0,
+) -> Iterator[_T]:
     """Yield the results in order. Decoding and hashing run in parallel, since they release Python's lock.
 
     At most a few tasks are ahead of the results that were taken, so that memory is bounded.

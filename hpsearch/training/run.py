@@ -23,14 +23,17 @@ from hpsearch.training.trainer import Trainer
 
 def open_data_set(
     definition: StudyDefinition,
-    folder: Path | str | None = None,
+    folder: DataSet | Path | str | None = None,
     on_read: Callable[[int, int], None] = lambda n_done, n_total: None,
 ) -> DataSet:
     """Return the data set of a study: a built-in one, whose files are in `folder`, or the user's own images.
 
     Own images are read unless that was done before; `on_read` gets the number of files read and of all. `folder` takes
-    the place of the folder or file in the study file. Raises `DataError`.
+    the place of the folder or file in the study file; if it is a data set, which is open already, it is returned.
+    Raises `DataError`.
     """
+    if isinstance(folder, DataSet):
+        return folder
     data = definition.data
     if data.name:
         return find_data_set(data.name, folder)
@@ -51,7 +54,7 @@ def open_data_set(
     return open_file(folder or str(data.file), on_read=on_read, **settings)
 
 
-def load_study_data(definition: StudyDefinition, folder: Path | str | None = None) -> ImageData:
+def load_study_data(definition: StudyDefinition, folder: DataSet | Path | str | None = None) -> ImageData:
     """Load the training and validation split of a study. Raises `DataError`."""
     data, data_set = definition.data, open_data_set(definition, folder)
     n_validation = int(data.validation or 0)

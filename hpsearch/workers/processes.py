@@ -19,6 +19,7 @@ import optuna
 
 from hpsearch.config.definition import StudyDefinition, evolve
 from hpsearch.data.dataset import ImageData
+from hpsearch.data.sets import DataSet
 from hpsearch.errors import Drained
 from hpsearch.search.study import check_data, load_study
 from hpsearch.search.trials import Emit
@@ -43,7 +44,7 @@ def run_pool(
     drain: Drain,
     n_workers: int,
     *,
-    folder: Path | str | None = None,
+    folder: DataSet | Path | str | None = None,
     n_threads: int | None = None,
     emit: Emit = lambda event: None,
 ) -> str:
@@ -57,10 +58,10 @@ def run_pool(
     images = load_study_data(definition, folder)
     check_data(definition, study, images, stores=True)
     try_first(definition, study, images)
-    data = share(images)
+    data = share(images, folder)
     drain.check()
     devices = list_devices()
-    options: dict[str, Any] = {"data": data or folder, "n_threads": n_threads, "n_workers": n_workers, "waits": True}
+    options: dict[str, Any] = {"data": data, "n_threads": n_threads, "n_workers": n_workers, "waits": True}
 
     def prepare(slot: int) -> tuple[str, Task]:
         stream, device = storage.join(study._study_id), devices[slot % len(devices)]
@@ -70,13 +71,16 @@ def run_pool(
     return Supervisor(Processes(prepare), n_workers, definition, study, storage, drain, emit).run()
 
 
-def share(data: ImageData) -> ImageData | None:
-    """Move the data to shared memory. Returns None, with a warning, if that is too small, as with Docker's defaults."""
+def share(data: ImageData, folder: DataSet | Path | str | None) -> ImageData | Path | str | None:
+    """Move the data to shared memory, and return them.
+
+    If that is too small, as with Docker's defaults, return the folder that they were loaded from, with a warning.
+    """
     try:
         return data.share_memory()
     except RuntimeError as error:
         logger.warning("not enough shared memory; each worker loads its own copy of the data (%s)", error)
-        return None
+        return folder.folder if isinstance(folder, DataSet) else folder
 
 
 def _work(definition: StudyDefinition, url: str, drain: Drain, send: Send, **options: Any) -> str:

@@ -18,6 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpsearch.config.definition import StudyDefinition
 from hpsearch.data.dataset import ImageData
+from hpsearch.data.sets import DataSet
 from hpsearch.errors import (
     BudgetInFlight,
     BudgetSpent,
@@ -278,7 +279,7 @@ def run_worker(
     drain: Drain,
     emit: Emit = lambda event: None,
     *,
-    data: ImageData | Path | str | None = None,
+    data: ImageData | DataSet | Path | str | None = None,
     device: str | None = None,
     n_threads: int | None = None,
     n_workers: int = 1,
