@@ -1,5 +1,6 @@
 """A study's images: what its [data] table says reaches the folder."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -38,3 +39,18 @@ def test_a_share_of_the_training_images_is_held_out_and_another_folder_takes_the
     write_shapes(tmp_path / "moved" / "test", 30, size=16, seed=1)
     data = load_study_data(define(folder=str(tmp_path / "shapes"), validation=0.3), tmp_path / "moved")
     assert (len(data.train), len(data.validation)) == (70, 30)
+
+
+def test_a_data_set_that_is_open_is_used_as_it_is_here_and_in_other_processes(tmp_path: Path) -> None:
+    write_shapes(tmp_path / "shapes", 60, size=16)
+    checked: list[tuple[int, int]] = []
+    read: list[tuple[int, int]] = []
+    definition = define(folder=str(tmp_path / "shapes"))
+    images = open_data_set(definition, on_read=lambda *progress: checked.append(progress))
+    images.map_training(lambda *progress: read.append(progress))
+    assert checked[-1] == (60, 60)
+    assert read[-1] == (images.n_train, images.n_train)
+    (tmp_path / "shapes").rename(tmp_path / "away")
+    assert open_data_set(definition, images) is images
+    copy = pickle.loads(pickle.dumps(images))
+    assert len(load_study_data(definition, copy).merged()) == images.n_train
