@@ -83,8 +83,9 @@ def init(
         for example in EXAMPLES:
             print(f"{example:{max(map(len, EXAMPLES))}}  {describe_example(example)}")
         return echo("next: hpsearch init digits, or for your own images: hpsearch init NAME --images DIR")
-    file = write_example(name)
-    return echo(f"wrote {file}; change it as you like\nnext: hpsearch run {name}")
+    files = write_example(name)
+    change = "it" if len(files) == 1 else "them"
+    return echo(f"wrote {' and '.join(map(str, files))}; change {change} as you like\nnext: hpsearch run {name}")
 
 
 @app.command(epilog="Example: hpsearch check digits")

@@ -333,7 +333,7 @@ def load_definition(path: Path | str, *, storage: str | None = None, artifacts: 
         raise DefinitionError(str(file), [f"cannot read the file: {error.strerror}"]) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DefinitionError(str(file), [f"not valid TOML: {error}"]) from error
-    definition = parse_definition(raw, str(file), folder=folder)
+    definition = parse_definition(raw, str(file), folder=file.parent)
     name = definition.study.name or file.stem
     given = storage or os.environ.get("HPSEARCH_STORAGE")
     url = given or definition.study.storage or f"sqlite:///{name}.db"

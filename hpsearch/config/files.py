@@ -7,7 +7,8 @@ from pathlib import Path
 from hpsearch.errors import UsageError
 
 _FOLDER = Path(__file__).parent / "examples"
-EXAMPLES = {name: _FOLDER / f"{name}.toml" for name in ("digits", "mnist-mlp", "mnist-cnn")}
+EXAMPLES = {name: _FOLDER / f"{name}.toml" for name in ("digits", "mnist-mlp", "mnist-cnn", "mnist-resnet")}
+_CODE = {"mnist-resnet": "nets.py"}  # the file beside an example that it names
 _SEARCH_TABLE = re.compile(r"^\s*\[search[].]", re.MULTILINE)
 
 
@@ -48,17 +49,23 @@ def describe_example(name: str) -> str:
     return EXAMPLES[name].read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
 
 
-def write_example(name: str) -> Path:
-    """Write an example to the current folder and return its file.
+def write_example(name: str) -> list[Path]:
+    """Write an example to the current folder and return its study file, and the file with code that it names.
 
-    Raises `UsageError` if there is no such example, or if the name is that of a study file already.
+    Raises `UsageError` if there is no such example, or if the name is that of a study file or such a file already.
     """
     if name not in EXAMPLES:
         raise UsageError(
             f"no example '{name}'; the examples are: {', '.join(EXAMPLES)}; "
             f"for your own images: hpsearch init {shlex.quote(name)} --images DIR"
         )
-    return write_study_file(name, EXAMPLES[name].read_text(encoding="utf-8"))
+    code = [Path(_CODE[name])] if name in _CODE else []
+    for file in filter(Path.exists, code):
+        raise UsageError(f"{file} is there already; begin in another folder")
+    written = [write_study_file(name, EXAMPLES[name].read_text(encoding="utf-8"))]
+    for file in code:
+        file.write_text((_FOLDER / file).read_text(encoding="utf-8"), encoding="utf-8")
+    return written + code
 
 
 def write_study_file(name: str, text: str) -> Path:

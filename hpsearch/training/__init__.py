@@ -1,7 +1,7 @@
 """From hyperparameters and data to a trained network.
 
 kinds        the MLP and the CNN: their hyperparameters, and the layers that they describe
-random_state the global random numbers of torch, NumPy and Python, which networks of the user's may draw
+randomness   the global random numbers of torch, NumPy and Python, which networks of the user's may draw
 networks     networks: sequences of torch layers, or a module of the user's
 optimizers   optimizers and learning rate schedules
 gradients    the gradients of a training step, by autograd or in closed form

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hpsearch.training.networks import Dropout, Network, OwnNetwork
-from hpsearch.training.random_state import turn
+from hpsearch.training.randomness import turn
 
 Gradients = Callable[[Tensor, Tensor], Tensor]
 """Maps normalized images (N, C, H, W) and labels (N,) to the mean loss, and stores the gradients in `.grad`."""

@@ -14,7 +14,7 @@ from hpsearch.data.dataset import Split
 from hpsearch.errors import OwnCodeError
 from hpsearch.plugins import NETWORKS, OwnCode, find
 from hpsearch.training.kinds import Layer
-from hpsearch.training.random_state import GlobalRandom
+from hpsearch.training.randomness import GlobalRandom
 
 _N_IMAGES, _N_PIXELS = 512, 512 * 28**2  # of a batch
 

@@ -17,7 +17,7 @@ from hpsearch.data.sets import DataSet, find_data_set
 from hpsearch.errors import DataError
 from hpsearch.training.devices import tune_malloc
 from hpsearch.training.networks import build_network
-from hpsearch.training.random_state import GlobalRandom
+from hpsearch.training.randomness import GlobalRandom
 from hpsearch.training.trainer import Trainer
 
 

@@ -17,7 +17,7 @@ from hpsearch.errors import Diverged
 from hpsearch.training.gradients import choose_gradients, fast_matmul, join_parameters
 from hpsearch.training.networks import Dropout, Network, OwnNetwork
 from hpsearch.training.optimizers import build_optimizer, build_schedule
-from hpsearch.training.random_state import GlobalRandom
+from hpsearch.training.randomness import GlobalRandom
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from hpsearch.data.dataset import Split
 from hpsearch.errors import Diverged, OwnCodeError
 from hpsearch.plugins import OwnCode
 from hpsearch.training.networks import OwnNetwork, build_network
-from hpsearch.training.random_state import GlobalRandom
+from hpsearch.training.randomness import GlobalRandom
 from hpsearch.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)

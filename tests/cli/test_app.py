@@ -262,7 +262,7 @@ def test_without_a_study_a_command_takes_the_only_one_here_else_lists_all_with_t
 
 def test_init_lists_the_examples_and_what_it_writes_can_be_checked(run: Run, tmp_path: Path) -> None:
     code, out, err = run("init")
-    assert [line.split("  ")[0] for line in out.splitlines()] == ["digits", "mnist-mlp", "mnist-cnn"]
+    assert [line.split("  ")[0] for line in out.splitlines()] == ["digits", "mnist-mlp", "mnist-cnn", "mnist-resnet"]
     advice = "next: hpsearch init digits, or for your own images: hpsearch init NAME --images DIR\n"
     assert (code, err) == (0, advice)
     assert "digits: packaged example" in run("check", "digits")[2]
