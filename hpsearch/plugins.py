@@ -154,16 +154,20 @@ class OwnCode:
             )
         return self.locate(error)
 
-    def locate(self, error: BaseException) -> str:
-        """Return an error of the function's with the last line of its file that it passed: "nets.py:12: ..."."""
+    def find_line(self, error: BaseException) -> int | None:
+        """Return the last line of the file that an error passed, or None if it came from elsewhere."""
+        if isinstance(error, SyntaxError) and error.filename == self.file:
+            return error.lineno
         lines = [
             line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == self.file
         ]
-        if isinstance(error, SyntaxError) and error.filename == self.file and error.lineno:
-            lines.append(error.lineno)
-        line = f":{lines[-1]}" if lines else ""
-        message = " ".join(str(error).split())
-        return f"{self.name}{line}: {type(error).__name__}{f': {message}' if message else ''}"
+        return lines[-1] if lines else None
+
+    def locate(self, error: BaseException) -> str:
+        """Return an error with the last line of the file that it passed: "nets.py:12: ValueError: ..."."""
+        line, message = self.find_line(error), " ".join(str(error).split())
+        place = f"{self.name}:{line}" if line else self.path
+        return f"{place}: {type(error).__name__}{f': {message}' if message else ''}"
 
 
 class _SourceLoader(importlib.abc.ExecutionLoader):

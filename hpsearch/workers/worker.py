@@ -149,8 +149,13 @@ class Worker:
                 if not self.storage.beat(trial._trial_id):
                     return self._drop(trial)
                 kind = "out-of-memory" if _is_out_of_memory(error) else "exception"
-                return self._fail(trial, kind, f"{type(error).__name__}: {error}; {self._keep_traceback(trial)}")
+                return self._fail(trial, kind, f"{self._describe(error)}; {self._keep_traceback(trial)}")
             return self._tell(trial, value, state)
+
+    def _describe(self, error: Exception) -> str:
+        """Return what failed a trial, with the line in the file of a network of the user's, if it was there."""
+        code = self.definition.network.code
+        return code.locate(error) if code and code.find_line(error) else f"{type(error).__name__}: {error}"
 
     def update_threads(self) -> None:
         """Note how many threads this worker should use now."""

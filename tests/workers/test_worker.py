@@ -130,6 +130,18 @@ def test_a_failed_trial_says_why_and_the_worker_goes_on(
     assert len([trial for trial in b.study.trials if trial.state.is_finished()]) == 3
 
 
+def test_a_trial_that_fails_in_a_network_of_the_users_says_in_which_line(
+    bench: Callable[..., Bench], tmp_path: Path
+) -> None:
+    source = "def build(image_shape, n_classes, *, depth: int, width: int):\n    return [][width]\n"
+    (tmp_path / "nets.py").write_text(source)
+    b = bench(network={"kind": f"{tmp_path}/nets.py:build"}, budget={"failures": 1})
+    with pytest.raises(TooManyFailures):
+        b.worker().run()
+    message = b.study.trials[0].user_attrs["failure"]["message"]
+    assert message.startswith("nets.py:2: IndexError: list index out of range; ")
+
+
 def test_three_failures_in_a_row_end_a_worker_and_say_what_to_do(bench: Callable[..., Bench]) -> None:
     b = bench(budget={"trials": 9, "failures": 9})
     worker = b.worker()
