@@ -1,5 +1,6 @@
 """Create, resume and load studies, never mixing trials of two definitions; stop and extend them, and enqueue trials."""
 
+import hashlib
 import json
 import uuid
 import warnings
@@ -92,6 +93,10 @@ def open_study(definition: StudyDefinition, storage: Storage, *, keeps_extension
             warnings.simplefilter("ignore", ExperimentalWarning)
             study.set_metric_names(["validation accuracy"])
         if "fingerprint" not in study.user_attrs:
+            if definition.network.code:
+                _source_folder(definition, study).write(
+                    definition.network.code.name, definition.network.code.source.encode()
+                )
             study.set_user_attr("fingerprint", definition.fingerprint)  # last: it marks the study as complete
     return study
 
@@ -203,8 +208,25 @@ def _check_identity(definition: StudyDefinition, study: optuna.Study) -> None:
     elif differing := _find_differences(attributes, definition):
         raise StudyMismatch(
             f"study '{study.study_name}' was started with different settings:{''.join(differing)}\n"
-            "Undo the change, or set study.name in the file to start a new study."
+            f"Undo the change{_find_source(definition, study)}, or set study.name in the file to start a new study."
         )
+
+
+def _source_folder(definition: StudyDefinition, study: optuna.Study) -> Folder:
+    return checkpoint_folder(definition, study) / "source"
+
+
+def _find_source(definition: StudyDefinition, study: optuna.Study) -> str:
+    """Return where the file of a network of the user's is as the study was started with, if it has changed since."""
+    code, wanted = definition.network.code, study.user_attrs["identity"].get("network.source")
+    if code is None or wanted in (None, code.sha256):
+        return ""
+    folder = _source_folder(definition, study)
+    try:
+        is_there = hashlib.sha256(folder.read(code.name)).hexdigest() == wanted
+    except OSError:
+        return ""
+    return f" ({code.name} as it was: {folder / code.name})" if is_there else ""
 
 
 def _find_differences(attributes: dict[str, Any], definition: StudyDefinition) -> list[str]:
@@ -214,7 +236,8 @@ def _find_differences(attributes: dict[str, Any], definition: StudyDefinition) -
     stored, wanted = attributes["identity"], definition.identity
     with suppress(DefinitionError):  # of another version; then it is compared as it is
         stored = read_identity(stored, definition.codes)
-    names = {"network.source": f"{definition.network.code.name}, SHA-256"} if definition.network.code else {}
+    code = definition.network.code
+    names = {"network.source": f"{code.name} was edited, SHA-256"} if code else {}
     return [
         f"\n  {names.get(key, key)}: {stored.get(key, 'absent')} -> {wanted.get(key, 'absent')}"
         for key in sorted(stored.keys() | wanted.keys())

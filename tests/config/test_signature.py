@@ -178,9 +178,12 @@ def test_a_study_whose_network_was_edited_is_refused_and_goes_on_when_the_edit_i
     edited = load_definition(write(tmp_path, ARGUMENTS + ", more=1"))
     with pytest.raises(StudyMismatch) as caught:
         load_study(edited, storage)
+    original = next((tmp_path / "artifacts").rglob("nets.py"))
+    assert original.read_text() == BUILD.format(ARGUMENTS)
+    digests = " -> ".join(each.identity["network.source"] for each in (definition, edited))
     assert str(caught.value).splitlines()[1:] == [
-        f"  nets.py, SHA-256: {definition.identity['network.source']} -> {edited.identity['network.source']}",
-        "Undo the change, or set study.name in the file to start a new study.",
+        f"  nets.py was edited, SHA-256: {digests}",
+        f"Undo the change (nets.py as it was: {original}), or set study.name in the file to start a new study.",
     ]
     assert isinstance(load_study(load_definition(write(tmp_path)), storage), optuna.Study)
     assert "network.kind: nets.py:build -> mlp" in _refuse(
