@@ -195,8 +195,10 @@ def _run_here(
     echo(f"{named.definition.study.name}: starting {count(n_workers, 'worker')} ({n_threads} each)")
     from hpsearch.search.study import start_study
 
-    start_study(named.definition, keeps_extension=keeps_extension)
-    images = options.fetch_images(named.definition, data)
+    # A network of the user's is tried before the study is created.
+    images = options.fetch_images(named.definition, data) if named.definition.network.code else None
+    start_study(named.definition, keeps_extension=keeps_extension, data=images or data)
+    images = images or options.fetch_images(named.definition, data)
 
     def search(view: "LiveView") -> str:
         from hpsearch.workers.processes import run_pool  # takes seconds, with torch; the table is there before
@@ -223,7 +225,8 @@ def _run_in_cluster(
     n_workers = workers or cluster.n_fitting
     if not n_workers:
         raise UsageError("no node has enough free CPUs or GPUs for a worker; use --workers to queue them anyway")
-    start_study(named.definition, keeps_extension=keeps_extension)
+    is_known = named.definition.data.name is not None  # the user's own images may be on the nodes only
+    start_study(named.definition, keeps_extension=keeps_extension, tries=is_known)
     for remark in cluster.remark_on(n_workers):
         echo(remark)
     if not detaches:
@@ -267,7 +270,7 @@ def worker(
     if creates:
         from hpsearch.search.study import start_study
 
-        start_study(named.definition, resumes=False)
+        start_study(named.definition, resumes=False, data=data)
     watch = named.watch()
     neighbors, drain = Neighbors(watch.study), Drain()
     echo(describe_share(neighbors.count() + 1, threads))

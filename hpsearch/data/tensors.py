@@ -104,8 +104,8 @@ def recall(file: Path, read: Callable[[], _T]) -> _T:
     """Return what `read` returns, a JSON document, which is kept in the cache folder until the file changes."""
     index, state = _cache_folder() / f"index-{hashlib.sha256(os.fsencode(file)).hexdigest()[:32]}", _state(str(file))
     entry = _read_index(index).get("")
-    if state and entry and entry[:2] == list(state):
-        return cast(_T, entry[2])
+    if state and entry and entry[:-1] == list(state):
+        return cast(_T, entry[-1])
     found = read()
     if state and state == _state(str(file)) and state[1] < time.time_ns() - _SETTLED:
         _write_index(index, {"": [*state, found]})

@@ -6,6 +6,7 @@ import uuid
 import warnings
 from collections.abc import Iterable
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import optuna
@@ -25,17 +26,33 @@ from hpsearch.storage.rdb import Storage, open_storage, storage_of
 if TYPE_CHECKING:
     from hpsearch.data.dataset import ImageData
     from hpsearch.data.inventory import Inventory
+    from hpsearch.data.sets import DataSet
 
 
-def start_study(definition: StudyDefinition, *, keeps_extension: bool = True, resumes: bool = True) -> None:
+def start_study(
+    definition: StudyDefinition,
+    *,
+    keeps_extension: bool = True,
+    resumes: bool = True,
+    data: "DataSet | Path | str | None" = None,
+    tries: bool = True,
+) -> None:
     """Create or resume the definition's study with `open_study`, after checking its artifact store.
 
-    If `resumes` is false, an existing study keeps its budget and stays stopped if it was. Raises the errors of
-    `Folder.check`, `open_storage` and `open_study`.
+    If `resumes` is false, an existing study keeps its budget and stays stopped if it was. A network of the user's is
+    tried (`try_network`) before its study is created, if `tries` is true; then an edit that corrects it needs no new
+    name. `data` is the folder of the images, or the open data set, as for `open_data_set`. Raises the errors of
+    `Folder.check`, `open_storage`, `open_study` and `try_network`.
     """
     Folder(definition.study.artifacts).check()
     storage = open_storage(definition.study.storage)
     try:
+        if tries and definition.network.code and definition.study.name not in optuna.get_all_study_names(storage):
+            from hpsearch.training.run import open_data_set
+            from hpsearch.training.tryout import try_network  # takes seconds, with torch
+
+            data_set = open_data_set(definition, data)
+            try_network(definition, data_set.image_shape, len(data_set.class_names))
         if resumes:
             resume_study(open_study(definition, storage, keeps_extension=keeps_extension))
             return

@@ -28,7 +28,7 @@ from hpsearch.training.run import load_study_data
 from hpsearch.workers.executor import Handle, Supervisor
 from hpsearch.workers.forkserver import start_fork_server, start_process
 from hpsearch.workers.shutdown import Drain
-from hpsearch.workers.worker import WorkerExit, capture_exit, open_worker_storage, run_worker, try_first, worker_name
+from hpsearch.workers.worker import WorkerExit, capture_exit, open_worker_storage, run_worker, worker_name
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,6 @@ def run_pool(
     study = load_study(definition, storage)
     images = load_study_data(definition, folder)
     check_data(definition, study, images, stores=True)
-    try_first(definition, study, images)
     data = share(images, folder)
     drain.check()
     devices = list_devices()

@@ -48,7 +48,7 @@ def run(
         definition = _define(study, storage, artifacts)
         if trials is not None:
             definition = evolve(definition, "budget", trials=trials)
-        start_study(definition, keeps_extension=trials is None)
+        start_study(definition, keeps_extension=trials is None, data=data)
         n_workers = n_workers or default_workers()
         n_threads = n_threads or share_cores(n_workers)
         stored = load_study(definition, open_storage(definition.study.storage))

@@ -323,7 +323,7 @@ def run_worker(
 
 
 def try_first(definition: StudyDefinition, study: optuna.Study, data: ImageData) -> None:
-    """Try a network of the user's on one batch before its first trial has finished. Raises `OwnCodeError`."""
+    """Try a network of the user's as `start_study` does, unless a trial has finished: this may be another machine."""
     if definition.network.code and not study.get_trials(
         deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)
     ):

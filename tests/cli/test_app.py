@@ -271,6 +271,28 @@ def test_init_lists_the_examples_and_what_it_writes_can_be_checked(run: Run, tmp
     assert run("init", "digits")[0] == 2
 
 
+def test_check_tries_a_network_of_the_users_and_its_conversion(run: Run, study_file: Callable[..., Path]) -> None:
+    study_file('[network]\nkind = "nets.py:build"')
+    source = """\
+from torch import nn
+class Net(nn.Sequential):
+    def forward(self, images):
+        return super().forward(images.view({}, -1))
+def build(image_shape, n_classes, *, depth: int, width: int):
+    return Net(nn.Linear(28 * 28, n_classes))
+"""
+    Path("nets.py").write_text(source.format(7))
+    code, out, err = run("check", "small")
+    assert (code, out) == (1, "")
+    assert err.startswith("error: nets.py:4: RuntimeError: ")
+    Path("nets.py").write_text(source.format("len(images)"))
+    code, out, err = run("check", "small")
+    assert (code, out) == (1, "")
+    assert err.startswith("error: nets.py:build: torch.export cannot convert it")
+    Path("nets.py").write_text(source.format("images.shape[0]"))
+    assert run("check", "small")[::2] == (0, "")
+
+
 def test_a_changed_study_file_gives_status_2_and_names_the_keys(run: Run, study_file: Callable[..., Path]) -> None:
     from hpsearch.config.definition import load_definition
     from hpsearch.search.study import open_study

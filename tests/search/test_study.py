@@ -1,6 +1,7 @@
 """Studies are created once, resumed, protected against mixing two searches, and summarized."""
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -8,10 +9,10 @@ import pytest
 from optuna.trial import TrialState
 
 from hpsearch.bundle.retrain import record_test_use
-from hpsearch.errors import DefinitionError, NoCompletedTrial, StorageError, StudyMismatch, StudyNotFound
+from hpsearch.errors import DefinitionError, NoCompletedTrial, OwnCodeError, StorageError, StudyMismatch, StudyNotFound
 from hpsearch.monitor.trials import list_trials, read_status
 from hpsearch.search.selection import find_best
-from hpsearch.search.study import check_writable, load_study, open_study
+from hpsearch.search.study import check_writable, load_study, open_study, start_study
 from hpsearch.storage.rdb import Storage, open_storage
 
 from ..conftest import fill as write_many
@@ -46,6 +47,22 @@ def test_the_trials_to_try_first_are_queued_once(storage: Storage) -> None:
     for _ in range(2):
         study = open_study(definition, storage)
     assert [trial.system_attrs["fixed_params"] for trial in study.trials] == [{"width": 9}, {"lr": 0.01}]
+
+
+def test_a_network_of_the_users_is_tried_before_its_study_is_created(tmp_path: Path) -> None:
+    source = "from torch import nn\ndef build(shape, n, *, depth: int, width: int):\n    return nn.{}\n"
+    url, study = f"sqlite:///{tmp_path}/own.db", {"artifacts": str(tmp_path)}
+
+    def start(module: str, **options: Any) -> None:
+        (tmp_path / "nets.py").write_text(source.format(module))
+        kind = f"{tmp_path}/nets.py:build"
+        start_study(make_definition(url, network={"kind": kind}, study=study), **options)
+
+    with pytest.raises(OwnCodeError, match=r"must have shape \(images, classes\) = \(8, 10\), but have \(8, 9\)"):
+        start("Sequential(nn.Flatten(), nn.LazyLinear(n - 1))")
+    assert optuna.get_all_study_names(open_storage(url)) == []
+    start("Sequential(nn.Flatten(), nn.LazyLinear(n))")
+    assert optuna.get_all_study_names(open_storage(url)) == ["small"]
 
 
 def test_a_study_that_is_resumed_keeps_its_id_and_so_its_checkpoints(storage: Storage) -> None:
