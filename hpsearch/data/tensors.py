@@ -1,5 +1,6 @@
 """Many image files to pixels in one file of the user's cache folder, read once and shared by all processes."""
 
+import errno
 import hashlib
 import json
 import math
@@ -14,8 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
+from threading import Event
 from typing import Any, TypeVar, cast
 
+import joblib
 import numpy as np
 import platformdirs
 import psutil
@@ -23,7 +26,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from hpsearch.data.photos import Look, look_at, read_photo
-from hpsearch.data.pixels import MappedPixels
+from hpsearch.data.pixels import MappedPixels, remove_unless_used
 from hpsearch.errors import DataError
 
 OnRead = Callable[[int, int], None]
@@ -32,6 +35,8 @@ Pixels = NDArray[np.uint8]
 _VERSION = 1  # of how files become pixels: another one reads all files again
 _N_TOGETHER = 64  # files of a task
 _KEPT = 30 * 24 * 3600.0  # seconds after which an unused file of the cache is removed
+_ABANDONED = 24 * 3600.0  # seconds after which nobody writes a new file any more
+_CONTROL_GROUPS = Path("/sys/fs/cgroup")
 _SETTLED = 2_000_000_000  # nanoseconds: a file that was changed later than this may change again at the same time
 _SPARE = 2**28  # bytes of memory and disk for everything else
 _T = TypeVar("_T")
@@ -82,7 +87,8 @@ def store_pixels(
     """Return the pixels of the images with these digests, in a file of the cache folder.
 
     `read` yields them, shape (C, H, W) each; it is called only if the file is not there. Of several processes, one
-    reads. Files that no search has used for 30 days are removed. Raises `DataError` if the file cannot be written.
+    reads. Files that no search has used for 30 days are removed, and if the disk has no room, those that none uses now,
+    the oldest first. Raises `DataError` if the file cannot be written.
     """
     folder, shape = _cache_folder(), (len(digests), *image_shape)
     key = hashlib.sha256(json.dumps([_VERSION, image_shape, digests]).encode()).hexdigest()[:32]
@@ -91,13 +97,18 @@ def store_pixels(
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f"{key}.lock"):
             if not file.exists() or file.stat().st_size != math.prod(shape):
+                for abandoned in folder.glob(f".new-{key}*"):  # by a process that was killed
+                    abandoned.unlink()
+                _make_room(folder, math.prod(shape))
                 _write(file, (pixels.tobytes() for pixels in read()))
             os.utime(file)
+            stored = MappedPixels(file, shape)
+            stored.lock()
         _remove_unused(folder)
     except OSError as error:
         advice = "set XDG_CACHE_HOME to a folder that can be written and has space"
         raise DataError(f"cannot keep pixels in {folder}: {error.strerror or error}; {advice}") from error
-    return MappedPixels(file, shape)
+    return stored
 
 
 def recall(file: Path, read: Callable[[], _T]) -> _T:
@@ -120,7 +131,7 @@ def check_space(n_images: int, image_shape: tuple[int, int, int], *, is_scalable
     folder = _cache_folder()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     memory = f"the {_available_memory() / 1e9:.1f} GB of free memory", _available_memory()
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(existing).free + sum(size for _, size, _ in _list_pixels(folder))
     what, room = min(memory, (f"the {free / 1e9:.1f} GB free in {existing}", free), key=lambda each: each[1])
     n_bytes, (n_channels, height, width) = n_images * math.prod(image_shape), image_shape
     if n_bytes + _SPARE <= room:
@@ -138,13 +149,30 @@ def check_space(n_images: int, image_shape: tuple[int, int, int], *, is_scalable
 
 
 def _available_memory() -> int:
-    """Return the free bytes of memory: at most what the container allows in which this process runs, if any."""
-    free = psutil.virtual_memory().available
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
-    except OSError:
-        return free
-    return min(free, int(limit)) if limit.isdigit() else free
+    """Return the free bytes of memory: at most what the container or batch job allows in which this process runs."""
+    return min([psutil.virtual_memory().available, *_list_free_of_groups()])
+
+
+def _list_free_of_groups(process: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
+    """Yield the free bytes of each control group of a process that has a limit: man 7 cgroups."""
+    with suppress(OSError):
+        for line in process.read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers in ("", "memory"):
+                top = _CONTROL_GROUPS / controllers
+                names = ("limit_in_bytes", "usage_in_bytes") if controllers else ("max", "current")
+                group = top / path.lstrip("/")
+                for each in (group, *group.parents):
+                    if each.is_relative_to(top):
+                        yield from _measure_group(each, *names)
+
+
+def _measure_group(group: Path, limit: str, usage: str) -> Iterator[int]:
+    with suppress(OSError, ValueError):  # it has no limit
+        most, used = (int((group / f"memory.{name}").read_text(encoding="ascii")) for name in (limit, usage))
+        counts = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+        cached = sum(int(counts.get(name, 0)) for name in ("inactive_file", "active_file"))  # the kernel gives it back
+        yield max(most - used + cached, 0)
 
 
 def _in_threads(
@@ -157,23 +185,24 @@ def _in_threads(
 
     At most a few tasks are ahead of the results that were taken, so that memory is bounded.
     """
-    n_done, n_threads = n_total - len(items), len(os.sched_getaffinity(0))
+    n_done, n_threads, is_stopped = n_total - len(items), int(joblib.cpu_count()), Event()
+
+    def run(part: Sequence[_S]) -> list[_T]:
+        return [function(item) for item in part if not is_stopped.is_set()]
+
     parts = (items[start : start + _N_TOGETHER] for start in range(0, len(items), _N_TOGETHER))
     pool = ThreadPoolExecutor(n_threads)
     try:
-        tasks = deque(pool.submit(_run, function, part) for part in islice(parts, 4 * n_threads))
+        tasks = deque(pool.submit(run, part) for part in islice(parts, 4 * n_threads))
         while tasks:
             results = tasks.popleft().result()
-            tasks.extend(pool.submit(_run, function, part) for part in islice(parts, 1))
+            tasks.extend(pool.submit(run, part) for part in islice(parts, 1))
             n_done += len(results)
             on_read(n_done, n_total)
             yield from results
     finally:
+        is_stopped.set()
         pool.shutdown(cancel_futures=True)
-
-
-def _run(function: Callable[[_S], _T], items: Sequence[_S]) -> list[_T]:
-    return [function(item) for item in items]
 
 
 def _cache_folder() -> Path:
@@ -209,7 +238,7 @@ def _write_index(file: Path, entries: dict[str, list[Any]]) -> None:
 
 def _write(file: Path, parts: Iterable[bytes]) -> None:
     """Write a file that appears complete or not at all."""
-    with tempfile.NamedTemporaryFile(dir=file.parent, prefix=".new-", delete=False) as new:
+    with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".new-{file.name}-", delete=False) as new:
         try:
             for part in parts:
                 new.write(part)
@@ -224,5 +253,26 @@ def _write(file: Path, parts: Iterable[bytes]) -> None:
 def _remove_unused(folder: Path) -> None:
     for file in folder.iterdir():
         with suppress(FileNotFoundError):  # another process removes them, too
-            if file.stat().st_mtime < time.time() - _KEPT:
-                file.unlink()
+            age = time.time() - file.stat().st_mtime
+            if age > (_ABANDONED if file.name.startswith(".new-") else _KEPT):
+                remove_unless_used(file)
+
+
+def _make_room(folder: Path, n_bytes: int) -> None:
+    """Remove pixels that no process uses, the oldest first, until the disk has room. Raises `OSError` if it has not."""
+    for _, _, file in _list_pixels(folder):
+        if shutil.disk_usage(folder).free >= n_bytes + _SPARE:
+            return
+        remove_unless_used(file)
+    if shutil.disk_usage(folder).free < n_bytes:
+        raise OSError(errno.ENOSPC, f"{n_bytes / 1e9:.1f} GB do not fit on the disk")
+
+
+def _list_pixels(folder: Path) -> list[tuple[float, int, Path]]:
+    """Return time of last use, size and path of the files of pixels, the oldest first."""
+    found = []
+    for file in folder.glob("*.pixels"):
+        with suppress(FileNotFoundError):  # another process removes them, too
+            status = file.stat()
+            found.append((status.st_mtime, status.st_size, file))
+    return sorted(found)

@@ -2,10 +2,14 @@
 
 import os
 import pickle
+import shutil
 import time
 from pathlib import Path
+from threading import Event
+from types import SimpleNamespace
 from typing import Any
 
+import joblib
 import numpy as np
 import pytest
 from PIL import Image
@@ -123,6 +127,86 @@ def test_pixels_that_no_search_has_used_for_a_month_are_removed(cache: Path) -> 
     keep("b")
     assert not old.exists()
     assert other.exists()
+
+
+def test_a_file_of_pixels_in_use_stays_when_the_disk_has_no_room(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def store(digest: str) -> MappedPixels:
+        return store_pixels([digest], (1, 2, 2), lambda: [np.zeros((1, 2, 2), dtype=np.uint8)])
+
+    used, unused = store("a"), store("b").file
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=4))
+    fresh = store("c")
+    assert not unused.exists()
+    assert used.file.exists()
+    assert used.tensor.shape == fresh.tensor.shape
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=3))
+    with pytest.raises(DataError, match=r"cannot keep pixels in .*do not fit on the disk; set XDG_CACHE_HOME"):
+        store_pixels(["d"], (1, 2, 2), lambda: pytest.fail("read"))
+
+
+def test_what_a_killed_process_has_left_behind_is_removed_by_the_next_one(cache: Path) -> None:
+    def store() -> Path:
+        return store_pixels(["a"], (1, 2, 2), lambda: [np.zeros((1, 2, 2), dtype=np.uint8)]).file
+
+    file = store()
+    file.rename(file.with_name(f".new-{file.name}-x"))
+    store()
+    assert {each.suffix for each in cache.iterdir()} == {".pixels", ".lock"}
+
+
+def test_pixels_that_are_gone_or_truncated_when_they_are_mapped_are_an_error(cache: Path) -> None:
+    pixels = store_pixels(["a"], (1, 2, 2), lambda: [np.zeros((1, 2, 2), dtype=np.uint8)])
+    copies = [pickle.loads(pickle.dumps(pixels)) for _ in range(2)]
+    pixels.file.write_bytes(b"x")
+    with pytest.raises(DataError, match=r"cannot map the pixels .*smaller.*; run the command again"):
+        _ = copies[0].tensor
+    pixels.file.unlink()
+    with pytest.raises(DataError, match=r"cannot map the pixels .*No such file.*; run the command again"):
+        _ = copies[1].tensor
+
+
+@pytest.mark.parametrize(
+    ("line", "names", "group"),
+    [
+        ("0::/job/step", ("memory.max", "memory.current"), "job"),
+        ("4:memory:/job", ("memory.limit_in_bytes", "memory.usage_in_bytes"), "memory/job"),
+    ],
+)
+def test_the_memory_limit_of_a_container_or_batch_job_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, names: tuple[str, str], group: str
+) -> None:
+    monkeypatch.setattr(tensors, "_CONTROL_GROUPS", tmp_path)
+    folder = tmp_path / group
+    (folder / "step").mkdir(parents=True)
+    (folder / "step" / names[0]).write_text("max\n")
+    texts = {names[0]: "1000", names[1]: "700", "memory.stat": "anon 300\ninactive_file 250\nactive_file 150\n"}
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    process = tmp_path / "cgroup"
+    process.write_text(f"1:cpu:/other\n{line}\n")
+    assert list(tensors._list_free_of_groups(process)) == [700]
+
+
+def test_an_interrupted_reading_ends_after_the_file_that_is_being_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped, seen = Event(), list[int]()
+
+    class Stop(Event):
+        def set(self) -> None:
+            super().set()
+            stopped.set()
+
+    def read(number: int) -> int:
+        if number >= tensors._N_TOGETHER:  # in the second task
+            stopped.wait()
+        seen.append(number)
+        return number
+
+    monkeypatch.setattr(tensors, "Event", Stop)
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 1)
+    results = tensors._in_threads(read, range(10_000))
+    assert next(results) == 0
+    results.close()  # type: ignore[attr-defined]  # a generator
+    assert len(seen) <= tensors._N_TOGETHER + 1
 
 
 def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
