@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
-from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -158,10 +157,6 @@ def open_function(
     share of the images, the test side is chosen among the training images, and "test" is never asked for.
     Raises `DataError` with everything that is wrong.
     """
-    key = (code, test, validation, split_seed)
-    known = _opened.get(key)
-    if known:
-        return known
     part = _call(code, "train")
     opened = _open(
         part,
@@ -176,12 +171,7 @@ def open_function(
     )
     opened.map_training()  # so that the arrays can be forgotten
     load = partial(_load, lambda: _call(code, "train").images, code.path, opened.inventory)
-    _opened[key] = known = replace(opened, load=load)
-    return known
-
-
-# By function and settings, as long as somebody holds them: a command holds them, so that it calls a function once.
-_opened: WeakValueDictionary[tuple[Any, ...], OwnImages] = WeakValueDictionary()
+    return replace(opened, load=load)
 
 
 def _open(
