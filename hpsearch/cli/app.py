@@ -117,7 +117,7 @@ def _try_network(definition: "StudyDefinition") -> None:
     from hpsearch.training.run import open_data_set
     from hpsearch.training.tryout import check_export, try_network
 
-    data_set = open_data_set(definition)
+    data_set = open_data_set(definition) if definition.data.name else options.read_own_images(definition, None)
     network = try_network(definition, data_set.image_shape, len(data_set.class_names))
     if definition.network.code and network:
         check_export(definition.network.code, network, data_set.image_shape)

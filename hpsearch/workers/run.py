@@ -15,6 +15,7 @@ from hpsearch.search.study import load_study, start_study
 from hpsearch.search.trials import TrialEvent
 from hpsearch.storage.rdb import open_storage
 from hpsearch.training.devices import default_workers, share_cores
+from hpsearch.training.run import open_data_set
 from hpsearch.workers.processes import run_pool
 from hpsearch.workers.shutdown import Drain
 
@@ -48,12 +49,13 @@ def run(
         definition = _define(study, storage, artifacts)
         if trials is not None:
             definition = evolve(definition, "budget", trials=trials)
-        start_study(definition, keeps_extension=trials is None, data=data)
+        images = open_data_set(definition, data) if definition.network.code else data  # to try it
+        start_study(definition, keeps_extension=trials is None, data=images)
         n_workers = n_workers or default_workers()
         n_threads = n_threads or share_cores(n_workers)
         stored = load_study(definition, open_storage(definition.study.storage))
         with _signals_drain() as drain:
-            run_pool(definition, drain, n_workers, n_threads=n_threads, folder=data, emit=_Log(stored))
+            run_pool(definition, drain, n_workers, n_threads=n_threads, folder=images, emit=_Log(stored))
         return stored
     except HpsearchError as error:
         named = study.study.name if isinstance(study, StudyDefinition) else study

@@ -313,7 +313,7 @@ def run_worker(
     torch.set_num_threads(count_threads())  # torch itself ignores a container's CPU quota
     images = data if isinstance(data, ImageData) else load_study_data(definition, data)
     if stream is None:
-        try_first(definition, study, images)
+        _try_first(definition, study, images)
         stream = storage.join(study._study_id)
     options: dict[str, Any] = {"emit": emit, "max_trials": max_trials, "node": node, "count_threads": count_threads}
     device = device or list_devices()[0]
@@ -322,11 +322,10 @@ def run_worker(
         return worker.run()
 
 
-def try_first(definition: StudyDefinition, study: optuna.Study, data: ImageData) -> None:
+def _try_first(definition: StudyDefinition, study: optuna.Study, data: ImageData) -> None:
     """Try a network of the user's as `start_study` does, unless a trial has finished: this may be another machine."""
-    if definition.network.code and not study.get_trials(
-        deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)
-    ):
+    finished = (TrialState.COMPLETE, TrialState.PRUNED)
+    if definition.network.code and not study.get_trials(deepcopy=False, states=finished):
         try_network(definition, data.image_shape, len(data.class_names))
 
 
