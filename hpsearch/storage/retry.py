@@ -1,6 +1,7 @@
 """Database errors: which of them are transient, how long to retry, and what to show the user."""
 
 import logging
+import random
 import re
 import shutil
 import sqlite3
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 _MESSAGE_INTERVAL = 30.0  # seconds between two messages about a database that does not respond
 _next_message = 0.0
+_system_random = random.SystemRandom()
 _MAX_CREATIONS = 10
 _TRANSIENT_CODES = {
     *(sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL),
@@ -76,9 +78,13 @@ def build_retrier(url: URL, patience: float, longest_pause: int, giving_up: thre
             why = describe_cause(url, error)
             logger.warning("database not responding (%s); retrying for up to %.0f minutes", why, minutes)
 
+    def draw_pause(state: tenacity.RetryCallState) -> float:
+        # Not from the global generator, from which a network of the user's may draw in the training thread.
+        return _system_random.uniform(0, min(0.5 * 2 ** min(state.attempt_number - 1, 10), longest_pause))
+
     return tenacity.Retrying(
         retry=tenacity.retry_if_exception(is_transient),
-        wait=tenacity.wait_random_exponential(multiplier=0.5, max=longest_pause),
+        wait=draw_pause,
         stop=tenacity.stop_after_delay(patience) | tenacity.stop_when_event_set(giving_up),
         sleep=tenacity.sleep_using_event(giving_up),
         before_sleep=log_retry,

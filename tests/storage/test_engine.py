@@ -1,10 +1,12 @@
 """Database specifics: backups, network file systems, full disks."""
 
+import random
 import sqlite3
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -17,9 +19,18 @@ from hpsearch.search.study import load_study, open_study
 from hpsearch.storage.backup import backup
 from hpsearch.storage.engine import check_location, create_engine, network_file_system
 from hpsearch.storage.rdb import open_storage
-from hpsearch.storage.retry import describe_cause, is_transient
+from hpsearch.storage.retry import build_retrier, describe_cause, is_transient
 
 from ..conftest import make_definition
+
+
+def test_the_pauses_in_an_outage_draw_no_global_random_numbers_and_grow_to_the_longest() -> None:
+    wait: Any = build_retrier(make_url("sqlite:///x.db"), 60.0, 10, threading.Event()).wait
+    before = random.getstate()
+    pauses = [wait(SimpleNamespace(attempt_number=1 + i // 50)) for i in range(1000)]
+    assert random.getstate() == before
+    assert max(pauses[:50]) <= 0.5
+    assert 5 < max(pauses) <= 10
 
 
 def test_a_backup_of_a_study_in_use_is_complete_and_can_be_resumed(tmp_path: Path) -> None:
