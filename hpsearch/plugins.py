@@ -152,7 +152,8 @@ class OwnCode:
                 f"{self.locate(error)}; of the files beside the study file, only {self.name} goes to the workers. "
                 "Put all code in it, or install a package and name package.module:" + self.function
             )
-        return self.locate(error)
+        advice = "; install it wherever workers run" if isinstance(error, ModuleNotFoundError) else ""
+        return self.locate(error) + advice
 
     def find_line(self, error: BaseException) -> int | None:
         """Return the last line of the file that an error passed, or None if it came from elsewhere."""

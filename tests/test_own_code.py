@@ -99,6 +99,12 @@ def test_a_file_that_imports_another_beside_it_is_told_that_only_one_travels(net
         OwnCode.read("nets.py:build", nets.parent).load()
 
 
+def test_a_package_that_is_not_installed_is_named(nets: Path) -> None:
+    nets.write_text(f"import no_such_package.x\n{SOURCE}")
+    with pytest.raises(OwnCodeError, match=r"nets.py:1: .*'no_such_package'; install it wherever workers run$"):
+        OwnCode.read("nets.py:build", nets.parent).load()
+
+
 def test_an_installed_module_is_found_without_importing_it_and_must_be_the_one_that_was_read(
     nets: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
