@@ -69,16 +69,22 @@ class Inventory:
         relabelled, resided = defaultdict(list), defaultdict(list)
         for before, after in moved:
             if before.class_name != after.class_name:
-                relabelled[f"{before.class_name} -> {after.class_name}"].append(after)
+                relabelled[f"{before.class_name} -> {after.class_name}"].append(after.name)
             else:
-                resided[f"{before.side or 'the images'} to {after.side or 'the images'}"].append(after)
+                resided[f"{before.side or 'the images'} to {after.side or 'the images'}"].append(after.name)
+        come, gone = (
+            [name for name in mine if name not in other]
+            for mine, other in ((self.class_names, older.class_names), (older.class_names, self.class_names))
+        )
         sentences = [
-            _list("added", new),
-            _list("removed", old),
-            _list("with other content", [after for _, after in changed]),
-            *(_list(f"relabelled: {classes}", rows) for classes, rows in relabelled.items()),
-            *(_list(f"moved from {sides}", rows) for sides, rows in resided.items()),
-            _list("renamed", [after for _, after in renamed]),
+            _list("added", come, "class"),
+            _list("removed", gone, "class"),
+            _list("added", [row.name for row in new]),
+            _list("removed", [row.name for row in old]),
+            _list("with other content", [after.name for _, after in changed]),
+            *(_list(f"relabelled: {classes}", names) for classes, names in relabelled.items()),
+            *(_list(f"moved from {sides}", names) for sides, names in resided.items()),
+            _list("renamed", [after.name for _, after in renamed]),
         ]
         return [sentence for sentence in sentences if sentence] or ["the images are in another order"]
 
@@ -111,10 +117,11 @@ def _match(
     return pairs, unmatched, [row for rows in waiting.values() for row in reversed(rows)]
 
 
-def _list(change: str, rows: Sequence[_Row]) -> str:
-    if not rows:
+def _list(change: str, names: Sequence[str], noun: str = "image") -> str:
+    if not names:
         return ""
-    return f"{len(rows):,} image{'s' * (len(rows) != 1)} {change}: {list_names([row.name for row in rows])}"
+    plural = "classes" if noun == "class" else f"{noun}s"
+    return f"{len(names):,} {noun if len(names) == 1 else plural} {change}: {list_names(names)}"
 
 
 def list_names(names: Sequence[str], n_named: int = _N_NAMED) -> str:

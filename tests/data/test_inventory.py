@@ -33,6 +33,7 @@ def test_each_kind_of_difference_is_a_sentence_with_names() -> None:
         ["a", "b", "c"],
     )
     assert newer.compare(OLDER) == [
+        "1 class added: c",
         "4 images added: b/3.png, b/4.png, b/5.png, ...",
         "1 image removed: b/2.png",
         "1 image with other content: b/1.png",
@@ -40,6 +41,7 @@ def test_each_kind_of_difference_is_a_sentence_with_names() -> None:
         "1 image moved from train to test: a/2.png",
         "1 image renamed: a/9.png",
     ]
+    assert OLDER.compare(newer)[0] == "1 class removed: c"
 
 
 def test_an_image_put_first_into_an_array_is_one_more() -> None:
