@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import uuid
 import warnings
 from collections.abc import Iterable
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from hpsearch.data.dataset import ImageData
     from hpsearch.data.inventory import Inventory
     from hpsearch.data.sets import DataSet
+
+logger = logging.getLogger(__name__)
 
 
 def start_study(
@@ -167,7 +170,12 @@ def _note_data(definition: StudyDefinition, study: optuna.Study, data: "ImageDat
         study.set_user_attr("data", found)
         return found
     if data.inventory:  # too long for the database, which every worker reads again and again
-        checkpoint_folder(definition, study).write(_name_list(data.inventory.sha256), data.inventory.to_bytes())
+        folder, name = checkpoint_folder(definition, study), _name_list(data.inventory.sha256)
+        try:
+            folder.write(name, data.inventory.to_bytes())
+        except OSError as error:
+            advice = "if the images change, the study can only say how many a class has lost or gained"
+            logger.warning("cannot write the list of images %s: %s; %s", folder / name, error.strerror or error, advice)
     noted = storage.change_study_attrs(study._study_id, lambda attributes: {"data": attributes.get("data") or found})
     return noted["data"]
 

@@ -1,6 +1,7 @@
 """A study knows the user's own images on which it was searched, and refuses others with what has changed."""
 
 import shutil
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,16 @@ import pytest
 from PIL import Image
 
 from hpsearch.config.definition import StudyDefinition, evolve, load_definition
+from hpsearch.data.dataset import ImageData, RawSplit
+from hpsearch.data.pixels import MappedPixels
 from hpsearch.errors import StudyMismatch
+from hpsearch.search.copy import back_up_study
 from hpsearch.search.objective import Objective
-from hpsearch.search.study import check_data, open_study
+from hpsearch.search.study import check_data, load_study, open_study
 from hpsearch.storage.checkpoints import checkpoint_folder
 from hpsearch.storage.rdb import open_storage
 from hpsearch.training.run import load_study_data, open_data_set
+from hpsearch.workers.processes import share
 
 STUDY = """
 [budget]
@@ -37,6 +42,28 @@ def draw(folder: Path, class_name: str, numbers: range) -> None:
         generator = np.random.default_rng([len(class_name), i])
         pixels = generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / class_name / f"{i:03}.png")
+
+
+NETWORK = """
+import torch
+from torch import nn
+
+def build(image_shape, n_classes, *, width: int = 16):
+    n_pixels = image_shape[0] * image_shape[1] * image_shape[2]
+    hidden = nn.Sequential(nn.Linear(n_pixels, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(0.2))
+    return nn.Sequential(nn.Flatten(), hidden, nn.Linear(width, n_classes))
+"""
+
+
+def write_own_study(folder: Path, body: str, budget: str) -> Path:
+    """Write `pets.toml`, a study of a network of one's own on images of one's own, and both of them."""
+    for class_name in ("cat", "tiger"):
+        draw(folder / "pets", class_name, range(150))
+    (folder / "nets.py").write_text(NETWORK)
+    file = folder / "pets.toml"
+    study = STUDY.replace("trials = 2\nepochs = 1", budget)
+    file.write_text(f'{study}flip = true\n[network]\nkind = "nets.py:build"\n{body}\n')
+    return file
 
 
 @pytest.fixture
@@ -91,6 +118,18 @@ def test_without_the_list_of_images_the_classes_are_compared(
         check_data(definition, study, load_study_data(definition))
 
 
+def test_a_list_of_images_that_cannot_be_written_is_a_warning(
+    definition: StudyDefinition, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    study = open_study(definition, open_storage(definition.study.storage))
+    (tmp_path / "artifacts").write_text("a file, where the folder should be")
+    check_data(definition, study, load_study_data(definition), stores=True)
+    assert "cannot write the list of images" in caplog.text
+    change(tmp_path / "pets")
+    with pytest.raises(StudyMismatch, match="images of class cat: 40 -> 44"):
+        check_data(definition, study, load_study_data(definition))
+
+
 def test_a_moved_folder_has_the_images_of_the_study(
     definition: StudyDefinition, study: optuna.Study, tmp_path: Path
 ) -> None:
@@ -107,6 +146,29 @@ def test_a_plain_study_of_optuna_refuses_changed_images(definition: StudyDefinit
     change(tmp_path / "pets")
     with pytest.raises(StudyMismatch, match="images of class cat: 40 -> 44"):
         study.optimize(Objective(definition), n_trials=1)
+
+
+def test_a_copy_of_a_study_knows_the_images(definition: StudyDefinition, study: optuna.Study, tmp_path: Path) -> None:
+    settings = {"storage": f"sqlite:///{tmp_path / 'copy.db'}", "artifacts": str(tmp_path / "copied")}
+    target = evolve(definition, "study", **settings)
+    back_up_study(definition, target)
+    copied = load_study(target, open_storage(target.study.storage))
+    check_data(target, copied, load_study_data(target))
+    shutil.rmtree(definition.study.artifacts)
+    (tmp_path / "pets" / "cat" / "003.png").unlink()
+    with pytest.raises(StudyMismatch, match=r"1 image removed: cat/003\.png"):
+        check_data(target, copied, load_study_data(target))
+
+
+def test_workers_get_the_file_of_the_pixels_and_no_copy(definition: StudyDefinition) -> None:
+    data = share(load_study_data(definition), None)
+    assert isinstance(data, ImageData)
+    other = load_study_data(definition)  # of `hpsearch worker` in another terminal
+    for split in (data.train, data.validation, other.train):
+        assert isinstance(split, RawSplit)
+        assert isinstance(split.pixels, MappedPixels)
+        assert split.pixels.file == other.train.__dict__["pixels"].file
+        assert len(ForkingPickler.dumps(split.pixels)) < 1000
 
 
 def test_adding_fifty_images_moves_none_from_one_side_to_another(definition: StudyDefinition, tmp_path: Path) -> None:
