@@ -22,7 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from hpsearch.config.definition import StudyDefinition
 from hpsearch.config.urls import parse_url, show_url
 from hpsearch.errors import HpsearchError, StorageUnavailable
-from hpsearch.search.study import load_study
+from hpsearch.search.study import check_data, load_study
 from hpsearch.storage import tables
 from hpsearch.storage.artifacts import Folder
 from hpsearch.storage.backup import check_integrity
@@ -33,7 +33,7 @@ from hpsearch.storage.checkpoints import (
     sweep_checkpoints,
 )
 from hpsearch.storage.engine import network_file_system, safe_journal
-from hpsearch.storage.rdb import Storage, open_storage
+from hpsearch.storage.rdb import Storage, open_storage, storage_of
 from hpsearch.storage.retry import describe_cause
 from hpsearch.training.devices import count_cores, list_devices
 from hpsearch.training.run import load_study_data, open_data_set
@@ -70,7 +70,7 @@ def run_checks(
     if file and file.exists():
         yield from _check_file(file, fix)
     store = Folder(definition.study.artifacts)
-    artifacts = _check_store(store)
+    artifacts, study = _check_store(store), None
     try:
         recovery = definition.recovery
         storage = open_storage(
@@ -97,7 +97,7 @@ def run_checks(
         yield _check_folder("database", file.parent)
     if store.path:
         yield _check_folder("artifacts", store.path)
-    yield _check_data(definition, folder)
+    yield _check_data(definition, study, folder)
     yield _check_devices()
 
 
@@ -216,7 +216,8 @@ def _check_store(artifacts: Folder) -> Finding:
     return Finding("artifacts", True, f"{artifacts} is readable and writable")
 
 
-def _check_data(definition: StudyDefinition, folder: Path | str | None) -> Finding:
+def _check_data(definition: StudyDefinition, study: optuna.Study | None, folder: Path | str | None) -> Finding:
+    """Check that the data can be read, and are those on which the study was searched."""
     name = definition.data.title
     try:
         data_set = open_data_set(definition, folder)
@@ -227,11 +228,17 @@ def _check_data(definition: StudyDefinition, folder: Path | str | None) -> Findi
                 advice = "the folder is not writable: copy them there yourself, or point HPSEARCH_DATA at another one"
             message = f"{name}: missing or corrupt in {place}: {', '.join(missing)}"
             return Finding("data", False, f"{message}; {advice}")
-        data = load_study_data(definition, folder)
-    except HpsearchError as error:
+        data = load_study_data(definition, data_set)
+        if study:
+            try:
+                check_data(definition, study, data)
+            finally:
+                storage_of(study).engine.dispose()
+    except (HpsearchError, SQLAlchemyError) as error:
         return Finding("data", False, str(error))
     except OSError as error:
-        advice = "fix its permissions, or point HPSEARCH_DATA at another folder"
+        option = "HPSEARCH_DATA" if definition.data.name else "--data"
+        advice = f"fix its permissions, or point {option} at another folder"
         return Finding("data", False, f"{name}: cannot read {error.filename}: {error.strerror}; {advice}")
     counts = f"{len(data.train):,} training and {len(data.validation):,} validation images"
     return Finding("data", True, f"{name}: complete{f' in {place}' if place else ''} ({counts})")

@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import shutil
 import sqlite3
 from datetime import datetime
 from pathlib import Path
@@ -13,15 +14,17 @@ import pytest
 import sqlalchemy
 from optuna.trial import TrialState
 
-from hpsearch.config.definition import StudyDefinition
+from hpsearch.config.definition import StudyDefinition, evolve
 from hpsearch.monitor import doctor
 from hpsearch.monitor.doctor import run_checks
-from hpsearch.search.study import open_study
+from hpsearch.search.study import check_data, open_study
 from hpsearch.storage import tables
 from hpsearch.storage.checkpoints import Checkpoint, artifact_folder, checkpoint_folder, checkpoint_name
 from hpsearch.storage.rdb import open_storage
+from hpsearch.training.run import load_study_data
 
 from ..conftest import make_definition
+from ..search.test_images import draw
 
 
 def define(folder: Path, **sections: Any) -> StudyDefinition:
@@ -207,3 +210,21 @@ def test_missing_and_damaged_data_are_named_and_nothing_is_downloaded(tmp_path: 
     for archive in list(raw.iterdir()):
         archive.with_suffix("").write_bytes(b"damaged")
     assert "is corrupt" in wrong(definition, folder=tmp_path)["data"]
+
+
+def test_own_images_that_are_gone_or_not_those_of_the_study_are_named(tmp_path: Path) -> None:
+    for class_name in ("cat", "tiger"):
+        draw(tmp_path / "pets", class_name, range(20))
+    definition = define(tmp_path)
+    definition = evolve(
+        definition, "data", name=None, folder=str(tmp_path / "pets"), validation=None, train=None, size=16
+    )
+    study = open_study(definition, open_storage(definition.study.storage))
+    check_data(definition, study, load_study_data(definition), stores=True)
+    assert "data" not in wrong(definition)
+    draw(tmp_path / "pets", "lion", range(20))
+    found = wrong(definition)["data"]
+    assert "searched on other images than these" in found
+    assert "1 class added: lion" in found
+    shutil.rmtree(tmp_path / "pets")
+    assert wrong(definition)["data"].startswith(str(tmp_path / "pets"))
