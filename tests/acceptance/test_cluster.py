@@ -18,6 +18,7 @@ from hpsearch.storage.checkpoints import checkpoint_folder
 from hpsearch.storage.rdb import open_storage
 
 from ..conftest import aws_environment
+from ..search.test_images import write_own_study
 from .commands import Command, epochs_of, hpsearch, processes_of, start, wait_for
 
 WriteStudy = Callable[..., Path]
@@ -153,3 +154,17 @@ def test_places_of_one_machine_are_refused_with_what_to_use_instead(cluster: Any
     assert "small.db is a local file, but the cluster has 3 nodes; use PostgreSQL" in refused
     assert "/here is local, but the cluster has 3 nodes; use a URL such as s3://bucket/prefix" in refused
     assert not (file.parent / "small.db").exists()
+
+
+@pytest.mark.parametrize("new_url", ["postgresql"], indirect=True)
+def test_own_images_and_an_own_network_are_searched_in_a_cluster_which_refuses_changed_images(
+    cluster: Any, url: str, tmp_path: Path
+) -> None:
+    file = write_own_study(tmp_path, RECOVERY, "trials = 2\nepochs = 1")
+    s = Search(file, url, cluster.address)
+    assert s.launch(n_workers=2).wait(timeout=150) == 0, s.log.read_text()
+    assert [trial.state for trial in s.trials()] == [TrialState.COMPLETE] * 2
+    assert s.study.user_attrs["data"]["class_names"] == ["cat", "tiger"]
+    (tmp_path / "pets" / "cat" / "009.png").unlink()
+    refused = hpsearch("run", file.name, "--workers", 1, "--trials", 3, *s.options, cwd=tmp_path, expect=2)
+    assert "1 image removed: cat/009.png" in refused.stderr

@@ -21,6 +21,7 @@ from hpsearch.storage.artifacts import Folder
 from hpsearch.storage.checkpoints import read
 from hpsearch.storage.rdb import open_storage
 
+from ..search.test_images import write_own_study
 from .commands import HPSEARCH, environment, epochs_of, hpsearch, processes_of, start, wait_for, workers_of
 
 WriteStudy = Callable[..., Path]
@@ -74,6 +75,25 @@ def test_a_killed_workers_trial_goes_on_and_gets_the_value_that_it_would_have_ha
     assert states[0]["results"] == states[1]["results"]
     weights = [state["network"] for state in states]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+
+
+def test_with_own_images_and_an_own_network_a_killed_workers_trial_gets_the_value_that_it_would_have_had(
+    tmp_path: Path,
+) -> None:
+    file = write_own_study(tmp_path, f"{UNPRUNED}\ncheckpoint = 0.1", "trials = 1\nepochs = 150")
+    run = start("run", file.name, "--workers", 1, cwd=tmp_path, log=tmp_path / "log")
+    wait_for(lambda: any(tmp_path.glob("artifacts/pets/*/trial-0.ckpt")), "a checkpoint")
+    os.kill(workers_of(run)[0], signal.SIGKILL)
+    assert run.wait(timeout=120) == 0, (tmp_path / "log").read_text()
+    to = ("--storage", "sqlite:///copy.db", "--artifacts", "copied")
+    hpsearch("copy", file.name, "--to", "copy.db", "--artifacts-to", "copied", cwd=tmp_path)
+    [trial] = json.loads(hpsearch("trials", file.name, *to[:2], "--json", cwd=tmp_path).stdout)
+    assert trial["attempts"] == 2
+    replayed = json.loads(hpsearch("trials", file.name, 0, "--replay", "--json", *to[:2], cwd=tmp_path).stdout)
+    assert replayed["identical"], replayed
+    (tmp_path / "pets" / "tiger" / "007.png").unlink()
+    refused = hpsearch("run", file.name, "--trials", 2, *to, cwd=tmp_path, expect=2).stderr
+    assert "1 image removed: tiger/007.png" in refused
 
 
 def test_ctrl_c_ends_a_run_cleanly_and_the_next_run_goes_on(study_file: WriteStudy) -> None:
