@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as from_safetensors
 
 from hpsearch.bundle import formats, likeness
-from hpsearch.bundle.evaluation import Evaluation, evaluate
+from hpsearch.bundle.evaluation import Evaluation, evaluate, find_worst
 from hpsearch.bundle.figures import draw_evaluation
 from hpsearch.bundle.likeness import Likeness, read_likeness
 from hpsearch.bundle.manifest import MAX_BYTES, VerifiedFolder, check_outside, parse, replace_folder, write_manifest
@@ -49,6 +50,7 @@ OPTIONAL = (
     formats.PROGRAM,
 )
 _MAX_MODEL_BYTES = 2**32
+_N_CLASSES, _N_WORST = 25, 20  # of more classes, the model card has only the worst
 
 _Name = Annotated[str, StringConstraints(max_length=100)]
 _Side = Annotated[int, Field(ge=1, le=4096)]
@@ -392,10 +394,18 @@ def _render(template: str, **values: Any) -> str:
     loader = PackageLoader("hpsearch.bundle", "")
     environment = Environment(loader=loader, undefined=StrictUndefined, keep_trailing_newline=True)  # noqa: S701 - text
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}  # YAML would read surrogates as two characters
+    environment.filters["markdown"] = _escape_markdown
     return environment.get_template(template).render(**values)
 
 
+def _escape_markdown(text: str) -> str:
+    """Return the text on one line, without characters that Markdown, also in a table, or HTML would interpret."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+    return re.sub(r"([\\`*_\[\]<>|~&$#])", r"\\\1", line)
+
+
 def _write_card(contents: Contents, verified: dict[str, dict[str, float]]) -> str:
+    per_class = contents.metrics["per_class"]
     data_set: DataSet = find(DATA_SETS, contents.config["data"])
     return _render(
         "model_card.md.jinja",
@@ -404,6 +414,8 @@ def _write_card(contents: Contents, verified: dict[str, dict[str, float]]) -> st
         config=contents.config,
         network=find(NETWORKS, contents.config["kind"]).title,
         confirmed=contents.metrics.get("confirmed"),
+        is_balanced=contents.metrics["metric"] == "balanced_accuracy",
+        worst=find_worst(per_class, _N_WORST) if len(per_class) > _N_CLASSES else per_class,
         verified=verified,
         formats=formats.FORMATS,
         program=formats.PROGRAM_FORMAT if _has_program(data_set) else None,

@@ -20,12 +20,13 @@ from hpsearch.config.definition import StudyDefinition
 from hpsearch.data.dataset import ImageData
 from hpsearch.data.sets import DataSet
 from hpsearch.errors import Diverged, HpsearchError, UsageError, WorkerError
-from hpsearch.search.selection import find_best_few
+from hpsearch.search.selection import confirmed_values, find_best_few
 from hpsearch.search.study import check_data, check_writable
 from hpsearch.storage.rdb import storage_of
+from hpsearch.training.metrics import Score, balanced_interval
 from hpsearch.training.networks import build_network
 from hpsearch.training.run import build_trainer, load_study_data, trial_seed
-from hpsearch.training.trainer import measure_accuracy
+from hpsearch.training.trainer import measure
 from hpsearch.workers.processes import Processes, Send, Task, share
 from hpsearch.workers.shutdown import Drain
 from hpsearch.workers.worker import WorkerExit
@@ -35,6 +36,7 @@ _LEVEL = 0.95
 _FEWEST_IMAGES = 6  # that can make a difference significant
 
 Run = tuple[FrozenTrial, int]
+Result = float | list[int]  # of a run: its accuracy; for the balanced accuracy, the correct images of each class
 
 
 def confirm(
@@ -53,10 +55,11 @@ def confirm(
 
     A run differs from the one in the search only in its seed: it trains on the training split for the budget's epochs,
     and is evaluated on the validation split. A run that diverges counts as accuracy 0. Finished runs are stored at once
-    and never repeated; `on_run` gets the trial, the run's index and its accuracy, and `on_epoch` the number of epochs
-    trained and of all. `n_workers` processes share the work and the devices. Raises `NoCompletedTrial`, `DataError`,
-    `StudyMismatch` for other data than the search had, `UsageError` for fewer than two seeds, and `WorkerError` if a
-    process dies.
+    and never repeated; `on_run` gets the trial, the run's index and its value, and `on_epoch` the number of epochs
+    trained and of all. If the metric is the balanced accuracy, candidates have `balanced_accuracies` beside their
+    `accuracies`; `mean` and `interval` are those of the metric. `n_workers` processes share the work and the devices.
+    Raises `NoCompletedTrial`, `DataError`, `StudyMismatch` for other data than the search had, `UsageError` for fewer
+    than two seeds, and `WorkerError` if a process dies.
     """
     if seeds < 2:
         raise UsageError(f"--seeds {seeds}: must be at least 2 (a single run shows no variance)")
@@ -64,49 +67,72 @@ def confirm(
     check_writable(study)
     data = load_study_data(definition, folder)
     check_data(definition, study, data)
-    done: dict[str, float] = dict(study.user_attrs.get("confirmed_runs", {}))
+    n_images = data.validation.labels.bincount().tolist()
+    done: dict[str, Result] = dict(study.user_attrs.get("confirmed_runs", {}))
     missing = [(trial, i) for i in range(seeds) for trial in trials if f"{trial.number}/{i}" not in done]
     epochs, trained = definition.budget.epochs, Counter[tuple[int, int]]()  # the latter by trial and run
-    for (trial, i), accuracy in _train_all(definition, data, missing, n_workers, devices, folder):
-        trained[trial.number, i] = trained[trial.number, i] + 1 if accuracy is None else epochs
+    for (trial, i), result in _train_all(definition, data, missing, n_workers, devices, folder):
+        trained[trial.number, i] = trained[trial.number, i] + 1 if result is None else epochs
         on_epoch(trained.total(), len(missing) * epochs)
-        if accuracy is None:
+        if result is None:
             continue
-        new = {f"{trial.number}/{i}": accuracy}
+        new = {f"{trial.number}/{i}": result}
         done |= storage_of(study).change_study_attrs(study._study_id, partial(_add_runs, new))["confirmed_runs"]
-        on_run(trial.number, i, accuracy)
-    accuracies = {trial.number: [done[f"{trial.number}/{i}"] for i in range(seeds)] for trial in trials}
+        on_run(trial.number, i, _describe_runs([result], n_images)["mean"])
+    results = {trial.number: [done[f"{trial.number}/{i}"] for i in range(seeds)] for trial in trials}
     sizes = {trial.number: _count_parameters(definition, data, trial) for trial in trials}
-    winner, is_tie = choose_winner(accuracies, sizes, len(data.validation))
     candidates = [
         {
             "number": trial.number,
             "search_value": trial.value,
-            "accuracies": accuracies[trial.number],
-            "mean": float(np.mean(accuracies[trial.number])),
-            "interval": mean_interval(accuracies[trial.number], len(data.validation)),
+            **_describe_runs(results[trial.number], n_images),
             "n_parameters": sizes[trial.number],
         }
         for trial in trials
     ]
+    values = {candidate["number"]: confirmed_values(candidate) for candidate in candidates}
+    scores = {number: _read_scores(runs, n_images) for number, runs in results.items()}
+    winner, is_tie = choose_winner(values, sizes, sum(n_images), scores if all(scores.values()) else None)
     confirmation = {
+        "metric": definition.study.metric,
         "seeds": seeds,
         "epochs": definition.budget.epochs,
         "candidates": candidates,
         "winner": winner,
         "is_tie": is_tie,
-        "optimism": (trials[0].value or 0.0) - float(np.mean(accuracies[trials[0].number])),
+        "optimism": (trials[0].value or 0.0) - candidates[0]["mean"],
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     study.set_user_attr("confirmation", confirmation)
     return confirmation
 
 
-def _add_runs(new: dict[str, float], attributes: dict[str, Any]) -> dict[str, Any]:
+def _describe_runs(results: Sequence[Result], n_images: Sequence[int]) -> dict[str, Any]:
+    """Return accuracies, mean and interval of the runs of a trial, on so many validation images of each class."""
+    if scores := _read_scores(results, n_images):
+        values, interval = [score.balanced_accuracy for score in scores], balanced_interval(scores)
+        more = {"accuracies": [score.accuracy for score in scores], "balanced_accuracies": values}
+    else:
+        values = [result for result in results if not isinstance(result, list)]
+        interval, more = mean_interval(values, sum(n_images)), {"accuracies": values}
+    return more | {"mean": float(np.mean(values)), "interval": interval}
+
+
+def _read_scores(results: Sequence[Result], n_images: Sequence[int]) -> list[Score]:
+    """Return the scores of runs of which the correct images of each class are known, which no accuracy tells."""
+    return [Score(result, n_images) for result in results if isinstance(result, list)]
+
+
+def _add_runs(new: dict[str, Result], attributes: dict[str, Any]) -> dict[str, Any]:
     return {"confirmed_runs": attributes.get("confirmed_runs", {}) | new}
 
 
-def choose_winner(accuracies: Mapping[int, list[float]], sizes: Mapping[int, int], n_images: int) -> tuple[int, bool]:
+def choose_winner(
+    accuracies: Mapping[int, list[float]],
+    sizes: Mapping[int, int],
+    n_images: int,
+    scores: Mapping[int, Sequence[Score]] | None = None,
+) -> tuple[int, bool]:
     """Return the winner's number, and whether there is a tie; in a tie the smallest network wins.
 
     The candidates are compared on the same images, so the chance of drawing these images, which widens the confidence
@@ -114,7 +140,8 @@ def choose_winner(accuracies: Mapping[int, list[float]], sizes: Mapping[int, int
     tied with the highest mean unless Tukey's test finds them different (honestly significant difference, 1949,
     https://doi.org/10.2307/3001913; simultaneous 95% intervals for all pairs, a common variance). It is also tied if
     the means differ by fewer than six images: even if one network is right on all images on which two disagree, five
-    are not significant at 95% (McNemar 1947, https://doi.org/10.1007/BF02295996: 2 * 0.5^5 = 6%).
+    are not significant at 95% (McNemar 1947, https://doi.org/10.1007/BF02295996: 2 * 0.5^5 = 6%). Balanced accuracies,
+    of which the `scores` are given, differ by the images that `_count_differing` counts.
 
     Among equal sizes the higher mean wins. Candidates with a run that diverged (accuracy 0) or collapsed (below half of
     the highest accuracy) are left out, unless all have one: the variance of such a run would tie all others.
@@ -124,11 +151,29 @@ def choose_winner(accuracies: Mapping[int, list[float]], sizes: Mapping[int, int
     accuracies = converged or accuracies
     means = {number: float(np.mean(values)) for number, values in accuracies.items()}
     best = max(means, key=lambda number: (means[number], -sizes[number]))
-    tied = {number for number in means if round((means[best] - means[number]) * n_images, 3) < _FEWEST_IMAGES}
+    n_differing = {number: (means[best] - means[number]) * n_images for number in means}
+    if scores:
+        n_differing = {number: _count_differing(scores[best], scores[number]) for number in means}
+    tied = {number for number, n in n_differing.items() if round(n, 3) < _FEWEST_IMAGES}
     if len(means) > 1 and any(np.ptp(values) > 0 for values in accuracies.values()):
         lows = stats.tukey_hsd(*accuracies.values()).confidence_interval(_LEVEL).low[[*means].index(best)]
         tied |= {number for number, low in zip(means, lows, strict=True) if low <= 0}
     return min(tied, key=lambda number: (sizes[number], -means[number], number)), len(tied) > 1
+
+
+def _count_differing(best: Sequence[Score], other: Sequence[Score]) -> float:
+    """Return by how many images of equal weight two mean balanced accuracies differ.
+
+    An image counts 1 / (K n) in a class of n images out of K classes. The images by which the networks differ therefore
+    have unequal weights w. They count as (sum of w)^2 / (sum of w^2) images of equal weight, where those in favor of
+    the other one are subtracted from the first sum (Kish 1965, Survey Sampling, section 11.7).
+    """
+    n_images = np.array(best[0].n_images)
+    weights = np.divide(1, n_images, where=n_images > 0, out=np.zeros(len(n_images))) / np.count_nonzero(n_images)
+    of_best, of_other = (np.mean([score.correct for score in scores], axis=0) for scores in (best, other))
+    differences = of_best - of_other
+    variance = float((np.abs(differences) * weights**2).sum())
+    return float((differences * weights).sum()) ** 2 / variance if variance else 0.0
 
 
 def _count_parameters(definition: StudyDefinition, data: ImageData, trial: FrozenTrial) -> int:
@@ -145,8 +190,8 @@ def _train_all(
     n_workers: int,
     devices: Sequence[str],
     folder: DataSet | Path | str | None,
-) -> Iterator[tuple[Run, float | None]]:
-    """Train all runs, and yield each after each epoch with None, and at its end with its accuracy.
+) -> Iterator[tuple[Run, Result | None]]:
+    """Train all runs, and yield each after each epoch with None, and at its end with its result.
 
     No process outlives the iteration.
     """
@@ -154,7 +199,7 @@ def _train_all(
     if n_workers <= 1:
         here = data.to(devices[0])
         for run in runs:
-            yield from ((run, accuracy) for accuracy in _measure(definition, here, run))
+            yield from ((run, result) for result in _measure(definition, here, run))
         return
     shared = share(data, folder)
     n_threads = max(1, torch.get_num_threads() // n_workers)
@@ -171,8 +216,8 @@ def _train_all(
         while processes.running:
             for _, message in processes.wait():
                 match message:
-                    case (i, accuracy):
-                        yield runs[i], accuracy
+                    case (i, result):
+                        yield runs[i], result
                     case WorkerExit(error=HpsearchError() as error):
                         raise error
                     case WorkerExit(is_dead=True):
@@ -193,7 +238,7 @@ def _work(
     drain: Drain,
     send: Send,
 ) -> str:
-    """Train runs that no other process has taken, and send the index and accuracy of each.
+    """Train runs that no other process has taken, and send the index and result of each.
 
     `data` is the data, or the folder to load them from.
     """
@@ -205,14 +250,14 @@ def _work(
             next_run.value += 1
         if i >= len(runs):
             return "all runs are trained"
-        for accuracy in _measure(definition, here, runs[i], drain.check):
-            send((i, accuracy))
+        for result in _measure(definition, here, runs[i], drain.check):
+            send((i, result))
 
 
 def _measure(
     definition: StudyDefinition, data: ImageData, run: Run, check: Callable[[], None] = lambda: None
-) -> Iterator[float | None]:
-    """Retrain a trial with the new seed of that index; yield None after each epoch, then its validation accuracy."""
+) -> Iterator[Result | None]:
+    """Retrain a trial with the new seed of that index; yield None after each epoch, then its result."""
     trial, i = run
     seed = trial_seed(definition.study.seed, trial, _FIRST_REPETITION + i)
     trainer = build_trainer(definition, data, definition.space.read(trial.params), seed)
@@ -220,7 +265,8 @@ def _measure(
         while not trainer.is_done:
             trainer.run_epoch(check)
             yield None
+        score = measure(trainer.network, data.validation)
     except Diverged:
-        yield 0.0
-        return
-    yield measure_accuracy(trainer.network, data.validation)
+        n_images = data.validation.labels.bincount().tolist()
+        score = Score([0] * len(n_images), n_images)
+    yield score.accuracy if definition.study.metric == "accuracy" else list(score.correct)

@@ -27,9 +27,9 @@ def replay(
     device: torch.device | str = "cpu",
     on_epoch: Callable[[EpochResult], None] = lambda result: None,
 ) -> dict[str, Any]:
-    """Re-run a trial with its seed and threads up to its last epoch, and compare the validation accuracies.
+    """Re-run a trial with its seed and threads up to its last epoch, and compare the values of its epochs.
 
-    A trial that ran on the CPU is re-run there. The result has `identical`, the `largest_difference` of an accuracy
+    A trial that ran on the CPU is re-run there. The result has `identical`, the `largest_difference` of a value
     (None if there is none to compare), its `epoch`, and `reasons`: what has changed since and may explain a
     difference. Raises `UsageError` if the trial does not exist, `NoCompletedTrial` if it has no finished epoch,
     `DataError`, and `StudyMismatch` for other data than the search had.
@@ -65,6 +65,7 @@ def replay(
     return {
         "trial": number,
         "state": name_state(trial),
+        "metric": definition.study.metric,
         "epochs": len(wanted),
         "identical": is_identical,
         "largest_difference": largest,

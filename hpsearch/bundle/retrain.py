@@ -13,7 +13,7 @@ import torch
 from optuna.trial import FrozenTrial
 
 from hpsearch.bundle import bundle, formats
-from hpsearch.bundle.evaluation import Evaluation, evaluate, mean_interval
+from hpsearch.bundle.evaluation import Evaluation, candidate_interval, evaluate
 from hpsearch.bundle.likeness import Likeness
 from hpsearch.config.definition import StudyDefinition
 from hpsearch.config.space import TrainingHyperparameters
@@ -89,6 +89,7 @@ def export(
     labels = test_labels.numpy()
     evaluations = [evaluate(network.predict_split(inputs).numpy(), labels, data.class_names) for network in networks]
     metrics = {
+        "metric": definition.study.metric,
         **_describe_evaluations(evaluations),
         "test_reads": n_test_uses,
         "n_images": {"train": len(images), "validation": len(data.validation), "test": len(labels)},
@@ -118,19 +119,23 @@ def record_test_use(study: optuna.Study, trial: FrozenTrial) -> int:
 
 def _describe_evaluations(evaluations: list[Evaluation]) -> dict[str, Any]:
     """Summarize the evaluations of all models; the first is the exported one."""
-    accuracies, first = [evaluation.accuracy for evaluation in evaluations], evaluations[0]
+    first = evaluations[0]
     return {
         "test_accuracy": first.accuracy,
         "test_interval": first.interval,
-        "test_accuracies": {
-            "of_each_seed": accuracies,
-            "mean": float(np.mean(accuracies)),
-            "std": float(np.std(accuracies, ddof=1)) if len(accuracies) > 1 else None,
-        },
+        "test_accuracies": _describe_seeds([evaluation.accuracy for evaluation in evaluations]),
+        "test_balanced_accuracy": first.balanced_accuracy,
+        "test_balanced_interval": first.balanced_interval,
+        "test_balanced_accuracies": _describe_seeds([evaluation.balanced_accuracy for evaluation in evaluations]),
         "per_class": first.per_class,
         "confusion_matrix": first.confusion_matrix,
         "calibration": first.calibration,
     }
+
+
+def _describe_seeds(values: list[float]) -> dict[str, Any]:
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {"of_each_seed": values, "mean": float(np.mean(values)), "std": std}
 
 
 def _describe_search(study: optuna.Study, trial: FrozenTrial, n_validation: int) -> dict[str, Any]:
@@ -138,11 +143,14 @@ def _describe_search(study: optuna.Study, trial: FrozenTrial, n_validation: int)
     confirmation = study.user_attrs.get("confirmation", {"candidates": []})
     candidates = {candidate["number"]: candidate for candidate in confirmation["candidates"]}
     if confirmed := candidates.get(trial.number):
-        confirmed |= {"interval": mean_interval(confirmed["accuracies"], n_validation)}  # older versions' was narrower
+        confirmed |= {"interval": candidate_interval(confirmed, n_validation)}
         confirmed |= {"is_winner": trial.number == confirmation["winner"], "is_tie": confirmation["is_tie"]}
         confirmed["n_compared"] = len(candidates)
+    values = {"validation_accuracy": trial.value}
+    if "interval" in trial.user_attrs:  # the value is the balanced accuracy
+        values = {"validation_accuracy": trial.user_attrs["accuracy"], "validation_balanced_accuracy": trial.value}
     return {
-        "validation_accuracy": trial.value,
+        **values,
         "confirmed": confirmed,
         "study": study.study_name,
         "study_id": study.user_attrs.get("id"),

@@ -7,13 +7,17 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from hpsearch.bundle.evaluation import find_confusions, find_worst, is_unequal
 from hpsearch.monitor.tables import Column, FittedTable, tabulate
 from hpsearch.monitor.text import count, describe_best, describe_epochs, join_params, printable, shorten
 from hpsearch.monitor.trials import describe_interruption
+from hpsearch.search.selection import confirmed_values
 from hpsearch.training.devices import count_cores, share_cores
 from hpsearch.workers.cores import needs_core
 
 _N_ERRORS = 5  # shown by `evaluate`
+_N_CLASSES = 20  # of more classes, `evaluate` shows only the worst, and no confusion matrix
+_N_WORST = 10
 _ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 
 
@@ -27,7 +31,7 @@ def render_status(status: Mapping[str, Any]) -> RenderableType:
     table.add_row("progress", f"{finished}/{budget['trials']} trials (up to {budget['epochs']} epochs each)")
     table.add_row("trials", ", ".join(f"{n} {state}" for state, n in counts.items()))
     table.add_row("epochs", describe_epochs(**epochs))
-    table.add_row("best", Text(describe_best(best), style="bold" if best else ""))
+    table.add_row("best", Text(describe_best(best, status["metric"]), style="bold" if best else ""))
     if best:
         table.add_row("", Text(join_params(best["params"])))
     for worker in status["workers"]:
@@ -40,8 +44,10 @@ def render_trial(trial: Mapping[str, Any]) -> RenderableType:
     """Return the document of `trials STUDY 17 --json` as text."""
     table = Table.grid(padding=(0, 2))
     table.add_row("trial", Text(f"{trial['number']} {trial['state']}", style="bold"))
+    metric = trial["metric"].replace("_", " ")
     if trial["value"] is not None:
-        table.add_row("val. accuracy", f"{trial['value']:.4f}")
+        beside = "" if trial["accuracy"] is None else f" (accuracy {trial['accuracy']:.4f})"
+        table.add_row(f"val. {metric}", f"{trial['value']:.4f}{beside}")
     if trial["note"]:
         table.add_row("reason", Text(printable(trial["note"]), overflow="fold"))
     for i, (name, value) in enumerate(trial["params"].items()):
@@ -61,7 +67,7 @@ def render_trial(trial: Mapping[str, Any]) -> RenderableType:
         environment = ", ".join(f"{name} {value}" for name, value in trial["environment"].items())
         table.add_row("environment", Text(printable(environment)))
     reports = [f"{epoch}: {value:.4f}" for epoch, value in trial["reports"].items()]
-    table.add_row("val. accuracy by epoch", Text("  ".join(reports) or "none", overflow="fold"))
+    table.add_row(f"val. {metric} by epoch", Text("  ".join(reports) or "none", overflow="fold"))
     return table
 
 
@@ -77,23 +83,24 @@ def render_findings(findings: Sequence[Mapping[str, Any]]) -> RenderableType:
 def render_confirmation(confirmation: Mapping[str, Any]) -> RenderableType:
     """Return the document of `confirm --json` as text: one row per candidate, and the verdict."""
     candidates = {candidate["number"]: candidate for candidate in confirmation["candidates"]}
-    table = tabulate(
-        [
-            {
-                "trial": str(number),
-                "mean acc.": f"{candidate['mean']:.4f}",
-                "95% CI": "{:.4f} to {:.4f}".format(*candidate["interval"]),
-                "search acc.": f"{candidate['search_value']:.4f}",
-                "min": _show_accuracy(min(candidate["accuracies"])),
-                "max": _show_accuracy(max(candidate["accuracies"])),
-                "params": f"{candidate['n_parameters']:,}",
-            }
-            for number, candidate in candidates.items()
-        ],
-        emphasized=list(candidates).index(confirmation["winner"]),
-    )
+    is_balanced = confirmation.get("metric") == "balanced_accuracy"
+    short, metric = ("bal. acc.", "balanced accuracy") if is_balanced else ("acc.", "accuracy")
+    rows = []
+    for number, candidate in candidates.items():
+        values, accuracies = confirmed_values(candidate), candidate["accuracies"]
+        row = {
+            "trial": str(number),
+            f"mean {short}": f"{candidate['mean']:.4f}",
+            "95% CI": "{:.4f} to {:.4f}".format(*candidate["interval"]),
+            f"search {short}": f"{candidate['search_value']:.4f}",
+            "min": _show_accuracy(min(values)),
+            "max": _show_accuracy(max(values)),
+            "params": f"{candidate['n_parameters']:,}",
+        }
+        rows.append(row | ({"mean acc.": f"{sum(accuracies) / len(accuracies):.4f}"} if is_balanced else {}))
+    table = tabulate(rows, emphasized=list(candidates).index(confirmation["winner"]))
     winner, seeds = candidates[confirmation["winner"]], confirmation["seeds"]
-    verdict = f"trial {winner['number']}, mean accuracy {winner['mean']:.4f} over {seeds} seeds"
+    verdict = f"trial {winner['number']}, mean {metric} {winner['mean']:.4f} over {seeds} seeds"
     tie = "tie: the differences are within noise, so the smallest network is chosen: "
     verdict = f"{tie if confirmation['is_tie'] else 'winner: '}{verdict}"
     optimism = round(confirmation["optimism"], 4) + 0.0  # no minus before a zero
@@ -107,14 +114,19 @@ def _show_accuracy(value: float) -> str:
 
 
 def render_export(target: str, metrics: Mapping[str, Any]) -> RenderableType:
-    """Return the model folder, its accuracy, and the verification of its files."""
-    low, high = metrics["test_interval"]
-    n_images, several, n_uses = metrics["n_images"]["test"], metrics["test_accuracies"], metrics["test_reads"]
+    """Return the model folder, its accuracies, and the verification of its files."""
+    n_images, n_uses = metrics["n_images"]["test"], metrics["test_reads"]
+    described = _describe_accuracies(
+        {key: metrics[f"test_{key}"] for key in ("accuracy", "interval", "balanced_accuracy", "balanced_interval")},
+        metrics["per_class"],
+        metrics["metric"],
+        digits=4,
+    )
     lines = [
-        f"{target}: trial {metrics['trial']}, test accuracy {metrics['test_accuracy']:.4f} "
-        f"(95% CI {low:.4f} to {high:.4f}) on {n_images:,} test images; "
+        f"{target}: trial {metrics['trial']}, {described} on {n_images:,} test images; "
         f"the test set has now been used by {count(n_uses, 'export')} of this study"
     ]
+    several = metrics["test_balanced_accuracies" if metrics["metric"] == "balanced_accuracy" else "test_accuracies"]
     if several["std"] is not None:
         n_models = len(several["of_each_seed"])
         mean, std = f"mean {several['mean']:.4f}", f"standard deviation {several['std']:.4f}"
@@ -130,35 +142,56 @@ def render_export(target: str, metrics: Mapping[str, Any]) -> RenderableType:
     return Group(*(Text(line) for line in lines), "", tabulate(files, texts={"file"}))
 
 
+def _describe_accuracies(
+    values: Mapping[str, Any], per_class: Sequence[Mapping[str, Any]], metric: str, digits: int
+) -> str:
+    """Return the test accuracy with its interval; and the balanced one, if it is the metric or classes differ in size.
+
+    The one that is the metric comes first.
+    """
+    texts = []
+    for name, interval in (("accuracy", "interval"), ("balanced_accuracy", "balanced_interval")):
+        low, high = values[interval]
+        ci = f"(95% CI {low:.{digits}f} to {high:.{digits}f})"
+        texts.append(f"{name.replace('_', ' ')} {values[name]:.4f} {ci}")
+    if metric == "balanced_accuracy":
+        return f"test {texts[1]}, {texts[0]}"
+    return f"test {', '.join(texts if is_unequal([row['support'] for row in per_class]) else texts[:1])}"
+
+
 def render_replay(document: Mapping[str, Any]) -> RenderableType:
     """Return whether the trial was reproduced; if not, the largest difference and its causes."""
     trial, value, epochs = f"trial {document['trial']}", f"{document['value']:.4f}", document["epochs"]
+    metric = document["metric"].replace("_", " ")
     if document["identical"]:
-        return Text(f"{trial}: reproduced exactly, all {epochs} epochs identical (final accuracy {value})")
+        return Text(f"{trial}: reproduced exactly, all {epochs} epochs identical (final {metric} {value})")
     replayed, largest = document["replayed_value"], document["largest_difference"]
     now = "now training diverges before the last epoch" if replayed is None else f"is now {replayed:.4f}"
     size = f", largest difference {largest:.4f} (epoch {document['epoch']})" if largest else ""
     lines = [
-        f"{trial}: NOT reproduced{size}; final accuracy was {value}, {now}",
+        f"{trial}: NOT reproduced{size}; final {metric} was {value}, {now}",
         *(f"  {reason}" for reason in document["reasons"]),
     ]
     return Group(*(Text(line) for line in lines))
 
 
 def render_evaluation(evaluation: Mapping[str, Any]) -> RenderableType:
-    """Return accuracy, calibration, and tables of per-class metrics, the confusion matrix and the worst errors."""
-    rows = evaluation["per_class"]
+    """Return accuracies, calibration, and tables of per-class metrics, the confusion matrix and the worst errors.
+
+    Of more than 20 classes, it has only those with the lowest recall, and the most frequent confusions.
+    """
+    rows, matrix = evaluation["per_class"], evaluation["confusion_matrix"]
+    is_large = len(rows) > _N_CLASSES
     per_class = [
         {
             "class": row["name"],
-            **{heading: f"{row[heading.lower()]:.4f}" for heading in ("precision", "recall", "F1")},
+            **{heading: _show_share(row[heading.lower()]) for heading in ("precision", "recall", "F1")},
             "images": str(row["support"]),
         }
-        for row in rows
+        for row in (find_worst(rows, _N_WORST) if is_large else rows)
     ]
     n_images = sum(row["support"] for row in rows)
-    low, high = evaluation["interval"]
-    accuracy = f"test accuracy {evaluation['accuracy']:.4f} (95% CI {low:.3f} to {high:.3f}) on {n_images:,} images"
+    accuracy = f"{_describe_accuracies(evaluation, rows, 'accuracy', digits=3)} on {n_images:,} images"
     calibration = f"expected calibration error {evaluation['calibration']['error']:.4f}"
     errors = [
         {
@@ -168,12 +201,24 @@ def render_evaluation(evaluation: Mapping[str, Any]) -> RenderableType:
         }
         for row in evaluation["mistakes"][:_N_ERRORS]
     ]
-    matrix = _tabulate_confusion([row["name"] for row in rows], evaluation["confusion_matrix"])
-    parts: list[RenderableType] = [accuracy, calibration, "", tabulate(per_class, texts={"class"})]
-    parts += ["", "confusion matrix: true classes in rows, predicted ones in columns", matrix]
+    parts: list[RenderableType] = [Text(accuracy), calibration, ""]
+    if is_large:
+        parts.append(f"the {_N_WORST} of {len(rows)} classes with the lowest recall (--json has all):")
+    parts.append(tabulate(per_class, names={"class"}))
+    names = [row["name"] for row in rows]
+    if not is_large:
+        parts += ["", "confusion matrix: true classes in rows, predicted ones in columns"]
+        parts.append(_tabulate_confusion(names, matrix))
+    elif confusions := find_confusions(matrix, _N_WORST):
+        pairs = [{"images": f"{n:,}", "true": names[i], "predicted": names[j]} for n, i, j in confusions]
+        parts += ["", "most frequent confusions:", tabulate(pairs, names={"true", "predicted"})]
     if errors:
-        parts += ["", "most confident errors:", tabulate(errors, texts={"true", "predicted"})]
+        parts += ["", "most confident errors:", tabulate(errors, names={"true", "predicted"})]
     return Group(*parts)
+
+
+def _show_share(share: float | None) -> str:
+    return "-" if share is None else f"{share:.4f}"
 
 
 def _tabulate_confusion(names: Sequence[str], matrix: Sequence[Sequence[int]]) -> FittedTable:
@@ -184,7 +229,7 @@ def _tabulate_confusion(names: Sequence[str], matrix: Sequence[Sequence[int]]) -
     if max(map(len, names)) > widest:
         true, predicted = [f"{i} {name}" for i, name in enumerate(names)], [str(i) for i in range(len(names))]
     columns = [Column(*column) for column in zip(predicted, cells, strict=True)]
-    return FittedTable([Column("true", true, is_text=True), *columns], continues=True)
+    return FittedTable([Column("true", true, is_text=True, may_be_cut=True), *columns], continues=True)
 
 
 def prediction_line(prediction: Mapping[str, Any]) -> str:

@@ -68,6 +68,7 @@ def _check_size(value: Any) -> Any:
 Size = Annotated[int | tuple[int, int], BeforeValidator(_check_size)]
 Share = Annotated[int | float, BeforeValidator(_check_share), Field(gt=0)]
 NetworkName = Annotated[str, BeforeValidator(partial(_check_name, NETWORKS))]  # of a built-in kind
+Metric = Literal["accuracy", "balanced_accuracy"]
 _OWN = ("folder", "file", "load")  # keys of [data], of which one names the user's own images
 
 
@@ -78,6 +79,12 @@ class Study(Table):
     storage: str = Field("", description="SQLAlchemy URL; default: sqlite:///<name>.db beside the file")
     artifacts: str = Field("artifacts", description="folder or URL for checkpoints and tracebacks, by study name")
     seed: int = Field(0, ge=0, lt=2**63)
+    metric: Metric = Field("accuracy", description="what is maximized; balanced: the mean of the classes' recalls")
+
+    @property
+    def metric_title(self) -> str:
+        """What messages call the metric."""
+        return self.metric.replace("_", " ")
 
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
         for name, value in super().__repr_args__():
@@ -96,7 +103,7 @@ class Budget(Table):
     trials: int = Field(60, ge=1, description="number of finished (completed or pruned) trials")
     epochs: int = Field(10, ge=1, description="epochs of a trial that is not pruned")
     minutes: float | None = Field(None, gt=0, description="search time limit, without pauses")
-    target: float | None = Field(None, gt=0, le=1, description="stop once a trial reaches this validation accuracy")
+    target: float | None = Field(None, gt=0, le=1, description="stop once a trial reaches this value of study.metric")
     failures: int = Field(5, ge=1, description="stop after this many failed trials")
 
 
@@ -282,6 +289,8 @@ class StudyDefinition(Table):
         """
         tables = self.to_tables()
         identity = {"try": tables["try"], "study.seed": self.study.seed, "budget.epochs": self.budget.epochs}
+        if self.study.metric != "accuracy":  # older versions knew no other
+            identity["study.metric"] = self.study.metric
         for section in ("data", "network", "search", "fixed", "sampler", "pruner"):
             values = {f"{section}.{key}": value for key, value in tables[section].items()}
             for key in {"data.folder", "data.file"} & values.keys():

@@ -239,7 +239,7 @@ def _render_head(snapshot: Snapshot, width: int, cut: OverflowMethod, *, is_own:
     head.add_row("trials", Text(", ").join(states))
     if not is_narrow:
         head.add_row("epochs", describe_epochs(**epochs))
-    value = Text(describe_best(best), style="bold green" if best else "")
+    value = Text(describe_best(best, snapshot.status["metric"]), style="bold green" if best else "")
     if best and not is_narrow:
         value.append(f"  {join_params(best['params'])}", style="not bold default")
     head.add_row("best", value)

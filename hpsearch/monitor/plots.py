@@ -73,7 +73,7 @@ def rank_hyperparameters(study: optuna.Study, names: Sequence[str]) -> dict[str,
         return optuna.importance.get_param_importances(study, params=list(names))
 
 
-def draw_history(complete: Sequence[FrozenTrial]) -> Picture:
+def draw_history(complete: Sequence[FrozenTrial], metric: str = "accuracy") -> Picture:
     """Plot the value of each completed trial, and the best so far."""
     numbers, values = [trial.number for trial in complete], _values_of(complete)
     with _new_axes() as axes:
@@ -81,10 +81,10 @@ def draw_history(complete: Sequence[FrozenTrial]) -> Picture:
         best = np.maximum.accumulate(values)
         axes.step(numbers, best, ORANGE, where="post", linewidth=2, label="best so far")
         axes.legend(loc="lower right")
-        axes.set(xlabel="trial", ylabel="validation accuracy")
+        axes.set(xlabel="trial", ylabel=f"validation {metric}")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         note = _focus(axes, values)
-        return _picture(axes, f"Validation accuracy of {len(values)} completed trials in order.", note)
+        return _picture(axes, f"Validation {metric} of {len(values)} completed trials in order.", note)
 
 
 def draw_importances(importances: Mapping[str, float]) -> Picture:
@@ -99,8 +99,8 @@ def draw_importances(importances: Mapping[str, float]) -> Picture:
         return _picture(axes, "Importance of each hyperparameter as a bar chart.")
 
 
-def draw_slice(name: str, complete: Sequence[FrozenTrial], best: FrozenTrial) -> Picture:
-    """Plot the validation accuracy against one hyperparameter; a ring marks the best trial."""
+def draw_slice(name: str, complete: Sequence[FrozenTrial], best: FrozenTrial, metric: str = "accuracy") -> Picture:
+    """Plot the value against one hyperparameter; a ring marks the best trial."""
     shown = [trial for trial in complete if name in trial.params]
     values, numbers = _values_of(shown), np.array([trial.number for trial in shown])
     with _new_axes(4.2, 3) as axes:
@@ -112,13 +112,13 @@ def draw_slice(name: str, complete: Sequence[FrozenTrial], best: FrozenTrial) ->
         axes.scatter(where, values, _size(len(values)), numbers, cmap=AGES, alpha=0.8, linewidth=0)
         ring = numbers == best.number
         axes.plot(where[ring], values[ring], "o", ms=11, mfc="none", mec=ORANGE, mew=2, clip_on=False)
-        axes.set_ylabel("validation accuracy")
+        axes.set_ylabel(f"validation {metric}")
         _focus(axes, _values_of(complete))
-        return _picture(axes, f"Validation accuracy of the completed trials against {name}.")
+        return _picture(axes, f"Validation {metric} of the completed trials against {name}.")
 
 
-def draw_contour(names: Sequence[str], complete: Sequence[FrozenTrial]) -> Picture | None:
-    """Plot the validation accuracy over two hyperparameters, interpolated in triangles between the trials.
+def draw_contour(names: Sequence[str], complete: Sequence[FrozenTrial], metric: str = "accuracy") -> Picture | None:
+    """Plot the value over two hyperparameters, interpolated in triangles between the trials.
 
     Returns None if all trials lie on one line, which gives no triangle.
     """
@@ -133,15 +133,15 @@ def draw_contour(names: Sequence[str], complete: Sequence[FrozenTrial]) -> Pictu
         triangles = Triangulation(x, y, Triangulation(*points.T).triangles)
         levels = np.linspace(*_range(values), N_LEVELS)
         drawn = axes.tricontourf(triangles, values, levels=levels, cmap="Blues", extend="min")
-        axes.figure.colorbar(drawn, ax=axes, label="validation accuracy", format="%.3f")
+        axes.figure.colorbar(drawn, ax=axes, label=f"validation {metric}", format="%.3f")
         axes.scatter(x, y, _size(len(shown)) / 3, "black", linewidth=0, alpha=0.5)
         axes.use_sticky_edges = False  # leaves a margin
         axes.autoscale_view()
-        return _picture(axes, f"Contour plot of the validation accuracy over {names[0]} and {names[1]}.")
+        return _picture(axes, f"Contour plot of the validation {metric} over {names[0]} and {names[1]}.")
 
 
-def draw_curves(trials: Sequence[FrozenTrial], best: FrozenTrial | None) -> Picture:
-    """Plot the validation accuracy per epoch of at most `MAX_CURVES` trials."""
+def draw_curves(trials: Sequence[FrozenTrial], best: FrozenTrial | None, metric: str = "accuracy") -> Picture:
+    """Plot the value per epoch of at most `MAX_CURVES` trials."""
     shown = _thin(trials)
     legend = {"complete": BLUE, "pruned": COLORS[TrialState.PRUNED], "failed or running": GREY}
     with _new_axes() as axes:
@@ -158,7 +158,7 @@ def draw_curves(trials: Sequence[FrozenTrial], best: FrozenTrial | None) -> Pict
         used = {ORANGE, *(COLORS.get(trial.state, GREY) for trial in shown)}
         lines = {name: Line2D([], [], color=color) for name, color in legend.items() if color in used}
         axes.legend(lines.values(), lines.keys(), loc="lower right")
-        axes.set(xlabel="epoch", ylabel="validation accuracy")
+        axes.set(xlabel="epoch", ylabel=f"validation {metric}")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         reports = np.array([value for trial in shown for value in trial.intermediate_values.values()])
         note = _focus(axes, reports, share=0.05)

@@ -17,7 +17,14 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpsearch.bundle import bundle as bundles
 from hpsearch.bundle import formats
-from hpsearch.bundle.evaluation import mean_interval, wilson_interval
+from hpsearch.bundle.evaluation import (
+    candidate_interval,
+    find_confusions,
+    find_worst,
+    is_unequal,
+    trial_interval,
+    wilson_interval,
+)
 from hpsearch.bundle.manifest import check_outside
 from hpsearch.config.definition import StudyDefinition
 from hpsearch.config.space import IntRange, Range
@@ -30,9 +37,11 @@ from hpsearch.search.study import count_validation
 from hpsearch.search.trials import explain_end, name_state
 from hpsearch.storage.artifacts import replace_file
 from hpsearch.storage.budget import measure_search
+from hpsearch.training.metrics import Score, balanced_interval
 
 MIN_TRIALS = 5  # completed trials needed for importances and a contour plot
 MAX_ROWS = 12
+MAX_CLASSES = 25  # of more, only the worst are in view
 PICTURES = ("confusion_matrix.png", "calibration.png", "mistakes.png")
 VERSIONS = ("hpsearch", "optuna", "torch", "torchvision", "numpy", "matplotlib")
 
@@ -121,7 +130,7 @@ def _collect(definition: StudyDefinition, study: optuna.Study, folder: Path | No
     exported, problem = _read_bundle(folder, study, trials)
     n_validation = count_validation(definition, study)
     for candidate in confirmation["candidates"] if confirmation else ():  # of older versions, it was narrower
-        candidate["interval"] = mean_interval(candidate["accuracies"], n_validation)
+        candidate["interval"] = candidate_interval(candidate, n_validation)
     compared = [candidate["number"] for candidate in confirmation["candidates"]] if confirmation else []
     reads, network = study.user_attrs.get("test_reads"), definition.network
     return {
@@ -131,7 +140,9 @@ def _collect(definition: StudyDefinition, study: optuna.Study, folder: Path | No
         "summary": read_status(definition, study),
         "best": best,
         "chosen": chosen,
-        "interval": chosen and wilson_interval(chosen.value or 0.0, n_validation),
+        "metric": definition.study.metric_title,
+        "is_balanced": definition.study.metric == "balanced_accuracy",
+        "interval": chosen and trial_interval(chosen, n_validation),
         "confirmation": confirmation,
         "is_best_compared": bool(best and best.number in compared),
         "bundle": exported,
@@ -140,6 +151,9 @@ def _collect(definition: StudyDefinition, study: optuna.Study, folder: Path | No
         "formats": formats.FORMATS,
         "top": [row for row in rows if row["state"] == "complete"][:MAX_ROWS],
         "names": list(definition.search),
+        "accuracies": {
+            trial.number: trial.user_attrs["accuracy"] for trial in complete if "accuracy" in trial.user_attrs
+        },
         "time": _sum_time(rows, definition.budget.epochs, trials),
         "n_combinations": len({tuple(sorted(trial.params.items())) for trial in trials if trial.params}),
         "notes": Counter(filter(None, map(_explain_failure, trials))).most_common(MAX_ROWS),
@@ -168,14 +182,15 @@ def _draw(
         ranked = plots.rank_hyperparameters(study, names)
     pair = _find_pair(list(ranked), complete)
     curves = [trial for trial in trials if trial.intermediate_values]
+    metric = definition.study.metric_title
     return {
         "importances": ranked,
-        "history": plots.draw_history(complete) if complete else None,
+        "history": plots.draw_history(complete, metric) if complete else None,
         "importance_picture": plots.draw_importances(ranked) if ranked else None,
-        "slices": [plots.draw_slice(name, complete, chosen) for name in ranked or names] if chosen else [],
-        "contour": plots.draw_contour(pair, complete) if pair else None,
+        "slices": [plots.draw_slice(name, complete, chosen, metric) for name in ranked or names] if chosen else [],
+        "contour": plots.draw_contour(pair, complete, metric) if pair else None,
         "pair": pair,
-        "curves": plots.draw_curves(curves, chosen) if curves else None,
+        "curves": plots.draw_curves(curves, chosen, metric) if curves else None,
     }
 
 
@@ -211,13 +226,9 @@ def _read_bundle(
 
 
 def _describe_bundle(folder: Path, config: bundles.Config, metrics: dict[str, Any]) -> dict[str, Any]:
-    classes = [row["name"] for row in metrics["per_class"]]
-    confusions = [
-        (n, classes[i], classes[j])
-        for i, row in enumerate(metrics["confusion_matrix"])
-        for j, n in enumerate(row)
-        if n and i != j
-    ]
+    classes, matrix = metrics["per_class"], metrics["confusion_matrix"]
+    score = Score([row[i] for i, row in enumerate(matrix)], [sum(row) for row in matrix])
+    confusions = find_confusions(matrix, 5 if len(classes) <= MAX_CLASSES else 12)
     pictures = [folder / name for name in PICTURES if (folder / name).is_file()]
     return {
         "folder": str(folder),
@@ -225,7 +236,12 @@ def _describe_bundle(folder: Path, config: bundles.Config, metrics: dict[str, An
         "config": config,
         "interval": metrics.get("test_interval")
         or wilson_interval(metrics["test_accuracy"], metrics["n_images"]["test"]),
-        "confusions": sorted(confusions, key=lambda confusion: -confusion[0])[:5],
+        "confusions": [(n, classes[i]["name"], classes[j]["name"]) for n, i, j in confusions],
+        "worst": find_worst(classes, MAX_CLASSES) if len(classes) > MAX_CLASSES else classes,
+        "is_large": len(classes) > MAX_CLASSES,
+        "is_unequal": is_unequal(score.n_images),
+        "balanced": score.balanced_accuracy,
+        "balanced_interval": balanced_interval([score]),
         "pictures": {file.name: base64.b64encode(file.read_bytes()).decode() for file in pictures},
     }
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from optuna.trial import FrozenTrial, TrialState
 
-from hpsearch.bundle.evaluation import wilson_interval
+from hpsearch.bundle.evaluation import trial_interval
 from hpsearch.config.definition import StudyDefinition, load_definition
 from hpsearch.errors import (
     DefinitionError,
@@ -220,7 +220,8 @@ def summarize_search(watch: Watch, command: str) -> list[str]:
     if not complete:
         return [f"result: no trial completed; see: hpsearch trials {command}"]
     best, n_images = find_best(study), count_validation(definition, study)
-    low, high = wilson_interval(best.value or 0.0, n_images)
+    low, high = trial_interval(best, n_images)
+    metric = "" if definition.study.metric == "accuracy" else f"{definition.study.metric_title} "
     n_alike, n_others = sum((trial.value or 0.0) >= low for trial in complete) - 1, len(complete) - 1
     tied = f"{n_alike} of the other {n_others} completed trials lie in that interval"
     if not n_others:
@@ -230,7 +231,7 @@ def summarize_search(watch: Watch, command: str) -> list[str]:
     elif n_alike and n_others:
         tied += ": it may be luck"
     return [
-        f"best:  trial {best.number}: {best.value:.4f} on {n_images:,} validation images "
+        f"best:  trial {best.number}: {metric}{best.value:.4f} on {n_images:,} validation images "
         f"(95% CI {low:.4f} to {high:.4f})",
         f"tied:  {tied}",
         f"next:  hpsearch confirm {command}  |  hpsearch export {command}",

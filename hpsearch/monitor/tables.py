@@ -89,10 +89,19 @@ class FittedTable:
 
 
 def tabulate(
-    rows: Sequence[Mapping[str, str]], texts: Collection[str] = (), emphasized: int | None = None
+    rows: Sequence[Mapping[str, str]],
+    texts: Collection[str] = (),
+    names: Collection[str] = (),
+    emphasized: int | None = None,
 ) -> FittedTable:
-    """Return a table of these rows, which map headings to cells; the columns in `texts` are not right-aligned."""
-    columns = [Column(heading, [row[heading] for row in rows], heading in texts) for heading in rows[0]]
+    """Return a table of these rows, which map headings to cells.
+
+    The columns in `texts` and `names` are not right-aligned, and those in `names` may be cut.
+    """
+    columns = [
+        Column(heading, [row[heading] for row in rows], heading in {*texts, *names}, may_be_cut=heading in names)
+        for heading in rows[0]
+    ]
     return FittedTable(columns, emphasized=emphasized)
 
 

@@ -54,9 +54,10 @@ def count(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'s' * (n != 1)}"
 
 
-def describe_best(best: Mapping[str, Any] | None) -> str:
-    """Return a text such as `0.9861 (trial 17)`; `best` is that of `status --json`."""
-    return f"{best['value']:.4f} (trial {best['number']})" if best else "no completed trial yet"
+def describe_best(best: Mapping[str, Any] | None, metric: str = "accuracy") -> str:
+    """Return a text such as `0.9861 (trial 17)`; `best` is that of `status --json`. Only another metric is named."""
+    named = "" if metric == "accuracy" else f"{metric.replace('_', ' ')} "
+    return f"{named}{best['value']:.4f} (trial {best['number']})" if best else "no completed trial yet"
 
 
 def describe_epochs(run: int, saved: int) -> str:
@@ -85,7 +86,7 @@ def shorten(value: Any) -> str:
 
 
 def format_cell(value: Any, column: str = "") -> str:
-    """Return a value of that column of the trials as text: accuracies with 4 digits, seconds with 1, None as ""."""
+    """Return a value of that column of the trials as text: values with 4 digits, seconds with 1, None as ""."""
     if value is None:
         return ""
     digits = {"value": 4, "seconds": 1}.get(column)

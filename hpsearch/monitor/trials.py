@@ -52,6 +52,8 @@ def describe_in_full(study: optuna.Study, number: int) -> dict[str, Any]:
     attributes, times = trial.user_attrs, (trial.datetime_start, trial.datetime_complete)
     started, ended = (time and time.astimezone().isoformat(timespec="seconds") for time in times)
     return describe_trial(trial) | {
+        "metric": study.user_attrs.get("identity", {}).get("study.metric", "accuracy"),
+        "accuracy": attributes.get("accuracy"),
         "started": started,
         "ended": ended,
         "reports": {str(epoch): value for epoch, value in sorted(trial.intermediate_values.items())},
@@ -80,6 +82,7 @@ def read_status(
     return {
         "study": study.study_name,
         "storage": show_url(definition.study.storage),
+        "metric": definition.study.metric,
         "budget": study.user_attrs["budget"],
         "trials": {
             "complete": len(of[TrialState.COMPLETE]),

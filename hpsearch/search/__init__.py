@@ -4,7 +4,7 @@ study       creates, resumes, stops and extends studies, and enqueues trials; re
 trials      the events of trials, and why a trial ended
 samplers    builds the sampler of a study
 pruning     the pruners, why they prune, and the callback that asks them
-objective   the Optuna objective: trains a trial, returns its validation accuracy
+objective   the Optuna objective: trains a trial, returns its value
 selection   the best trial, and the confirmed winner
 draft       a first study file for images of one's own
 copy        copies a study to another database and artifact store

@@ -1,4 +1,4 @@
-"""The Optuna objective: suggests hyperparameters, trains a network and returns its validation accuracy."""
+"""The Optuna objective: suggests hyperparameters, trains a network and returns its value on the validation split."""
 
 import logging
 import threading
@@ -19,8 +19,9 @@ from hpsearch.search.study import check_data, check_direction
 from hpsearch.storage.artifacts import Folder
 from hpsearch.storage.checkpoints import Checkpoint, checkpoints_of
 from hpsearch.storage.tables import by_value
+from hpsearch.training.metrics import balanced_interval
 from hpsearch.training.run import build_trainer, describe_environment, load_study_data, trial_seed
-from hpsearch.training.trainer import EpochResult
+from hpsearch.training.trainer import EpochResult, measure
 
 logger = logging.getLogger(__name__)
 _CHECKPOINT_FORMAT = 3
@@ -29,7 +30,10 @@ _loading = threading.Lock()  # the threads of `n_jobs` share the data
 
 
 class Objective:
-    """Trains the network of a trial and returns the validation accuracy after the last epoch, to be maximized.
+    """Trains the network of a trial and returns the study's metric after the last epoch, to be maximized.
+
+    It is measured on the validation split. In a study of the balanced accuracy, the trial's user attributes `accuracy`
+    and `interval` have the accuracy, and the 95% confidence interval of the balanced one.
 
     Works with plain Optuna: `study.optimize(Objective(definition), n_trials=3)`. The data are loaded at the first
     trial. A trial whose loss is not finite is pruned. If `checkpoints` names a folder, training states are saved there,
@@ -121,6 +125,10 @@ class Objective:
             if checkpoint:
                 checkpoint.write(trainer.state_dict())
             raise
+        if trainer.metric == "balanced_accuracy":
+            score = trainer.score or measure(trainer.network, self.data.validation)  # the checkpoint has no score
+            trial.set_user_attr("accuracy", score.accuracy)
+            trial.set_user_attr("interval", balanced_interval([score]))
         return trainer.results[-1].value
 
     def _open_checkpoint(self, trial: optuna.Trial, hyperparameters: TrainingHyperparameters) -> Checkpoint | None:

@@ -33,7 +33,7 @@ class ThresholdPruner(optuna.pruners.BasePruner):
     """Prunes a trial whose value, to be maximized, is below a threshold.
 
     `reasons` has, by trial number, why a trial was pruned: `epoch`, `value` (which was compared), `threshold` (the
-    accuracy needed to continue) and `rule` (what the threshold is).
+    value needed to continue) and `rule` (what the threshold is).
     """
 
     def __init__(self) -> None:
@@ -85,7 +85,7 @@ class AshaPruner(ThresholdPruner):
 
 
 class PruningCallback:
-    """Reports each epoch's validation accuracy to the trial, and raises `TrialPruned` if the pruner decides so.
+    """Reports each epoch's value to the trial, and raises `TrialPruned` if the pruner decides so.
 
     The reason is stored in the trial's user attribute `pruning`; of a pruner that gives none, it has only `epoch` and
     `value`. A trial is never pruned after its last epoch.

@@ -1,5 +1,8 @@
 """A trial by its number, the best trial, and the confirmed winner."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
@@ -48,6 +51,12 @@ def find_winner(study: optuna.Study) -> FrozenTrial:
     """Return the winner of `confirm`, or the best trial if there is none; raises `NoCompletedTrial`."""
     confirmation = study.user_attrs.get("confirmation")
     return find_best(study, confirmation and confirmation["winner"])
+
+
+def confirmed_values(candidate: Mapping[str, Any]) -> list[float]:
+    """Return the values of the retrainings of a candidate of `confirm`."""
+    values: list[float] = candidate.get("balanced_accuracies", candidate["accuracies"])
+    return values
 
 
 def explain_choice(study: optuna.Study, command: str) -> str:

@@ -111,7 +111,7 @@ def open_study(definition: StudyDefinition, storage: Storage, *, keeps_extension
         storage.change_study_attrs(study._study_id, set_budget)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
-            study.set_metric_names(["validation accuracy"])
+            study.set_metric_names([f"validation {definition.study.metric_title}"])
         if "fingerprint" not in study.user_attrs:
             if definition.network.code:
                 _source_folder(definition, study).write(
@@ -214,7 +214,7 @@ def check_writable(study: optuna.Study) -> None:
 
 
 def check_direction(study: optuna.Study) -> None:
-    """Raise `StudyMismatch` unless the study maximizes one value, as accuracies need."""
+    """Raise `StudyMismatch` unless the study maximizes one value, as metrics need."""
     if study.directions != [StudyDirection.MAXIMIZE]:
         raise StudyMismatch(
             f"study '{study.study_name}' does not maximize one value, the accuracy; create another one with "
@@ -263,6 +263,7 @@ def _find_differences(attributes: dict[str, Any], definition: StudyDefinition) -
         stored = read_identity(stored, definition.codes)
     code = definition.network.code
     names = {"network.source": f"{code.name} was edited, SHA-256"} if code else {}
+    stored, wanted = ({"study.metric": "accuracy"} | each for each in (stored, wanted))  # absent if it is the default
     return [
         f"\n  {names.get(key, key)}: {stored.get(key, 'absent')} -> {wanted.get(key, 'absent')}"
         for key in sorted(stored.keys() | wanted.keys())

@@ -42,7 +42,7 @@ def name_state(trial: FrozenTrial) -> str:
 
 
 def find_value(trial: FrozenTrial) -> float | None:
-    """Return the validation accuracy of an ended trial: the last one, or the one that the pruner compared.
+    """Return the value of an ended trial: the last one, or the one that the pruner compared.
 
     The median pruner compares the best one so far; Optuna's value of a pruned trial is always the last one.
     """

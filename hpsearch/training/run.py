@@ -87,6 +87,7 @@ def build_trainer(
         hyperparameters,
         epochs or definition.budget.epochs,
         validation=validation,
+        metric=definition.study.metric,
         seed=seed,
         mean=data.mean,
         std=data.std,

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hpsearch.config.definition import Metric
 from hpsearch.config.space import TrainingHyperparameters
 from hpsearch.data.augment import augment, erase, flip, jitter_color
 from hpsearch.data.dataset import Split
 from hpsearch.errors import Diverged
 from hpsearch.training.gradients import choose_gradients, fast_matmul, join_parameters
+from hpsearch.training.metrics import Score
 from hpsearch.training.networks import Dropout, Network, OwnNetwork
 from hpsearch.training.optimizers import build_optimizer, build_schedule
 from hpsearch.training.randomness import GlobalRandom
@@ -22,18 +24,24 @@ from hpsearch.training.randomness import GlobalRandom
 
 @dataclass(frozen=True)
 class EpochResult:
-    """The result of an epoch: its number, starting at 1, mean loss, and accuracy (None without a validation split)."""
+    """The result of an epoch: its number, starting at 1, mean loss, and accuracies (None without validation split).
+
+    The `value` of the epoch is that of the `metric`.
+    """
 
     epoch: int
     loss: float
     accuracy: float | None
+    balanced_accuracy: float | None = None
+    metric: Metric = "accuracy"
 
     @property
     def value(self) -> float:
-        """Return the validation accuracy. Raises `ValueError` without a validation split."""
-        if self.accuracy is None:
+        """Return the metric on the validation split. Raises `ValueError` without one."""
+        value = self.accuracy if self.metric == "accuracy" else self.balanced_accuracy
+        if value is None:
             raise ValueError("a search needs a validation split")
-        return self.accuracy
+        return value
 
 
 class Trainer:
@@ -46,7 +54,7 @@ class Trainer:
     `mean` and `std`, one number a channel, normalized the images; `color_jitter` needs to know.
     `results` are those of the finished epochs; `n_batches` counts the batches trained in the current one. `threads` has
     `[epoch, n_batches, threads]` for the start and for each change of torch's number of threads, on which the last bits
-    depend.
+    depend. `metric` is the value of a result, and `score` the latest measurement on the validation split.
     """
 
     def __init__(
@@ -57,12 +65,14 @@ class Trainer:
         epochs: int,
         *,
         validation: Split | None = None,
+        metric: Metric = "accuracy",
         seed: int = 0,
         mean: Sequence[float] = (0.0,),
         std: Sequence[float] = (1.0,),
     ) -> None:
         device = split.labels.device
-        self.network, self.epochs, self.validation = network, epochs, validation
+        self.network, self.epochs, self.validation, self.metric = network, epochs, validation, metric
+        self.score: Score | None = None
         self.results: list[EpochResult] = []
         self.n_batches = 0
         self.threads: list[list[int]] = []
@@ -120,8 +130,9 @@ class Trainer:
         epoch, mean_loss = len(self.results) + 1, total_loss.item() / len(self._loader)
         if not math.isfinite(mean_loss):
             raise Diverged(f"training diverged: loss is {mean_loss} in epoch {epoch}")
-        accuracy = None if self.validation is None else measure_accuracy(self.network, self.validation)
-        self.results.append(EpochResult(epoch, mean_loss, accuracy))
+        score = self.score = None if self.validation is None else measure(self.network, self.validation)
+        accuracy, balanced = (None, None) if score is None else (score.accuracy, score.balanced_accuracy)
+        self.results.append(EpochResult(epoch, mean_loss, accuracy, balanced, self.metric))
         self.n_batches, self._epoch_order = 0, self.order.get_state()
         total_loss.zero_()
         return self.results[-1]
@@ -173,11 +184,13 @@ class Trainer:
         self._total_loss.copy_(state["total_loss"])
         self.n_batches = state["n_batches"]
         self.threads = [[*each] for each in state.get("threads", ())]  # unknown in older versions
-        self.results = [EpochResult(*values) for values in state["results"]]
+        self.results = [EpochResult(*values) for values in state["results"]]  # older versions have the first three
 
 
-def measure_accuracy(network: Network, split: Split) -> float:
-    """Return the share of images whose most likely class is their label, in [0, 1]."""
+def measure(network: Network, split: Split) -> Score:
+    """Return how many images of each class have their label as the most likely class."""
     with fast_matmul(0):  # in no other thread, but at the usual precision
-        predicted = network.predict_split(split).argmax(dim=1)
-    return int((predicted == split.labels).sum()) / len(split)
+        is_correct = network.predict_split(split).argmax(dim=1) == split.labels
+    n_images = split.labels.bincount()
+    correct = split.labels[is_correct].bincount(minlength=len(n_images))
+    return Score(correct.tolist(), n_images.tolist())

@@ -22,6 +22,7 @@ from hpsearch.search.study import load_study, open_study
 from hpsearch.storage.rdb import open_storage
 from hpsearch.training import run
 from hpsearch.training.kinds import Hyperparameters
+from hpsearch.training.metrics import Score
 from hpsearch.training.networks import Network
 from hpsearch.training.trainer import Trainer
 
@@ -98,7 +99,7 @@ def test_a_candidate_trains_and_is_measured_on_the_splits_of_the_search(
             super().__init__(network, split, *arguments, **options)
 
     monkeypatch.setattr(run, "Trainer", Noting)
-    monkeypatch.setattr(module, "measure_accuracy", lambda network, split: len(split) / 1000)
+    monkeypatch.setattr(module, "measure", lambda network, split: Score([len(split)], [1000]))
     [candidate] = confirm(*searched, top=1, seeds=2)["candidates"]
     assert (n_trained, candidate["accuracies"]) == ({300}, [0.2, 0.2])
 
@@ -171,6 +172,24 @@ def test_a_study_without_complete_trials_has_nothing_to_confirm(tmp_path: Path) 
 def test_seeds_that_agree_do_not_make_a_difference_of_five_images_significant(n_images: int, is_tie: bool) -> None:
     for best in ([0.99, 0.99, 0.99], [0.99, 0.99, 0.9901]):  # 5 and 6 images better than the smaller network
         assert choose_winner({1: best, 2: [0.98] * 3}, {1: 9, 2: 5}, n_images)[1] == is_tie
+
+
+@pytest.mark.parametrize(
+    ("correct", "n_images", "is_tie"),
+    [
+        ([[95, 90], [90, 90]], [100, 100], True),  # by five images
+        ([[96, 90], [90, 90]], [100, 100], False),  # by six
+        ([[960, 5], [960, 3]], [1000, 5], True),  # by two of a rare class, which are 20 percentage points
+        ([[960, 5], [800, 5]], [1000, 5], False),  # by 160 of the common class, which are 8
+        ([[960, 4], [940, 5]], [1000, 5], True),  # one is better in each class
+    ],
+)
+def test_balanced_accuracies_are_tied_if_they_differ_by_few_images_or_by_few_of_a_rare_class(
+    correct: list[list[int]], n_images: list[int], is_tie: bool
+) -> None:
+    scores = {number: [Score(each, n_images)] * 3 for number, each in enumerate(correct)}
+    values = {number: [score.balanced_accuracy for score in of] for number, of in scores.items()}
+    assert choose_winner(values, {0: 9, 1: 5}, sum(n_images), scores)[1] == is_tie
 
 
 @pytest.mark.parametrize(

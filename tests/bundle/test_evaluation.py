@@ -30,9 +30,13 @@ def test_figures_agree_with_a_count_by_hand() -> None:
     assert (b["precision"], b["recall"]) == (pytest.approx(2 / 3), pytest.approx(2 / 3))
 
 
-def test_a_class_without_images_or_predictions_counts_as_zero() -> None:
-    evaluation = evaluate(probabilities_for([0, 1], 3), np.array([0, 1]), ["a", "b", "c"])
-    assert evaluation.per_class[2] == {"name": "c", "precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0}
+def test_a_class_without_images_has_no_recall_and_is_not_in_the_balanced_accuracy() -> None:
+    evaluation = evaluate(probabilities_for([0, 1, 1], 3), np.array([0, 1, 0]), ["a", "b", "c"])
+    assert evaluation.per_class[2] == {"name": "c", "precision": None, "recall": None, "f1": None, "support": 0}
+    assert evaluation.balanced_accuracy == 0.75
+    never = evaluate(probabilities_for([0, 2, 0], 3), np.array([0, 1, 0]), ["a", "b", "c"]).per_class
+    assert [row["precision"] for row in never] == [1.0, 0.0, 0.0]
+    assert [row["recall"] for row in never] == [1.0, 0.0, None]
 
 
 @given(n=st.integers(1, 20_000), share=st.floats(0, 1))

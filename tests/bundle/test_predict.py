@@ -264,7 +264,8 @@ def test_an_evaluation_is_told_in_full_and_drawn_where_asked(run: Run, saved: Pa
         assert run("evaluate", saved, "--pictures", "new/pictures", *options)[0] == 0
     code, out, err = run("evaluate", saved, "--json")
     assert set(json.loads(out)) == {
-        *("accuracy", "interval", "confusion_matrix", "per_class", "calibration", "mistakes"),
+        *("accuracy", "interval", "balanced_accuracy", "balanced_interval"),
+        *("confusion_matrix", "per_class", "calibration", "mistakes"),
     }
     predict, draw = err.removeprefix("next: hpsearch ").strip().split("  |  hpsearch ")
     assert draw == f"evaluate {saved} --pictures plots"

@@ -397,6 +397,11 @@ def test_the_validation_split_is_a_sixth_by_default() -> None:
     assert parse_definition({"search": {"width": {"int": [8, 9]}}}).data.validation == 10_000
 
 
+def test_the_fingerprint_of_a_study_of_the_accuracy_is_that_of_versions_without_a_metric() -> None:
+    definition = make_definition(None, study={"metric": "accuracy"})
+    assert definition.fingerprint == "585d91f9900b4bcb6ab7179e469fdba3b9d9b55d0f5c3ce3f0d310a89cbf44e0"
+
+
 @pytest.mark.parametrize(
     ("section", "values"),
     [("budget", {"trials": 9, "failures": 1}), ("recovery", {"retries": 7}), ("retrain", {"epochs": 9})],
@@ -414,6 +419,7 @@ def test_budget_recovery_and_retrain_leave_the_fingerprint_alone(section: str, v
         ("search", {"width": {"int": [8, 33]}}),
         ("sampler", {"kind": "random"}),
         ("study", {"seed": 1}),
+        ("study", {"metric": "balanced_accuracy"}),
     ],
 )
 def test_what_makes_trials_incomparable_changes_the_fingerprint(section: str, values: dict[str, Any]) -> None:

@@ -139,7 +139,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, digits: ImageData, forked
     guesses = np.eye(10, dtype=np.float32)[[0, 1, 2, 3, 4, 5, 6, 7, 8, 1]]
     evaluation = evaluate(guesses, np.arange(10), digits.class_names)
     config = {"format_version": 1, "data": "digits", "kind": "mlp", "hyperparameters": hyperparameters.model_dump()}
-    config |= {"image_shape": list(digits.image_shape), "mean": digits.mean, "std": digits.std}
+    config |= {"image_shape": list(digits.image_shape), "mean": digits.mean[0], "std": digits.std[0]}
     config |= {"class_names": list(digits.class_names)}
     config |= {"layers": find(NETWORKS, "mlp").describe(hyperparameters, digits.image_shape, 10)}
     metrics: dict[str, Any] = {
@@ -154,6 +154,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory, digits: ImageData, forked
         },
         **{"validation_accuracy": 0.9, "test_accuracy": 0.8, "test_interval": [0.755, 0.838]},
         "calibration": {"error": 0.0123, "bins": [{"confidence": 0.9, "accuracy": 0.8, "n": 360}]},
+        "metric": "accuracy",
+        "test_balanced_accuracy": 0.79,
+        "test_balanced_interval": [0.74, 0.83],
         "test_accuracies": {"of_each_seed": [0.8, 0.7], "mean": 0.75, "std": 0.07},
         "n_images": {"train": 500, "validation": 200, "test": 360},
         "per_class": evaluation.per_class,

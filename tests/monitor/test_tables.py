@@ -23,7 +23,7 @@ ROWS = [
     make_row(1234, params={"lr": 0.1, "optimizer": "adam"}),
     make_row(7, state="failed", value=None, params={}, note="exception: " + "x" * 300),
 ]
-CONFIRMATION = {
+CONFIRMATION: dict[str, Any] = {
     "candidates": [
         {
             "number": 12,
@@ -45,21 +45,38 @@ EXPORT = {
     "test_interval": [0.9793, 0.985],
     "n_images": {"test": 10_000},
     "test_accuracies": {"std": None},
+    "test_balanced_accuracy": 0.9714,
+    "test_balanced_interval": [0.9512, 0.983],
+    "test_balanced_accuracies": {"std": None},
+    "metric": "balanced_accuracy",
+    "per_class": [{"name": "a", "support": 10_000}],
     "test_reads": 1,
     "verified": {"model.safetensors": {"difference": 1.2e-7, "accuracy": 0.9823}},
 }
 NAMES = ["T-shirt/top", "[bold]", *"23456789"]
-EVALUATION = {
+EVALUATION: dict[str, Any] = {
     "accuracy": 0.98,
     "interval": [0.97, 0.985],
+    "balanced_accuracy": 0.97,
+    "balanced_interval": [0.96, 0.98],
     "calibration": {"error": 0.0123},
     "per_class": [{"name": name, "precision": 0.98, "recall": 0.9712, "f1": 0.9755, "support": 1135} for name in NAMES],
     "confusion_matrix": [[1000 + i if i == j else 0 for j in range(10)] for i in range(10)],
     "mistakes": [{"index": 9999, "true": "T-shirt/top", "predicted": "[bold]", "probability": 0.9991}],
 }
+MANY = [f"{'🌹' * (i % 3)}species {i} \n" + "x" * (i % 2 * 90) for i in range(200)]
+LARGE = EVALUATION | {
+    "per_class": [
+        {"name": name, "precision": None, "recall": i / 200 if i else None, "f1": None, "support": i}
+        for i, name in enumerate(MANY)
+    ],
+    "confusion_matrix": [[100 + i if i == j else int(j == i + 1) * i for j in range(200)] for i in range(200)],
+    "mistakes": [{"index": 9999, "true": MANY[1], "predicted": MANY[2], "probability": 0.9991}],
+}
 EVERY = [
     *(tabulate_trials(ROWS, PARAMS), tabulate_trials(ROWS, PARAMS, ["trial", "note"]), tabulate_trials([], PARAMS)),
     *(render_confirmation(CONFIRMATION), render_export("models/small", EXPORT), render_evaluation(EVALUATION)),
+    render_evaluation(LARGE),
 ]
 
 
@@ -123,6 +140,37 @@ def test_a_confusion_matrix_continues_below() -> None:
     assert [name for head in heads for name in head] == [str(i) for i in range(10)]
     assert len(heads) == 2
     assert any(line.startswith("1 [bold]") and "1001" in line for line in lines)
+
+
+def test_of_many_classes_the_worst_and_the_most_frequent_confusions_are_shown() -> None:
+    lines = draw(render_evaluation(LARGE), 100)
+    assert len(lines) < 40
+    worst = lines[lines.index("the 10 of 200 classes with the lowest recall (--json has all):") + 3 :][:10]
+    assert [re.search(r"species (\d+)", line)[1] for line in worst] == [str(i) for i in range(1, 11)]  # type: ignore[index]
+    assert all("0.0" in line and " - " in line for line in worst)
+    [head] = [i for i, line in enumerate(lines) if line.startswith("images")]
+    assert lines[head + 2].split()[:4] == ["198", "species", "198", r"\n"]
+
+
+def test_both_accuracies_are_shown_where_the_classes_differ_in_size_or_the_balanced_one_is_the_metric() -> None:
+    [line, *_] = draw(render_export("models/small", EXPORT), 500)
+    assert "test balanced accuracy 0.9714 (95% CI 0.9512 to 0.9830), accuracy 0.9823 (95% CI 0.9793 to 0.98" in line
+    [line, *_] = draw(render_evaluation(EVALUATION), 500)
+    assert line == "test accuracy 0.9800 (95% CI 0.970 to 0.985) on 11,350 images"
+    unequal = [row | {"support": 500 * (i + 1)} for i, row in enumerate(EVALUATION["per_class"])]
+    [line, *_] = draw(render_evaluation(EVALUATION | {"per_class": unequal}), 500)
+    assert line.startswith(
+        "test accuracy 0.9800 (95% CI 0.970 to 0.985), balanced accuracy 0.9700 (95% CI 0.960 to 0.9"
+    )
+
+
+def test_a_comparison_by_balanced_accuracy_says_so_and_shows_the_accuracies() -> None:
+    [candidate] = CONFIRMATION["candidates"]
+    balanced = candidate | {"balanced_accuracies": [0.97, 0.9724], "accuracies": [0.991, 0.993]}
+    lines = draw(render_confirmation(CONFIRMATION | {"metric": "balanced_accuracy", "candidates": [balanced]}), 200)
+    assert re.split("  +", lines[0].strip())[:3] == ["trial", "mean bal. acc.", "95% CI"]
+    assert lines[2].split()[-1] == "0.9920"
+    assert "winner: trial 12, mean balanced accuracy 0.9712 over 2 seeds" in lines
 
 
 def test_in_a_pipe_nothing_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:

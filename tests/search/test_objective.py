@@ -24,6 +24,7 @@ from hpsearch.storage.artifacts import Folder
 from hpsearch.storage.checkpoints import read
 from hpsearch.storage.rdb import open_storage
 from hpsearch.training import run, trainer
+from hpsearch.training.metrics import Score
 from hpsearch.training.networks import build_network
 from hpsearch.training.run import trial_seed
 from hpsearch.training.trainer import EpochResult
@@ -127,9 +128,26 @@ def test_the_value_is_the_same_for_the_same_trial_and_differs_between_trials(dig
 def test_the_value_is_that_of_the_last_epoch_even_if_another_was_better(
     digits: ImageData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    accuracies = iter([0.9, 0.7])
-    monkeypatch.setattr(trainer, "measure_accuracy", lambda network, split: next(accuracies))
+    scores = iter([Score([9], [10]), Score([7], [10])])
+    monkeypatch.setattr(trainer, "measure", lambda network, split: next(scores))
     assert Objective(make_definition(), digits)(FixedTrial(PARAMS)) == 0.7  # type: ignore[arg-type]
+
+
+def test_a_trial_of_the_balanced_accuracy_has_it_as_value_and_report_and_the_accuracy_beside_it(
+    digits: ImageData,
+) -> None:
+    rare = digits.validation.labels != 3
+    rare[:40] = True  # few of the threes
+    unequal = replace(digits, validation=Split(digits.validation.images[rare], digits.validation.labels[rare]))
+    accuracy = Objective(make_definition(), unequal)(FixedTrial(PARAMS))  # type: ignore[arg-type]
+    study = optuna.create_study(direction="maximize")
+    study.enqueue_trial(PARAMS)
+    study.optimize(Objective(make_definition(None, study={"metric": "balanced_accuracy"}), unequal), n_trials=1)
+    [trial] = study.trials
+    assert trial.value == trial.intermediate_values[2]
+    assert trial.user_attrs["accuracy"] == accuracy != trial.value
+    low, high = trial.user_attrs["interval"]
+    assert low < trial.value < high
 
 
 def test_a_trial_trains_on_the_training_split_and_is_measured_on_the_validation_split(

@@ -109,6 +109,18 @@ def test_a_study_of_an_older_version_opens_with_the_file_that_made_it_or_with_eq
     assert "search" not in str(caught.value)
 
 
+def test_the_metric_names_the_values_of_a_study_and_another_one_is_refused(storage: Storage) -> None:
+    accuracy = make_definition(None, study={"metric": "accuracy"})
+    balanced = make_definition(None, study={"metric": "balanced_accuracy"})
+    assert open_study(accuracy, storage).metric_names == ["validation accuracy"]
+    with pytest.raises(StudyMismatch, match=r"study\.metric: accuracy -> balanced_accuracy"):
+        open_study(balanced, storage)
+    other = make_definition(None, study={"name": "other", "metric": "balanced_accuracy"})
+    assert open_study(other, storage).metric_names == ["validation balanced accuracy"]
+    with pytest.raises(StudyMismatch, match=r"study\.metric: balanced_accuracy -> accuracy"):
+        open_study(make_definition(None, study={"name": "other"}), storage)
+
+
 def test_a_study_with_settings_without_effect_goes_on_but_none_is_created(
     storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,7 +191,7 @@ def test_a_study_without_a_complete_trial_says_so(storage: Storage) -> None:
 def test_the_summary_has_the_documents_keys_and_counts(storage: Storage) -> None:
     study = fill(storage)
     summary = read_status(make_definition("postgresql://me:secret@host/db"), study)
-    assert list(summary) == ["study", "storage", "budget", "trials", "best", "workers", "epochs"]
+    assert list(summary) == ["study", "storage", "metric", "budget", "trials", "best", "workers", "epochs"]
     assert "secret" not in summary["storage"]
     assert summary["trials"] == {"complete": 2, "pruned": 1, "failed": 1, "running": 1, "waiting": 1}
     assert summary["best"]["number"] == 2

@@ -13,13 +13,14 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
+from hpsearch.config.definition import Metric
 from hpsearch.data.dataset import ImageData, Split
 from hpsearch.errors import Diverged
 from hpsearch.training.kinds import Hyperparameters
 from hpsearch.training.networks import Network, build_network
 from hpsearch.training.optimizers import build_optimizer, build_schedule
 from hpsearch.training.run import build_trainer, load_study_data
-from hpsearch.training.trainer import Trainer, measure_accuracy
+from hpsearch.training.trainer import EpochResult, Trainer, measure
 
 from ..conftest import make_definition
 
@@ -193,9 +194,32 @@ def test_the_split_of_a_study_is_drawn_from_its_seed() -> None:
 def test_accuracy_is_the_share_of_right_answers(blobs: Split) -> None:
     network, _ = small_network()
     flipped = Split(blobs.images, 1 - blobs.labels)
-    assert measure_accuracy(network, blobs) + measure_accuracy(network, flipped) == pytest.approx(1.0)
+    assert measure(network, blobs).accuracy + measure(network, flipped).accuracy == pytest.approx(1.0)
     right = network.predict_proba(blobs.images).argmax(1)
-    assert measure_accuracy(network, Split(blobs.images, right)) == 1.0
+    assert measure(network, Split(blobs.images, right)).accuracy == 1.0
+
+
+def test_the_value_of_an_epoch_is_the_metric_and_a_checkpoint_of_an_older_version_has_only_the_accuracy(
+    blobs: Split,
+) -> None:
+    rare = Split(blobs.images[:40], torch.zeros(40, dtype=torch.int64).index_fill(0, torch.arange(2), 1))
+    results = []
+    metrics: tuple[Metric, ...] = ("accuracy", "balanced_accuracy")
+    for metric in metrics:
+        torch.manual_seed(0)
+        network, hyperparameters = small_network(lr=1e-5)
+        trainer = Trainer(network, rare, hyperparameters, 1, validation=rare, metric=metric)
+        results.append(trainer.run_epoch())
+    first, second = results
+    assert (first.accuracy, first.balanced_accuracy) == (second.accuracy, second.balanced_accuracy)
+    assert (first.value, second.value) == (first.accuracy, first.balanced_accuracy)
+    assert first.value != second.value
+    state = trainer.state_dict()
+    trainer.load_state_dict(state)
+    assert trainer.results == [second]
+    trainer.load_state_dict(state | {"results": [(1, 0.5, 0.75)]})
+    assert trainer.results == [EpochResult(1, 0.5, 0.75)]
+    assert trainer.results[0].value == 0.75
 
 
 def test_label_smoothing_raises_the_lowest_loss(blobs: Split) -> None:

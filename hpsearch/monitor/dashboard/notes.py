@@ -28,8 +28,9 @@ def describe_study(definition: StudyDefinition, budget: Mapping[str, Any], argum
     commands = [(f"hpsearch {command} {arguments}", what) for command, what in _COMMANDS.items()]
     width = max(len(line) for line, _ in commands)
     parts = [
-        f"The value of a trial is its **validation accuracy** after {today.budget.epochs} epochs (for a pruned trial: "
-        "when it was pruned). The search never uses the test set; `hpsearch export` evaluates on it once.",
+        f"The value of a trial is its **validation {today.study.metric_title}** after {today.budget.epochs} epochs "
+        "(for a pruned trial: when it was pruned). The search never uses the test set; `hpsearch export` evaluates on "
+        "it once.",
         _fence("\n".join(f"{line:{width}}  # {what}" for line, what in commands)),
         "What is searched, as a study file:",
         _fence(today.to_toml().strip()),
