@@ -134,3 +134,35 @@ def test_a_folder_with_pictures_of_something_else_is_refused(tmp_path: Path) -> 
     file.mkdir()
     with pytest.raises(UsageError, match=r"has another confusion_matrix\.png; choose another folder$"):
         check_folder(tmp_path, "small", force=True)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("n_classes", [2, 7, 200])
+def test_pictures_of_few_and_many_classes_with_any_names_are_whole_and_of_a_size_to_read(
+    n_classes: int, tmp_path: Path
+) -> None:
+    strange = ["🌹", "花", "a\nb", "**b** | <i>", "$x^2$", "n" * 100, "\x1b[31m"]
+    names = [f"class {i}" for i in range(200)] if n_classes == 200 else strange[:n_classes]
+    labels = np.arange(800) % n_classes
+    labels[labels == 1] = 0  # a class without images
+    predicted = np.where(np.arange(800) % 9, labels, (labels + 1) % n_classes)
+    evaluation = evaluate(np.eye(n_classes, dtype=np.float32)[predicted], labels, names)
+    images = np.zeros((800, 3, 40, 40), dtype=np.uint8)
+    images[:, 0] = 200  # red
+    draw_confusion_matrix(evaluation, tmp_path / "confusion_matrix.png")
+    draw_mistakes(evaluation, images, tmp_path / "mistakes.png", is_photo=True)
+    for name in ("confusion_matrix.png", "mistakes.png"):
+        pixels = read(tmp_path / name)
+        assert max(pixels.shape) < 2500
+        assert (np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]) == 255).all()
+    gallery = read(tmp_path / "mistakes.png")
+    assert (gallery[..., :3] == (200, 0, 0)).all(axis=2).sum() > 100_000
+
+
+def test_a_gray_photo_is_drawn_as_it_is_and_handwriting_dark_on_white(tmp_path: Path) -> None:
+    black = np.zeros_like(IMAGES)
+    darkness = []
+    for is_photo in (False, True):
+        draw_mistakes(make_evaluation(8), black, tmp_path / "a.png", is_photo=is_photo)
+        darkness.append(int((read(tmp_path / "a.png")[..., :3].max(axis=2) == 0).sum()))
+    assert darkness[0] < 6000 < 10_000 < darkness[1]
