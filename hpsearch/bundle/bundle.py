@@ -274,7 +274,8 @@ def save(
         (new / "study.toml").write_text(contents.study_toml, encoding="utf-8")
         if contents.likeness:
             contents.likeness.save(new)
-        draw_evaluation(contents.evaluation, images, new, contents.metrics["study"])
+        is_photo = contents.config.get("preparation", {}).get("kind") == "photo"
+        draw_evaluation(contents.evaluation, images, new, contents.metrics["study"], is_photo=is_photo)
         Image.fromarray(images[0, 0].numpy()).save(new / EXAMPLE)
         _write_program(contents.config, new)
         _write_texts(contents, new, {})  # `hpsearch.load`, which verifies model.safetensors, needs a manifest

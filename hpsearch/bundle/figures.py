@@ -151,7 +151,6 @@ def _list_confusions(axes: "Axes", evaluation: Evaluation, names: Sequence[str])
     axes.text(0, 0.965, "\n".join(lines), va="top", size=7, linespacing=1.5)
 
 
-@_with_plain_text
 def draw_calibration(evaluation: Evaluation, file: Path, study: str = "") -> None:
     """Plot the reliability diagram: each bin's accuracy with its 95% confidence interval, and its number of images.
 

@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from hpsearch.bundle import figures
 from hpsearch.bundle.evaluation import Evaluation, evaluate
 from hpsearch.bundle.figures import (
     PLOTS,
@@ -157,6 +159,17 @@ def test_pictures_of_few_and_many_classes_with_any_names_are_whole_and_of_a_size
         assert (np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]) == 255).all()
     gallery = read(tmp_path / "mistakes.png")
     assert (gallery[..., :3] == (200, 0, 0)).all(axis=2).sum() > 100_000
+
+
+def test_the_powers_of_ten_of_the_calibration_are_drawn_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(figures, "_save", lambda figure, file, study: drawn.append(figure))
+    draw_calibration(make_evaluation(3), tmp_path / "a.png")
+    labels = drawn[0].axes[1].get_yticklabels()
+    assert any("10^" in label.get_text() for label in labels)
+    assert all(label.get_parse_math() for label in labels)
 
 
 def test_a_gray_photo_is_drawn_as_it_is_and_handwriting_dark_on_white(tmp_path: Path) -> None:
