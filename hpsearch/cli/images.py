@@ -4,7 +4,7 @@ import os
 import re
 import shlex
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,14 +34,15 @@ _FEW = 50  # images of a side
 
 
 def write_draft(name: str | None, path: Path) -> None:
-    """Write a study file for a folder of images to the current folder, and print what is in the folder.
+    """Write a study file for a folder or .npz file of images to the current folder, and print what is in there.
 
     Raises `UsageError` if the name is not that of a new study, and `DataError` with all problems of the images.
     """
     name = _choose_name(name, path)
     source = _locate(path)
     with Steps() as show_step:
-        images, table, problem = _look_at_folder(path, source, lambda *progress: show_step("reading images", *progress))
+        look_at = _look_at_file if path.suffix == ".npz" and not path.is_dir() else _look_at_folder
+        images, table, problem = look_at(path, source, lambda *progress: show_step("reading images", *progress))
     show(table)
     if problem:
         raise DataError(problem)
@@ -58,7 +59,7 @@ def write_draft(name: str | None, path: Path) -> None:
 
 def _choose_name(name: str | None, path: Path) -> str:
     """Return the name of the study: the one given, else that of the images."""
-    chosen = path.absolute().name if name is None else name.removesuffix(".toml")
+    chosen = path.absolute().name.removesuffix(".npz") if name is None else name.removesuffix(".toml")
     try:
         Study.model_validate({"name": chosen})
     except ValidationError as error:
@@ -72,7 +73,7 @@ def _choose_name(name: str | None, path: Path) -> str:
 
 
 def _locate(path: Path) -> str:
-    """Return the path of a folder as a study file here names it: relative if it was given so, or is below."""
+    """Return the path of the images as a study file here names it: relative if it was given so, or is below."""
     here, place = Path.cwd(), Path(os.path.abspath(path))  # noqa: PTH100 - keeps links
     if here.is_relative_to(place.resolve()):
         raise UsageError(
@@ -108,6 +109,30 @@ def _look_at_folder(
     )
     table = Group(_tabulate_classes(images), "", _describe_folder(survey))
     return images, table, report_problems(survey, problems, is_skipping=True) if problems else ""
+
+
+def _look_at_file(file: Path, source: str, on_read: Callable[[int, int], None]) -> tuple[Images, RenderableType, str]:
+    """Return the same as `_look_at_folder` of an .npz file. Raises `DataError` with its problems."""
+    from hpsearch.data.arrays import open_file
+
+    found = open_file(file, on_read=on_read)
+    own_test = found.n_test if "test" not in found.inventory.sides else 0
+    splits = ("train", "test") if own_test else ()
+    n_images = len(found.inventory.names)
+    if not own_test:  # the shares decide on the sides
+        shares = choose_shares(n_images, splits)
+        found = open_file(file, test=shares["test"], validation=shares["validation"])
+    channels, height, width = found.image_shape
+    images = Images(("file", source), _count_images(found.inventory), found.image_shape, splits)
+    facts = {
+        "sizes": f"{width}x{height}",
+        "colors": f"{n_images:,} {'rgb' if channels == 3 else 'grey'}",
+        "copies": f"{n:,}, each on the side of its original"
+        if (n := n_images - len({*found.inventory.digests}))
+        else "",
+        "test part": f"{own_test:,}, not looked at before the final test" if own_test else "",
+    }
+    return images, Group(_tabulate_classes(images), "", _tabulate_facts(facts)), ""
 
 
 def _count_images(inventory: "Inventory") -> dict[str, dict[str, int]]:
@@ -151,10 +176,14 @@ def _describe_folder(survey: "FolderSurvey") -> RenderableType:
         "unreadable": _count_names([f"{file.name} ({file.look.problem})" for file in survey.unreadable]),
         "left out": ", ".join(f"{n:,} {kind}" for kind, n in Counter(survey.left_out).most_common(_N_KINDS)),
     }
+    return _tabulate_facts(lines)
+
+
+def _tabulate_facts(facts: Mapping[str, str]) -> RenderableType:
     table = Table.grid(padding=(0, 2))
-    for name, line in lines.items():
-        if line:
-            table.add_row(name, Text(show_name(line), overflow="fold"))
+    for name, text in facts.items():
+        if text:
+            table.add_row(name, Text(show_name(text), overflow="fold"))
     return table
 
 

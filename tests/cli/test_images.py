@@ -1,7 +1,9 @@
 """`init --images` says what is in a folder, and writes a study file for it, or says all that is wrong."""
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -108,3 +110,26 @@ def test_the_table_of_many_classes_is_short(run: Run, tmp_path: Path) -> None:  
     assert code == 0
     assert len(out.splitlines()) < 22
     assert "19 more" in out
+
+
+@pytest.mark.parametrize("has_test", [False, True])
+def test_arrays_in_a_file_get_a_study_file_too(run: Run, tmp_path: Path, has_test: bool) -> None:  # noqa: F811
+    random = np.random.default_rng(0)
+    arrays: dict[str, Any] = {
+        "x_train": random.integers(0, 256, (90, 12, 10, 3), np.uint8),
+        "y_train": np.arange(90) % 3,
+    }
+    if has_test:
+        arrays |= {"x_test": arrays["x_train"][:20] // 2, "y_test": arrays["y_train"][:20]}
+    np.savez(tmp_path / "set.npz", **arrays)
+    code, out, _ = run("init", "--images", "set.npz")
+    assert code == 0
+    assert "10x12" in out
+    assert ("test part" in out) == has_test
+    data = load_definition("set").data
+    assert data.file == str(tmp_path / "set.npz")
+    assert (data.test, data.validation) == (None if has_test else 0.2, 0.2)
+    (tmp_path / "bad.npz").write_bytes(b"nothing")
+    code, out, err = run("init", "--images", "bad.npz")
+    assert (code, out) == (1, "")
+    assert "bad.npz" in err
