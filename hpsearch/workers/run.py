@@ -10,6 +10,7 @@ import optuna
 from optuna.trial import TrialState
 
 from hpsearch.config.definition import StudyDefinition, evolve, load_definition
+from hpsearch.data.sets import DataSet
 from hpsearch.errors import HpsearchError, UsageError
 from hpsearch.search.study import load_study, start_study
 from hpsearch.search.trials import TrialEvent
@@ -54,8 +55,11 @@ def run(
         n_workers = n_workers or default_workers()
         n_threads = n_threads or share_cores(n_workers)
         stored = load_study(definition, open_storage(definition.study.storage))
+        log = _Log(stored)
         with _signals_drain() as drain:
-            run_pool(definition, drain, n_workers, n_threads=n_threads, folder=images, emit=_Log(stored))
+            opened = _read_own_images(definition, data, drain, log)
+            run_pool(definition, drain, n_workers, n_threads=n_threads, folder=data, emit=log)
+            del opened  # held until now: `run_pool` opens the same images, which were read or loaded once
         return stored
     except HpsearchError as error:
         named = study.study.name if isinstance(study, StudyDefinition) else study
@@ -71,11 +75,30 @@ def _define(study: StudyDefinition | Path | str, storage: str | None, artifacts:
     return evolve(study, "study", **{name: value for name, value in given.items() if value})
 
 
+def _read_own_images(
+    definition: StudyDefinition, folder: Path | str | None, drain: Drain, log: "_Log"
+) -> DataSet | None:
+    """Read the user's own images, if the study is about such, unless that was done before."""
+    if definition.data.name:
+        return None
+    announced = set[int]()
+
+    def on_read(_n_done: int, n_total: int) -> None:
+        drain.check()
+        if n_total not in announced:
+            announced.add(n_total)
+            log.info(f"Reading {n_total:,} images of {definition.data.title}.")
+
+    data_set = open_data_set(definition, folder, on_read)
+    data_set.map_training()
+    return data_set
+
+
 class _Log:
     """Logs the end of each trial as Optuna's `optimize` does."""
 
     def __init__(self, study: optuna.Study) -> None:
-        self._logger = optuna.logging.get_logger(_LOGGER)
+        self.info = optuna.logging.get_logger(_LOGGER).info
         complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         self._best = max(((trial.value or 0.0, -trial.number) for trial in complete), default=(-1.0, 0))
 
@@ -83,12 +106,12 @@ class _Log:
         if event.state == "complete" and event.value is not None:
             self._best = max(self._best, (event.value, -event.number))
             value, number = self._best
-            self._logger.info(
+            self.info(
                 f"Trial {event.number} finished with value: {event.value} and parameters: {dict(event.params)}. "
                 f"Best is trial {-number} with value: {value}."
             )
         elif event.state != "running":
-            self._logger.info(f"Trial {event.number} {event.state}. {event.message}".rstrip())
+            self.info(f"Trial {event.number} {event.state}. {event.message}".rstrip())
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from hpsearch.workers import run as module
 from hpsearch.workers.shutdown import Drain
 
 from ..conftest import fill
+from ..shapes import write_shapes
 
 
 @pytest.fixture
@@ -91,3 +92,23 @@ def test_an_error_of_a_search_in_python_names_the_study_in_what_to_do(study_file
     fill(storage, hpsearch.open_study(definition, storage), 4, n_running=0)
     with pytest.raises(UsageError, match=rf"to run 1 more: hpsearch add {file} --trials 1"):
         hpsearch.run(file, trials=1)
+
+
+def test_reading_images_of_ones_own_is_logged_and_can_be_interrupted(
+    logged: pytest.LogCaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_shapes(tmp_path / "shapes", 60, size=8)
+    file = tmp_path / "own.toml"
+    file.write_text('[data]\nfolder = "shapes"\n[search]\nlr = { float = [1e-3, 1e-1] }')
+    monkeypatch.setattr(module, "run_pool", lambda *_, **__: None)
+    hpsearch.run(file)
+    assert "Reading 60 images of shapes." in [record.getMessage() for record in logged.records]
+
+    def interrupt(_definition: object, _folder: object, on_read: Callable[[int, int], None]) -> None:
+        signal.raise_signal(signal.SIGINT)
+        on_read(1, 60)
+
+    monkeypatch.setattr(module, "open_data_set", interrupt)
+    with pytest.raises(Interrupted):
+        hpsearch.run(file)
