@@ -4,6 +4,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import optuna
@@ -57,9 +58,8 @@ def run(
         stored = load_study(definition, open_storage(definition.study.storage))
         log = _Log(stored)
         with _signals_drain() as drain:
-            opened = _read_own_images(definition, data, drain, log)
-            run_pool(definition, drain, n_workers, n_threads=n_threads, folder=data, emit=log)
-            del opened  # held until now: `run_pool` opens the same images, which were read or loaded once
+            images = data if definition.data.name else _read_own_images(definition, data, drain, log)
+            run_pool(definition, drain, n_workers, n_threads=n_threads, folder=images, emit=log)
         return stored
     except HpsearchError as error:
         named = study.study.name if isinstance(study, StudyDefinition) else study
@@ -75,22 +75,18 @@ def _define(study: StudyDefinition | Path | str, storage: str | None, artifacts:
     return evolve(study, "study", **{name: value for name, value in given.items() if value})
 
 
-def _read_own_images(
-    definition: StudyDefinition, folder: Path | str | None, drain: Drain, log: "_Log"
-) -> DataSet | None:
-    """Read the user's own images, if the study is about such, unless that was done before."""
-    if definition.data.name:
-        return None
-    announced = set[int]()
+def _read_own_images(definition: StudyDefinition, folder: Path | str | None, drain: Drain, log: "_Log") -> DataSet:
+    """Return the user's own images, which are read unless that was done before. Raises `Drained` if that is asked."""
+    announced = set[str]()
 
-    def on_read(_n_done: int, n_total: int) -> None:
+    def show(step: str, _n_done: int, n_total: int) -> None:
         drain.check()
-        if n_total not in announced:
-            announced.add(n_total)
-            log.info(f"Reading {n_total:,} images of {definition.data.title}.")
+        if step not in announced:
+            announced.add(step)
+            log.info(f"{step} {n_total:,} images of {definition.data.title}.")
 
-    data_set = open_data_set(definition, folder, on_read)
-    data_set.map_training()
+    data_set = open_data_set(definition, folder, partial(show, "Checking"))
+    data_set.map_training(partial(show, "Reading"))
     return data_set
 
 
