@@ -21,7 +21,7 @@ from hpsearch.errors import DataError, UsageError
 from hpsearch.monitor.progress import Steps
 from hpsearch.monitor.tables import tabulate
 from hpsearch.monitor.text import count, echo, show
-from hpsearch.search.draft import Images, choose_shares, draft_study
+from hpsearch.search.draft import Images, choose_shares, choose_size, draft_study
 from hpsearch.training.devices import count_cores
 
 if TYPE_CHECKING:
@@ -99,12 +99,13 @@ def _look_at_folder(
     inventory, problems = take_inventory(
         survey, test=shares.get("test"), validation=shares.get("validation"), split_seed=0
     )
+    size = choose_size(survey.sizes)
     images = Images(
         ("folder", source),
         _count_images(inventory),
-        (3 if survey.color == "rgb" else 1, *survey.size),
+        (3 if survey.color == "rgb" else 1, *size),
         survey.splits,
-        set(survey.sizes) == {survey.size},
+        set(survey.sizes) == {size},
         [show_name(file.name) for file in survey.unreadable],
     )
     table = Group(_tabulate_classes(images), "", _describe_folder(survey))

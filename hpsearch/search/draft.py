@@ -17,6 +17,7 @@ _MOST_MINUTES = 60  # of a search that would take longer
 _TRAINED = 0.6  # share of all epochs that are trained; pruning saves the others
 _SECONDS_PER_PIXEL = 6e-7  # of an epoch of a CNN in the middle of the space, on one core (Xeon, 2.5 GHz)
 _IMAGES_PER_TRIAL = 60_000  # what made shapes of 48x48 need; their epochs are from 10 to 100
+_LONGEST, _SHORTEST = 64, 16  # pixels of the sides that images are scaled to
 _FEW, _MANY = 1_000, 20_000  # training images
 _SIDED = re.compile(r"left|right", re.IGNORECASE)  # classes that a mirror may exchange
 
@@ -42,6 +43,22 @@ def choose_shares(n_images: int, splits: Collection[str]) -> dict[str, float]:
     """Return the shares of the images for the sides that they do not have of their own: "test" and "validation"."""
     share = 0.2 if n_images < _FEW else 0.15 if n_images < _MANY else 0.1
     return {side: share for side in ("test", "validation") if side not in splits}
+
+
+def choose_size(sizes: Mapping[tuple[int, int], int]) -> tuple[int, int]:
+    """Return the height and width for images, given how many have each height and width.
+
+    Images that are all alike keep their proportions, with 64 pixels at most on the longer side and 16 at least on the
+    shorter one. Others become squares, which are not larger than most of the images.
+    """
+    if len(sizes) == 1:
+        [(height, width)] = sizes
+        scale = min(1.0, _LONGEST / max(height, width))
+        least = min(height, width, _SHORTEST)
+        return max(round(height * scale), least), max(round(width * scale), least)
+    sides = sorted(side for size, n in sizes.items() for side in [min(size)] * n)
+    side = min(max(sides[len(sides) // 2] if sides else _LONGEST, _SHORTEST), _LONGEST)
+    return side, side
 
 
 def draft_study(name: str, images: Images, n_cores: int) -> str:
@@ -97,7 +114,7 @@ def _plan(images: Images, n_cores: int) -> dict[str, Any]:
         "validation_of": "of the images" if "validation" in sizes else "of the training images",
         "n_validation": f"{n_validation:,}",
         "n_unreadable": f"{len(images.unreadable):,} file{'s' * (len(images.unreadable) != 1)}",
-        "unreadable": images.unreadable and tomlkit.item(images.unreadable[0]).as_string(),
+        "unreadable": images.unreadable and images.unreadable[0],
         "depth": depth,
         "batch_sizes": batch_sizes,
         "is_small": n_training < _FEW,

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpsearch.config.definition import StudyDefinition, check_new, parse_definition
-from hpsearch.search.draft import Images, choose_shares, draft_study
+from hpsearch.search.draft import Images, choose_shares, choose_size, draft_study
 
 SIDES = {"train": 0.7, "validation": 0.15, "test": 0.15}
 
@@ -106,3 +106,22 @@ def test_more_images_need_smaller_shares_for_tests_and_sides_of_ones_own_none() 
     shares = [choose_shares(n, ())["test"] for n in (100, 5_000, 50_000)]
     assert shares == sorted(shares, reverse=True)
     assert choose_shares(100, ("train", "test")) == {"validation": shares[0]}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ({(48, 48): 9}, (48, 48)),
+        ({(8, 12): 9}, (8, 12)),
+        ({(480, 640): 9}, (48, 64)),
+        ({(50, 2000): 9}, (16, 64)),
+        ({(30, 30): 5, (31, 31): 4}, (30, 30)),
+        ({(3000, 4000): 5, (600, 400): 4}, (64, 64)),
+        ({(4, 4): 5, (600, 400): 4}, (16, 16)),
+        ({}, (64, 64)),
+    ],
+)
+def test_the_size_keeps_proportions_where_all_files_have_the_same(
+    sizes: dict[tuple[int, int], int], expected: tuple[int, int]
+) -> None:
+    assert choose_size(sizes) == expected
