@@ -28,7 +28,8 @@ class Images:
 
     `source` is the key in [data] that names the images, "folder" or "file", and its value. `counts` has the numbers of
     images of each class, by side: "train", and "validation" and "test" unless they are chosen later. `splits` are the
-    sides that the images have of their own. `size` is the height and width of all files, and None if they differ.
+    sides that the images have of their own. `is_own_size` says whether `shape` is that of all files. `unreadable` has
+    names of files, in one line each.
     """
 
     source: tuple[str, str]

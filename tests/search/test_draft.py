@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpsearch.config.definition import StudyDefinition, check_new, parse_definition
+from hpsearch.data.inventory import show_name
 from hpsearch.search.draft import Images, choose_shares, choose_size, draft_study
 
 SIDES = {"train": 0.7, "validation": 0.15, "test": 0.15}
@@ -46,7 +47,7 @@ def test_the_file_is_valid_whatever_the_images(
     counts = count_images(**classes)
     if splits == ("train", "test"):
         del counts["validation"]
-    definition = read(Images(("folder", path), counts, (channels, *sides), splits, True, unreadable))
+    definition = read(Images(("folder", path), counts, (channels, *sides), splits, True, [*map(show_name, unreadable)]))
     data = definition.data
     assert data.folder == path
     assert data.color == ("grey" if channels == 1 else "rgb")
