@@ -58,7 +58,8 @@ def run(
         stored = load_study(definition, open_storage(definition.study.storage))
         log = _Log(stored)
         with _signals_drain() as drain:
-            images = data if definition.data.name else _read_own_images(definition, data, drain, log)
+            if definition.data.name is None:
+                images = _read_own_images(definition, images, drain, log)
             run_pool(definition, drain, n_workers, n_threads=n_threads, folder=images, emit=log)
         return stored
     except HpsearchError as error:
@@ -75,7 +76,9 @@ def _define(study: StudyDefinition | Path | str, storage: str | None, artifacts:
     return evolve(study, "study", **{name: value for name, value in given.items() if value})
 
 
-def _read_own_images(definition: StudyDefinition, folder: Path | str | None, drain: Drain, log: "_Log") -> DataSet:
+def _read_own_images(
+    definition: StudyDefinition, folder: DataSet | Path | str | None, drain: Drain, log: "_Log"
+) -> DataSet:
     """Return the user's own images, which are read unless that was done before. Raises `Drained` if that is asked."""
     announced = set[str]()
 
