@@ -26,6 +26,7 @@ PRIVATE = {
     ("workers/forkserver.py", "_config"),  # of multiprocessing: where it makes sockets
     ("workers/forkserver.py", "_forkserver_pid"),
     ("workers/forkserver.py", "_stop"),
+    ("bundle/graph.py", "_schema"),  # of an operator of torch: what it takes and returns
 }
 
 
