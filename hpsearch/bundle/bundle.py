@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import psutil
@@ -18,61 +18,50 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import BaseModel, Field, StringConstraints
+from pydantic import BaseModel
 from safetensors import SafetensorError
 from safetensors.torch import load as from_safetensors
 
 from hpsearch.bundle import formats, likeness
+from hpsearch.bundle.config import Config, build_empty, read_config
 from hpsearch.bundle.evaluation import Evaluation, evaluate, find_worst
 from hpsearch.bundle.figures import draw_evaluation
+from hpsearch.bundle.graph import Graph
 from hpsearch.bundle.likeness import Likeness, read_likeness
 from hpsearch.bundle.manifest import MAX_BYTES, VerifiedFolder, check_outside, parse, replace_folder, write_manifest
-from hpsearch.config.definition import DataName, NetworkName
-from hpsearch.config.space import Table
-from hpsearch.data.dataset import load_test, normalise
-from hpsearch.data.sets import DataSet
-from hpsearch.errors import BundleError, ImageError
-from hpsearch.plugins import DATA_SETS, NETWORKS, find
-from hpsearch.training.kinds import Hyperparameters
-from hpsearch.training.networks import Network, from_layers
+from hpsearch.config.definition import Data
+from hpsearch.data import image_files
+from hpsearch.data.dataset import load_test
+from hpsearch.data.photos import read_photo
+from hpsearch.errors import BundleError, DataError, ImageError
+from hpsearch.plugins import NETWORKS, OwnCode, find
+from hpsearch.training.networks import Network, fit_batch
+from hpsearch.training.run import open_images
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
 CARD = "README.md"  # users may edit it
 REQUIRED = (
     *("model.safetensors", "model.pt", "config.json", "metrics.json", "study.toml", "confusion_matrix.png"),
     CARD,
 )
 EXAMPLE = "example.png"  # the first test image, so that there is one to classify
+GRAPH, MISTAKES = "model.pt2", "mistakes.png"
 OPTIONAL = (
-    *("model.onnx", "model.pt2", likeness.FILE, "mistakes.png", "calibration.png", EXAMPLE),
-    formats.PROGRAM,
+    *("model.onnx", GRAPH, likeness.FILE, MISTAKES, "calibration.png", EXAMPLE),
+    *(formats.PROGRAM, formats.SOURCE),
 )
 _MAX_MODEL_BYTES = 2**32
 _N_CLASSES, _N_WORST = 25, 20  # of more classes, the model card has only the worst
 
-_Name = Annotated[str, StringConstraints(max_length=100)]
-_Side = Annotated[int, Field(ge=1, le=4096)]
-
-
-class Config(Table):
-    """`config.json`: what is needed to rebuild the network. `layers` is for users without hpsearch."""
-
-    format_version: Literal[1]
-    data: DataName
-    kind: NetworkName
-    hyperparameters: Hyperparameters
-    image_shape: tuple[_Side, _Side, _Side]
-    mean: float = Field(ge=0, le=1)
-    std: float = Field(gt=0, le=1)
-    class_names: list[_Name] = Field(min_length=2, max_length=1000)
-    layers: list[Any]
-
 
 @dataclass(frozen=True)
 class Contents:
-    """The contents of a model folder: a network on the CPU and plain values."""
+    """The contents of a model folder: a network on the CPU and plain values.
+
+    `hub_id` is the id of the data set at https://huggingface.co/datasets, if it has one, and `code` the user's own that
+    built the network. With `has_examples`, some files show images of the data set.
+    """
 
     network: Network
     config: dict[str, Any]
@@ -80,6 +69,9 @@ class Contents:
     evaluation: Evaluation
     study_toml: str
     likeness: Likeness | None = None
+    hub_id: str | None = None
+    code: OwnCode | None = None
+    has_examples: bool = True
 
 
 class Prediction(NamedTuple):
@@ -92,13 +84,22 @@ class Prediction(NamedTuple):
 class Classifier:
     """A network loaded from a model folder, with everything it needs to classify images."""
 
-    def __init__(self, network: Network, config: Config, likeness: Likeness | None = None) -> None:
-        self.network, self.config, self.likeness = network, config, likeness
+    def __init__(
+        self,
+        network: Network | Graph,
+        config: Config,
+        likeness: Likeness | None = None,
+        metrics: dict[str, Any] | None = None,
+    ) -> None:
+        self.network, self.config, self.likeness, self.metrics = network, config, likeness, metrics or {}
         self.image_shape = config.image_shape
         self.class_names = tuple(config.class_names)
 
     def __repr__(self) -> str:
-        n_parameters = sum(parameter.numel() for parameter in self.network.parameters())
+        if isinstance(self.network, Graph):
+            n_parameters = self.network.n_parameters
+        else:
+            n_parameters = sum(parameter.numel() for parameter in self.network.parameters())
         size = "x".join(map(str, self.image_shape))
         return (
             f"<Classifier: {self.config.kind} with {n_parameters:,} parameters, trained on {self.config.data}, "
@@ -124,15 +125,17 @@ class Classifier:
     def predict_proba(self, images: NDArray[np.uint8] | torch.Tensor) -> NDArray[np.float32]:
         """Return the softmax probabilities of raw pixels: float32 of shape (N, classes).
 
-        `images` is a NumPy array or tensor of type uint8 and shape (N, 1, H, W) or (N, H, W); anything else raises
-        `ImageError`.
+        `images` is a NumPy array or tensor of type uint8 and shape (N, C, H, W). With one channel, (N, H, W) will do,
+        and with three, (N, H, W, 3). Anything else raises `ImageError`.
         """
         pixels = self._check(images)
         if not len(pixels):
             return np.empty((0, len(self.class_names)), dtype=np.float32)
-        inputs = normalise(pixels, [self.config.mean], [self.config.std])
-        probabilities: NDArray[np.float32] = self.network.predict_proba(inputs).numpy()
-        return probabilities
+        if isinstance(self.network, Graph):
+            probabilities = self.network.predict_proba(pixels, fit_batch(pixels))
+        else:
+            probabilities = formats.predict_pixels(self.network, self.config.mean, self.config.std, pixels)
+        return np.asarray(probabilities.numpy())
 
     def measure_distances(self, images: NDArray[np.uint8] | torch.Tensor) -> NDArray[np.float32] | None:
         """Return how far from the training images raw pixels are: float32 of shape (N,).
@@ -151,23 +154,53 @@ class Classifier:
         pixels = torch.from_numpy(array)
         if pixels.ndim == 3:
             pixels = pixels.unsqueeze(1)
+        elif pixels.shape[1:] == (*self.image_shape[1:], 3) != self.image_shape:
+            pixels = pixels.permute(0, 3, 1, 2)
         if pixels.shape[1:] != self.image_shape:
             raise ImageError(f"images must have shape (N, {', '.join(map(str, self.image_shape))}), "
                              f"got {tuple(pixels.shape)}")  # fmt: skip
         return pixels
 
     def read_image(self, image: Path | str | Image.Image) -> NDArray[np.uint8]:
-        """Return an image file or Pillow image as raw pixels of the network's image shape; raises `ImageError`."""
-        pixels: NDArray[np.uint8] = find(DATA_SETS, self.config.data).read_image(image)
-        return pixels
+        """Return an image file or Pillow image as raw pixels of the network's image shape, prepared as for training.
+
+        Raises `ImageError`.
+        """
+        preparation = self.config.preparation
+        if preparation.kind == "photo":
+            return read_photo(image, size=preparation.size, color=str(preparation.color))
+        return image_files.read_image(image, self.image_shape, is_digit=preparation.kind == "digit")
 
     def rank(self, probabilities: NDArray[np.float32], top: int) -> list[tuple[str, float]]:
         """Return the `top` most likely classes of an image with their probabilities, the most likely first."""
         return [(self.class_names[i], float(probabilities[i])) for i in probabilities.argsort()[::-1][:top]]
 
+    def load_test(self, folder: Path | str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the test set: raw pixels, uint8, (N, C, H, W), and labels, int64, (N,). Raises `DataError`.
+
+        `folder` is that of built-in data sets. The user's own images are not in a model folder: `folder` is then
+        the folder or file with them, and they must be those of the export.
+        """
+        if self.config.preparation.kind != "photo":
+            return load_test(self.config.data, folder)
+        settings, title = self.metrics["images"] or {}, self.config.data
+        if "load" in settings:
+            raise DataError(f"the test images come from the function {title}: evaluate what it returns in Python")
+        if folder is None:
+            raise DataError(f"the images of {title} are not in the model folder; point --data at them")
+        data_set = open_images(Data(**settings), folder)
+        found, known = data_set.inventory, self.metrics["data"]
+        if found is None or found.sha256 != known["sha256"]:
+            counts = found.counts if found else []
+            raise DataError(
+                f"{folder} has other images than {title}, with which the model was exported: {sum(known['counts']):,} "
+                f"images of {len(known['counts'])} classes then, {sum(counts):,} of {len(counts)} now, or other content"
+            )
+        return load_test(data_set)
+
     def evaluate(self, folder: Path | str | None = None) -> Evaluation:
-        """Evaluate the model on the test set of its data set; raises `DataError`."""
-        images, labels = load_test(self.config.data, folder)
+        """Evaluate the model on its test set: see `load_test`, which raises `DataError`."""
+        images, labels = self.load_test(folder)
         return evaluate(self.predict_proba(images), labels.numpy(), self.class_names)
 
 
@@ -196,41 +229,36 @@ def _identify(folder: Path) -> tuple[int, int, int] | None:
 def _load(folder: Path) -> Classifier:
     try:
         files = VerifiedFolder(folder, REQUIRED, OPTIONAL)
-        config = parse(Config, files.read("config.json"), folder / "config.json")
-        network = _build(config, folder / "config.json")
-        n_bytes = _count_bytes(network)
+        config = read_config(files.read("config.json"), folder / "config.json")
+        network = None if config.layers is None else build_empty(config, folder / "config.json")
+        if network is None and GRAPH not in files.names:
+            raise BundleError(f"{folder / GRAPH} is missing: a network of the user's own is loaded from it")
+        n_bytes = _MAX_MODEL_BYTES if network is None else _count_bytes(network)
         bound = min(n_bytes + n_bytes // 4 + 2**22, _MAX_MODEL_BYTES)  # names and graphs take some space
-        known = None
+        known, metrics = None, dict[str, Any]()
         for name in _sealed(files):
             content = files.read(name, bound if name.startswith("model.") else MAX_BYTES)
             if name == "model.safetensors":
                 weights = content
+            elif name == GRAPH and network is None:
+                graph = Graph(content, folder / name, config.image_shape, len(config.class_names))
             elif name == likeness.FILE:
                 known = read_likeness(content, folder / name)
+            elif name == "metrics.json":
+                metrics = parse(Metrics, content, folder / name).model_dump()
         if not files.is_original(CARD):
             logger.warning("warning: %s was edited or removed after the export; the model is unchanged", folder / CARD)
     except OSError as error:
         raise BundleError(f"cannot read {error.filename or folder}: {error.strerror}") from error
+    if network is None:
+        return Classifier(graph, config, known, metrics)
     _load_weights(network, weights, folder / "model.safetensors")
-    return Classifier(network.eval(), config, known)
+    return Classifier(network.eval(), config, known, metrics)
 
 
 def _sealed(files: VerifiedFolder) -> list[str]:
     """Return the names of all files but the model card."""
     return [name for name in files.names if name != CARD]
-
-
-def _build(config: Config, file: Path) -> Network:
-    """Return the network with meta tensors as weights, so that a malicious config cannot exhaust the memory."""
-    data_set: DataSet = find(DATA_SETS, config.data)
-    for name in ("class_names", "image_shape"):
-        if tuple(getattr(config, name)) != getattr(data_set, name):
-            raise BundleError(f"{file}: {name} does not match {config.data}")
-    layers = find(NETWORKS, config.kind).describe(config.hyperparameters, config.image_shape, len(config.class_names))
-    if json.loads(json.dumps(layers)) != config.layers:
-        raise BundleError(f"{file}: layers do not match the hyperparameters")
-    with torch.device("meta"):
-        return from_layers(layers)
 
 
 def _load_weights(network: Network, content: bytes, file: Path) -> None:
@@ -269,17 +297,25 @@ def save(
     origin = Origin.model_validate(contents.metrics)
     check_target(target, origin, force=force)
     with replace_folder(target) as new:
-        formats.write_models(contents.network, contents.config, new, onnx=onnx, torch_export=torch_export)
+        has_graph = torch_export or contents.code is not None
+        formats.write_models(contents.network, contents.config, new, onnx=onnx, torch_export=has_graph)
         _write_json(contents.config, new / "config.json")
         (new / "study.toml").write_text(contents.study_toml, encoding="utf-8")
-        if contents.likeness:
-            contents.likeness.save(new)
-        is_photo = contents.config.get("preparation", {}).get("kind") == "photo"
+        if contents.code and contents.code.is_file:
+            (new / formats.SOURCE).write_text(contents.code.source, encoding="utf-8")
+        is_photo = contents.config["preparation"]["kind"] == "photo"
         draw_evaluation(contents.evaluation, images, new, contents.metrics["study"], is_photo=is_photo)
-        Image.fromarray(images[0, 0].numpy()).save(new / EXAMPLE)
+        if contents.has_examples:
+            Image.fromarray(images[0].permute(1, 2, 0).squeeze(2).numpy()).save(new / EXAMPLE)
+            if contents.likeness:
+                contents.likeness.save(new)
+        else:
+            (new / MISTAKES).unlink(missing_ok=True)
         _write_program(contents.config, new)
         _write_texts(contents, new, {})  # `hpsearch.load`, which verifies model.safetensors, needs a manifest
-        verified = formats.verify_models(contents.network, contents.config, new, images, labels, on_file)
+        verified = formats.verify_models(
+            contents.network, contents.config, new, images, labels, on_file, code=contents.code
+        )
         _write_texts(contents, new, verified)
         load(new)
         check_target(target, origin, force=force)  # it may have changed during the verification
@@ -291,6 +327,13 @@ class Origin(BaseModel):
 
     study: str
     study_id: str | None = None
+
+
+class Metrics(BaseModel):
+    """The part of `metrics.json` by which the user's own images are recognized; older versions wrote less."""
+
+    data: dict[str, Any] = {}
+    images: dict[str, Any] | None = None
 
 
 def check_target(target: Path, origin: Origin, *, force: bool = False) -> None:
@@ -351,11 +394,9 @@ def _check_origin(older: VerifiedFolder, origin: Origin) -> None:
         raise BundleError(f"it is the model of another study with the name '{found.study}'")
 
 
-def check_space(target: Path, config: dict[str, Any], n_models: int) -> None:
+def check_space(target: Path, network: Network, config: dict[str, Any], n_models: int, n_test: int) -> None:
     """Raise `BundleError` if there is no space beside the target for that many model files and their verification."""
-    with torch.device("meta"):
-        network = from_layers(config["layers"])
-    n_test, n_pixels = find(DATA_SETS, config["data"]).n_test, math.prod(config["image_shape"])
+    n_pixels = math.prod(config["image_shape"])
     n_bytes = n_models * (_count_bytes(network) + 4 * n_test * len(config["class_names"])) + n_test * n_pixels + 2**21
     free = shutil.disk_usage(target.parent).free
     if free < n_bytes:
@@ -375,16 +416,15 @@ def _write_texts(contents: Contents, folder: Path, verified: dict[str, dict[str,
     write_manifest(folder)
 
 
-def _has_program(data_set: DataSet) -> bool:
-    return type(data_set).read_image is DataSet.read_image and data_set.image_shape[0] == 1
-
-
 def _write_program(config: dict[str, Any], folder: Path) -> None:
-    """Write predict.py, unless only the data set itself knows how an image file becomes pixels."""
-    data_set: DataSet = find(DATA_SETS, config["data"])
-    if _has_program(data_set):
-        program = _render("predict.py.jinja", data_set=data_set)
+    """Write predict.py, which builds the network from its layers, and prepares images of the built-in data sets."""
+    if _has_program(config):
+        program = _render("predict.py.jinja", config=config, is_digit=config["preparation"]["kind"] == "digit")
         (folder / formats.PROGRAM).write_text(program, encoding="utf-8")
+
+
+def _has_program(config: dict[str, Any]) -> bool:
+    return config["layers"] is not None and config["preparation"]["kind"] != "photo"
 
 
 def _write_json(document: dict[str, Any], file: Path) -> None:
@@ -399,26 +439,29 @@ def _render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(**values)
 
 
-def _escape_markdown(text: str) -> str:
+def _escape_markdown(text: Any) -> str:
     """Return the text on one line, without characters that Markdown, also in a table, or HTML would interpret."""
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+    words = " ".join(str(text).split())
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
     return re.sub(r"([\\`*_\[\]<>|~&$#])", r"\\\1", line)
 
 
 def _write_card(contents: Contents, verified: dict[str, dict[str, float]]) -> str:
-    per_class = contents.metrics["per_class"]
-    data_set: DataSet = find(DATA_SETS, contents.config["data"])
+    config, per_class = contents.config, contents.metrics["per_class"]
     return _render(
         "model_card.md.jinja",
-        data_set=data_set,
+        hub_id=contents.hub_id,
         m=contents.metrics,
-        config=contents.config,
-        network=find(NETWORKS, contents.config["kind"]).title,
+        config=config,
+        kind=config["preparation"]["kind"],
+        network="network" if contents.code else find(NETWORKS, config["kind"]).title,
+        code=contents.code,
+        has_examples=contents.has_examples,
         confirmed=contents.metrics.get("confirmed"),
         is_balanced=contents.metrics["metric"] == "balanced_accuracy",
         worst=find_worst(per_class, _N_WORST) if len(per_class) > _N_CLASSES else per_class,
         verified=verified,
-        formats=formats.FORMATS,
-        program=formats.PROGRAM_FORMAT if _has_program(data_set) else None,
+        formats=formats.choose_formats(contents.code),
+        program=formats.PROGRAM_FORMAT if _has_program(config) else None,
         safetensors=formats.SAFETENSORS,
     )

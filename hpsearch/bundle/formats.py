@@ -1,5 +1,6 @@
 """Write the model files, and verify in a new process that each gives the same probabilities."""
 
+import copy
 import importlib.util
 import logging
 import os
@@ -8,7 +9,7 @@ import sys
 import tempfile
 import textwrap
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 
 from hpsearch.data.dataset import normalise
 from hpsearch.errors import BundleError, UsageError
-from hpsearch.training.networks import Network, from_layers
+from hpsearch.plugins import OwnCode
+from hpsearch.training.networks import Network, OwnNetwork, from_layers
 from hpsearch.workers.forkserver import import_path
 
 logger = logging.getLogger(__name__)
@@ -33,6 +35,7 @@ import safetensors.torch
 network.load_state_dict(safetensors.torch.load_file("model.safetensors"))
 """
 _BATCH_SIZE = 512
+_BY_TORCH = " by torch.export"
 _TIMEOUT = 900  # seconds per file
 
 
@@ -54,8 +57,9 @@ network.load_state_dict(torch.load("model.pt", weights_only=True))
 network.eval()
 """
 _PREDICTING = """\
+mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("mean", "std"))
 with torch.inference_mode():
-    probabilities = network((images.float() / 255 - config["mean"]) / config["std"]).softmax(dim=1)
+    probabilities = network((images.float() / 255 - mean) / std).softmax(dim=1)
 """
 _ONNX = """\
 import onnxruntime
@@ -70,19 +74,60 @@ FORMATS = {
     "model.onnx": Format(_ONNX, _PREDICTING_ONNX, 1e-4, False),
     "model.pt2": Format(_TORCH_EXPORT, "probabilities = model(images)\n", 1e-4, True),
 }
+_OWN = """\
+import json, torch
+from {module} import {function}
+config = json.load(open("config.json"))
+network = {function}(tuple(config["image_shape"]), len(config["class_names"]), **config["build"])
+network.load_state_dict(torch.load("model.pt", weights_only=True))
+network.eval()
+"""
+SOURCE = "network.py"  # the user's own, for those who want to train on; hpsearch.load never runs it
 PROGRAM_FORMAT = Format("from predict import predict_proba\n", "probabilities = predict_proba(images)\n", 1e-5, True)
+
+
+def choose_formats(code: OwnCode | None) -> dict[str, Format]:
+    """Return the formats of a built-in network, or of one that the user's own code builds.
+
+    `hpsearch.load` reads the weights of a built-in network, and `model.pt2` of the user's own.
+    """
+    if code is None:
+        return FORMATS
+    module = Path(SOURCE).stem if code.is_file else code.path.rpartition(":")[0]
+    loading = _OWN.format(module=module, function=code.function)
+    from_safetensors = loading.replace(
+        'torch.load("model.pt", weights_only=True)', 'safetensors.torch.load_file("model.safetensors")'
+    ).replace("import json, torch\n", "import json, safetensors.torch, torch\n")
+    return {
+        "model.pt2": Format(_HPSEARCH, FORMATS["model.safetensors"].predicting, 1e-4, False),
+        f"model.pt2{_BY_TORCH}": FORMATS["model.pt2"],
+        "model.pt": Format(loading, _PREDICTING, 1e-4, True),
+        "model.safetensors": Format(from_safetensors, _PREDICTING, 1e-4, True),
+        "model.onnx": FORMATS["model.onnx"],
+    }
 
 
 class _Deployed(nn.Module):
     """A network with normalization and softmax included: raw pixels (uint8) to probabilities."""
 
-    def __init__(self, network: Network, mean: float, std: float) -> None:
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: Network, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        self.network, self.mean, self.std = network, mean, std
+        self.network = network
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.network((images.float() / 255 - self.mean) / self.std)
         return logits.softmax(dim=1)
+
+
+def predict_pixels(network: Network, mean: Sequence[float], std: Sequence[float], images: Tensor) -> Tensor:
+    """Return the probabilities of raw pixels, uint8, (N, C, H, W), a batch of which is normalized at a time."""
+    batches = images.split(_BATCH_SIZE)
+    return torch.cat([network.predict_proba(normalise(batch, mean, std)) for batch in batches])
 
 
 def check_onnx() -> None:
@@ -97,14 +142,18 @@ def write_models(
     """Write the network to the folder as safetensors and `torch.save` file, and optionally as ONNX and `model.pt2`."""
     # Training joins all parameters in one tensor, which torch.save would write once per parameter.
     layout = torch.contiguous_format
-    state = {name: tensor.clone(memory_format=layout) for name, tensor in network.state_dict().items()}
+    trained = network.module if isinstance(network, OwnNetwork) else network
+    state = {name: tensor.clone(memory_format=layout) for name, tensor in trained.state_dict().items()}
     (folder / "model.safetensors").write_bytes(to_safetensors(state))
     torch.save(state, folder / "model.pt")
     if not onnx and not torch_export:
         return
-    copy = from_layers(config["layers"])
-    copy.load_state_dict(state)
-    model = _Deployed(copy, config["mean"], config["std"]).eval().requires_grad_(False)
+    if isinstance(network, OwnNetwork):
+        deployed: Network = _copy(network)
+    else:
+        deployed = from_layers(config["layers"])
+        deployed.load_state_dict(state)
+    model = _Deployed(deployed, config["mean"], config["std"]).eval().requires_grad_(False)
     example = (torch.zeros((2, *config["image_shape"]), dtype=torch.uint8),)
     shapes = ({0: torch.export.Dim("n_images")},)
     with warnings.catch_warnings():
@@ -132,6 +181,14 @@ def write_models(
             (folder / "model.onnx").write_bytes(content.SerializeToString())
 
 
+def _copy(network: OwnNetwork) -> OwnNetwork:
+    """Return a copy of the network, each parameter of which has its own memory; tied ones stay tied."""
+    copied = copy.deepcopy(network)
+    for parameter in copied.parameters():
+        parameter.grad, parameter.data = None, parameter.data.clone()
+    return copied
+
+
 def verify_models(
     network: Network,
     config: dict[str, Any],
@@ -139,36 +196,47 @@ def verify_models(
     images: Tensor,
     labels: NDArray[np.int64],
     on_file: Callable[[int, int], None] = lambda n_done, n_total: None,
+    *,
+    code: OwnCode | None = None,
 ) -> dict[str, dict[str, float]]:
     """Return, for each model file, the maximum difference of its probabilities and its accuracy on the images.
 
     `images` are raw pixels, uint8, (N, C, H, W). Each file is loaded in a new process with the model card's code, and
     model.pt with predict.py if there is one, and run in batches; `on_file` gets the number of files verified and all.
-    Raises `BundleError` if a difference exceeds the format's tolerance; a `model.pt2` is removed instead.
+    Raises `BundleError` if a difference exceeds the format's tolerance. A `model.pt2` is removed instead, unless the
+    network is one that `code`, the user's, builds.
     """
-    expected = network.predict_proba(normalise(images, [config["mean"]], [config["std"]])).numpy()
+    expected = predict_pixels(network, config["mean"], config["std"], images).numpy()
     found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary, ThreadPoolExecutor() as pool:
         pixels = Path(temporary, "images.npy")
         np.save(pixels, images.numpy())
-        answers = {name: pool.submit(_predict, folder / name, pixels) for name in FORMATS if (folder / name).exists()}
+        kinds = {
+            name: kind
+            for name, kind in choose_formats(code).items()
+            if (folder / name.removesuffix(_BY_TORCH)).exists()
+        }
+        if (folder / PROGRAM).exists():
+            kinds["model.pt"] = PROGRAM_FORMAT
+        answers = {
+            name: pool.submit(_predict, kind, folder, pixels, pixels.with_name(f"{name}.npy"))
+            for name, kind in kinds.items()
+        }
         for i, (name, answer) in enumerate(answers.items()):
             on_file(i, len(answers))
             try:
-                found[name] = _compare(name, answer.result(), expected, labels)
+                found[name] = _compare(name, kinds[name], answer.result(), expected, labels)
             except BundleError as error:
-                if name != "model.pt2":
+                if name != "model.pt2" or code:
                     raise
                 logger.warning("%s; skipped", error)
                 (folder / name).unlink()
     return found
 
 
-def _predict(file: Path, pixels: Path) -> NDArray[np.float32]:
+def _predict(kind: Format, folder: Path, pixels: Path, output: Path) -> NDArray[np.float32]:
     """Load a model file in a new process, and return its probabilities for the pixels."""
-    kind, output = FORMATS[file.name], pixels.with_name(f"{file.name}.npy")
-    if file.name == "model.pt" and file.with_name(PROGRAM).exists():
-        kind = PROGRAM_FORMAT
+    name = output.stem
     wrap = "torch.from_numpy(images)" if kind.has_tensors else "images"
     program = (  # the folder gets no bytecode of predict.py
         f"import sys\nsys.dont_write_bytecode = True\nsys.path.insert(0, '')\n{kind.loading}"
@@ -182,7 +250,7 @@ def _predict(file: Path, pixels: Path) -> NDArray[np.float32]:
     try:
         process = subprocess.run(  # noqa: S603
             command,
-            cwd=file.parent,
+            cwd=folder,
             env=os.environ | import_path(),
             capture_output=True,
             text=True,
@@ -190,19 +258,23 @@ def _predict(file: Path, pixels: Path) -> NDArray[np.float32]:
             timeout=_TIMEOUT,
         )
     except subprocess.TimeoutExpired as error:
-        raise BundleError(f"verification of {file.name} timed out after {_TIMEOUT} s") from error
+        raise BundleError(f"verification of {name} timed out after {_TIMEOUT} s") from error
     if process.returncode:
         last = process.stderr.strip().splitlines()[-1:] or [f"exit status {process.returncode}"]
-        raise BundleError(f"verification failed: {file.name} cannot be loaded in a new process: {last[0]}")
+        raise BundleError(f"verification failed: {name} cannot be loaded in a new process: {last[0]}")
     probabilities: NDArray[np.float32] = np.load(output)
     return probabilities
 
 
 def _compare(
-    name: str, probabilities: NDArray[np.float32], expected: NDArray[np.float32], labels: NDArray[np.int64]
+    name: str,
+    kind: Format,
+    probabilities: NDArray[np.float32],
+    expected: NDArray[np.float32],
+    labels: NDArray[np.int64],
 ) -> dict[str, float]:
     difference = float(np.abs(probabilities - expected).max())
-    if not difference <= FORMATS[name].tolerance:
+    if not difference <= kind.tolerance:
         raise BundleError(f"verification failed: the probabilities of {name} differ by up to {difference:.2g}")
     accuracy = int((probabilities.argmax(axis=1) == labels).sum()) / len(labels)
     return {"difference": difference, "accuracy": accuracy}

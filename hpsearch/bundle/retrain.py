@@ -13,9 +13,11 @@ import torch
 from optuna.trial import FrozenTrial
 
 from hpsearch.bundle import bundle, formats
+from hpsearch.bundle.config import VERSION
 from hpsearch.bundle.evaluation import Evaluation, candidate_interval, evaluate
 from hpsearch.bundle.likeness import Likeness
 from hpsearch.config.definition import StudyDefinition
+from hpsearch.config.signature import OwnHyperparameters
 from hpsearch.config.space import TrainingHyperparameters
 from hpsearch.config.urls import expand_home
 from hpsearch.data.dataset import ImageData, check_test, load_test
@@ -25,6 +27,7 @@ from hpsearch.plugins import NETWORKS, find
 from hpsearch.search.selection import find_best, find_winner
 from hpsearch.search.study import check_data, check_writable, count_validation
 from hpsearch.storage.rdb import storage_of
+from hpsearch.training.networks import build_network
 from hpsearch.training.run import build_trainer, load_study_data, open_data_set, trial_seed
 from hpsearch.training.trainer import EpochResult
 
@@ -63,13 +66,16 @@ def export(
     )
     check_writable(study)
     hyperparameters = definition.space.read(trial.params)
-    data = load_study_data(definition, folder)
-    check_data(definition, study, data)
     data_set = open_data_set(definition, folder)
+    data = load_study_data(definition, data_set)
+    check_data(definition, study, data)
     check_test(data_set)
-    config = _describe_network(definition, data, hyperparameters)
-    bundle.check_space(target, config, n_models=2 + onnx + torch_export)
-    likeness = Likeness.fit(data)
+    config = _describe_network(definition, data_set, data, hyperparameters)
+    code, has_examples = definition.network.code, definition.retrain.examples
+    network = build_network(definition.network, hyperparameters, data.image_shape, len(data.class_names))
+    n_models = 2 + onnx + (torch_export or code is not None)
+    bundle.check_space(target, network, config, n_models, data_set.n_test)
+    likeness = Likeness.fit(data) if has_examples else None
     images = data.merged().to(device)
     epochs = definition.retrain.epochs or definition.budget.epochs
     seeds = [trial_seed(definition.study.seed, trial, 1 + i) for i in range(definition.retrain.seeds)]
@@ -101,7 +107,19 @@ def export(
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("hpsearch", "torch", "torchvision", "optuna", "numpy")},
     }
-    contents = bundle.Contents(networks[0], config, metrics, evaluations[0], definition.to_toml(), likeness)
+    if definition.data.name is None:
+        metrics["images"] = _describe_images(definition)
+    contents = bundle.Contents(
+        networks[0],
+        config,
+        metrics,
+        evaluations[0],
+        definition.to_toml(),
+        likeness,
+        hub_id=data_set.hub_id,
+        code=code,
+        has_examples=has_examples,
+    )
     options: dict[str, Any] = {"onnx": onnx, "torch_export": torch_export, "force": force, "on_file": on_file}
     verified = bundle.save(contents, target, test_images, labels, **options)
     return metrics | {"verified": verified}
@@ -159,19 +177,31 @@ def _describe_search(study: optuna.Study, trial: FrozenTrial, n_validation: int)
     }
 
 
+def _describe_images(definition: StudyDefinition) -> dict[str, Any]:
+    """Return the table [data] without the folder of this machine."""
+    settings = definition.data.model_dump(mode="json", exclude_none=True)
+    return settings | {key: definition.data.title for key in ("folder", "file") if key in settings}
+
+
 def _describe_network(
-    definition: StudyDefinition, data: ImageData, hyperparameters: TrainingHyperparameters
+    definition: StudyDefinition, data_set: DataSet, data: ImageData, hyperparameters: TrainingHyperparameters
 ) -> dict[str, Any]:
     """Return the content of `config.json`."""
-    layers = find(NETWORKS, definition.network.kind).describe(hyperparameters, data.image_shape, len(data.class_names))
+    kind, layers, arguments = definition.network.kind, None, None
+    if isinstance(hyperparameters, OwnHyperparameters):
+        arguments = hyperparameters.arguments()
+    else:
+        layers = find(NETWORKS, kind).describe(hyperparameters, data.image_shape, len(data.class_names))
     return {
-        "format_version": bundle.FORMAT_VERSION,
+        "format_version": VERSION,
         "data": definition.data.title,
-        "kind": definition.network.kind,
+        "kind": kind,
         "hyperparameters": hyperparameters.model_dump(),
         "image_shape": list(data.image_shape),
-        "mean": data.mean[0],
-        "std": data.std[0],
+        "mean": list(data.mean),
+        "std": list(data.std),
         "class_names": list(data.class_names),
+        "preparation": data_set.preparation,
         "layers": layers,
+        "build": arguments,
     }

@@ -161,17 +161,18 @@ def evaluate(
     from dataclasses import asdict
 
     from hpsearch.bundle.bundle import load, read_origin
+    from hpsearch.bundle.evaluation import evaluate as measure
     from hpsearch.bundle.figures import check_folder, draw_evaluation
     from hpsearch.cli.render import render_evaluation
-    from hpsearch.data.dataset import load_test
 
     classifier, name = load(bundle), read_origin(bundle).study
     if pictures:
         check_folder(pictures, name, force=force)
-    evaluation = classifier.evaluate(data)
+    images, labels = classifier.load_test(data)
+    evaluation = measure(classifier.predict_proba(images), labels.numpy(), classifier.class_names)
     options.print_document(asdict(evaluation), render_evaluation, as_json=as_json)
     if pictures:
-        files = draw_evaluation(evaluation, load_test(classifier.config.data, data)[0], pictures, name)
+        files = draw_evaluation(evaluation, images, pictures, name)
         echo(f"plots saved: {', '.join(map(str, files))}")
     else:
         echo(f"next: {_suggest_prediction(bundle)}hpsearch evaluate {shlex.quote(str(bundle))} --pictures plots")

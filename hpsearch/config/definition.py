@@ -237,6 +237,7 @@ class Recovery(Table):
 class Retrain(Table):
     epochs: int | None = Field(None, ge=1, description="default: budget.epochs")
     seeds: int = Field(1, ge=1, le=100, description="number of models to train; the first is exported")
+    examples: bool = Field(True, description="the exported folder has files that show some of the images")
 
 
 def _add_hyperparameters(schema: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpsearch.bundle import bundle as bundles
 from hpsearch.bundle import formats
+from hpsearch.bundle.config import Config
 from hpsearch.bundle.evaluation import (
     candidate_interval,
     find_confusions,
@@ -148,7 +149,7 @@ def _collect(definition: StudyDefinition, study: optuna.Study, folder: Path | No
         "bundle": exported,
         "bundle_problem": problem,
         "n_test_reads": len(reads) if reads is not None else exported and exported["metrics"].get("test_reads"),
-        "formats": formats.FORMATS,
+        "formats": formats.choose_formats(definition.network.code),
         "top": [row for row in rows if row["state"] == "complete"][:MAX_ROWS],
         "names": list(definition.search),
         "accuracies": {
@@ -214,7 +215,7 @@ def _read_bundle(
         metrics = json.loads((folder / "metrics.json").read_bytes())
         if metrics["study"] != study.study_name:
             raise BundleError(f"{folder} belongs to study '{metrics['study']}', not '{study.study_name}'")
-        values = config.hyperparameters.model_dump()
+        values = config.hyperparameters
         source = next((trial for trial in trials if trial.number == metrics["trial"] and trial.params), None)
         if source is None or any(values.get(name) != value for name, value in source.params.items()):
             raise BundleError(f"{folder} was exported from a different search with the same name; export again")
@@ -225,7 +226,7 @@ def _read_bundle(
         return None, f"{folder / 'metrics.json'} is invalid ({error}); export again"
 
 
-def _describe_bundle(folder: Path, config: bundles.Config, metrics: dict[str, Any]) -> dict[str, Any]:
+def _describe_bundle(folder: Path, config: Config, metrics: dict[str, Any]) -> dict[str, Any]:
     classes, matrix = metrics["per_class"], metrics["confusion_matrix"]
     score = Score([row[i] for i, row in enumerate(matrix)], [sum(row) for row in matrix])
     confusions = find_confusions(matrix, 5 if len(classes) <= MAX_CLASSES else 12)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hpsearch.config.definition import StudyDefinition
+from hpsearch.config.definition import Data, StudyDefinition
 from hpsearch.config.space import Suggests, TrainingHyperparameters
 from hpsearch.data.arrays import open_file, open_function
 from hpsearch.data.dataset import ImageData, Split, load_data
@@ -34,7 +34,13 @@ def open_data_set(
     """
     if isinstance(folder, DataSet):
         return folder
-    data = definition.data
+    return open_images(definition.data, folder, on_read)
+
+
+def open_images(
+    data: Data, folder: Path | str | None = None, on_read: Callable[[int, int], None] = lambda n_done, n_total: None
+) -> DataSet:
+    """Return the data set of a table [data]: see `open_data_set`."""
     if data.name:
         return find_data_set(data.name, folder)
     settings: dict[str, Any] = {"test": data.test, "validation": data.validation, "split_seed": data.split_seed}

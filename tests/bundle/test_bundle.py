@@ -35,13 +35,14 @@ def make_contents(data: ImageData, kind: str = "mlp") -> bundle.Contents:
     network = build_network(kind, hyperparameters, data.image_shape, 10)
     evaluation = evaluate(np.eye(10, dtype=np.float32), np.arange(10), data.class_names)
     config = {
-        "format_version": 1,
+        "format_version": 2,
         "data": "digits",
         "kind": kind,
         "hyperparameters": hyperparameters.model_dump(),
         "image_shape": list(data.image_shape),
-        "mean": data.mean[0],
-        "std": data.std[0],
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "preparation": {"kind": "digit"},
         "class_names": list(data.class_names),
         "layers": find(NETWORKS, kind).describe(hyperparameters, data.image_shape, 10),
     }
@@ -287,7 +288,9 @@ def test_weights_that_are_not_finite_are_refused(copy: Path, bad: float) -> None
 def test_probabilities_that_are_nan_are_a_mismatch() -> None:
     expected = np.full((2, 10), 0.1, dtype=np.float32)
     with pytest.raises(BundleError, match=r"the probabilities of model\.onnx differ by up to nan"):
-        formats._compare("model.onnx", expected * np.nan, expected, np.zeros(2, dtype=np.int64))
+        formats._compare(
+            "model.onnx", formats.FORMATS["model.onnx"], expected * np.nan, expected, np.zeros(2, dtype=np.int64)
+        )
 
 
 def test_a_mismatch_in_a_fresh_process_leaves_the_older_bundle(
@@ -391,11 +394,11 @@ def test_a_place_that_cannot_be_replaced_is_refused(
 def test_a_full_disk_is_noticed_before_the_training(
     tmp_path: Path, digits: ImageData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = make_contents(digits).config
-    bundle.check_space(tmp_path / "model", config, 4)
+    contents = make_contents(digits)
+    bundle.check_space(tmp_path / "model", contents.network, contents.config, 4, 360)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=2_000_000))
     with pytest.raises(BundleError, match="only 2 MB free in"):
-        bundle.check_space(tmp_path / "model", config, 2)
+        bundle.check_space(tmp_path / "model", contents.network, contents.config, 2, 360)
 
 
 def test_an_older_bundle_is_put_back_if_the_new_one_cannot_take_its_place(
