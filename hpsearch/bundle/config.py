@@ -54,16 +54,6 @@ class Config(Table):
     layers: list[Any] | None = None
     build: dict[_Name, bool | int | float | _Name] | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _upgrade(cls, document: Any) -> Any:
-        """Return a config of version 1 as one of version 2: it had one channel, and a built-in data set."""
-        if not isinstance(document, dict) or document.get("format_version") != 1:
-            return document
-        kind = "digit" if document.get("data") in _DIGITS else "picture"
-        older = {"mean": [document.get("mean")], "std": [document.get("std")], "preparation": {"kind": kind}}
-        return document | older
-
     @model_validator(mode="after")
     def _check(self) -> Self:
         n_channels, *size = self.image_shape
@@ -82,7 +72,15 @@ class Config(Table):
 
 
 def read_config(content: bytes, file: Path) -> Config:
-    """Return the config in a `config.json`. Raises `BundleError`."""
+    """Return the config in a `config.json`; one of version 1 as one of version 2. Raises `BundleError`."""
+    try:
+        document = json.loads(content)
+    except ValueError:  # `parse` says what is wrong
+        document = None
+    if isinstance(document, dict) and document.get("format_version") == 1:  # of one channel and a built-in data set
+        kind = "digit" if document.get("data") in _DIGITS else "picture"
+        document |= {"mean": [document.get("mean")], "std": [document.get("std")], "preparation": {"kind": kind}}
+        content = json.dumps(document).encode()
     return parse(Config, content, file)
 
 

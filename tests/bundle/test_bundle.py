@@ -22,9 +22,8 @@ from PIL import Image
 from hpsearch.bundle import bundle, formats, manifest
 from hpsearch.bundle.evaluation import evaluate
 from hpsearch.data.dataset import ImageData, load_test
-from hpsearch.data.sets import DIGITS, Digits
 from hpsearch.errors import BundleError, ImageError, UsageError
-from hpsearch.plugins import DATA_SETS, NETWORKS, find
+from hpsearch.plugins import NETWORKS, find
 from hpsearch.training.kinds import Hyperparameters
 from hpsearch.training.networks import build_network
 from hpsearch.training.trainer import Trainer
@@ -213,21 +212,12 @@ def test_a_folder_is_used_and_replaced_after_predict_py_was_imported_from_it(cop
     assert not (copy / "__pycache__").exists()
 
 
-def test_predict_py_is_not_written_for_a_data_set_that_reads_images_in_its_own_way(
-    digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(DATA_SETS, "digits", f"{__name__}:OWN_DIGITS")
-    save(make_contents(digits), tmp_path / "b")
+def test_predict_py_is_not_written_for_photos_which_it_cannot_prepare(digits: ImageData, tmp_path: Path) -> None:
+    contents = make_contents(digits)
+    contents.config["preparation"] = {"kind": "photo", "size": [28, 28], "color": "grey"}
+    save(contents, tmp_path / "b")
     assert not (tmp_path / "b" / "predict.py").exists()
     assert "predict.py" not in (tmp_path / "b" / "README.md").read_text()
-
-
-class OwnDigits(Digits):
-    def read_image(self, image: Any) -> Any:
-        return np.zeros(self.image_shape, dtype=np.uint8)
-
-
-OWN_DIGITS = OwnDigits(1_437, 360, DIGITS.class_names, (1, 28, 28), is_digit=True)
 
 
 @pytest.mark.parametrize("manifest", [None, "", "[]", '{"sha256": 3}', '{"sha256": {}}'])
