@@ -169,10 +169,11 @@ def evaluate(
     if pictures:
         check_folder(pictures, name, force=force)
     images, labels = classifier.load_test(data)
+    is_photo = classifier.config.preparation.kind == "photo"
     evaluation = measure(classifier.predict_proba(images), labels.numpy(), classifier.class_names)
     options.print_document(asdict(evaluation), render_evaluation, as_json=as_json)
     if pictures:
-        files = draw_evaluation(evaluation, images, pictures, name)
+        files = draw_evaluation(evaluation, images, pictures, name, is_photo=is_photo)
         echo(f"plots saved: {', '.join(map(str, files))}")
     else:
         echo(f"next: {_suggest_prediction(bundle)}hpsearch evaluate {shlex.quote(str(bundle))} --pictures plots")
