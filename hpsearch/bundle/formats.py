@@ -2,8 +2,10 @@
 
 import copy
 import importlib.util
+import io
 import logging
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -11,6 +13,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +24,9 @@ from numpy.typing import NDArray
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
+from hpsearch.bundle.graph import Graph
 from hpsearch.data.dataset import normalise
-from hpsearch.errors import BundleError, UsageError
+from hpsearch.errors import BundleError, OwnCodeError, UsageError
 from hpsearch.plugins import OwnCode
 from hpsearch.training.networks import Network, OwnNetwork, from_layers
 from hpsearch.workers.forkserver import import_path
@@ -179,6 +183,42 @@ def write_models(
             for node in content.graph.node:
                 del node.metadata_props[:]  # contains paths, too
             (folder / "model.onnx").write_bytes(content.SerializeToString())
+
+
+def check_conversion(code: OwnCode, network: OwnNetwork, image_shape: tuple[int, int, int], n_classes: int) -> None:
+    """Raise `OwnCodeError` unless a network of the user's becomes a `model.pt2` that `hpsearch.load` accepts.
+
+    `export` would find out only after the search.
+    """
+    config: dict[str, Any] = {
+        "image_shape": image_shape,
+        "mean": [0.5] * image_shape[0],
+        "std": [0.25] * image_shape[0],
+    }
+    pixels = torch.randint(0, 256, (3, *image_shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    expected = predict_pixels(network, config["mean"], config["std"], pixels)
+    disabled = logging.root.manager.disable
+    logging.disable()  # torch logs and prints the graph that it could not convert
+    try:
+        with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
+            write_models(network, config, Path(folder), torch_export=True)
+            file = Path(folder, "model.pt2")
+            found = Graph(file.read_bytes(), Path(file.name), image_shape, n_classes).predict_proba(pixels)
+    except BundleError as error:
+        raise OwnCodeError(f"{code.path}: `hpsearch export` could not use it: {error}") from error
+    except Exception as error:
+        reason = re.split(" For more information| The error above", code.locate(error))[0]
+        if "Constraints violated" in str(error):
+            reason = "it depends on the number of images; instead of len(images), write images.shape[0] or flatten(1)"
+        sentence = f"torch.export cannot convert it, as `hpsearch export` must: {reason}"
+        raise OwnCodeError(f"{code.path}: {sentence}") from error
+    finally:
+        logging.disable(disabled)
+    if not torch.allclose(found, expected, atol=FORMATS["model.pt2"].tolerance):
+        difference = (found - expected).abs().max().item()
+        raise OwnCodeError(
+            f"{code.path}: converted by torch.export, its probabilities differ by up to {difference:.2g}"
+        )
 
 
 def _copy(network: OwnNetwork) -> OwnNetwork:

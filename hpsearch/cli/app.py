@@ -114,13 +114,14 @@ def check(
 
 def _try_network(definition: "StudyDefinition") -> None:
     """Train a network of the user's on one batch, and convert it as `export` does."""
+    from hpsearch.bundle.formats import check_conversion
     from hpsearch.training.run import open_data_set
-    from hpsearch.training.tryout import check_export, try_network
+    from hpsearch.training.tryout import try_network
 
     data_set = open_data_set(definition) if definition.data.name else options.read_own_images(definition, None)
     network = try_network(definition, data_set.image_shape, len(data_set.class_names))
     if definition.network.code and network:
-        check_export(definition.network.code, network, data_set.image_shape)
+        check_conversion(definition.network.code, network, data_set.image_shape, len(data_set.class_names))
 
 
 @app.command(epilog="Example: hpsearch run digits --workers 2 --trials 20")

@@ -1,10 +1,8 @@
 """Tries a network of the user's on one batch, so that its mistakes are named before a search relies on it."""
 
-import io
 import logging
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, suppress
+from contextlib import contextmanager, suppress
 from typing import Any, cast
 
 import torch
@@ -140,24 +138,3 @@ def _check_gradients(code: OwnCode, network: OwnNetwork, logits: Tensor, loss: T
 def _list(names: list[str]) -> str:
     rest = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
     return ", ".join(names[:_MOST_NAMED]) + rest
-
-
-def check_export(code: OwnCode, network: OwnNetwork, image_shape: tuple[int, int, int]) -> None:
-    """Raise `OwnCodeError` if torch.export, which `hpsearch export` needs, cannot convert a network of the user's."""
-    disabled = logging.root.manager.disable
-    logging.disable()  # torch logs and prints the graph that it could not convert
-    try:
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")  # torch warns about its own code
-            images, n_images = torch.zeros(2, *image_shape), torch.export.Dim("n_images")
-            torch.export.export(network.eval(), (images,), dynamic_shapes=({0: n_images},))
-    except Exception as error:
-        reason = code.locate(error)
-        if "Constraints violated" in str(error):
-            reason = "it depends on the number of images; instead of len(images), write images.shape[0] or flatten(1)"
-        sentence = reason.partition(" For more information")[0]
-        raise OwnCodeError(
-            f"{code.path}: torch.export cannot convert it, as `hpsearch export` must: {sentence}"
-        ) from error
-    finally:
-        logging.disable(disabled)

@@ -16,10 +16,10 @@ from hpsearch.config.definition import StudyDefinition, parse_definition
 from hpsearch.data.dataset import ImageData, Split
 from hpsearch.errors import OwnCodeError
 from hpsearch.training.gradients import join_parameters
-from hpsearch.training.networks import OwnNetwork, build_network
+from hpsearch.training.networks import OwnNetwork
 from hpsearch.training.run import build_trainer
 from hpsearch.training.trainer import Trainer
-from hpsearch.training.tryout import check_export, try_network
+from hpsearch.training.tryout import try_network
 
 NOISY = """\
 import random
@@ -278,31 +278,3 @@ def test_what_may_be_meant_is_only_a_warning(
 
 def test_a_built_in_network_is_not_tried() -> None:
     assert try_network(parse_definition({"search": {"width": {"int": [8, 9]}}}), (1, 28, 28), 10) is None
-
-
-@pytest.mark.parametrize(
-    ("forward", "message"),
-    [
-        ("return self.head(values.reshape(images.shape[0], -1))", ""),
-        ("return self.head(values.view(len(images), -1))", "depends on the number of images; instead of len(images)"),
-        ("return self.head(values) if values.mean() > 0 else values", "nets.py:10: GuardOnDataDependentSymNode"),
-        ("return self.head(values if len(images) > 5 else values * 2)", "depends on the number of images"),
-        ("return self.head(torch.from_numpy(values.detach().numpy())) + self.head(values)", "nets.py:10: "),
-    ],
-)
-def test_a_network_that_cannot_be_exported_is_named_by_check(
-    define: Callable[..., StudyDefinition], forward: str, message: str, capfd: pytest.CaptureFixture[str]
-) -> None:
-    definition = define(module_with(forward))
-    code = definition.network.code
-    network = build_network(definition.network, definition.space.hyperparameters(width=16), (1, 2, 2), 3)  # type: ignore[call-arg]
-    assert code
-    assert isinstance(network, OwnNetwork)
-    if not message:
-        return check_export(code, network, (1, 2, 2))
-    with pytest.raises(OwnCodeError, match=r"torch.export cannot convert it") as caught:
-        check_export(code, network, (1, 2, 2))
-    assert message in str(caught.value)
-    assert len(str(caught.value).splitlines()) == 1
-    assert capfd.readouterr().err == ""
-    return None
