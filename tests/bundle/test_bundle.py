@@ -424,7 +424,7 @@ def test_the_head_of_the_model_card_is_what_hugging_face_reads(saved: Path) -> N
         "library_name": "pytorch",
         "pipeline_tag": "image-classification",
         "datasets": ["digits"],
-        "metrics": ["accuracy"],
+        "metrics": ["accuracy", "balanced_accuracy"],
         "model-index": [
             {
                 "name": "small",
@@ -432,7 +432,10 @@ def test_the_head_of_the_model_card_is_what_hugging_face_reads(saved: Path) -> N
                     {
                         "task": {"type": "image-classification"},
                         "dataset": {"type": "digits", "name": "digits", "split": "test"},
-                        "metrics": [{"type": "accuracy", "value": 0.8, "name": "test accuracy"}],
+                        "metrics": [
+                            {"type": "accuracy", "value": 0.8, "name": "test accuracy"},
+                            {"type": "balanced_accuracy", "value": 0.79, "name": "test balanced accuracy"},
+                        ],
                     }
                 ],
             }
@@ -559,3 +562,17 @@ def test_an_older_bundle_is_there_at_every_moment(
     before = (copy / "manifest.json").read_bytes()
     save(make_contents(digits), copy)
     assert (copy / "manifest.json").read_bytes() != before
+
+
+def test_the_card_names_the_worst_of_many_classes_and_markup_in_names_has_no_effect(digits: ImageData) -> None:
+    contents = make_contents(digits)
+    rows = [
+        {"name": f"a|b\n<i>*{i}*", "precision": None, "recall": i / 200, "f1": None, "support": 1} for i in range(200)
+    ]
+    contents.metrics["per_class"] = rows
+    card = bundle._write_card(contents, {})
+    assert "The 20 of 200 classes with the lowest recall" in card
+    assert r"| a\|b \<i\>\*0\* | - | 0.0000 | - | 1 |" in card
+    assert r"\*20\*" not in card
+    contents.metrics["per_class"] = [row | {"recall": None, "support": 0} for row in rows[:2]]
+    assert r"| a\|b \<i\>\*1\* | - | - | - | 0 |" in bundle._write_card(contents, {})
