@@ -9,8 +9,6 @@ from typing import Any
 
 import tomlkit
 
-from hpsearch.config.definition import Study
-
 _UNEQUAL = 2  # times as many images in the largest class as in the smallest one
 _TRIALS = 30
 _MOST_MINUTES = 60  # of a search that would take longer
@@ -96,7 +94,6 @@ def _plan(images: Images, n_cores: int) -> dict[str, Any]:
         "n_classes": len(classes),
         "cores": f"{n_cores} core{'s' * (n_cores != 1)}",
         "duration": f"about {minutes:,} minutes",
-        "has_metric": "metric" in Study.model_fields,
         "is_unequal": max(classes) >= _UNEQUAL * min(classes),
         "smallest": f"{min(classes):,}",
         "largest": f"{max(classes):,}",

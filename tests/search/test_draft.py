@@ -80,7 +80,7 @@ def test_what_the_classes_are_decides_on_the_metric_and_on_mirror_images(
 ) -> None:
     definition = read(replace(FLOWERS, counts=count_images(**classes)))
     assert ("flip" in definition.search) == flips
-    assert getattr(definition.study, "metric", metric) == metric
+    assert definition.study.metric == metric
 
 
 def test_gray_images_have_no_colors_to_change() -> None:
