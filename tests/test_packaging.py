@@ -70,7 +70,7 @@ def test_from_a_wheel_and_a_folder_of_images_each_command_says_the_next_up_to_a_
         told = process.stderr
         if verb == "init":
             text = (here / "shapes.toml").read_text()
-            for key, n in (("trials  = 30", 2), ("epochs  = 40", 2), ("epochs = 80", 4)):
+            for key, n in (("trials  = 30", 2), ("epochs  = 100", 2), ("epochs   = 200", 4)):
                 assert text.count(key) == 1
                 text = text.replace(key, f"{key.partition('=')[0]}= {n}")
             (here / "shapes.toml").write_text(text)

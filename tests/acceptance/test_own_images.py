@@ -12,7 +12,7 @@ from hpsearch.training.run import open_data_set
 from ..shapes import draw_shape, write_shapes
 from .commands import hpsearch
 
-SHORT = {"trials  = 30": 2, "epochs  = 100": 2, "epochs = 200": 2, "depth        = 6": 4}
+SHORT = {"trials  = 30": 2, "epochs  = 100": 2, "epochs   = 200": 2, "depth        = 6": 4}
 
 
 @pytest.mark.timeout(600)
