@@ -75,7 +75,7 @@ def read_config(content: bytes, file: Path) -> Config:
     """Return the config in a `config.json`; one of version 1 as one of version 2. Raises `BundleError`."""
     try:
         document = json.loads(content)
-    except ValueError:  # `parse` says what is wrong
+    except (ValueError, RecursionError):  # `parse` says what is wrong
         document = None
     if isinstance(document, dict) and document.get("format_version") == 1:  # of one channel and a built-in data set
         kind = "digit" if document.get("data") in _DIGITS else "picture"

@@ -1,6 +1,7 @@
 """The group `result`: each calls one function and prints its result."""
 
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import Annotated
@@ -107,7 +108,9 @@ def export(
         )
     options.print_document(metrics, lambda document: render_export(str(target), document), as_json=as_json)
     bundle = shlex.quote(str(target))
-    echo(f"next: {_suggest_prediction(target)}hpsearch evaluate {bundle}  |  hpsearch report {named.arguments}")
+    place = definition.data.folder or definition.data.file
+    own = f" --data {shlex.quote(os.path.relpath(data or place))}" if place else ""
+    echo(f"next: {_suggest_prediction(target)}hpsearch evaluate {bundle}{own}  |  hpsearch report {named.arguments}")
 
 
 def _suggest_prediction(bundle: Path) -> str:

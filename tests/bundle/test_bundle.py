@@ -237,19 +237,34 @@ def sign(folder: Path) -> None:
 def test_a_config_that_is_not_understood_is_refused(copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
     for change in (
-        {"format_version": 2},
-        {"std": 0.0},
+        {"format_version": 3},
+        {"std": [0.0]},
+        {"mean": [0.1, 0.1]},
         {"kind": "rnn"},
         {"extra": 1},
         {"hyperparameters": {"depth": -1}},
         {"layers": config["layers"][:-1]},
-        {"class_names": [*config["class_names"][:-1], "ten"]},
-        {"image_shape": [1, 14, 56]},
+        {"class_names": [*config["class_names"][:-1], "x" * 1001]},
+        {"image_shape": [2, 28, 28]},
+        {"preparation": {"kind": "photo", "size": [28, 28], "color": "rgb"}},
     ):
         (copy / "config.json").write_text(json.dumps(config | change))
         sign(copy)
         with pytest.raises(BundleError, match=next(iter(change))):
             bundle.load(copy)
+
+
+def test_a_model_folder_of_version_1_is_read_as_it_was(copy: Path) -> None:
+    images = load_test("digits")[0][:20]
+    expected = bundle.load(copy).predict_proba(images)
+    config = json.loads((copy / "config.json").read_text())
+    del config["preparation"]
+    older = config | {"format_version": 1, "mean": config["mean"][0], "std": config["std"][0]}
+    (copy / "config.json").write_text(json.dumps(older))
+    sign(copy)
+    classifier = bundle.load(copy)
+    assert np.array_equal(classifier.predict_proba(images), expected)
+    assert classifier.config.preparation.kind == "digit"
 
 
 def test_weights_that_do_not_fit_the_config_are_refused(copy: Path) -> None:
@@ -290,7 +305,7 @@ def test_a_mismatch_in_a_fresh_process_leaves_the_older_bundle(
     contents = make_contents(digits)
     other = make_contents(digits).network
     original = formats.verify_models
-    monkeypatch.setattr(formats, "verify_models", lambda _, *arguments: original(other, *arguments))
+    monkeypatch.setattr(formats, "verify_models", lambda _, *arguments, **more: original(other, *arguments, **more))
     with pytest.raises(BundleError, match=r"the probabilities of model\.safetensors differ"):
         save(contents, copy)
     assert (copy / "manifest.json").read_bytes() == before
@@ -348,9 +363,9 @@ def test_what_was_changed_in_the_target_during_the_verification_is_kept(
 ) -> None:
     verify = formats.verify_models
 
-    def verify_while_someone_writes(*arguments: Any) -> dict[str, dict[str, float]]:
+    def verify_while_someone_writes(*arguments: Any, **more: Any) -> dict[str, dict[str, float]]:
         (copy / "notes.txt").write_text("all my work")
-        return verify(*arguments)
+        return verify(*arguments, **more)
 
     monkeypatch.setattr(formats, "verify_models", verify_while_someone_writes)
     with pytest.raises(BundleError, match=r"unexpected file: notes\.txt; choose another --output"):
@@ -446,7 +461,7 @@ def test_the_head_of_the_model_card_is_what_hugging_face_reads(saved: Path) -> N
 @pytest.mark.parametrize("name", ["1e3", "yes", "2026-01-01", "null", "𠮷野.c-d"])
 def test_whatever_a_study_is_called_is_its_name_on_hugging_face(digits: ImageData, name: str) -> None:
     contents = make_contents(digits)
-    contents = replace(contents, config=contents.config | {"data": "mnist"}, metrics=contents.metrics | {"study": name})
+    contents = replace(contents, hub_id="ylecun/mnist", metrics=contents.metrics | {"study": name})
     head = yaml.safe_load(bundle._write_card(contents, {}).split("---\n")[1])
     assert head["model-index"][0]["name"] == name
     assert head["datasets"] == ["ylecun/mnist"]

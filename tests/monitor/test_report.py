@@ -138,8 +138,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory, digits: ImageData, forked
     network = build_network("mlp", hyperparameters, digits.image_shape, 10)
     guesses = np.eye(10, dtype=np.float32)[[0, 1, 2, 3, 4, 5, 6, 7, 8, 1]]
     evaluation = evaluate(guesses, np.arange(10), digits.class_names)
-    config = {"format_version": 1, "data": "digits", "kind": "mlp", "hyperparameters": hyperparameters.model_dump()}
-    config |= {"image_shape": list(digits.image_shape), "mean": digits.mean[0], "std": digits.std[0]}
+    config = {"format_version": 2, "data": "digits", "kind": "mlp", "hyperparameters": hyperparameters.model_dump()}
+    config |= {"image_shape": list(digits.image_shape), "mean": [*digits.mean], "std": [*digits.std]}
+    config |= {"preparation": {"kind": "digit"}}
     config |= {"class_names": list(digits.class_names)}
     config |= {"layers": find(NETWORKS, "mlp").describe(hyperparameters, digits.image_shape, 10)}
     metrics: dict[str, Any] = {
