@@ -195,7 +195,9 @@ def _find_file(place: str, folder: Path) -> Path:
         if not file.is_file():
             names = sorted(path.name for path in file.parent.glob("*.py"))
             close = get_close_matches(file.name, names, n=1)
-            raise UsageError(f"{file} not found" + (f"; did you mean '{close[0]}'?" if close else ""))
+            hint = f"did you mean '{close[0]}'? A" if close else "a"
+            copy = f"started study has a copy in its artifacts: source/{file.name}"
+            raise UsageError(f"{file} not found; {hint} {copy}")
         return file
     spec = _find_spec(place)
     if spec is None or not spec.origin or not spec.origin.endswith(".py"):

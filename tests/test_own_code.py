@@ -35,7 +35,11 @@ def nets(tmp_path: Path) -> Path:
     [
         ("nets.py", SOURCE, "'nets.py' names no function; write nets.py:build or package.module:build"),
         ("nets.py:", SOURCE, "'nets.py:' names no function"),
-        ("net.py:build", SOURCE, "net.py not found; did you mean 'nets.py'?"),
+        (
+            "net.py:build",
+            SOURCE,
+            "net.py not found; did you mean 'nets.py'? A started study has a copy in its artifacts: source/net.py",
+        ),
         (
             "nets.py:biuld",
             SOURCE,

@@ -25,7 +25,7 @@ def doctor(
 ) -> None:
     """Find and fix problems.
 
-    It checks the database, trials, checkpoints, disk, data, devices and threads.
+    It checks the database, trials, checkpoints, disk, data, your own network, devices and threads.
     """
     from dataclasses import asdict, replace
 

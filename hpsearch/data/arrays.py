@@ -353,7 +353,10 @@ def _list_members(file: Path) -> dict[str, _Images]:
     """Return the arrays of an .npz file, of which nothing but the shapes and types are read. Raises `DataError`."""
     title = show_name(str(file))
     if not file.is_file():
-        raise DataError(f"{title}: no such file; data.file names an .npz file, such as numpy.savez_compressed writes")
+        raise DataError(
+            f"{title}: no such file; give an .npz file, such as numpy.savez_compressed writes (if it has moved: in "
+            "data.file, or with --data)"
+        )
     try:
         with zipfile.ZipFile(file) as archive:
             names = [name for name in archive.namelist() if name.endswith(".npy")]

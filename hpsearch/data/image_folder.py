@@ -303,7 +303,8 @@ def _find_class_folders(listing: _Listing, folder: Path) -> tuple[tuple[str, ...
         if _is(folder.exists):
             raise DataError(f"{show_name(str(folder))} is a file, not a folder; unpack it if it is an archive")
         raise DataError(
-            f"{show_name(str(folder))}: no such folder; it should have a subfolder of images for each class"
+            f"{show_name(str(folder))}: no such folder; give the one that has a subfolder of images for each class "
+            "(if it has moved: in data.folder, or with --data)"
         )
     folders, files = listing.list_folder(folder)
     if listing.problems:

@@ -49,7 +49,7 @@ def look_at_files(folder: Path, names: Sequence[str], on_read: OnRead = lambda n
     A file counts as unchanged if its size and the times of its last changes are. `on_read` gets the numbers of files
     read and of all.
     """
-    index = _cache_folder() / f"index-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:32]}"
+    index = cache_folder() / f"index-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:32]}"
     known, states = _read_index(index), [_state(f"{folder}/{name}") for name in names]
     looks: dict[str, Look] = {}
     for name, state in zip(names, states, strict=True):
@@ -90,7 +90,7 @@ def store_pixels(
     reads. Files that no search has used for 30 days are removed, and if the disk has no room, those that none uses now,
     the oldest first. Raises `DataError` if the file cannot be written.
     """
-    folder, shape = _cache_folder(), (len(digests), *image_shape)
+    folder, shape = cache_folder(), (len(digests), *image_shape)
     key = hashlib.sha256(json.dumps([_VERSION, image_shape, digests]).encode()).hexdigest()[:32]
     file = folder / f"{key}.pixels"
     try:
@@ -113,7 +113,7 @@ def store_pixels(
 
 def recall(file: Path, read: Callable[[], _T]) -> _T:
     """Return what `read` returns, a JSON document, which is kept in the cache folder until the file changes."""
-    index, state = _cache_folder() / f"index-{hashlib.sha256(os.fsencode(file)).hexdigest()[:32]}", _state(str(file))
+    index, state = cache_folder() / f"index-{hashlib.sha256(os.fsencode(file)).hexdigest()[:32]}", _state(str(file))
     entry = _read_index(index).get("")
     if state and entry and entry[:-1] == list(state):
         return cast(_T, entry[-1])
@@ -126,14 +126,18 @@ def recall(file: Path, read: Callable[[], _T]) -> _T:
 def check_space(n_images: int, image_shape: tuple[int, int, int], *, is_scalable: bool = True) -> None:
     """Raise `DataError` if the pixels of so many images fit neither memory nor the disk of the cache folder.
 
-    The message has the largest size that would fit, if the images can be scaled.
+    The message has the largest size that would fit, if the images can be scaled. Pixels that were stored before, those
+    of the training part, need no more of the disk.
     """
-    folder = _cache_folder()
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    memory = f"the {_available_memory() / 1e9:.1f} GB of free memory", _available_memory()
-    free = shutil.disk_usage(existing).free + sum(size for _, size, _ in _list_pixels(folder))
-    what, room = min(memory, (f"the {free / 1e9:.1f} GB free in {existing}", free), key=lambda each: each[1])
+    folder = cache_folder()
+    existing = next(path for path in (folder, *folder.parents) if os.path.exists(path))  # noqa: PTH110 - no error
     n_bytes, (n_channels, height, width) = n_images * math.prod(image_shape), image_shape
+    room, what, other = _available_memory(), "of memory", ""
+    stored = [size for _, size, _ in _list_pixels(folder)]
+    free = shutil.disk_usage(existing).free + sum(stored)
+    may_be_stored = any(n_bytes <= 2 * size <= 2 * n_bytes and size % math.prod(image_shape) == 0 for size in stored)
+    if free < room and not may_be_stored:
+        room, what, other = free, f"in {existing}", ", or set XDG_CACHE_HOME to a folder on a larger disk"
     if n_bytes + _SPARE <= room:
         return
     scale = math.sqrt(max(room - _SPARE, 0) / (n_images * n_channels)) / math.sqrt(height * width)
@@ -143,9 +147,15 @@ def check_space(n_images: int, image_shape: tuple[int, int, int], *, is_scalable
         if is_scalable and fitting >= 8
         else f"{'no size would fit: ' * is_scalable}use fewer images"
     )
+    needed = f"need {_show_size(n_bytes)}, with {_show_size(_SPARE)} to spare"
     raise DataError(
-        f"{n_images:,} images of {height}x{width} pixels need {n_bytes / 1e9:.1f} GB, more than {what}; {advice}"
+        f"{n_images:,} images of {height}x{width} pixels {needed}, but only {_show_size(room)} {what} is free; "
+        f"{advice}{other}"
     )
+
+
+def _show_size(n_bytes: int) -> str:
+    return f"{n_bytes / 1e6:,.0f} MB" if n_bytes < 1e9 else f"{n_bytes / 1e9:,.1f} GB"
 
 
 def _available_memory() -> int:
@@ -205,7 +215,8 @@ def _in_threads(
         pool.shutdown(cancel_futures=True)
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Return the folder of the user's cache for own images, which may not exist yet. Raises `DataError`."""
     try:
         return platformdirs.user_cache_path("hpsearch").expanduser() / "images"
     except RuntimeError as error:

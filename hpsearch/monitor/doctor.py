@@ -21,7 +21,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from hpsearch.config.definition import StudyDefinition
 from hpsearch.config.urls import parse_url, show_url
-from hpsearch.errors import HpsearchError, StorageUnavailable
+from hpsearch.data.tensors import cache_folder
+from hpsearch.errors import HpsearchError, OwnCodeError, StorageUnavailable
 from hpsearch.search.study import check_data, load_study
 from hpsearch.storage import tables
 from hpsearch.storage.artifacts import Folder
@@ -37,6 +38,7 @@ from hpsearch.storage.rdb import Storage, open_storage, storage_of
 from hpsearch.storage.retry import describe_cause
 from hpsearch.training.devices import count_cores, list_devices
 from hpsearch.training.run import load_study_data, open_data_set
+from hpsearch.training.tryout import try_network
 
 _MAX_LATENCY = 1.0  # seconds
 _MAX_CLOCK_DIFFERENCE = 5.0  # seconds
@@ -97,7 +99,9 @@ def run_checks(
         yield _check_folder("database", file.parent)
     if store.path:
         yield _check_folder("artifacts", store.path)
-    yield _check_data(definition, study, folder)
+    if definition.data.name is None:
+        yield _check_cache()
+    yield from _check_data(definition, study, folder)
     yield _check_devices()
 
 
@@ -216,8 +220,26 @@ def _check_store(artifacts: Folder) -> Finding:
     return Finding("artifacts", True, f"{artifacts} is readable and writable")
 
 
-def _check_data(definition: StudyDefinition, study: optuna.Study | None, folder: Path | str | None) -> Finding:
-    """Check that the data can be read, and are those on which the study was searched."""
+def _check_cache() -> Finding:
+    """Check the folder in which the pixels of the user's own images are kept, and say how much it takes."""
+    try:
+        folder = cache_folder()
+    except HpsearchError as error:
+        return Finding("cache", False, str(error))
+    if not os.access(existing := _find_existing(folder), os.W_OK | os.X_OK) or not existing.is_dir():
+        advice = "set XDG_CACHE_HOME to a folder that can be written"
+        return Finding("cache", False, f"{existing}, the place for pixels of images, is not writable; {advice}")
+    sizes = [file.stat().st_size for file in folder.glob("*.pixels")]
+    free = shutil.disk_usage(existing).free / 1e6
+    message = f"{sum(sizes) / 1e6:,.0f} MB of pixels of images, and {free:,.0f} MB free in {folder}"
+    advice = "low disk space; free some, or set XDG_CACHE_HOME to a folder on another disk"
+    return _judge("cache", free >= _MIN_FREE, message, advice)
+
+
+def _check_data(
+    definition: StudyDefinition, study: optuna.Study | None, folder: Path | str | None
+) -> Iterator[Finding]:
+    """Check that the data can be read, and are those on which the study was searched; then try a network on them."""
     name = definition.data.title
     try:
         data_set = open_data_set(definition, folder)
@@ -227,7 +249,8 @@ def _check_data(definition: StudyDefinition, study: optuna.Study | None, folder:
             if not os.access(_find_existing(place), os.W_OK | os.X_OK):
                 advice = "the folder is not writable: copy them there yourself, or point HPSEARCH_DATA at another one"
             message = f"{name}: missing or corrupt in {place}: {', '.join(missing)}"
-            return Finding("data", False, f"{message}; {advice}")
+            yield Finding("data", False, f"{message}; {advice}")
+            return
         data = load_study_data(definition, data_set)
         if study:
             try:
@@ -235,13 +258,22 @@ def _check_data(definition: StudyDefinition, study: optuna.Study | None, folder:
             finally:
                 storage_of(study).engine.dispose()
     except (HpsearchError, SQLAlchemyError) as error:
-        return Finding("data", False, str(error))
+        yield Finding("data", False, str(error))
+        return
     except OSError as error:
         option = "HPSEARCH_DATA" if definition.data.name else "--data"
         advice = f"fix its permissions, or point {option} at another folder"
-        return Finding("data", False, f"{name}: cannot read {error.filename}: {error.strerror}; {advice}")
+        yield Finding("data", False, f"{name}: cannot read {error.filename}: {error.strerror}; {advice}")
+        return
     counts = f"{len(data.train):,} training and {len(data.validation):,} validation images"
-    return Finding("data", True, f"{name}: complete{f' in {place}' if place else ''} ({counts})")
+    yield Finding("data", True, f"{name}: complete{f' in {place}' if place else ''} ({counts})")
+    if code := definition.network.code:
+        try:
+            try_network(definition, data.image_shape, len(data.class_names))
+        except OwnCodeError as error:
+            yield Finding("network", False, str(error))
+        else:
+            yield Finding("network", True, f"{code.path}: a batch was trained")
 
 
 def _check_devices() -> Finding:

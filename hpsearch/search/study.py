@@ -113,10 +113,8 @@ def open_study(definition: StudyDefinition, storage: Storage, *, keeps_extension
             warnings.simplefilter("ignore", ExperimentalWarning)
             study.set_metric_names([f"validation {definition.study.metric_title}"])
         if "fingerprint" not in study.user_attrs:
-            if definition.network.code:
-                _source_folder(definition, study).write(
-                    definition.network.code.name, definition.network.code.source.encode()
-                )
+            for code in definition.codes:
+                _source_folder(definition, study).write(code.name, code.source.encode())
             study.set_user_attr("fingerprint", definition.fingerprint)  # last: it marks the study as complete
     return study
 

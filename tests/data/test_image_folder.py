@@ -299,7 +299,9 @@ def test_a_file_that_changes_while_the_folder_is_read_is_named(flowers: Path) ->
 
 def test_a_folder_without_classes_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "flowers"
-    with pytest.raises(DataError, match=r"flowers: no such folder; it should have a subfolder"):
+    with pytest.raises(
+        DataError, match=r"flowers: no such folder; give the one that has a subfolder .*in data.folder, or with --data"
+    ):
         open_folder(folder)
     folder.touch()
     with pytest.raises(DataError, match="flowers is a file, not a folder; unpack it if it is an archive"):

@@ -222,8 +222,20 @@ def test_data_that_would_not_fit_are_refused_before_any_file_is_read(
     check_space(1000, (3, 64, 64))
     monkeypatch.setattr(tensors, "_available_memory", lambda: 2**28 + 20 * 3 * 80**2)
     monkeypatch.setattr(tensors, "look_at", lambda file: pytest.fail("read"))
-    with pytest.raises(DataError, match=r"20 images of 500x500 pixels need .* GB, more than .*; size = 80 would fit"):
+    with pytest.raises(
+        DataError, match=r"need 15 MB, with 268 MB to spare, but only 269 MB of memory is free; size = 80 would fit$"
+    ):
         open_folder(folder, size=500, color="rgb")
     monkeypatch.setattr(tensors, "_available_memory", lambda: 0)
     with pytest.raises(DataError, match="no size would fit: use fewer images"):
         open_folder(folder, size=500)
+
+
+def test_pixels_that_are_kept_already_need_no_more_of_a_full_disk(
+    folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = open_folder(folder).read(is_train=True)[0]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000))
+    assert open_folder(folder).read(is_train=True)[0].equal(first)
+    with pytest.raises(DataError, match=rf"but only 1 MB in {cache} is free; .*, or set XDG_CACHE_HOME to a folder on"):
+        open_folder(folder, size=16)

@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import re
 import shutil
 import sqlite3
 from datetime import datetime
@@ -14,7 +15,7 @@ import pytest
 import sqlalchemy
 from optuna.trial import TrialState
 
-from hpsearch.config.definition import StudyDefinition, evolve
+from hpsearch.config.definition import StudyDefinition, load_definition
 from hpsearch.monitor import doctor
 from hpsearch.monitor.doctor import run_checks
 from hpsearch.search.study import check_data, open_study
@@ -24,7 +25,7 @@ from hpsearch.storage.rdb import open_storage
 from hpsearch.training.run import load_study_data
 
 from ..conftest import make_definition
-from ..search.test_images import draw
+from ..search.test_images import draw, write_own_study
 
 
 def define(folder: Path, **sections: Any) -> StudyDefinition:
@@ -212,16 +213,22 @@ def test_missing_and_damaged_data_are_named_and_nothing_is_downloaded(tmp_path: 
     assert "is corrupt" in wrong(definition, folder=tmp_path)["data"]
 
 
-def test_own_images_that_are_gone_or_not_those_of_the_study_are_named(tmp_path: Path) -> None:
-    for class_name in ("cat", "tiger"):
-        draw(tmp_path / "pets", class_name, range(20))
-    definition = define(tmp_path)
-    definition = evolve(
-        definition, "data", name=None, folder=str(tmp_path / "pets"), validation=None, train=None, size=16
-    )
+def test_own_images_that_are_gone_or_not_those_of_the_study_are_named_and_the_place_of_their_pixels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    definition = load_definition(write_own_study(tmp_path, "", "trials = 1\nepochs = 1"))
     study = open_study(definition, open_storage(definition.study.storage))
     check_data(definition, study, load_study_data(definition), stores=True)
-    assert "data" not in wrong(definition)
+    said = {finding.check: finding.message for finding in run_checks(definition)}
+    assert (said["data"].split(":")[0], said["network"]) == ("pets", "nets.py:build: a batch was trained")
+    assert re.match(r"0 MB of pixels of images, and [\d,]+ MB free in .*/cache/hpsearch/images", said["cache"])
+    (tmp_path / "cache.txt").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache.txt"))
+    unwritable = wrong(definition)
+    assert "cache.txt, the place for pixels of images, is not writable; set XDG_CACHE_HOME" in unwritable["cache"]
+    assert "cannot keep pixels in" in unwritable["data"]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     draw(tmp_path / "pets", "lion", range(20))
     found = wrong(definition)["data"]
     assert "searched on other images than these" in found
