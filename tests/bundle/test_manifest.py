@@ -169,7 +169,6 @@ paths = st.sampled_from(
     [
         *(
             ("format_version",),
-            ("data",),
             ("kind",),
             ("image_shape",),
             ("mean",),
