@@ -16,7 +16,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, normalize
 
-from hpsearch.data.dataset import ImageData, denormalise
+from hpsearch.data.dataset import ImageData, Split, denormalise
 from hpsearch.errors import BundleError
 
 FILE = "likeness.safetensors"
@@ -50,11 +50,7 @@ class Likeness:
     @classmethod
     def fit(cls, data: ImageData) -> Self:
         """Choose references and components from the training images, and limits that suit the validation images."""
-        training, validation = (
-            denormalise(split.take(_some(len(split)).to(split.labels.device)).cpu(), data.mean, data.std)
-            for split in (data.train, data.validation)
-        )
-        grey = _grey(training)
+        grey, validation = (_sample(split, data) for split in (data.train, data.validation))
         flat = grey.flatten(1).double()  # in float32, LAPACK may not converge: pixels at the edge are always 0
         components = torch.linalg.eigh(flat.T @ flat).eigenvectors[:, -_N_COMPONENTS:]
         unlimited = cls(_blur(grey).round().byte(), components.half().contiguous(), torch.ones(3))
@@ -108,6 +104,12 @@ def read_likeness(content: bytes, file: Path) -> Likeness:
     if not len(tensors["references"]) or not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise BundleError(f"{file} is invalid: it is empty, or has NaN or infinite values")
     return Likeness(**tensors)
+
+
+def _sample(split: Split, data: ImageData) -> Tensor:
+    """Return images of the split as `_grey` does, a few at a time."""
+    parts = _some(len(split)).to(split.labels.device).split(_BATCH_SIZE)
+    return torch.cat([_grey(denormalise(split.take(rows).cpu(), data.mean, data.std)) for rows in parts])
 
 
 def _some(n_images: int) -> Tensor:

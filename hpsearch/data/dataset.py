@@ -213,7 +213,7 @@ def _measure_pixels(images: Tensor, rows: Tensor) -> tuple[tuple[float, ...], tu
     finally:
         torch.set_num_threads(n_threads)
     means, deviations = zip(*measured, strict=True)
-    return means, deviations
+    return means, tuple(deviation or 1.0 for deviation in deviations)  # 0 if all pixels are alike
 
 
 def _measure_channel(shades: Tensor, rows: Tensor) -> tuple[float, float]:
