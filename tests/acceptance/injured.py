@@ -26,7 +26,7 @@ METHODS = {
     "beat": "heartbeat",
     "_end": "tell",
 }
-chance = random.Random(f"{os.environ.get('INJURIES_SEED')}-{os.getpid()}")
+chance = random.Random()  # noqa: S311 - see `seed`
 
 
 def hits(point: str) -> bool:
@@ -108,11 +108,18 @@ def injure_trainings() -> None:
     setattr(run, "Trainer", build)  # noqa: B010 - imported there, not defined
 
 
+def seed() -> None:
+    chance.seed(f"{os.environ.get('INJURIES_SEED')}-{os.getpid()}")
+
+
 if __name__ == "__main__":
     from hpsearch.__main__ import main
+    from hpsearch.workers import forkserver
 
+    forkserver._PRELOADED.append(Path(__file__).stem)
     main()
-else:  # multiprocessing imports the main module in each worker
+else:  # the fork server imports it, from which the workers are forked
     injure_transactions()
     injure_checkpoints()
     injure_trainings()
+    os.register_at_fork(after_in_child=seed)
