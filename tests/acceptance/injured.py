@@ -26,7 +26,7 @@ METHODS = {
     "beat": "heartbeat",
     "_end": "tell",
 }
-chance = random.Random()  # noqa: S311 - see `seed`
+chance = random.Random()
 
 
 def hits(point: str) -> bool:
