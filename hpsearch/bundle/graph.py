@@ -29,7 +29,10 @@ _NOT_READ = ("archive_format", "archive_version", ".data/version", "byteorder", 
              "data/sample_inputs/model.pt")  # fmt: skip
 
 # What parts of another type or value raise.
-_INVALID = (zipfile.BadZipFile, LookupError, ValueError, TypeError, AttributeError, RuntimeError)
+_INVALID = (
+    *(zipfile.BadZipFile, LookupError, ValueError, TypeError, AttributeError, RuntimeError),
+    *(ArithmeticError, MemoryError),
+)
 
 # Numbers of the format.
 _DTYPES = {

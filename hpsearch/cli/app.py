@@ -24,7 +24,9 @@ from hpsearch.workers.shutdown import Drain
 
 if TYPE_CHECKING:
     from hpsearch.config.definition import StudyDefinition
+    from hpsearch.data.sets import DataSet
     from hpsearch.monitor.live import LiveView
+    from hpsearch.training.networks import OwnNetwork
     from hpsearch.workers.ray import Cluster
 
     Show = Callable[[Callable[[LiveView], str], Drain], None]
@@ -107,21 +109,32 @@ def check(
         options.mention_example(study)
         definition = load_definition(study)
         check_new(definition, study)
-        if definition.network.code:
-            _try_network(definition)
+        if definition.network.code or definition.data.name is None:
+            _try(definition)
         print(json.dumps(definition.to_tables(), indent=2) if as_json else definition.to_toml().rstrip())
 
 
-def _try_network(definition: "StudyDefinition") -> None:
-    """Train a network of the user's on one batch, and convert it as `export` does."""
-    from hpsearch.bundle.formats import check_conversion
+def _convert(definition: "StudyDefinition") -> "Callable[[OwnNetwork, DataSet], None]":
+    """Return what converts a network of the user's as `export` does, to know before a search that it can be."""
+
+    def convert(network: "OwnNetwork", data_set: "DataSet") -> None:
+        from hpsearch.bundle.formats import check_conversion
+
+        if definition.network.code:
+            check_conversion(definition.network.code, network, data_set.image_shape, len(data_set.class_names))
+
+    return convert
+
+
+def _try(definition: "StudyDefinition") -> None:
+    """Read the user's own images, train a network of the user's on one batch, and convert it."""
     from hpsearch.training.run import open_data_set
     from hpsearch.training.tryout import try_network
 
     data_set = open_data_set(definition) if definition.data.name else options.read_own_images(definition, None)
     network = try_network(definition, data_set.image_shape, len(data_set.class_names))
-    if definition.network.code and network:
-        check_conversion(definition.network.code, network, data_set.image_shape, len(data_set.class_names))
+    if network:
+        _convert(definition)(network, data_set)
 
 
 @app.command(epilog="Example: hpsearch run digits --workers 2 --trials 20")
@@ -196,10 +209,12 @@ def _run_here(
     echo(f"{named.definition.study.name}: starting {count(n_workers, 'worker')} ({n_threads} each)")
     from hpsearch.search.study import start_study
 
-    # A network of the user's is tried before the study is created.
-    images = options.fetch_images(named.definition, data) if named.definition.network.code else None
-    start_study(named.definition, keeps_extension=keeps_extension, data=images or data)
-    images = images or options.fetch_images(named.definition, data)
+    definition = named.definition
+    # The user's own images and network are tried before the study is created, so that a correction needs no new name.
+    is_own = definition.network.code is not None or definition.data.name is None
+    images = options.fetch_images(definition, data) if is_own else None
+    start_study(definition, keeps_extension=keeps_extension, data=images or data, on_tried=_convert(definition))
+    images = images or options.fetch_images(definition, data)
 
     def search(view: "LiveView") -> str:
         from hpsearch.workers.processes import run_pool  # takes seconds, with torch; the table is there before

@@ -110,7 +110,8 @@ def export(
     bundle = shlex.quote(str(target))
     place = definition.data.folder or definition.data.file
     own = f" --data {shlex.quote(os.path.relpath(data or place))}" if place else ""
-    echo(f"next: {_suggest_prediction(target)}hpsearch evaluate {bundle}{own}  |  hpsearch report {named.arguments}")
+    evaluation = "" if definition.data.code else f"hpsearch evaluate {bundle}{own}  |  "
+    echo(f"next: {_suggest_prediction(target)}{evaluation}hpsearch report {named.arguments}")
 
 
 def _suggest_prediction(bundle: Path) -> str:
@@ -179,7 +180,8 @@ def evaluate(
         files = draw_evaluation(evaluation, images, pictures, name, is_photo=is_photo)
         echo(f"plots saved: {', '.join(map(str, files))}")
     else:
-        echo(f"next: {_suggest_prediction(bundle)}hpsearch evaluate {shlex.quote(str(bundle))} --pictures plots")
+        again = f"hpsearch evaluate {shlex.quote(str(bundle))}{f' --data {shlex.quote(str(data))}' if data else ''}"
+        echo(f"next: {_suggest_prediction(bundle)}{again} --pictures plots")
 
 
 @app.command(epilog="Example: hpsearch report digits --output report.html")

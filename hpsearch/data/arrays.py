@@ -119,7 +119,7 @@ def open_file(
     if missing:
         found = f"it has {', '.join(map(show_name, members)) or 'no arrays'}"
         raise DataError(list_problems(str(file), [f"{line}; {found}" for line in missing]))
-    names = [str(name) for name in _read_all(members["class_names"]).tolist()] if "class_names" in members else None
+    names = _read_names(members["class_names"], file) if "class_names" in members else None
     train = _Part(members["x_train"], members["y_train"], names)
 
     def read_test() -> _Part:
@@ -172,6 +172,17 @@ def open_function(
     opened.map_training()  # so that the arrays can be forgotten
     load = partial(_load, lambda: _call(code, "train").images, code.path, opened.inventory)
     return replace(opened, load=load)
+
+
+def _read_names(member: _Images, file: Path) -> list[str]:
+    """Return the names of the classes in an array. Raises `DataError`."""
+    if len(member.shape) != 1 or member.dtype.kind not in "US":
+        raise DataError(f"{file}: class_names must be a list of texts, but has {member.dtype} of shape {member.shape}")
+    return [_as_text(name) for name in _read_all(member).tolist()]
+
+
+def _as_text(name: str | bytes) -> str:
+    return name.decode(errors="replace") if isinstance(name, bytes) else str(name)
 
 
 def _open(
@@ -304,7 +315,7 @@ def _read_labels(part: _Part) -> tuple[list[int], tuple[str, ...], list[str]]:
         return [], (), [*problems, f"{name}: {shape[0]:,} labels for {n_images:,} images of {part.images.name}"]
     values = _read_all(part.labels).reshape(-1)
     if dtype.kind in "US":
-        texts = [each.decode(errors="replace") if isinstance(each, bytes) else str(each) for each in values.tolist()]
+        texts = [_as_text(each) for each in values.tolist()]
         class_names = tuple(given) if given is not None else tuple(sorted(set(texts)))
         numbers = {class_name: number for number, class_name in enumerate(class_names)}
         unknown = sorted({text for text in texts if text not in numbers})

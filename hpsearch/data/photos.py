@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from hpsearch.data.image_files import FORMATS, PILLOW_WARNINGS, name_in_errors, open_image, scale_to_8_bits
+from hpsearch.data.image_files import CORRUPT, FORMATS, PILLOW_WARNINGS, name_in_errors, open_image, scale_to_8_bits
 from hpsearch.errors import ImageError
 
 SUFFIXES = frozenset(
@@ -115,7 +115,9 @@ def _begins_as_image(stream: BinaryIO) -> bool:
             return True
     except UnidentifiedImageError:
         return False
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+    except OSError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning, *CORRUPT):
         return True
 
 

@@ -5,7 +5,7 @@ import json
 import logging
 import uuid
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from hpsearch.data.dataset import ImageData
     from hpsearch.data.inventory import Inventory
     from hpsearch.data.sets import DataSet
+    from hpsearch.training.networks import OwnNetwork
 
 logger = logging.getLogger(__name__)
 
@@ -39,13 +40,14 @@ def start_study(
     resumes: bool = True,
     data: "DataSet | Path | str | None" = None,
     tries: bool = True,
+    on_tried: "Callable[[OwnNetwork, DataSet], None]" = lambda network, data_set: None,
 ) -> None:
     """Create or resume the definition's study with `open_study`, after checking its artifact store.
 
     If `resumes` is false, an existing study keeps its budget and stays stopped if it was. A network of the user's is
     tried (`try_network`) before its study is created, if `tries` is true; then an edit that corrects it needs no new
-    name. `data` is the folder of the images, or the open data set, as for `open_data_set`. Raises the errors of
-    `Folder.check`, `open_storage`, `open_study` and `try_network`.
+    name; `on_tried` gets it. `data` is the folder of the images, or the open data set, as for `open_data_set`. Raises
+    the errors of `Folder.check`, `open_storage`, `open_study` and `try_network`.
     """
     Folder(definition.study.artifacts).check()
     storage = open_storage(definition.study.storage)
@@ -55,7 +57,8 @@ def start_study(
             from hpsearch.training.tryout import try_network  # takes seconds, with torch
 
             data_set = open_data_set(definition, data)
-            try_network(definition, data_set.image_shape, len(data_set.class_names))
+            if network := try_network(definition, data_set.image_shape, len(data_set.class_names)):
+                on_tried(network, data_set)
         if resumes:
             resume_study(open_study(definition, storage, keeps_extension=keeps_extension))
             return

@@ -51,16 +51,13 @@ def run(
         definition = _define(study, storage, artifacts)
         if trials is not None:
             definition = evolve(definition, "budget", trials=trials)
-        images = open_data_set(definition, data) if definition.network.code else data  # to try it
-        start_study(definition, keeps_extension=trials is None, data=images)
-        n_workers = n_workers or default_workers()
-        n_threads = n_threads or share_cores(n_workers)
-        stored = load_study(definition, open_storage(definition.study.storage))
-        log = _Log(stored)
         with _signals_drain() as drain:
-            if definition.data.name is None:
-                images = _read_own_images(definition, images, drain, log)
-            run_pool(definition, drain, n_workers, n_threads=n_threads, folder=images, emit=log)
+            images = data if definition.data.name else _read_own_images(definition, data, drain)
+            start_study(definition, keeps_extension=trials is None, data=images)
+            n_workers = n_workers or default_workers()
+            n_threads = n_threads or share_cores(n_workers)
+            stored = load_study(definition, open_storage(definition.study.storage))
+            run_pool(definition, drain, n_workers, n_threads=n_threads, folder=images, emit=_Log(stored))
         return stored
     except HpsearchError as error:
         named = study.study.name if isinstance(study, StudyDefinition) else study
@@ -76,11 +73,9 @@ def _define(study: StudyDefinition | Path | str, storage: str | None, artifacts:
     return evolve(study, "study", **{name: value for name, value in given.items() if value})
 
 
-def _read_own_images(
-    definition: StudyDefinition, folder: DataSet | Path | str | None, drain: Drain, log: "_Log"
-) -> DataSet:
+def _read_own_images(definition: StudyDefinition, folder: Path | str | None, drain: Drain) -> DataSet:
     """Return the user's own images, which are read unless that was done before. Raises `Drained` if that is asked."""
-    announced = set[str]()
+    announced, log = set[str](), optuna.logging.get_logger(_LOGGER)
 
     def show(step: str, _n_done: int, n_total: int) -> None:
         drain.check()
