@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -166,7 +166,7 @@ class Trainer:
             "total_loss": self._total_loss,
             "n_batches": self.n_batches,
             "threads": self.threads,
-            "results": [astuple(result) for result in self.results],
+            "results": [astuple(result)[:4] for result in self.results],  # without the metric
         }
         return state | ({"global_random": self._global_random.state_dict()} if self._global_random else {})
 
@@ -184,7 +184,8 @@ class Trainer:
         self._total_loss.copy_(state["total_loss"])
         self.n_batches = state["n_batches"]
         self.threads = [[*each] for each in state.get("threads", ())]  # unknown in older versions
-        self.results = [EpochResult(*values) for values in state["results"]]  # older versions have the first three
+        # Older versions have the first three.
+        self.results = [replace(EpochResult(*values[:4]), metric=self.metric) for values in state["results"]]
 
 
 def measure(network: Network, split: Split) -> Score:
