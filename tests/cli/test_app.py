@@ -550,7 +550,7 @@ def test_version_is_told_and_without_a_command_the_help(run: Run) -> None:
         ("hpsearch trials small --state p", ["pruned"]),
         ("hpsearch trials small --col", ["--columns"]),
         ("hpsearch trials small --columns lr,w", ["lr,width", "lr,worker"]),
-        ("hpsearch run mnist", ["mnist-cnn", "mnist-mlp"]),
+        ("hpsearch run mnist", ["mnist-cnn", "mnist-mlp", "mnist-resnet"]),
     ],
 )
 def test_bash_completes_verbs_options_studies_and_columns_without_waiting_for_torch(
