@@ -291,4 +291,4 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
     # The fewest of three: a system that takes idle pages back adds some.
     kept = min(count_page_faults("kept") for _ in range(3))
-    assert kept < count_page_faults("default") / 3  # measured: a tenth; at load 12, a quarter
+    assert kept < count_page_faults("default") / 5  # measured: at most a tenth
