@@ -376,7 +376,7 @@ def _list_members(file: Path) -> dict[str, _Images]:
         raise DataError(f"{title}: {error.strerror or error}") from error
     except _CORRUPT as error:
         reason = "not an .npz file" if not zipfile.is_zipfile(file) else f"damaged ({error})"
-        raise DataError(f"{title}: {reason}; write it anew with numpy.savez_compressed") from error
+        raise DataError(f"{title}: {reason}; write it again with numpy.savez_compressed") from error
 
 
 def _describe(archive: zipfile.ZipFile, file: Path, member: str) -> _Images:
@@ -409,7 +409,7 @@ def _read_member(file: Path, member: str, *, is_fortran: bool) -> Iterator[NDArr
     except OSError as error:
         raise DataError(f"{show_name(str(file))}: {error.strerror or error}") from error
     except _CORRUPT as error:
-        advice = "write it anew with numpy.savez_compressed"
+        advice = "write it again with numpy.savez_compressed"
         raise DataError(f"{show_name(str(file))}: {member} is damaged ({error}); {advice}") from error
 
 

@@ -101,7 +101,7 @@ def test_a_copy_of_the_folder_has_the_same_pixels_without_reading(
     assert open_folder(folder.rename(tmp_path / "animals")).map_training()[0].file == images.file
 
 
-def test_a_truncated_file_of_pixels_is_written_anew(folder: Path) -> None:
+def test_a_truncated_file_of_pixels_is_written_again(folder: Path) -> None:
     images, _ = open_folder(folder).map_training()
     before = images.file.read_bytes()
     images.file.write_bytes(before[:-1])
