@@ -10,12 +10,12 @@ from pydantic_core import PydanticCustomError
 
 from hpsearch.bundle.manifest import parse
 from hpsearch.config.space import Table
+from hpsearch.data.own import MAX_CLASSES
 from hpsearch.errors import BundleError
 from hpsearch.plugins import NETWORKS, find
 from hpsearch.training.networks import Network, from_layers
 
 VERSION = 2
-MAX_CLASSES = 10_000
 _CHANNELS = {"grey": 1, "rgb": 3}
 _DIGITS = ("mnist", "digits")  # of version 1, whose other data sets are pictures
 

@@ -60,8 +60,8 @@ DataName = Annotated[str, BeforeValidator(partial(_check_name, DATA_SETS))]
 def _check_size(value: Any) -> Any:
     sides = [value, value] if isinstance(value, int) else value
     is_pair = isinstance(sides, list | tuple) and len(sides) == 2
-    if not is_pair or not all(type(side) is int and side > 0 for side in sides):
-        raise PydanticCustomError("size", "must be one number of pixels, or height and width: 64 or [48, 64]")
+    if not is_pair or not all(type(side) is int and 0 < side <= 4096 for side in sides):
+        raise PydanticCustomError("size", "must be a number of pixels up to 4096, or height and width: 64 or [48, 64]")
     return value if isinstance(value, int) else tuple(value)
 
 

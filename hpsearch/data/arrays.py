@@ -119,15 +119,17 @@ def open_file(
     if missing:
         found = f"it has {', '.join(map(show_name, members)) or 'no arrays'}"
         raise DataError(list_problems(str(file), [f"{line}; {found}" for line in missing]))
-    names = _read_names(members["class_names"], file) if "class_names" in members else None
+    names = _read_names(members["class_names"], title) if "class_names" in members else None
     train = _Part(members["x_train"], members["y_train"], names)
 
     def read_test() -> _Part:
         return _Part(members["x_test"], members["y_test"], names)
 
-    problems = [] if not has_test else list(filter(None, [members["x_test"].find_problem()]))
-    if has_test and not problems and not train.images.find_problem():
-        problems += _compare_shapes(members["x_test"], train.images.image_shape)
+    problems = []
+    if has_test:
+        problems += filter(None, [members["x_test"].find_problem(), _find_label_problem(read_test())])
+        if not problems and not train.images.find_problem():
+            problems += _compare_shapes(members["x_test"], train.images.image_shape)
     return _open(
         train,
         title=title,
@@ -174,10 +176,11 @@ def open_function(
     return replace(opened, load=load)
 
 
-def _read_names(member: _Images, file: Path) -> list[str]:
+def _read_names(member: _Images, title: str) -> list[str]:
     """Return the names of the classes in an array. Raises `DataError`."""
     if len(member.shape) != 1 or member.dtype.kind not in "US":
-        raise DataError(f"{file}: class_names must be a list of texts, but has {member.dtype} of shape {member.shape}")
+        problem = f"class_names: must be a list of texts, but has {member.dtype} of shape {member.shape}"
+        raise DataError(list_problems(title, [problem]))
     return [_as_text(name) for name in _read_all(member).tolist()]
 
 
@@ -296,23 +299,12 @@ def _digest_one(pixels: Pixels) -> str:
 
 def _read_labels(part: _Part) -> tuple[list[int], tuple[str, ...], list[str]]:
     """Return the labels as numbers, the names of the classes, and what is wrong with either."""
-    name, shape, dtype = part.labels.name, part.labels.shape, part.labels.dtype
-    given = part.class_names
+    name, dtype, given = part.labels.name, part.labels.dtype, part.class_names
     problems = []
     if given is not None and (len(set(given)) < len(given) or "" in given):
         problems.append(f"class_names: {list_names(list(given))} are not all different and not empty")
-    if dtype.hasobject:
-        return [], (), [*problems, f"{name}: has Python objects; labels must be whole numbers or y.astype(str)"]
-    if dtype.kind not in "biuUS":
-        return [], (), [*problems, f"{name}: labels must be whole numbers or names, but are {dtype}{_advise(dtype)}"]
-    if len(shape) == 2 and shape[1] > 1:
-        hint = "y.argmax(axis=1) would do, if they are one-hot"
-        return [], (), [*problems, f"{name}: has shape {shape[0]}x{shape[1]}, but an image has one label; {hint}"]
-    if len(shape) not in (1, 2):
-        return [], (), [*problems, f"{name}: has shape {'x'.join(map(str, shape)) or '()'}, but must be (N,)"]
-    n_images = part.images.shape[0] if part.images.shape else 0
-    if shape[0] != n_images:
-        return [], (), [*problems, f"{name}: {shape[0]:,} labels for {n_images:,} images of {part.images.name}"]
+    if problem := _find_label_problem(part):
+        return [], (), [*problems, problem]
     values = _read_all(part.labels).reshape(-1)
     if dtype.kind in "US":
         texts = [_as_text(each) for each in values.tolist()]
@@ -332,6 +324,22 @@ def _read_labels(part: _Part) -> tuple[list[int], tuple[str, ...], list[str]]:
             limit = f"from 0 to {len(class_names) - 1}" if given is not None else "from 0 on, without gaps"
             problems.append(f"{name}: labels must be whole numbers {limit}, but {examples}")
     return labels, class_names, problems
+
+
+def _find_label_problem(part: _Part) -> str:
+    """Return why these cannot be the labels of the images, by their shape and type; or nothing."""
+    name, shape, dtype = part.labels.name, part.labels.shape, part.labels.dtype
+    if dtype.hasobject:
+        return f"{name}: has Python objects; labels must be whole numbers or y.astype(str)"
+    if dtype.kind not in "biuUS":
+        return f"{name}: labels must be whole numbers or names, but are {dtype}{_advise(dtype)}"
+    if len(shape) == 2 and shape[1] > 1:
+        hint = "y.argmax(axis=1) would do, if they are one-hot"
+        return f"{name}: has shape {shape[0]}x{shape[1]}, but an image has one label; {hint}"
+    if len(shape) not in (1, 2):
+        return f"{name}: has shape {'x'.join(map(str, shape)) or '()'}, but must be (N,)"
+    n_images = part.images.shape[0] if part.images.shape else 0
+    return "" if shape[0] == n_images else f"{name}: {shape[0]:,} labels for {n_images:,} images of {part.images.name}"
 
 
 def _find_empty_classes(name: str, labels: Sequence[int], class_names: Sequence[str]) -> list[str]:

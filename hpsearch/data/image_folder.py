@@ -96,15 +96,19 @@ class FolderSurvey:
 
     @property
     def size(self) -> tuple[int, int]:
-        """The height and width to use by default: that of all images if it is 64 or less, else 64."""
-        height, width = next(iter(self.sizes), (_LARGEST_OWN, _LARGEST_OWN))
-        is_own = len(self.sizes) == 1 and max(height, width) <= _LARGEST_OWN
-        return (height, width) if is_own else (_LARGEST_OWN, _LARGEST_OWN)
+        """The height and width to use by default: that of all images but test images if it is 64 or less, else 64."""
+        sizes = {(image.look.height, image.look.width) for image in self._not_test}
+        is_own = len(sizes) == 1 and max(map(max, sizes)) <= _LARGEST_OWN
+        return sizes.pop() if is_own else (_LARGEST_OWN, _LARGEST_OWN)
 
     @property
     def color(self) -> str:
-        """The colors to use by default: "grey" if all images are, else "rgb"."""
-        return "rgb" if "rgb" in self.colors else "grey"
+        """The colors to use by default: "grey" if all images but test images are, else "rgb"."""
+        return "rgb" if any(image.look.color == "rgb" for image in self._not_test) else "grey"
+
+    @property
+    def _not_test(self) -> list[ImageFile]:
+        return [image for image in self.images if image.side != "test"]
 
 
 def survey_folder(
@@ -115,8 +119,7 @@ def survey_folder(
 ) -> FolderSurvey:
     """Look at all files of a folder. `on_read` gets the numbers of files read and of all.
 
-    `on_listed` gets the number of files before any is read, and may raise.
-    Raises `DataError` if there is no such folder, or if it has fewer than two class folders.
+    `on_listed` gets the number of image files, by their suffix, before any file is read; it may raise. Raises `DataError` if there is no such folder, or if it has fewer than two class folders.
     """
     folder = Path(folder).absolute()
     listing = _Listing(folder)
@@ -131,7 +134,7 @@ def survey_folder(
     ranks = {name: rank for rank, name in enumerate(class_names)}
     found.sort(key=lambda file: (natural_key(file[3]), ranks[file[1]], file[0], file[2]))
     names = [f"{parent}/{name}" for _, _, parent, name in found]
-    on_listed(len(names))
+    on_listed(sum(Path(name).suffix.lower() in SUFFIXES for name in names))
     looks = look_at_files(folder, names, on_read)
     files = [ImageFile(n, file[1], file[0], look) for n, file, look in zip(names, found, looks, strict=True)]
     for file in files:

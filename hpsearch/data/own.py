@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hpsearch.data.pixels import MappedPixels
 
 DEFAULT_SHARE = 0.15  # of the images, for validation and for the test side each
+MAX_CLASSES = 1_000  # the confusion matrix of more is larger than a model folder may have it
 _N_NAMED = 20
 
 
@@ -114,8 +115,8 @@ class OwnImages(DataSet):
         """Return the row numbers of the training and of the validation images.
 
         Where the inventory says which they are, that holds, and `train` chooses some of the training images within
-        each class. Otherwise they are drawn as for a built-in data set, and copies of an image join the first of them.
-        `validation` is a number of images or a share of them; 0 stands for that of the data set.
+        each class. Otherwise they are drawn as for a built-in data set, from the different images; copies of an image
+        join it. `validation` is a number of images or a share of them; 0 stands for that of the data set.
         """
         import torch
 
@@ -129,12 +130,14 @@ class OwnImages(DataSet):
                 training = self._choose(training, digests, labels.tolist(), train, seed)
             return torch.tensor(training), torch.tensor(held_out)
         wanted = validation or self.validation
-        n_held_out = max(round(wanted * len(rows)), len(self.class_names)) if wanted < 1 else int(wanted)
-        parts = super().split(labels, n_held_out, train, seed)
-        is_held_out = dict.fromkeys(parts[0].tolist(), False) | dict.fromkeys(parts[1].tolist(), True)
-        first: dict[str, bool] = {}
-        joined = {row: first.setdefault(digests[row], is_held_out[row]) for row in sorted(is_held_out)}
-        both = [[row for row, held_out in joined.items() if held_out == is_wanted] for is_wanted in (False, True)]
+        first = {digest: row for row, digest in reversed([*enumerate(digests)])}
+        distinct = torch.tensor(sorted(first.values()))
+        share = wanted if wanted < 1 else wanted / len(rows)
+        n_held_out = max(round(share * len(distinct)), len(self.class_names))
+        n_training = None if train is None else round(train * len(distinct) / len(rows))
+        parts = super().split(labels[distinct], n_held_out, n_training, seed)
+        sides = [{digests[row] for row in distinct[part].tolist()} for part in parts]
+        both = [[row for row, digest in enumerate(digests) if digest in side] for side in sides]
         return torch.tensor(both[0]), torch.tensor(both[1])
 
     def _choose(
@@ -167,7 +170,8 @@ def choose_sides(
     A place in [0, 1) follows from the seed and the image's digest alone. If all sizes are shares, it decides: so an
     image stays on its side whatever is added, and copies of one image are on one side. Numbers are divided among the
     classes in proportion, and within a class the images with the first places are taken. A side without an image of a
-    class gets one, if the class has enough different images: see `find_small_classes`.
+    class gets the next one, if the class has enough different images: see `find_small_classes`. Only such an image of
+    a small class may go back to its own side when images are added.
     """
     places = {digest: _place(digest, seed) for digest in digests}
     classes = _group(digests, labels)
@@ -203,6 +207,8 @@ def divide(
     `n_sides` is the number of sides that need an image of each class. See `choose_sides`.
     """
     problems = []
+    if len(class_names) > MAX_CLASSES:
+        problems.append(f"there are {len(class_names):,} classes, but at most {MAX_CLASSES:,} are possible")
     if sum(size if size < 1 else size / max(len(digests), 1) for size in sizes.values()) >= 1:
         settings = " and ".join(f"data.{side} = {size:g}" for side, size in sizes.items())
         problems.append(f"{settings} leave none of {len(digests)} images to train on")

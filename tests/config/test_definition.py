@@ -44,7 +44,7 @@ ERRORS = [
     ("[search]\nbatch_size = { int = [1, 64] }", "search.batch_size: must be greater than or equal to 2, but got 1"),
     (
         "[data]\nfolder = 'x'\nsize = [48]\n[search]\nlr = { float = [0.1, 0.2] }",
-        "data.size: must be one number of pixels, or height and width: 64 or [48, 64], but got [48]",
+        "data.size: must be a number of pixels up to 4096, or height and width: 64 or [48, 64], but got [48]",
     ),
     ("search = 'x'", "search: expected a table ([section]), got 'x'"),
     ("[search]", "search: expected at least one entry, got {}"),

@@ -162,6 +162,9 @@ def test_every_problem_of_a_file_is_named_with_what_to_do(tmp_path: Path) -> Non
         ),
         ({"class_names": np.array(["a", "b", "a"])}, "class_names: a, b, a are not all different"),
         ({"x_test": draw(N_TEST, (6, 8))}, "x_test: images of 1x6x8, but those to train on are 1x8x6"),
+        ({"y_test": np.zeros(N_TEST + 1, int)}, "y_test: 13 labels for 12 images of x_test"),
+        ({"y_test": np.eye(N_TEST)}, "y_test: labels must be whole numbers or names, but are float64"),
+        ({"class_names": np.array("a")}, "class_names: must be a list of texts, but has <U1 of shape ()"),
         (
             {"y_train": np.array([0] * (N - 1) + [1])},
             'class "1": 1 different image, but the training and the other side',

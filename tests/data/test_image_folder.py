@@ -14,6 +14,7 @@ from PIL import Image
 from hpsearch.data.dataset import load_data
 from hpsearch.data.image_folder import natural_key, open_folder, survey_folder
 from hpsearch.data.inventory import Inventory
+from hpsearch.data.own import divide
 from hpsearch.data.sets import find_data_set
 from hpsearch.errors import DataError, ImageError
 from tests.data.test_photos import as_nobody
@@ -376,3 +377,30 @@ def test_class_names_of_any_characters_can_be_shown(flowers: Path) -> None:
 def test_names_with_numbers_sort_as_a_person_does() -> None:
     names = ["a10", "a2", "10", "9", "a", "a2b"]
     assert sorted(names, key=natural_key) == ["9", "10", "a", "a2", "a2b", "a10"]
+
+
+def test_the_users_own_test_images_decide_neither_size_nor_color(flowers: Path) -> None:
+    for name in ("a", "b"):
+        write(flowers / "train" / name, 5, mode="L")
+        write(flowers / "test" / name, 2, size=(9, 9))
+    assert open_folder(flowers).image_shape == (1, 6, 8)
+
+
+def test_copies_leave_no_side_without_an_image_of_a_class(flowers: Path) -> None:
+    for name in ("a", "b"):
+        write(flowers / "train" / name, 2)
+        write(flowers / "test" / name, 1, first=9)
+        for number in range(10, 18):
+            shutil.copy(flowers / "train" / name / "0.png", flowers / "train" / name / f"{number}.png")
+    images = open_folder(flowers, validation=0.3)
+    labels = images.read(is_train=True)[1]
+    for seed in range(5):
+        for part in images.split(labels, 0, None, seed):
+            assert labels[part].unique().tolist() == [0, 1]
+
+
+def test_more_classes_than_a_model_can_have_are_refused_at_once() -> None:
+    digests = [str(i) for i in range(3003)]
+    names = [f"class {i}" for i in range(1001)]
+    _, problems = divide(digests, [i // 3 for i in range(3003)], names, {}, 3, 0)
+    assert problems == ["there are 1,001 classes, but at most 1,000 are possible"]
