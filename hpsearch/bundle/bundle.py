@@ -189,9 +189,9 @@ class Classifier:
         if folder is None:
             raise DataError(f"the images of {title} are not in the model folder; point --data at them")
         data_set = open_images(Data(**settings), folder)
-        found, known = data_set.inventory, self.metrics["data"]
-        if found is None or found.sha256 != known["sha256"]:
-            counts = found.counts if found else []
+        known = self.metrics["data"]
+        if data_set.inventory is None or data_set.inventory.sha256 != known["sha256"]:
+            counts = data_set.inventory.counts if data_set.inventory else []
             raise DataError(
                 f"{folder} has other images than {title}, with which the model was exported: {sum(known['counts']):,} "
                 f"images of {len(known['counts'])} classes then, {sum(counts):,} of {len(counts)} now, or other content"

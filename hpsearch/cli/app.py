@@ -283,14 +283,16 @@ def worker(
     from hpsearch.workers.cores import Neighbors, needs_core, wait_for_core
 
     named = options.NamedStudy(study, storage, artifacts=artifacts)
+    images = None
     if creates:
         from hpsearch.search.study import start_study
 
-        start_study(named.definition, resumes=False, data=data)
+        images = options.fetch_images(named.definition, data)
+        start_study(named.definition, resumes=False, data=images, on_tried=_convert(named.definition))
     watch = named.watch()
     neighbors, drain = Neighbors(watch.study), Drain()
     echo(describe_share(neighbors.count() + 1, threads))
-    images = options.fetch_images(named.definition, data)
+    images = images or options.fetch_images(named.definition, data)
 
     def work(view: LiveView) -> str:
         drain.listen(on_request=view.announce_stop)

@@ -162,9 +162,7 @@ StorageOption = Annotated[
 ArtifactsOption = Annotated[
     str | None, typer.Option(metavar="URL", help="Folder or URL for files. [env: HPSEARCH_ARTIFACTS]")
 ]
-DataOption = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="Data sets. [env: HPSEARCH_DATA, else user cache]")
-]
+DataOption = Annotated[Path | None, typer.Option(metavar="DIR", help="Data sets, or your images. [env: HPSEARCH_DATA]")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 State = Literal["complete", "pruned", "failed", "running", "waiting"]  # of a trial
 MAX_WORKERS = 1024  # on this machine

@@ -49,7 +49,7 @@ def look_at_files(folder: Path, names: Sequence[str], on_read: OnRead = lambda n
     A file counts as unchanged if its size and the times of its last changes are. `on_read` gets the numbers of files
     read and of all.
     """
-    index = cache_folder() / f"index-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:32]}"
+    index = _index_of(folder)
     known, states = _read_index(index), [_state(f"{folder}/{name}") for name in names]
     looks: dict[str, Look] = {}
     for name, state in zip(names, states, strict=True):
@@ -113,7 +113,7 @@ def store_pixels(
 
 def recall(file: Path, read: Callable[[], _T]) -> _T:
     """Return what `read` returns, a JSON document, which is kept in the cache folder until the file changes."""
-    index, state = cache_folder() / f"index-{hashlib.sha256(os.fsencode(file)).hexdigest()[:32]}", _state(str(file))
+    index, state = _index_of(file), _state(str(file))
     entry = _read_index(index).get("")
     if state and entry and entry[:-1] == list(state):
         return cast(_T, entry[-1])
@@ -231,10 +231,16 @@ def _state(file: str) -> tuple[int, int, int] | None:
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
+def _index_of(path: Path) -> Path:
+    """Return the file that remembers what was seen in a folder or file by this version."""
+    return cache_folder() / f"index-{hashlib.sha256(os.fsencode(f'{_VERSION}:{path}')).hexdigest()[:32]}"
+
+
 def _read_index(file: Path) -> dict[str, list[Any]]:
     """Return the entries of an index; a damaged one is as good as none."""
-    try:
+    with suppress(OSError):  # it may be another user's
         os.utime(file)
+    try:
         entries: dict[str, list[Any]] = json.loads(zlib.decompress(file.read_bytes()))
     except (OSError, zlib.error, ValueError):
         return {}

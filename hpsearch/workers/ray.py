@@ -21,7 +21,7 @@ import torch
 from hpsearch.config.definition import StudyDefinition, evolve
 from hpsearch.config.urls import find_secrets, parse_url, show_url
 from hpsearch.data.dataset import ImageData, Split
-from hpsearch.errors import ClusterError, Interrupted, UsageError
+from hpsearch.errors import ClusterError, DataError, Interrupted, UsageError
 from hpsearch.search.study import load_study
 from hpsearch.storage.artifacts import Folder
 from hpsearch.storage.engine import network_file_system
@@ -180,9 +180,8 @@ def connect(
     """Connect to the Ray cluster at `address`, else at RAY_ADDRESS, else of this machine; "local" starts one.
 
     Ray's runtime environment takes this package and the data folder's path to the nodes, but no secrets. The user's own
-    images must be at the same path on each node. Raises
-    `UsageError` if the storage URL contains a password or other nodes cannot reach a path, and `ClusterError` if no
-    cluster responds.
+    images must be at the same path on each node. Raises `UsageError` if the storage URL contains a password, other
+    nodes cannot reach a path, or a function loads the images, and `ClusterError` if no cluster responds.
     """
     if find_secrets(definition.study.storage):
         raise UsageError(
@@ -192,6 +191,8 @@ def connect(
     address = address or os.environ.get("RAY_ADDRESS") or "auto"
     _check_port(address)
     if folder and not definition.data.name:
+        if definition.data.code:
+            raise UsageError(f"--data has no effect: {definition.data.title} knows where its images are; leave it out")
         key = "folder" if definition.data.folder else "file"
         definition, folder = evolve(definition, "data", **{key: str(Path(folder).absolute())}), None
     data = str(folder or os.environ.get("HPSEARCH_DATA", ""))
@@ -292,7 +293,8 @@ def _work(definition: StudyDefinition, data: Mapping[str, Any], resources: Resou
         node = ray.get_runtime_context().get_node_id()
         try:
             images = _map(ray.get(data[node]))
-        except (KeyError, ray.exceptions.RayError):  # the node joined later, or its data could not be loaded
+            images.train.take(slice(0, 1))  # fails if own images were read on another node
+        except (KeyError, DataError, ray.exceptions.RayError):  # the node joined later, or cannot load the data
             images = None
         device, n_threads = None if resources.gpus else "cpu", max(1, int(resources.cpus))
         options = {"data": images, "device": device, "n_threads": n_threads, "node": node[:6], "waits": True}
