@@ -133,3 +133,19 @@ def test_arrays_in_a_file_get_a_study_file_too(run: Run, tmp_path: Path, has_tes
     code, out, err = run("init", "--images", "bad.npz")
     assert (code, out) == (1, "")
     assert "bad.npz" in err
+
+
+@pytest.mark.parametrize("command", ["check", "run"])
+def test_images_with_problems_are_named_before_there_is_a_study(
+    run: Run,  # noqa: F811
+    shapes: Path,
+    tmp_path: Path,
+    command: str,
+) -> None:
+    body = f'[data]\nfolder = "{shapes}"\n[search]\nlr = {{ float = [1e-3, 1e-1], log = true }}\n'
+    (tmp_path / "broken.toml").write_text(body)
+    code, out, err = run(command, "broken")
+    assert (code, out) == (1, "")
+    assert "2 problems" in err
+    assert "image file is truncated" in err
+    assert [file.name for file in tmp_path.iterdir()] == ["broken.toml"]
