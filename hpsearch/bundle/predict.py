@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 
 from hpsearch.bundle.bundle import Classifier
+from hpsearch.data.photos import SUFFIXES
 from hpsearch.errors import ImageError
 
-_JPEG = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo")
-SUFFIXES = (*_JPEG, ".png", ".apng", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 BATCH_SIZE = 64  # small, since no result is shown before its batch is read
 
 Found = tuple[str, str | None]  # a file, or an argument and its error

@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpsearch.data.inventory import Inventory, list_names, show_name
+from hpsearch.data.inventory import N_DIGITS, Inventory, list_names, show_name
 from hpsearch.data.own import DEFAULT_SHARE, OwnImages, divide, list_problems
 from hpsearch.data.tensors import OnRead, Pixels, check_space, recall
 from hpsearch.errors import DataError, HpsearchError
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _N_BYTES = 2**24  # of the arrays that are read at once
-_N_DIGITS = 16
 _MOST_CLASSES = 2**16
 _CORRUPT = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, NotImplementedError, RuntimeError)
 _CHANNELS = (1, 3)
@@ -294,7 +293,7 @@ def _digest(images: _Images, on_read: OnRead) -> list[str]:
 
 
 def _digest_one(pixels: Pixels) -> str:
-    return hashlib.sha256(pixels.data).hexdigest()[:_N_DIGITS]
+    return hashlib.sha256(pixels.data).hexdigest()[:N_DIGITS]
 
 
 def _read_labels(part: _Part) -> tuple[list[int], tuple[str, ...], list[str]]:

@@ -12,6 +12,7 @@ from typing import NamedTuple, Self
 
 from hpsearch.errors import DataError
 
+N_DIGITS = 16  # hex digits of a digest
 _N_NAMED = 3
 _UNSHOWN = {"Cc", "Cs", "Zl", "Zp"}  # control characters, bytes that are not UTF-8, line ends
 

@@ -12,13 +12,12 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from hpsearch.data.image_files import CORRUPT, FORMATS, PILLOW_WARNINGS, name_in_errors, open_image, scale_to_8_bits
+from hpsearch.data.inventory import N_DIGITS
 from hpsearch.errors import ImageError
 
-SUFFIXES = frozenset(
-    (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".webp")
-)
+_JPEG = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo")
+SUFFIXES = (*_JPEG, ".png", ".apng", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".webp")  # of the formats that are read
 _SNIFFED = tuple(kind for kind in FORMATS if kind != "TIFF")  # raw files of cameras begin like TIFF files
-_N_DIGITS = 16
 _SIDE = 256  # pixels of the picture whose colors are compared
 _GRAIN = 2  # shades of 255, by which WEBP changes the channels of a gray picture
 
@@ -104,7 +103,7 @@ def _open(image: Path | str | Image.Image, digest: str) -> Iterator[Path | str |
 def _digest(stream: BufferedReader) -> str:
     """Return the digest of a file, and go back to its beginning."""
     stream.seek(0)
-    digest = hashlib.file_digest(stream, "sha256").hexdigest()[:_N_DIGITS]
+    digest = hashlib.file_digest(stream, "sha256").hexdigest()[:N_DIGITS]
     stream.seek(0)
     return digest
 
