@@ -124,7 +124,7 @@ def open_file(
     def read_test() -> _Part:
         return _Part(members["x_test"], members["y_test"], names)
 
-    problems = []
+    problems: list[str] = []
     if has_test:
         problems += filter(None, [members["x_test"].find_problem(), _find_label_problem(read_test())])
         if not problems and not train.images.find_problem():

@@ -119,7 +119,8 @@ def survey_folder(
 ) -> FolderSurvey:
     """Look at all files of a folder. `on_read` gets the numbers of files read and of all.
 
-    `on_listed` gets the number of image files, by their suffix, before any file is read; it may raise. Raises `DataError` if there is no such folder, or if it has fewer than two class folders.
+    `on_listed` gets the number of image files, by their suffix, before any file is read; it may raise. Raises
+    `DataError` if there is no such folder, or if it has fewer than two class folders.
     """
     folder = Path(folder).absolute()
     listing = _Listing(folder)

@@ -136,8 +136,8 @@ class OwnImages(DataSet):
         n_held_out = max(round(share * len(distinct)), len(self.class_names))
         n_training = None if train is None else round(train * len(distinct) / len(rows))
         parts = super().split(labels[distinct], n_held_out, n_training, seed)
-        sides = [{digests[row] for row in distinct[part].tolist()} for part in parts]
-        both = [[row for row, digest in enumerate(digests) if digest in side] for side in sides]
+        contents = [{digests[row] for row in distinct[part].tolist()} for part in parts]
+        both = [[row for row, digest in enumerate(digests) if digest in content] for content in contents]
         return torch.tensor(both[0]), torch.tensor(both[1])
 
     def _choose(
