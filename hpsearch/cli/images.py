@@ -99,7 +99,7 @@ def _look_at_folder(
     inventory, problems = take_inventory(
         survey, test=shares.get("test"), validation=shares.get("validation"), split_seed=0
     )
-    size = choose_size(survey.sizes)
+    size = choose_size(survey.training_sizes)
     images = Images(
         ("folder", source),
         _count_images(inventory),

@@ -97,14 +97,19 @@ class FolderSurvey:
     @property
     def size(self) -> tuple[int, int]:
         """The height and width to use by default: that of all images but test images if it is 64 or less, else 64."""
-        sizes = {(image.look.height, image.look.width) for image in self._not_test}
-        is_own = len(sizes) == 1 and max(map(max, sizes)) <= _LARGEST_OWN
-        return sizes.pop() if is_own else (_LARGEST_OWN, _LARGEST_OWN)
+        height, width = next(iter(self.training_sizes), (_LARGEST_OWN, _LARGEST_OWN))
+        is_own = len(self.training_sizes) == 1 and max(height, width) <= _LARGEST_OWN
+        return (height, width) if is_own else (_LARGEST_OWN, _LARGEST_OWN)
 
     @property
     def color(self) -> str:
         """The colors to use by default: "grey" if all images but test images are, else "rgb"."""
         return "rgb" if any(image.look.color == "rgb" for image in self._not_test) else "grey"
+
+    @cached_property
+    def training_sizes(self) -> Counter[tuple[int, int]]:
+        """How many images but test images have each height and width."""
+        return Counter((image.look.height, image.look.width) for image in self._not_test)
 
     @property
     def _not_test(self) -> list[ImageFile]:

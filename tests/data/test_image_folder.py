@@ -384,6 +384,9 @@ def test_the_users_own_test_images_decide_neither_size_nor_color(flowers: Path) 
         write(flowers / "train" / name, 5, mode="L")
         write(flowers / "test" / name, 2, size=(9, 9))
     assert open_folder(flowers).image_shape == (1, 6, 8)
+    survey = survey_folder(flowers)
+    assert (survey.size, survey.color) == ((6, 8), "grey")
+    assert (survey.training_sizes, survey.sizes) == ({(6, 8): 10}, {(6, 8): 10, (9, 9): 4})
 
 
 def test_copies_leave_no_side_without_an_image_of_a_class(flowers: Path) -> None:
