@@ -283,7 +283,6 @@ def worker(
     from hpsearch.workers.cores import Neighbors, needs_core, wait_for_core
 
     named = options.NamedStudy(study, storage, artifacts=artifacts)
-    images = None
     if creates:
         from hpsearch.search.study import start_study
 
@@ -292,7 +291,8 @@ def worker(
     watch = named.watch()
     neighbors, drain = Neighbors(watch.study), Drain()
     echo(describe_share(neighbors.count() + 1, threads))
-    images = images or options.fetch_images(named.definition, data)
+    if not creates:  # a study that does not exist is told before its images are read
+        images = options.fetch_images(named.definition, data)
 
     def work(view: LiveView) -> str:
         drain.listen(on_request=view.announce_stop)
