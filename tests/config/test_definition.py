@@ -46,6 +46,10 @@ ERRORS = [
         "[data]\nfolder = 'x'\nsize = [48]\n[search]\nlr = { float = [0.1, 0.2] }",
         "data.size: must be a number of pixels up to 4096, or height and width: 64 or [48, 64], but got [48]",
     ),
+    (
+        "[data]\nfolder = 'x'\nsize = [48, 4097]\n[search]\nlr = { float = [0.1, 0.2] }",
+        "data.size: must be a number of pixels up to 4096, or height and width: 64 or [48, 64], but got [48, 4097]",
+    ),
     ("search = 'x'", "search: expected a table ([section]), got 'x'"),
     ("[search]", "search: expected at least one entry, got {}"),
     (
