@@ -181,7 +181,8 @@ def connect(
 
     Ray's runtime environment takes this package and the data folder's path to the nodes, but no secrets. The user's own
     images must be at the same path on each node. Raises `UsageError` if the storage URL contains a password, other
-    nodes cannot reach a path, or a function loads the images, and `ClusterError` if no cluster responds.
+    nodes cannot reach a path, or there is a `folder` for images that a function loads, and `ClusterError` if no cluster
+    responds.
     """
     if find_secrets(definition.study.storage):
         raise UsageError(

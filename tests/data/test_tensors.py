@@ -68,6 +68,9 @@ def test_only_new_and_changed_files_are_looked_at_again(folder: Path, monkeypatc
     assert seen == [folder / names[3]]
     assert (changed[3].height, changed[3].width, changed[3].color) == (6, 5, "grey")
     assert changed[:3] + changed[4:] == first[:3] + first[4:]
+    monkeypatch.setattr(tensors, "_VERSION", tensors._VERSION + 1)
+    assert look_at_files(folder, names) == changed
+    assert seen[1:] == [folder / name for name in names]
 
 
 def test_a_file_that_was_written_just_now_is_looked_at_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from hpsearch.config.definition import load_definition
 from hpsearch.errors import ClusterError, UsageError
 from hpsearch.workers.ray import Cluster, Resources, connect
 
@@ -55,6 +56,19 @@ def test_a_password_is_not_given_to_ray(url: str) -> None:
     ):
         pass
     assert "secret" not in str(caught.value)
+
+
+def test_a_folder_for_images_that_a_function_loads_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def load(): ...")
+    file = tmp_path / "mine.toml"
+    file.write_text('[data]\nload = "mine.py:load"\n[search]\nlr = { float = [0.1, 0.2] }\n')
+    with (
+        pytest.raises(
+            UsageError, match=r"--data has no effect: mine\.py:load knows where its images are; leave it out"
+        ),
+        connect(load_definition(file, storage="sqlite:///x.db"), Resources(), address="local", folder=tmp_path),
+    ):
+        pass
 
 
 def node(name: str, cpus: float, gpus: float = 0) -> dict[str, Any]:
