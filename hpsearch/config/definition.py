@@ -213,6 +213,7 @@ class Network(NamesCode):
 class Sampler(Table):
     kind: Literal["tpe", "random", "gp", "cmaes"] = "tpe"
     startup: int = Field(10, ge=1, description="number of random trials before the sampler takes over")
+    prior: bool = Field(True, description="tpe starts with values that are likely to be good")
 
 
 class Pruner(Table):

@@ -65,10 +65,12 @@ Scalar = Annotated[bool | int | float | str, BeforeValidator(_check_scalar)]
 class Dimension(Table):
     """A searched hyperparameter, suggested only if the hyperparameters in `when` have one of the listed values.
 
-    `values` are the choices, or the two ends of a range; if they are valid, so are all values in between.
+    `values` are the choices, or the two ends of a range; if they are valid, so are all values in between. `prior` is
+    the value that is likely to be good; None: the built-in one of the hyperparameter, if it has one; False: none.
     """
 
     when: dict[str, list[Scalar]] = {}
+    prior: Scalar | None = None
     values: list[Any]
 
     @abstractmethod
@@ -85,6 +87,13 @@ class Dimension(Table):
     @property
     def is_continuous(self) -> bool:
         return False
+
+    @model_validator(mode="after")
+    def _check_prior(self) -> Self:
+        if self.prior is not None and self.prior is not False and not self.has(self.prior):
+            message = "prior = {prior} is not among its values; to have none, write prior = false"
+            raise PydanticCustomError("prior", message, {"prior": self.prior})
+        return self
 
 
 class Range(Dimension):
@@ -107,6 +116,28 @@ class Range(Dimension):
             message = "step {step} does not divide the range from {low} to {high}"
             raise PydanticCustomError("bounds", message, bounds | {"step": self.step})
         return self
+
+    def place(self, value: float) -> float:
+        """Return where a value is in the range, from 0 to 1; each integer has a part of the same length, or logarithm.
+
+        A range of one value has it at 0.
+        """
+        low, high, place = (math.log(each) if self.log else each for each in (*self._ends, value))
+        return (place - low) / (high - low) if high > low else 0.0
+
+    def at(self, place: float) -> Any:
+        """Return the value at a place in the range, from 0 to 1."""
+        low, high = (math.log(each) if self.log else each for each in self._ends)
+        value = low + place * (high - low)
+        value = math.exp(value) if self.log else value
+        low, high = self.values
+        value = low + round((value - low) / self.step) * self.step if self.step else value
+        return type(low)(min(max(value, low), high))
+
+    @property
+    def _ends(self) -> tuple[float, float]:
+        low, high = self.values
+        return low - (self.step or 0) / 2, high + (self.step or 0) / 2
 
     def snap(self, value: Any) -> Any:
         low, high = self.values  # both int or both float

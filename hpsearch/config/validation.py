@@ -27,7 +27,7 @@ from hpsearch.plugins import NETWORKS, find
 Values = Mapping[str, Any]
 Problem = tuple[tuple[int | str, ...], str]  # the path in a table, and a sentence
 _DIMENSION: TypeAdapter[Dimension] = TypeAdapter(AnyDimension)
-_DIMENSION_KEYS = ("int", "float", "choice", "log", "step", "when")
+_DIMENSION_KEYS = ("int", "float", "choice", "log", "step", "when", "prior")
 
 
 def read_search(tables: Any, info: ValidationInfo) -> Any:

@@ -14,7 +14,7 @@ from hpsearch.config.definition import StudyDefinition
 from hpsearch.config.space import TrainingHyperparameters, suggest
 from hpsearch.data.dataset import ImageData
 from hpsearch.errors import Diverged, Drained, StorageUnavailable
-from hpsearch.search.pruning import PruningCallback
+from hpsearch.search.pruning import RUNGS, PruningCallback
 from hpsearch.search.study import check_data, check_direction
 from hpsearch.storage.artifacts import Folder
 from hpsearch.storage.checkpoints import Checkpoint, checkpoints_of
@@ -93,7 +93,10 @@ class Objective:
         seed = trial_seed(self.definition.study.seed, trial)
         environment = describe_environment(self.device)
         trial.set_user_attr("environment", environment)
-        trainer = build_trainer(self.definition, self.data, hyperparameters, seed, validation=self.data.validation)
+        compared = RUNGS if self.definition.pruner.kind == "asha" else ()
+        trainer = build_trainer(
+            self.definition, self.data, hyperparameters, seed, validation=self.data.validation, averaged_after=compared
+        )
         report_and_prune = PruningCallback(trial, trainer.epochs)
         checkpoint = self._open_checkpoint(trial, hyperparameters)
         if state := checkpoint and checkpoint.load():
@@ -111,6 +114,8 @@ class Objective:
                 if trainer.threads not in ([[1, 0, environment["threads"]]], environment.get("thread_changes")):
                     environment = environment | {"thread_changes": [*trainer.threads]}
                     trial.set_user_attr("environment", environment)
+                if result.epoch in trainer.averaged:
+                    trial.set_user_attr("averaged", {str(epoch): value for epoch, value in trainer.averaged.items()})
                 report_and_prune(result)
                 if checkpoint and trainer.is_done and self._is_among_best(trial, result):
                     checkpoint.write(trainer.state_dict())

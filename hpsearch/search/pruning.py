@@ -12,7 +12,8 @@ from optuna.trial import FrozenTrial, TrialState
 from hpsearch.config.definition import StudyDefinition
 from hpsearch.training.trainer import EpochResult
 
-_RUNGS = [4**rung for rung in range(16)]  # epochs
+_FACTOR = 3  # of so many trials one continues
+RUNGS = [_FACTOR**rung for rung in range(16)]  # epochs
 
 
 def build_pruner(definition: StudyDefinition) -> optuna.pruners.BasePruner:
@@ -67,21 +68,27 @@ class MedianPruner(ThresholdPruner):
 
 
 class AshaPruner(ThresholdPruner):
-    """Keeps the best quarter of the trials that reached the same epoch, after epochs 1, 4, 16, ...
+    """Keeps the best third of the trials that reached the same epoch, after epochs 1, 3, 9, ...
 
-    This is asynchronous successive halving with the reduction factor of Li et al. 2020
-    (https://arxiv.org/abs/1810.05934). While there are fewer than four trials, the best one continues.
+    This is asynchronous successive halving (Li et al. 2020, https://arxiv.org/abs/1810.05934). While there are fewer
+    than three trials, the best one continues. It compares the metric of the averaged weights (see `Trainer`), which
+    tells more about the end of the training than that of the weights.
     """
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
         epoch = trial.last_step or 0
-        if epoch not in _RUNGS:
+        if epoch not in RUNGS:
             return False
-        reports = [other.intermediate_values for other in study.get_trials(deepcopy=False)]
-        values = sorted(values[epoch] for values in reports if epoch in values)
-        n_kept = max(len(values) // 4, 1)
-        value = trial.intermediate_values[epoch]
+        others = (other for other in study.get_trials(deepcopy=False) if other.number != trial.number)
+        values = sorted(self.signal(each, epoch) for each in [*others, trial] if epoch in each.intermediate_values)
+        n_kept = max(len(values) // _FACTOR, 1)
+        value = self.signal(trial, epoch)
         return self.is_below(trial, value, values[-n_kept], f"top {n_kept} of {len(values)} trials")
+
+    def signal(self, trial: FrozenTrial, epoch: int) -> float:
+        """Return what is compared, to be maximized: the metric of the averaged weights, or else the report."""
+        averaged: dict[str, float] = trial.user_attrs.get("averaged", {})
+        return averaged.get(str(epoch), trial.intermediate_values[epoch])
 
 
 class PruningCallback:

@@ -12,6 +12,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from hpsearch.config.definition import StudyDefinition
+from hpsearch.search.priors import PriorSampler
 
 _N_BEST, _N_LATEST = 10, 90  # finished trials that TPE uses; of 100, its gamma counts 10 as good
 
@@ -24,9 +25,11 @@ def build_sampler(definition: StudyDefinition, stream: int) -> optuna.samplers.B
         case "random":
             return optuna.samplers.RandomSampler(seed=seed)
         case "tpe":
-            return WindowedTPESampler(
+            tpe = WindowedTPESampler(
                 n_startup_trials=startup, seed=seed, multivariate=True, group=definition.space.is_conditional
             )
+            has_priors = definition.sampler.prior
+            return PriorSampler(definition.space, tpe, startup=startup, seed=seed + 1) if has_priors else tpe
         case "gp":
             return optuna.samplers.GPSampler(n_startup_trials=startup, seed=seed, deterministic_objective=False)
         case "cmaes":

@@ -1,7 +1,7 @@
 """Loads the data of a study, and builds trainers that depend only on a seed."""
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +76,12 @@ def build_trainer(
     split: Split | None = None,
     epochs: int | None = None,
     validation: Split | None = None,
+    averaged_after: Collection[int] = (),
 ) -> Trainer:
     """Return the trainer of a new network; its weights and its batches depend only on the seed.
 
     Trains on the device of the data, on the training split or `split`, for the study's epochs or `epochs`.
+    `averaged_after` are epochs: see `Trainer`.
     """
     split = split or data.train
     tune_malloc()
@@ -97,6 +99,7 @@ def build_trainer(
         seed=seed,
         mean=data.mean,
         std=data.std,
+        averaged_after=averaged_after,
     )
     if trainer.noise.device.type == "cpu":  # as in earlier versions, so that their trials are replayed bit for bit
         trainer.noise.set_state(after_weights)

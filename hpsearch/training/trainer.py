@@ -1,7 +1,7 @@
 """The trainer: trains a network an epoch at a time, from a state that can be saved between any two batches."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import astuple, dataclass, replace
 from itertools import islice
@@ -15,6 +15,7 @@ from hpsearch.config.space import TrainingHyperparameters
 from hpsearch.data.augment import augment, erase, flip, jitter_color
 from hpsearch.data.dataset import Split
 from hpsearch.errors import Diverged
+from hpsearch.training.averaging import WeightAverage
 from hpsearch.training.gradients import choose_gradients, fast_matmul, join_parameters
 from hpsearch.training.metrics import Score
 from hpsearch.training.networks import Dropout, Network, OwnNetwork
@@ -55,6 +56,9 @@ class Trainer:
     `results` are those of the finished epochs; `n_batches` counts the batches trained in the current one. `threads` has
     `[epoch, n_batches, threads]` for the start and for each change of torch's number of threads, on which the last bits
     depend. `metric` is the value of a result, and `score` the latest measurement on the validation split.
+
+    After the epochs in `averaged_after`, the moving average of the weights over an epoch is measured, too: `averaged`
+    has its metric by epoch. The training is the same without.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class Trainer:
         seed: int = 0,
         mean: Sequence[float] = (0.0,),
         std: Sequence[float] = (1.0,),
+        averaged_after: Collection[int] = (),
     ) -> None:
         device = split.labels.device
         self.network, self.epochs, self.validation, self.metric = network, epochs, validation, metric
@@ -91,6 +96,10 @@ class Trainer:
         self._schedule = build_schedule(self._optimizer, hyperparameters, n_steps=epochs * len(self._loader))
         self._gradients = choose_gradients(network, hyperparameters.label_smoothing)
         self._n_parameters = 0 if isinstance(network, OwnNetwork) else joined.numel()  # for `fast_matmul`
+        self._averaged_after = averaged_after
+        tensors = [joined, *network.buffers()]
+        self._average = WeightAverage(tensors, len(self._loader)) if averaged_after else None
+        self.averaged: dict[int, float] = {}
         self._total_loss = torch.zeros((), device=device)  # of the current epoch
         self._epoch_order = self.order.get_state()  # at the start of the current epoch
 
@@ -126,12 +135,17 @@ class Trainer:
                 optimizer.step()
                 schedule.step()
                 self.n_batches += 1
+                if self._average:
+                    self._average.update(len(self.results) * len(self._loader) + self.n_batches)
 
         epoch, mean_loss = len(self.results) + 1, total_loss.item() / len(self._loader)
         if not math.isfinite(mean_loss):
             raise Diverged(f"training diverged: loss is {mean_loss} in epoch {epoch}")
         score = self.score = None if self.validation is None else measure(self.network, self.validation)
         accuracy, balanced = (None, None) if score is None else (score.accuracy, score.balanced_accuracy)
+        if self._average and self.validation and epoch in self._averaged_after:
+            with self._average.used():
+                self.averaged[epoch] = measure(self.network, self.validation).of(self.metric)
         self.results.append(EpochResult(epoch, mean_loss, accuracy, balanced, self.metric))
         self.n_batches, self._epoch_order = 0, self.order.get_state()
         total_loss.zero_()
@@ -168,6 +182,8 @@ class Trainer:
             "threads": self.threads,
             "results": [astuple(result)[:4] for result in self.results],  # without the metric
         }
+        if self._average:
+            state |= {"average": self._average.tensors, "averaged": self.averaged}
         return state | ({"global_random": self._global_random.state_dict()} if self._global_random else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -181,6 +197,9 @@ class Trainer:
             self.noise.set_state(noise)
         if self._global_random:
             self._global_random.load_state_dict(state["global_random"])
+        if self._average and "average" in state:  # unknown in older versions
+            self._average.load(state["average"])
+            self.averaged = {**state["averaged"]}
         self._total_loss.copy_(state["total_loss"])
         self.n_batches = state["n_batches"]
         self.threads = [[*each] for each in state.get("threads", ())]  # unknown in older versions

@@ -14,7 +14,7 @@ import torchvision
 from hpsearch.data.dataset import load_test
 from hpsearch.data.sets import data_folder
 from hpsearch.errors import HpsearchError
-from tests.benchmark import joining, many, pictures, pieces, quality, searches, unlike, watching
+from tests.benchmark import joining, many, pictures, pieces, quality, record, replay, searches, unlike, watching
 from tests.benchmark.report import UNFAIR, Options, Row, show
 
 PARTS = {
@@ -31,16 +31,19 @@ PARTS = {
     "many": many.many,
     "pictures": pictures.pictures,
     "unlike": unlike.unlike,
+    "replay": replay.replay,
 }
+_ON_REQUEST = {"record": record.record}  # takes hours
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="scripts/benchmark", description="Measure hpsearch side by side.")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each kind, in turn (default: 3)")
     parser.add_argument("--output", type=Path, default=Path("dist/benchmark.json"), help="default: dist/benchmark.json")
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
+    names = [*PARTS, *_ON_REQUEST]
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(names)} (default: all but the last)")
     options = parser.parse_args()
-    if unknown := {*options.parts} - PARTS.keys():
+    if unknown := {*options.parts} - {*names}:
         parser.error(f"no such part: {', '.join(sorted(unknown))}")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", "Heartbeat of storage is supposed to be used with Study.optimize")
@@ -54,8 +57,8 @@ def main() -> None:
     settings = Options(options.repeats, data_folder(), options.output.parent)
     os.environ["HPSEARCH_DATA"] = str(settings.data.absolute())
     rows: list[Row] = []
-    for name, measure in PARTS.items():
-        if not options.parts or name in options.parts:
+    for name, measure in (PARTS | _ON_REQUEST).items():
+        if name in (options.parts or PARTS):
             print(f"{name} ...", file=sys.stderr, flush=True)
             with tempfile.TemporaryDirectory(prefix=f"benchmark-{name}-") as folder:
                 rows += measure(Path(folder), settings)

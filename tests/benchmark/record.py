@@ -1,0 +1,204 @@
+"""Records the learning curves of many configurations, from which `replay` makes searches that train nothing.
+
+`scripts/benchmark record` trains what is missing in `dist/curves`, which takes hours, and packs it into `curves.npz`.
+"""
+
+import copy
+import json
+import sys
+from collections.abc import Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, replace
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import torch
+from numpy.typing import NDArray
+from optuna.trial import FixedTrial, TrialState
+
+from hpsearch.config.definition import StudyDefinition, load_definition, parse_definition
+from hpsearch.config.space import suggest
+from hpsearch.data.augment import augment
+from hpsearch.data.dataset import ImageData, Split
+from hpsearch.errors import Diverged
+from hpsearch.training.gradients import join_parameters
+from hpsearch.training.networks import Network
+from hpsearch.training.run import build_trainer, load_study_data
+from hpsearch.training.trainer import Trainer
+from tests.benchmark.report import Options, Row
+
+FILE = Path(__file__).with_name("curves.npz")
+SIGNALS = ("accuracy", "cross_entropy", "loss", "averaged_accuracy", "averaged_cross_entropy")
+_N_WORKERS = 2
+_DIGITS = 4  # significant ones of a recorded number
+
+
+@dataclass(frozen=True)
+class Task:
+    """A study whose configurations are recorded: so many at random, so many near the best, so many a second time."""
+
+    study: str
+    n_random: int
+    n_near: int
+    n_again: int
+    data: Mapping[str, Any] | None = None  # instead of the study file's
+    turned: bool = False  # whether all images, those for validation included, are turned and shifted at random
+
+
+TASKS = {
+    "digits": Task("digits", 700, 300, 80),
+    "mnist-mlp-4000": Task("mnist-mlp", 300, 100, 40, data={"train": 4_000}),
+    "mnist-turned": Task("mnist-mlp", 200, 80, 40, data={"train": 10_000}, turned=True),
+    "mnist-mlp": Task("mnist-mlp", 300, 100, 40),
+    "mnist-cnn": Task("mnist-cnn", 80, 40, 20, data={"train": 8_000, "validation": 5_000}),
+}
+
+
+def define(task: Task) -> StudyDefinition:
+    """Return the study of a task, without its first guesses."""
+    tables = load_definition(task.study).to_tables()
+    tables.pop("try", None)
+    tables["data"] |= task.data or {}
+    return parse_definition(tables)
+
+
+def record(folder: Path, options: Options) -> list[Row]:
+    """Train what is missing of all tasks, and pack the curves; what was trained is kept in `output`."""
+    for name in TASKS:
+        _record_task(name, options.output / "curves" / f"{name}.jsonl")
+    pack(options.output / "curves")
+    return []
+
+
+def pack(folder: Path) -> None:
+    """Pack the curves of all tasks that are recorded in the folder, a line of a file for each training."""
+    packed: dict[str, NDArray[Any]] = {}
+    for name in TASKS:
+        if (file := folder / f"{name}.jsonl").exists():
+            rows = sorted(map(json.loads, file.read_text().splitlines()), key=lambda row: (row["number"], row["seed"]))
+            packed[f"{name}.params"] = np.array(json.dumps([row["params"] for row in rows]))
+            packed[f"{name}.numbers"] = np.array([row["number"] for row in rows], np.int16)
+            packed[f"{name}.curves"] = np.array([row["curves"] for row in rows], np.float32)
+    np.savez_compressed(FILE, **packed)  # type: ignore[arg-type]
+
+
+def _record_task(name: str, file: Path) -> None:
+    task = TASKS[name]
+    definition = define(task)
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    sampler = optuna.samplers.TPESampler(n_startup_trials=task.n_random, seed=0)
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    for row in (row for row in rows if row["seed"] == 0):
+        _enqueue(study, definition, row["params"])
+        study.tell(study.ask(), _value(row["curves"]))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        file.open("a") as lines,
+        ProcessPoolExecutor(_N_WORKERS, get_context("spawn"), torch.set_num_threads, (1,)) as pool,
+    ):
+        running: dict[Future[Any], tuple[int, dict[str, Any], int]] = {}
+
+        def train(number: int, params: dict[str, Any], seed: int) -> None:
+            if len(running) == 2 * _N_WORKERS:
+                collect()
+            running[pool.submit(_train, name, params, 1000 * seed + number)] = number, params, seed
+
+        def collect() -> None:
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                number, params, seed = running.pop(future)
+                row = {"number": number, "seed": seed, "params": params, "curves": future.result()}
+                lines.write(json.dumps(row) + "\n")
+                lines.flush()
+                rows.append(row)
+                if seed == 0:
+                    study.tell(number, _value(row["curves"]))
+                print(f"  {name}: {len(rows)} trainings", file=sys.stderr, flush=True)
+
+        for _ in range(len(rows), task.n_random + task.n_near):
+            trial = study.ask()
+            suggest(trial, definition.space)
+            train(trial.number, trial.params, 0)
+        while running:
+            collect()
+        # The noise of seeds matters most among good trials, so half of those that are trained again are the best.
+        first = sorted((row for row in rows if row["seed"] == 0), key=lambda row: -_value(row["curves"]))
+        step = max((len(first) - task.n_again // 2) // (task.n_again // 2), 1)
+        again = [*first[: task.n_again // 2], *first[task.n_again // 2 :: step][: task.n_again // 2]]
+        done = {row["number"] for row in rows if row["seed"] == 1}
+        for row in (row for row in again if row["number"] not in done):
+            train(row["number"], row["params"], 1)
+        while running:
+            collect()
+
+
+def _enqueue(study: optuna.Study, definition: StudyDefinition, params: dict[str, Any]) -> None:
+    trial = optuna.trial.create_trial(
+        state=TrialState.COMPLETE, value=0.0, params=params, distributions=_distributions(definition, params)
+    )
+    study.add_trial(trial)
+
+
+def _distributions(definition: StudyDefinition, params: dict[str, Any]) -> dict[str, Any]:
+    fixed = FixedTrial(params)
+    suggest(fixed, definition.space)
+    return fixed.distributions
+
+
+def _value(curves: list[list[float | None]]) -> float:
+    return curves[-1][0] or 0.0
+
+
+@cache
+def _load(name: str) -> tuple[StudyDefinition, ImageData]:
+    definition = define(TASKS[name])
+    data = load_study_data(definition)
+    if TASKS[name].turned:
+        noise = torch.Generator().manual_seed(0)
+        turned = [Split(augment(split.images, 1.0, noise), split.labels) for split in (data.train, data.validation)]
+        data = replace(data, train=turned[0], validation=turned[1])
+    return definition, data
+
+
+def _train(name: str, params: dict[str, Any], seed: int) -> list[list[float | None]]:
+    """Return the signals of each epoch; None from the epoch on in which the training diverged."""
+    definition, data = _load(name)
+    trainer = build_trainer(definition, data, suggest(FixedTrial(params), definition.space), seed)
+    average = Average(trainer)
+    curves: list[list[float | None]] = []
+    while not trainer.is_done:
+        try:
+            loss = trainer.run_epoch(average.update).loss
+        except Diverged:
+            break
+        average.update()
+        measured = [*measure(trainer.network, data.validation), loss, *measure(average.network, data.validation)]
+        curves.append([float(f"{value:.{_DIGITS}g}") if np.isfinite(value) else None for value in measured])
+    return curves + [[None] * len(SIGNALS)] * (trainer.epochs - len(curves))
+
+
+def measure(network: Network, split: Split) -> tuple[float, float]:
+    """Return the accuracy and the mean cross-entropy, the probabilities not less than 1e-12."""
+    probabilities = network.predict_split(split)
+    likelihood = probabilities.gather(1, split.labels[:, None]).clamp(min=1e-12)
+    return (probabilities.argmax(1) == split.labels).double().mean().item(), -likelihood.log().mean().item()
+
+
+class Average:
+    """The exponential moving average of a trainer's network, buffers included, over about the last epoch."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.source, self.network = trainer.network, copy.deepcopy(trainer.network)
+        self._weights, self._averages = trainer._optimizer.param_groups[0]["params"][0], join_parameters(self.network)
+        self._decay, self._n_updates = 1 - 1 / len(trainer._loader), 0
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self._n_updates += 1
+        weight = 1 - min(self._decay, self._n_updates / (10 + self._n_updates))
+        self._averages.lerp_(self._weights, weight)
+        for own, other in zip(self.network.buffers(), self.source.buffers(), strict=True):
+            own.lerp_(other, weight) if own.is_floating_point() else own.copy_(other)
