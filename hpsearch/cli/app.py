@@ -111,7 +111,22 @@ def check(
         check_new(definition, study)
         if definition.network.code or definition.data.name is None:
             _try(definition)
-        print(json.dumps(definition.to_tables(), indent=2) if as_json else definition.to_toml().rstrip())
+        notes = _list_priors(definition) if definition.sampler.prior and definition.sampler.kind == "tpe" else {}
+        print(json.dumps(definition.to_tables(), indent=2) if as_json else definition.to_toml(notes).rstrip())
+
+
+def _list_priors(definition: "StudyDefinition") -> dict[str, str]:
+    """Return a note on each hyperparameter that has a built-in prior."""
+    from hpsearch.monitor.text import shorten
+    from hpsearch.search.priors import Priors
+
+    priors = Priors(definition.space)
+    unset = [name for name, dimension in definition.search.items() if dimension.prior is None]
+    return {
+        name: f"built-in prior: {' or '.join(map(shorten, found))}"
+        for name in unset
+        if (found := priors.find_all(name))
+    }
 
 
 def _convert(definition: "StudyDefinition") -> "Callable[[OwnNetwork, DataSet], None]":

@@ -212,8 +212,8 @@ class Network(NamesCode):
 
 class Sampler(Table):
     kind: Literal["tpe", "random", "gp", "cmaes"] = "tpe"
-    startup: int = Field(10, ge=1, description="number of random trials before the sampler takes over")
-    prior: bool = Field(True, description="tpe starts with values that are likely to be good")
+    startup: int = Field(10, ge=1, description="trials before the sampler learns, at random or from the priors")
+    prior: bool = Field(True, description="tpe begins with values that are likely to be good")
 
 
 class Pruner(Table):
@@ -286,10 +286,12 @@ class StudyDefinition(Table):
     def identity(self) -> dict[str, Any]:
         """Return the settings that must not change for trials to be comparable, as `section.key` to value.
 
-        Budget, recovery, retrain and the location may change; the epochs of a trial may not, because trial values
-        depend on them.
+        Budget, recovery, retrain, priors and the location may change; the epochs of a trial may not, because trial
+        values depend on them.
         """
         tables = self.to_tables()
+        for table in (*tables["search"].values(), tables["sampler"]):
+            table.pop("prior", None)
         identity = {"try": tables["try"], "study.seed": self.study.seed, "budget.epochs": self.budget.epochs}
         if self.study.metric != "accuracy":  # older versions knew no other
             identity["study.metric"] = self.study.metric
@@ -319,10 +321,12 @@ class StudyDefinition(Table):
         }
         return tables
 
-    def to_toml(self) -> str:
-        """Return the resolved study as the text of a study file."""
+    def to_toml(self, notes: Mapping[str, str] = {}) -> str:
+        """Return the resolved study as the text of a study file, with notes on searched hyperparameters as comments."""
         tables = self.to_tables()
         tables["search"] = {name: _inline(table) for name, table in tables["search"].items()}
+        for name, note in notes.items():
+            tables["search"][name].comment(note)
         return tomlkit.dumps({key: table for key, table in tables.items() if table})
 
 

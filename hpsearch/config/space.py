@@ -70,7 +70,7 @@ class Dimension(Table):
     """
 
     when: dict[str, list[Scalar]] = {}
-    prior: Scalar | None = None
+    prior: Scalar | None = Field(None, description="value that is likely to be good; false: no built-in one")
     values: list[Any]
 
     @abstractmethod
@@ -87,13 +87,6 @@ class Dimension(Table):
     @property
     def is_continuous(self) -> bool:
         return False
-
-    @model_validator(mode="after")
-    def _check_prior(self) -> Self:
-        if self.prior is not None and self.prior is not False and not self.has(self.prior):
-            message = "prior = {prior} is not among its values; to have none, write prior = false"
-            raise PydanticCustomError("prior", message, {"prior": self.prior})
-        return self
 
 
 class Range(Dimension):
@@ -118,26 +111,31 @@ class Range(Dimension):
         return self
 
     def place(self, value: float) -> float:
-        """Return where a value is in the range, from 0 to 1; each integer has a part of the same length, or logarithm.
+        """Return where a value is in the range, from 0 to 1, on a log scale with `log`.
 
-        A range of one value has it at 0.
+        The ends of a continuous range are at 0 and 1. Each value of a step lies in the middle of its part of the range,
+        and the only value of a range at 0.5.
         """
-        low, high, place = (math.log(each) if self.log else each for each in (*self._ends, value))
-        return (place - low) / (high - low) if high > low else 0.0
+        if self.values[0] == self.values[1]:
+            return 0.5
+        low, high, position = (math.log(each) if self.log else each for each in (*self._ends, value))
+        return (position - low) / (high - low)
 
     def at(self, place: float) -> Any:
-        """Return the value at a place in the range, from 0 to 1."""
+        """Return the value at a place in the range, the one whose part it is: `at(place(value))` is the value."""
+        if not 0 < place < 1:
+            return self.values[place > 0]
         low, high = (math.log(each) if self.log else each for each in self._ends)
         value = low + place * (high - low)
         value = math.exp(value) if self.log else value
         low, high = self.values
-        value = low + round((value - low) / self.step) * self.step if self.step else value
-        return type(low)(min(max(value, low), high))
+        value = round((value - low) / self.step) * self.step + low if self.step else value
+        return min(max(value, low), high)
 
     @property
     def _ends(self) -> tuple[float, float]:
-        low, high = self.values
-        return low - (self.step or 0) / 2, high + (self.step or 0) / 2
+        half = (self.step or 0) / 2
+        return self.values[0] - half, self.values[1] + half
 
     def snap(self, value: Any) -> Any:
         low, high = self.values  # both int or both float

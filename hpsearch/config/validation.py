@@ -17,6 +17,8 @@ from hpsearch.config.space import (
     AnyDimension,
     Choice,
     Dimension,
+    IntRange,
+    Range,
     SearchSpace,
     TrainingHyperparameters,
     is_among,
@@ -51,6 +53,8 @@ def read_search(tables: Any, info: ValidationInfo) -> Any:
             if parent in search or parent not in tables:  # any other has problems of its own
                 sentences = _check_condition(parent, allowed, search, space.fixed)
                 problems += [((name, "when", parent), sentence) for sentence in sentences]
+        if problem := _check_prior(dimension):
+            problems.append(((name, "prior"), problem))
     raise_problems(problems)
     return _write_alike(search, space)
 
@@ -75,8 +79,24 @@ def _write_alike(search: dict[str, Dimension], space: SearchSpace) -> dict[str, 
             parent: [search[parent].snap(value) if parent in search else read(parent, value) for value in allowed]
             for parent, allowed in dimension.when.items()
         }
-        search[name] = dimension.model_copy(update={"when": when})
+        prior = search[name].snap(dimension.prior)  # None if `false` is not among the choices
+        prior = dimension.prior if prior is None else prior
+        search[name] = search[name].model_copy(update={"when": when, "prior": prior})
     return search
+
+
+def _check_prior(dimension: Dimension) -> str | None:
+    prior, values = dimension.prior, dimension.values
+    if prior is None or prior is False or dimension.has(prior):
+        return None
+    if not isinstance(dimension, Range):
+        return f"{prior!r} is not among the choices {values}"
+    if isinstance(prior, bool) or not isinstance(prior, int | type(values[0])):
+        kind = "an integer" if isinstance(dimension, IntRange) else "a number"
+        return f"must be {kind}, or false for no prior, but got {prior!r}"
+    is_inside = values[0] <= prior <= values[1]
+    problem = f"not a multiple of step {dimension.step} from {values[0]}" if is_inside else f"outside {values}"
+    return f"{prior!r} is {problem}"
 
 
 def _read_dimensions(tables: Values) -> tuple[dict[str, Dimension], list[Problem]]:

@@ -2,6 +2,7 @@
 
 study       creates, resumes, stops and extends studies, and enqueues trials; refuses one with a different definition
 trials      the events of trials, and why a trial ended
+priors      values that are likely to be good, and the sampler that draws from them
 samplers    builds the sampler of a study
 pruning     the pruners, why they prune, and the callback that asks them
 objective   the Optuna objective: trains a trial, returns its value

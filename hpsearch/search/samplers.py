@@ -12,7 +12,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from hpsearch.config.definition import StudyDefinition
-from hpsearch.search.priors import PriorSampler
+from hpsearch.search.priors import Priors, PriorSampler
 
 _N_BEST, _N_LATEST = 10, 90  # finished trials that TPE uses; of 100, its gamma counts 10 as good
 
@@ -28,8 +28,9 @@ def build_sampler(definition: StudyDefinition, stream: int) -> optuna.samplers.B
             tpe = WindowedTPESampler(
                 n_startup_trials=startup, seed=seed, multivariate=True, group=definition.space.is_conditional
             )
-            has_priors = definition.sampler.prior
-            return PriorSampler(definition.space, tpe, startup=startup, seed=seed + 1) if has_priors else tpe
+            priors = Priors(definition.space)
+            has_priors = definition.sampler.prior and any(map(priors.find_all, definition.space.dimensions))
+            return PriorSampler(priors, tpe, startup=startup, seed=seed + 1) if has_priors else tpe
         case "gp":
             return optuna.samplers.GPSampler(n_startup_trials=startup, seed=seed, deterministic_objective=False)
         case "cmaes":

@@ -271,6 +271,15 @@ def test_init_lists_the_examples_and_what_it_writes_can_be_checked(run: Run, tmp
     assert run("init", "digits")[0] == 2
 
 
+def test_check_shows_the_built_in_priors_that_a_search_uses(run: Run, study_file: Callable[..., Path]) -> None:
+    study_file()
+    shown = run("check", "small")[1].splitlines()
+    assert "width = {int = [8, 32]} # built-in prior: 29" in shown
+    assert "lr = {float = [0.001, 0.1], log = true} # built-in prior: 1e-3" in shown
+    study_file("[sampler]\nprior = false")
+    assert "built-in prior" not in run("check", "small")[1]
+
+
 def test_check_tries_a_network_of_the_users_and_its_conversion(run: Run, study_file: Callable[..., Path]) -> None:
     study_file('[network]\nkind = "nets.py:build"')
     source = """\

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 import tomllib
 from contextlib import nullcontext
 from itertools import permutations
@@ -12,7 +13,14 @@ import pytest
 from optuna.trial import FixedTrial
 from psycopg.pq import Conninfo
 
-from hpsearch.config.definition import StudyDefinition, check_new, evolve, load_definition, parse_definition
+from hpsearch.config.definition import (
+    StudyDefinition,
+    check_new,
+    evolve,
+    load_definition,
+    parse_definition,
+    read_identity,
+)
 from hpsearch.config.space import suggest
 from hpsearch.config.urls import find_secrets, parse_url, remove_secrets, show_url
 from hpsearch.errors import DefinitionError, UsageError
@@ -69,6 +77,30 @@ ERRORS = [
     ),
     ("[search]\nwidth = 3", "search.width: expected a range or a choice: { int = [low, high] }"),
     ("[search]\nwidth = { int = [8, 9], logg = true }", "search.width.logg: unknown key; did you mean 'log'?"),
+    ("[search]\nlr = { float = [0.1, 1], prior = 2 }", "search.lr.prior: 2 is outside [0.1, 1.0]"),
+    (
+        "[search]\nlr = { float = [0.1, 1], prior = true }",
+        "search.lr.prior: must be a number, or false for no prior, but",
+    ),
+    (
+        "[search]\nlr = { float = [0.1, 1], prior = '0.2' }",
+        "search.lr.prior: must be a number, or false for no prior, but",
+    ),
+    (
+        "[search]\nwidth = { int = [8, 32], prior = 9.0 }",
+        "search.width.prior: must be an integer, or false for no prior",
+    ),
+    (
+        "[search]\nwidth = { int = [8, 32], step = 8, prior = 9 }",
+        "search.width.prior: 9 is not a multiple of step 8 from 8",
+    ),
+    ("[search]\nlr = { float = [0.1, 1], prior = [1] }", "search.lr.prior: must be a finite number, string or boolean"),
+    ("[search]\nlr = { float = [0.1, 1], prior = nan }", "search.lr.prior: must be a finite number, string or boolean"),
+    (
+        "[search]\noptimizer = { choice = ['adam', 'sgd'], prior = 'rmsprop' }",
+        "search.optimizer.prior: 'rmsprop' is not among the choices ['adam', 'sgd']",
+    ),
+    ("[search]\nlr = { float = [0.1, 1], priro = 1 }", "search.lr.priro: unknown key; did you mean 'prior'?"),
     ("[search]\noptimizer = { choice = ['adma'] }", "search.optimizer: 'adma' is not valid; did you mean 'adam'?"),
     ("[search]\noptimizer = { choice = ['muon'] }", "search.optimizer: 'muon' is not valid"),
     ("[search]\noptimizer = { choice = [] }", "search.optimizer.choice: "),
@@ -187,6 +219,46 @@ def test_equal_numbers_are_the_same_study_however_they_are_written(integer: str,
     assert repr(other.first) == repr(definition.first)
     assert other.fingerprint == definition.fingerprint
     assert parse_definition(tomllib.loads(definition.to_toml())).fingerprint == definition.fingerprint
+
+
+def test_priors_are_written_back_and_another_prior_is_the_same_study() -> None:
+    text = """
+        study = { name = "priors" }
+        sampler = { prior = true }
+        [search]
+        lr = { float = [1e-3, 1.0], prior = 1 }
+        augment = { float = [0, 1], step = 0.1, prior = 0.3 }
+        dropout = { choice = [0, 0.5], prior = 0 }
+        width = { int = [8, 32], prior = false }
+        flip = { choice = [true, false], prior = false }
+    """
+    definition = parse_definition(tomllib.loads(text))
+    again = parse_definition(tomllib.loads(definition.to_toml()))
+    assert again == definition
+    priors = {name: dimension.prior for name, dimension in definition.search.items()}
+    assert repr(priors) == repr({"lr": 1.0, "augment": 0.1 * 3, "dropout": 0.0, "width": False, "flip": False})
+    without = re.sub(r", prior = [\w.]+", "", text).replace("true }\n", "false }\n", 1)
+    other = parse_definition(tomllib.loads(without))
+    assert other != definition
+    assert other.fingerprint == definition.fingerprint
+    assert "prior" not in str(definition.identity)
+    assert read_identity(definition.identity | {"sampler.prior": True}) == definition.identity
+
+
+def test_problems_of_priors_are_reported_with_all_others() -> None:
+    text = """
+        [search]
+        lr = { float = [0.1, 1.0], prior = 3 }
+        width = { int = [8, 32], prior = "wide", when = { depth = [9] } }
+    """
+    with pytest.raises(DefinitionError) as caught:
+        parse_definition(tomllib.loads(text))
+    assert list(caught.value.problems) == [
+        "search.lr.prior: 3 is outside [0.1, 1.0]",
+        "search.width.when.depth: 'depth' is neither in [search] nor in [fixed]; did you mean 'width'? "
+        "Valid names: lr, width",
+        "search.width.prior: must be an integer, or false for no prior, but got 'wide'",
+    ]
 
 
 def test_a_value_to_try_brings_what_its_condition_needs_and_no_value_is_dropped() -> None:

@@ -1,5 +1,6 @@
 """The search table becomes distributions, and a trial becomes hyperparameters."""
 
+import math
 from decimal import Decimal
 from typing import Any
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from optuna.trial import FixedTrial
 from pydantic import TypeAdapter
 
-from hpsearch.config.space import AnyDimension, suggest
+from hpsearch.config.space import AnyDimension, FloatRange, Range, suggest
 from hpsearch.training.kinds import Hyperparameters
 
 from ..conftest import make_definition
@@ -110,3 +111,45 @@ def test_a_dimension_knows_its_values(table: dict[str, Any], inside: list[Any], 
     dimension: Any = TypeAdapter(AnyDimension).validate_python(table)
     assert all(dimension.has(value) for value in inside)
     assert not any(dimension.has(value) for value in outside)
+
+
+@st.composite
+def ranges(draw: Any) -> Range:
+    """A range of any kind, perhaps of one value."""
+    log, has_steps, is_int = draw(st.booleans()), draw(st.booleans()), draw(st.booleans())
+    low = draw(st.integers(1 if log else -50, 50)) if is_int else draw(st.floats(1e-6 if log else -10, 10))
+    step = draw(st.integers(1, 9)) if is_int else draw(st.floats(1e-3, 5))
+    extra = {"step": step} if has_steps and not log else {"log": log}
+    length = draw(st.integers(0, 20)) * step if is_int or "step" in extra else draw(st.floats(0, 100))
+    table = {"int" if is_int else "float": [low, low + length], **extra}
+    dimension: Any = TypeAdapter(AnyDimension).validate_python(table)
+    assert isinstance(dimension, Range)
+    return dimension
+
+
+@given(dimension=ranges(), place=st.floats(-0.5, 1.5))
+def test_a_place_in_a_range_has_a_value_of_the_range_and_a_value_its_place(dimension: Range, place: float) -> None:
+    low, high = dimension.values
+    value = dimension.at(place)
+    assert dimension.has(value)
+    assert type(value) is type(low)
+    assert 0 <= dimension.place(value) <= 1
+    again = dimension.at(dimension.place(value))
+    assert again == (pytest.approx(value, rel=1e-12, abs=1e-12) if dimension.is_continuous else value)
+    assert (dimension.at(0.0), dimension.at(1.0)) == (low, high)
+    if low == high:
+        assert dimension.place(low) == 0.5
+    elif isinstance(dimension, FloatRange) and dimension.step is None:
+        assert (dimension.place(low), dimension.place(high)) == (0, 1)
+    else:
+        assert dimension.place(low) == pytest.approx(1 - dimension.place(high)) or dimension.log
+    assert dimension.at(min(place + 0.1, 1.0)) >= value
+
+
+def test_each_integer_has_a_part_of_the_same_length_or_logarithm() -> None:
+    even: Any = TypeAdapter(AnyDimension).validate_python({"int": [1, 4]})
+    assert [even.at((i + 0.5) / 8) for i in range(8)] == [1, 1, 2, 2, 3, 3, 4, 4]
+    logarithmic: Any = TypeAdapter(AnyDimension).validate_python({"int": [1, 8], "log": True})
+    drawn = [logarithmic.at((i + 0.5) / 1000) for i in range(1000)]
+    assert drawn.count(1) / drawn.count(2) == pytest.approx(math.log(3) / math.log(5 / 3), rel=0.02)
+    assert drawn.count(8) / drawn.count(2) == pytest.approx(math.log(17 / 15) / math.log(5 / 3), rel=0.02)

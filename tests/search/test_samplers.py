@@ -40,7 +40,8 @@ def test_workers_draw_from_different_streams_and_a_stream_repeats(kind: str) -> 
 
     def first_lr(stream: int) -> float:
         study = optuna.create_study(sampler=build_sampler(definition, stream))
-        return study.ask().suggest_float("lr", 0, 1)
+        study.ask()  # the middle of the priors
+        return study.ask().suggest_float("lr", 1e-3, 1e-1, log=True)
 
     assert first_lr(0) == first_lr(0)
     assert first_lr(0) != first_lr(1)
@@ -141,7 +142,7 @@ def test_tpe_begins_to_learn_after_any_number_of_startup_trials() -> None:
 
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 def test_tpe_goes_with_the_brackets_of_hyperband_in_a_large_study() -> None:
-    definition = make_definition(pruner={"kind": "hyperband"}, budget={"epochs": 9})
+    definition = make_definition(sampler={"prior": False}, pruner={"kind": "hyperband"}, budget={"epochs": 9})
     study = optuna.create_study(
         direction="maximize", pruner=build_pruner(definition), sampler=build_sampler(definition, stream=0)
     )
