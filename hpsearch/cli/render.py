@@ -9,7 +9,15 @@ from rich.text import Text
 
 from hpsearch.bundle.evaluation import find_confusions, find_worst, is_unequal
 from hpsearch.monitor.tables import Column, FittedTable, tabulate
-from hpsearch.monitor.text import count, describe_best, describe_epochs, join_params, printable, shorten
+from hpsearch.monitor.text import (
+    count,
+    describe_best,
+    describe_epochs,
+    describe_patience,
+    join_params,
+    printable,
+    shorten,
+)
 from hpsearch.monitor.trials import describe_interruption
 from hpsearch.search.selection import confirmed_values
 from hpsearch.training.devices import count_cores, share_cores
@@ -30,6 +38,8 @@ def render_status(status: Mapping[str, Any]) -> RenderableType:
     table.add_row("database", Text(status["storage"], overflow="fold"))
     table.add_row("progress", f"{finished}/{budget['trials']} trials (up to {budget['epochs']} epochs each)")
     table.add_row("trials", ", ".join(f"{n} {state}" for state, n in counts.items()))
+    if patience := describe_patience(status):
+        table.add_row("patience", patience)
     table.add_row("epochs", describe_epochs(**epochs))
     table.add_row("best", Text(describe_best(best, status["metric"]), style="bold" if best else ""))
     if best:

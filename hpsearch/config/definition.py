@@ -104,6 +104,9 @@ class Budget(Table):
     epochs: int = Field(10, ge=1, description="epochs of a trial that is not pruned")
     minutes: float | None = Field(None, gt=0, description="search time limit, without pauses")
     target: float | None = Field(None, gt=0, le=1, description="stop once a trial reaches this value of study.metric")
+    patience: int | None = Field(
+        None, ge=1, description="stop after this many finished trials without a gain beyond chance"
+    )
     failures: int = Field(5, ge=1, description="stop after this many failed trials")
 
 

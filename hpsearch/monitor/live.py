@@ -29,6 +29,7 @@ from hpsearch.monitor.text import (
     count,
     describe_best,
     describe_epochs,
+    describe_patience,
     echo,
     format_cell,
     format_duration,
@@ -239,6 +240,8 @@ def _render_head(snapshot: Snapshot, width: int, cut: OverflowMethod, *, is_own:
     head.add_row("trials", Text(", ").join(states))
     if not is_narrow:
         head.add_row("epochs", describe_epochs(**epochs))
+    if (patience := describe_patience(status)) and not is_narrow:
+        head.add_row("patience", patience)
     value = Text(describe_best(best, snapshot.status["metric"]), style="bold green" if best else "")
     if best and not is_narrow:
         value.append(f"  {join_params(best['params'])}", style="not bold default")

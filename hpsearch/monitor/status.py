@@ -70,9 +70,10 @@ class Snapshot:
 
     @property
     def is_over(self) -> bool:
-        """Return whether the trials, minutes or failures are used up, or the target is reached."""
+        """Return whether the trials, minutes, failures or patience are used up, or the target is reached."""
         best = self.status["best"] and self.status["best"]["value"]
-        counts = {"n_finished": self.n_finished, "n_failed": self.n_failed}
+        since_gain = 0 if self.status["trials"]["running"] else self.status["since_gain"] or 0  # one may make a gain
+        counts = {"n_finished": self.n_finished, "n_failed": self.n_failed, "n_since_gain": since_gain}
         return find_limit(self.status["budget"], best=best, minutes=self.seconds / 60, **counts) is not None
 
     def describe_progress(self) -> str:
@@ -87,7 +88,8 @@ class Snapshot:
         if self.n_finished >= self.status["budget"]["trials"]:
             return f"the budget is used up; add trials with: hpsearch add {command} --trials 20"
         if self.is_over:
-            return "a limit (minutes, target or failures) has been reached; raise it in the study file to continue"
+            limits = "minutes, target, patience or failures"
+            return f"a limit ({limits}) has been reached; raise it in the study file to continue"
         return f"no workers running; start some with: hpsearch run {command}"
 
 
@@ -118,14 +120,15 @@ class Watch:
             trial for trial in ended if trial.state == TrialState.FAIL and is_final(trial.user_attrs.get("failure", {}))
         ]
         seconds = self.storage.seconds_searched(self.study._study_id)
-        seconds_left = estimate_seconds_left(
-            finished[:_N_RECENT],
-            [trial for trial in running if trial._trial_id not in stale],
-            status["budget"]["trials"] - len(finished),
-            now,
-        )
-        if seconds_left and "minutes" in status["budget"]:
-            most = max(status["budget"]["minutes"] * 60 - seconds, 0.0)
+        budget, n_left = status["budget"], status["budget"]["trials"] - len(finished)
+        alive = [trial for trial in running if trial._trial_id not in stale]
+        seconds_left = estimate_seconds_left(finished[:_N_RECENT], alive, n_left, now)
+        if seconds_left and status["since_gain"] is not None:
+            n_least = min(n_left, max(budget["patience"] - status["since_gain"], 1))  # if there is no further gain
+            least = estimate_seconds_left(finished[:_N_RECENT], alive, n_least, now) or seconds_left
+            seconds_left = min(least[0], seconds_left[0]), seconds_left[1]
+        if seconds_left and "minutes" in budget:
+            most = max(budget["minutes"] * 60 - seconds, 0.0)
             seconds_left = min(seconds_left[0], most), min(seconds_left[1], most)
         requeued = [trial for trial in trials if trial.state == TrialState.WAITING and count_interruptions(trial)]
         attempts = {(trial.number, count_interruptions(trial), trial.state): trial for trial in [*ended, *requeued]}

@@ -65,6 +65,12 @@ def describe_epochs(run: int, saved: int) -> str:
     return f"{run:,} trained, {saved:,} saved by pruning ({format_percent(saved / max(run + saved, 1), 0)})"
 
 
+def describe_patience(status: Mapping[str, Any]) -> str:
+    """Return a text such as `7 trials since the last gain beyond chance (limit 15)`; "" without a patience."""
+    n, patience = status["since_gain"], status["budget"].get("patience")
+    return "" if n is None else f"{count(n, 'trial')} since the last gain beyond chance (limit {patience})"
+
+
 def list_columns(hyperparameters: Iterable[str]) -> list[str]:
     """Return all columns of a study with these hyperparameters."""
     return ["trial", "state", "value", "epoch", *hyperparameters, "worker", "seconds", "note"]

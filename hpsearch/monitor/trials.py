@@ -14,8 +14,10 @@ from hpsearch.config.urls import show_url
 from hpsearch.config.validation import did_you_mean
 from hpsearch.errors import UsageError
 from hpsearch.search.selection import find_trial
+from hpsearch.search.study import count_validation
 from hpsearch.search.trials import explain_end, find_value, name_state
 from hpsearch.storage.budget import measure_trial
+from hpsearch.storage.gains import judge_trial, measure_progress
 from hpsearch.storage.tables import by_value, count_interruptions
 
 _FORMULA_STARTS = tuple("=+-@")  # see OWASP's "CSV Injection"
@@ -71,12 +73,17 @@ def read_status(
 ) -> dict[str, Any]:
     """Return the document of `status --json`: trial counts, the best trial, workers, epochs run and saved.
 
-    Pass `trials` if the study's trials are already loaded.
+    `since_gain` is the number of trials that `budget.patience` counts, or None without it. Pass `trials` if the study's
+    trials are already loaded.
     """
     trials = study.get_trials(deepcopy=False) if trials is None else trials
     of = {state: [trial for trial in trials if trial.state == state] for state in TrialState}
     pruned, full = of[TrialState.PRUNED], definition.budget.epochs
     best = min(of[TrialState.COMPLETE], key=by_value, default=None)
+    since_gain = None
+    if "patience" in study.user_attrs["budget"]:
+        judged = filter(None, map(judge_trial, trials))
+        since_gain = measure_progress(judged, count_validation(definition, study)).n_since_gain
     # In older studies, a retried trial includes the epochs of the failed ones that it continues.
     superseded = {number for trial in trials for number in trial.user_attrs.get("attempts", ())}
     return {
@@ -91,6 +98,7 @@ def read_status(
             "running": len(of[TrialState.RUNNING]),
             "waiting": len(of[TrialState.WAITING]),
         },
+        "since_gain": since_gain,
         "best": best and {"number": best.number, "value": best.value, "params": best.params},
         "workers": [
             {"id": trial.user_attrs.get("worker"), "trial": trial.number, "epoch": trial.last_step or 0}

@@ -5,6 +5,7 @@ Outside this room, only the doctor has SQL: it checks the database itself.
 engine        makes SQLite and PostgreSQL safe: locks, transactions, connections
 retry         database errors: which are transient, how long to retry, what to show
 tables        the SQL statements on studies and trials, and the buffered trial whose rows they write
+gains         counts the trials since the last gain beyond chance
 budget        checks the budget in the transaction that starts a trial
 rdb           Optuna's RDBStorage for parallel workers
 backup        backs up a SQLite database while it is in use

@@ -16,6 +16,7 @@ from sqlalchemy import Connection
 
 from hpsearch.errors import BudgetInFlight, BudgetSpent, Stopped, TooManyFailures
 from hpsearch.storage import tables
+from hpsearch.storage.gains import Gains, Progress, read_progress
 
 Span = tuple[datetime, datetime]
 
@@ -28,11 +29,20 @@ class SearchTime:
     spans: list[Span] = field(default_factory=list)
 
 
-def admit(connection: Connection, study_id: int, searched: SearchTime) -> int:
+@dataclass
+class Past:
+    """What the ended trials of a study tell, so that they are read once."""
+
+    time: SearchTime = field(default_factory=SearchTime)
+    gains: Gains = field(default_factory=Gains)
+
+
+def admit(connection: Connection, study_id: int, past: Past) -> int:
     """Return the number of trials of the study if the budget allows another trial to run.
 
     Otherwise raises `BudgetSpent` or `TooManyFailures`, which are final; `Stopped`, final until the study is run again;
-    or `BudgetInFlight` if running trials may use up the rest of the budget. Raises `KeyError` for an unknown study.
+    or `BudgetInFlight` if running trials may use up the rest of the budget, or make a gain where patience is exhausted.
+    Raises `KeyError` for an unknown study.
     """
     tables.lock_study(connection, study_id)
     spent = tables.read_spent(connection, study_id)  # a new statement sees the latest commits
@@ -40,18 +50,27 @@ def admit(connection: Connection, study_id: int, searched: SearchTime) -> int:
     n_trials = spent.n_trials or 0
     n_finished = n_trials - spent.running - spent.waiting - spent.fail
     best = tables.read_best_value(connection, study_id, budget["target"]) if "target" in budget else None
-    minutes = read_seconds_searched(connection, study_id, searched) / 60 if "minutes" in budget else 0.0
+    minutes = read_seconds_searched(connection, study_id, past.time) / 60 if "minutes" in budget else 0.0
     failures: list[dict[str, Any]] = []
     if spent.fail >= budget.get("failures", math.inf):
         failures = [failure for failure in tables.read_failures(connection, study_id) if is_final(failure)]
-    match find_limit(budget, n_finished=n_finished, best=best, minutes=minutes, n_failed=len(failures)):
+    n_since, leader = read_progress(connection, study_id, past.gains) if "patience" in budget else Progress()
+    counts = {"n_finished": n_finished, "n_failed": len(failures), "n_since_gain": n_since}
+    limit = find_limit(budget, best=best, minutes=minutes, **counts)
+    match limit:
         case "trials":
-            limit = budget["trials"]
-            raise BudgetSpent(f"all {limit} trials are finished; add more with: hpsearch add STUDY --trials 20")
+            raise BudgetSpent(
+                f"all {budget['trials']} trials are finished; add more with: hpsearch add STUDY --trials 20"
+            )
         case "target":
             raise BudgetSpent(f"target reached: best value {best:.4f} >= {budget['target']}")
         case "minutes":
             raise BudgetSpent(f"time limit reached ({minutes:.1f} min); raise budget.minutes to continue")
+        case "patience" if leader and not spent.running:
+            raise BudgetSpent(
+                f"no gain beyond chance in {n_since} trials (best {leader.value:.4f} of trial {leader.number}); "
+                "raise budget.patience to continue"
+            )
         case "failures":
             last = f"{failures[-1].get('kind', 'unknown')}: {failures[-1].get('message', '')}"
             raise TooManyFailures(
@@ -60,16 +79,26 @@ def admit(connection: Connection, study_id: int, searched: SearchTime) -> int:
             )
     if json.loads(spent.stopped or "false"):
         raise Stopped
-    if "trials" in budget and n_finished + spent.running >= budget["trials"]:
+    has_room = "trials" not in budget or n_finished + spent.running < budget["trials"]
+    if not has_room or limit == "patience":
         raise BudgetInFlight
     return int(n_trials)
 
 
 def find_limit(
-    budget: Mapping[str, Any], *, n_finished: int, best: float | None, minutes: float, n_failed: int
+    budget: Mapping[str, Any],
+    *,
+    n_finished: int,
+    best: float | None,
+    minutes: float,
+    n_failed: int,
+    n_since_gain: int,
 ) -> str | None:
-    """Return the limit of the budget that is reached: "trials", "target", "minutes" or "failures"; else None."""
-    reached = {"trials": n_finished, "target": best, "minutes": minutes, "failures": n_failed}
+    """Return the limit of the budget that is reached: trials, target, minutes, failures or patience; else None.
+
+    That of patience ends the search only once no trial is running, because a running one may make a gain.
+    """
+    reached = {"trials": n_finished, "target": best, "minutes": minutes, "failures": n_failed, "patience": n_since_gain}
     limits = ((name, value) for name, value in reached.items() if name in budget and value is not None)
     return next((name for name, value in limits if value >= budget[name]), None)
 

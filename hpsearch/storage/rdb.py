@@ -27,7 +27,7 @@ from sqlalchemy.pool import NullPool
 from hpsearch.config.urls import parse_url, show_url
 from hpsearch.errors import StorageError, StudyNotFound, TrialLost, UsageError
 from hpsearch.storage import tables
-from hpsearch.storage.budget import SearchTime, admit, read_seconds_searched
+from hpsearch.storage.budget import Past, admit, read_seconds_searched
 from hpsearch.storage.engine import (
     check_location,
     check_tables,
@@ -92,7 +92,7 @@ class Storage(RDBStorage):
         self._buffered: dict[int, BufferedTrial] = {}
         self._ended: dict[int, BufferedTrial] = {}  # only the last one
         self._fresh_until = 0.0  # when to read the trials of other workers again
-        self._searched = defaultdict[int, SearchTime](SearchTime)  # by study
+        self._past = defaultdict[int, Past](Past)  # by study
         self._last_answer = time.time(), time.monotonic()
         self.trusts_heartbeats_from = 0.0  # on the monotonic clock
         # Optuna formats the URL as a template, so braces in a password would break it.
@@ -142,13 +142,13 @@ class Storage(RDBStorage):
     def check_budget(self, study_id: int) -> None:
         """Raise what `admit` raises if no other trial of the study may start now."""
         with self.engine.begin() as connection:
-            admit(connection, study_id, self._searched[study_id])
+            admit(connection, study_id, self._past[study_id])
 
     @retry_on_outage
     def seconds_searched(self, study_id: int) -> float:
         """Return the seconds in which at least one trial of the study ran."""
         with self.engine.begin() as connection:
-            return read_seconds_searched(connection, study_id, self._searched[study_id])
+            return read_seconds_searched(connection, study_id, self._past[study_id].time)
 
     @retry_on_outage
     def end_attempt(
@@ -330,7 +330,7 @@ class Storage(RDBStorage):
     def _start(self, study_id: int) -> FrozenTrial:
         """Start a new buffered trial: check the budget, assign the worker, write a heartbeat."""
         with self.engine.begin() as connection:
-            number = admit(connection, study_id, self._searched[study_id])
+            number = admit(connection, study_id, self._past[study_id])
             trial = tables.insert_trial(connection, study_id, number, datetime.now(), self.worker)
         return self._buffer(trial).snapshot()
 
@@ -343,7 +343,7 @@ class Storage(RDBStorage):
             tables.lock_trial(connection, trial_id)  # so that all of it is read in the same attempt
             trial = tables.read_trial(connection, trial_id)
             if trial.state == TrialState.WAITING:
-                admit(connection, study_id, self._searched[study_id])
+                admit(connection, study_id, self._past[study_id])
                 trial.state, trial.datetime_start = TrialState.RUNNING, datetime.now()
                 tables.write_state(connection, trial)
                 tables.assign_worker(connection, trial, str(self.worker))

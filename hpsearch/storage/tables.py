@@ -293,6 +293,17 @@ def read_times(connection: Connection, study_id: int, above: int) -> Sequence[An
     return connection.execute(query.order_by(TRIALS.c.trial_id)).all()
 
 
+def read_ends(connection: Connection, study_id: int, above: int) -> Sequence[Any]:
+    """Return state, times, value and its interval of the study's trials with ids above `above`."""
+    return connection.execute(_SELECT_ENDS, {"study_id": study_id, "above": above}).all()
+
+
+def read_n_validation(connection: Connection, study_id: int) -> int:
+    """Return the number of validation images of a study; 0 before a worker has loaded its data."""
+    text = connection.execute(sqlalchemy.select(_attr(STUDY_ATTRS, "data", _STUDY)), {"study_id": study_id}).scalar()
+    return int(json.loads(text or "{}").get("validation") or 0)
+
+
 def read_failures(connection: Connection, study_id: int) -> list[dict[str, Any]]:
     """Return the user attribute `failure` of each failed trial, in the order of trials."""
     is_failure = (USER_ATTRS.c.trial_id == TRIALS.c.trial_id) & (USER_ATTRS.c.key == "failure")
@@ -409,6 +420,14 @@ _SELECT_SPENT = sqlalchemy.select(
 _WITH_HEARTBEATS = sqlalchemy.select(
     TRIALS, HEARTBEATS.c.heartbeat, _INTERRUPTIONS, _attr(USER_ATTRS, "pauses", TRIALS.c.trial_id)
 ).outerjoin(HEARTBEATS, HEARTBEATS.c.trial_id == TRIALS.c.trial_id)
+
+# To count the trials since the last gain.
+_SELECT_ENDS = (
+    sqlalchemy.select(TRIALS, VALUES.c.value, _attr(USER_ATTRS, "interval", TRIALS.c.trial_id))
+    .outerjoin(VALUES, VALUES.c.trial_id == TRIALS.c.trial_id)
+    .where(TRIALS.c.study_id == _STUDY, TRIALS.c.trial_id > sqlalchemy.bindparam("above"))
+    .order_by(TRIALS.c.trial_id)
+)
 
 
 @lru_cache

@@ -15,6 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpsearch.config.definition import StudyDefinition
 from hpsearch.monitor.status import Watch, estimate_seconds_left, summarize_search
+from hpsearch.monitor.text import describe_patience
 from hpsearch.search.study import open_study
 from hpsearch.storage import tables
 from hpsearch.storage.budget import seconds_searched
@@ -151,6 +152,26 @@ def test_the_budget_is_over_by_trials_minutes_target_or_failures(url: str) -> No
     assert not Watch(make_definition(definition.study.storage, budget=usual)).poll().is_over
 
 
+def test_patience_is_over_only_once_no_trial_runs_and_makes_an_early_end_possible(
+    watch: Watch, study: optuna.Study
+) -> None:
+    plenty = {"trials": 600, "epochs": 10}
+    study.set_user_attr("budget", plenty)
+    without = watch.poll().seconds_left
+    study.set_user_attr("budget", plenty | {"patience": 5})
+    snapshot = watch.poll()
+    assert snapshot.status["since_gain"] > 5
+    assert not snapshot.is_over
+    assert snapshot.seconds_left
+    assert without
+    assert snapshot.seconds_left[0] < without[0]
+    assert snapshot.seconds_left[1] == pytest.approx(without[1], rel=0.1)
+    n = snapshot.status["since_gain"]
+    assert describe_patience(snapshot.status) == f"{n} trials since the last gain beyond chance (limit 5)"
+    ended = {**snapshot.status, "trials": snapshot.status["trials"] | {"running": 0}}
+    assert replace(snapshot, status=ended, workers=[]).is_over
+
+
 def test_seconds_searched_leave_pauses_out_and_count_parallel_trials_once() -> None:
     start = datetime(2026, 1, 1)
     moments = [start + timedelta(seconds=s) for s in range(100)]
@@ -232,7 +253,7 @@ def test_a_limit_other_than_trials_is_not_lifted_by_more_trials(watch: Watch, st
     snapshot = replace(watch.poll(), workers=[])
     assert (
         snapshot.suggest_next("small")
-        == "a limit (minutes, target or failures) has been reached; raise it in the study file to continue"
+        == "a limit (minutes, target, patience or failures) has been reached; raise it in the study file to continue"
     )
     study.set_user_attr("budget", {"trials": 31, "epochs": 10})
     assert "hpsearch add small" in replace(watch.poll(), workers=[]).suggest_next("small")

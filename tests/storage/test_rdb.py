@@ -216,11 +216,11 @@ def test_trials_that_have_ended_are_read_once_for_the_minutes_that_they_took(sto
         reads.append(max(n_read))
     if storage.engine.name == "postgresql":  # SQLite does not count them
         assert reads == [4, 1, 1]
-    assert next(iter(storage._searched.values())).until == 6
+    assert next(iter(storage._past.values())).time.until == 6
 
 
 def test_the_queries_of_each_trial_use_an_index(storage: Storage) -> None:
-    study = start_study(storage, target=0.9, trials=99)
+    study = start_study(storage, target=0.9, patience=9, trials=99)
     statements: dict[str, Any] = {}
     sqlalchemy.event.listen(
         storage.engine,
