@@ -215,12 +215,12 @@ class Network(NamesCode):
 
 class Sampler(Table):
     kind: Literal["tpe", "random", "gp", "cmaes"] = "tpe"
-    startup: int = Field(10, ge=1, description="trials before the sampler learns, at random or from the priors")
+    startup: int = Field(6, ge=1, description="trials before the sampler learns, at random or from the priors")
     prior: bool = Field(True, description="tpe begins with values that are likely to be good")
 
 
 class Pruner(Table):
-    kind: Literal["asha", "hyperband", "median", "none"] = "median"
+    kind: Literal["asha", "hyperband", "median", "none"] = "asha"
 
 
 class Recovery(Table):
@@ -289,16 +289,16 @@ class StudyDefinition(Table):
     def identity(self) -> dict[str, Any]:
         """Return the settings that must not change for trials to be comparable, as `section.key` to value.
 
-        Budget, recovery, retrain, priors and the location may change; the epochs of a trial may not, because trial
-        values depend on them.
+        Budget, sampler with its priors, pruner, recovery, retrain and the location may change; the epochs of a trial
+        may not, because trial values depend on them.
         """
         tables = self.to_tables()
-        for table in (*tables["search"].values(), tables["sampler"]):
+        for table in tables["search"].values():
             table.pop("prior", None)
         identity = {"try": tables["try"], "study.seed": self.study.seed, "budget.epochs": self.budget.epochs}
         if self.study.metric != "accuracy":  # older versions knew no other
             identity["study.metric"] = self.study.metric
-        for section in ("data", "network", "search", "fixed", "sampler", "pruner"):
+        for section in ("data", "network", "search", "fixed"):
             values = {f"{section}.{key}": value for key, value in tables[section].items()}
             for key in {"data.folder", "data.file"} & values.keys():
                 values[key] = "."  # wherever they are: `check_data` compares the images

@@ -1,6 +1,6 @@
 """The pruners of a study, which stop unpromising trials early and say why, and the callback that asks them.
 
-The default, the median pruner, was chosen with `scripts/benchmark quality`: see tests/benchmark/README.md.
+The default, asynchronous successive halving, was chosen with `scripts/benchmark replay`: see tests/benchmark/README.md.
 """
 
 from typing import Any

@@ -80,8 +80,8 @@ def open_study(definition: StudyDefinition, storage: Storage, *, keeps_extension
     - `run` sets it to the study file's number, or keeps what `add` has set since the file had another number.
 
     It is never below the number of finished and running trials. Raises `StudyMismatch`, and changes nothing, if the
-    stored study was started with a different definition; budget, recovery and retrain may differ. Raises the errors of
-    `check_new` if there is no such study yet.
+    stored study was started with another definition; budget, sampler, pruner, recovery and retrain may differ. Raises
+    the errors of `check_new` if there is no such study yet.
     """
     name = definition.study.name
     with creation_lock(storage.engine.url):
@@ -259,7 +259,9 @@ def _find_differences(attributes: dict[str, Any], definition: StudyDefinition) -
     """Return a line for each setting that differs; equal numbers, which older versions wrote as in the file, do not."""
     if attributes["fingerprint"] == definition.fingerprint:
         return []
-    stored, wanted = attributes["identity"], definition.identity
+    wanted = definition.identity
+    may_change = ("sampler.", "pruner.")  # in older versions they might not
+    stored = {key: value for key, value in attributes["identity"].items() if not key.startswith(may_change)}
     with suppress(DefinitionError):  # of another version; then it is compared as it is
         stored = read_identity(stored, definition.codes)
     code = definition.network.code

@@ -15,8 +15,8 @@ from hpsearch.search.selection import find_best
 from hpsearch.search.study import check_writable, load_study, open_study, start_study
 from hpsearch.storage.rdb import Storage, open_storage
 
+from ..conftest import SEARCH, make_definition
 from ..conftest import fill as write_many
-from ..conftest import make_definition
 
 
 def fill(storage: Storage) -> optuna.Study:
@@ -81,13 +81,13 @@ def test_a_study_whose_creation_was_killed_is_completed(storage: Storage) -> Non
 def test_a_changed_search_is_refused_with_the_differing_keys_and_changes_nothing(storage: Storage) -> None:
     study = open_study(make_definition(), storage)
     before = study.user_attrs
-    changed = make_definition(budget={"trials": 99, "epochs": 3}, fixed={"depth": 3}, sampler={"kind": "random"})
+    changed = make_definition(budget={"trials": 99, "epochs": 3}, fixed={"depth": 3}, study={"seed": 8})
     with pytest.raises(StudyMismatch) as caught:
         open_study(changed, storage)
     message = str(caught.value)
     assert "budget.epochs: 2 -> 3" in message
     assert "fixed.depth: 2 -> 3" in message
-    assert "sampler.kind: tpe -> random" in message
+    assert "study.seed: 0 -> 8" in message
     assert "budget.trials" not in message
     assert study.user_attrs == before
 
@@ -100,6 +100,7 @@ def test_a_study_of_an_older_version_opens_with_the_file_that_made_it_or_with_eq
     )
     study = open_study(made, storage)
     identity = made.identity | {"search.dropout": {"choice": [0, 0.5]}, "try": [{"lr": 1, "dropout": 0}]}
+    identity |= {"sampler.kind": "tpe", "sampler.startup": 10, "pruner.kind": "median"}  # the defaults then
     study.set_user_attr("identity", identity)  # as it was written in the file
     study.set_user_attr("fingerprint", "of that")
     for definition in (made, equal):
@@ -148,9 +149,18 @@ def test_a_study_that_does_not_maximize_one_value_is_not_taken(storage: Storage,
 
 @pytest.mark.parametrize(
     ("section", "values"),
-    [("budget", {"trials": 9}), ("recovery", {"grace": 99}), ("retrain", {"epochs": 9})],
+    [
+        ("budget", {"trials": 9}),
+        ("sampler", {"kind": "random"}),
+        ("pruner", {"kind": "none"}),
+        ("search", SEARCH | {"lr": {"float": [1e-3, 1e-1], "log": True, "prior": 0.02}}),
+        ("recovery", {"grace": 99}),
+        ("retrain", {"epochs": 9}),
+    ],
 )
-def test_budget_recovery_and_retrain_may_change(storage: Storage, section: str, values: dict[str, Any]) -> None:
+def test_what_does_not_change_the_value_of_a_trial_may_change(
+    storage: Storage, section: str, values: dict[str, Any]
+) -> None:
     open_study(make_definition(), storage)
     study = open_study(make_definition(None, **{section: values}), storage)
     assert study.user_attrs["budget"]["trials"] == (9 if section == "budget" else 4)
