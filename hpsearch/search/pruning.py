@@ -34,17 +34,19 @@ class ThresholdPruner(optuna.pruners.BasePruner):
     """Prunes a trial whose value, to be maximized, is below a threshold.
 
     `reasons` has, by trial number, why a trial was pruned: `epoch`, `value` (which was compared), `threshold` (the
-    value needed to continue) and `rule` (what the threshold is).
+    value needed to continue), `rule` (what the threshold is), and whether the value is that of `averaged` weights.
     """
 
     def __init__(self) -> None:
         self.reasons: dict[int, dict[str, Any]] = {}
 
-    def is_below(self, trial: FrozenTrial, value: float, threshold: float, rule: str) -> bool:
+    def is_below(
+        self, trial: FrozenTrial, value: float, threshold: float, rule: str, *, averaged: bool = False
+    ) -> bool:
         """Return whether the value is below the threshold, and keep the reason if it is."""
         if value < threshold:
             reason = {"epoch": trial.last_step, "value": value, "threshold": threshold, "rule": rule}
-            self.reasons[trial.number] = reason
+            self.reasons[trial.number] = reason | ({"averaged": True} if averaged else {})
         return value < threshold
 
 
@@ -82,8 +84,8 @@ class AshaPruner(ThresholdPruner):
         others = (other for other in study.get_trials(deepcopy=False) if other.number != trial.number)
         values = sorted(self.signal(each, epoch) for each in [*others, trial] if epoch in each.intermediate_values)
         n_kept = max(len(values) // _FACTOR, 1)
-        value = self.signal(trial, epoch)
-        return self.is_below(trial, value, values[-n_kept], f"top {n_kept} of {len(values)} trials")
+        rule, averaged = f"top {n_kept} of {len(values)} trials", "averaged" in trial.user_attrs
+        return self.is_below(trial, self.signal(trial, epoch), values[-n_kept], rule, averaged=averaged)
 
     def signal(self, trial: FrozenTrial, epoch: int) -> float:
         """Return what is compared, to be maximized: the metric of the averaged weights, or else the report."""

@@ -44,9 +44,11 @@ def name_state(trial: FrozenTrial) -> str:
 def find_value(trial: FrozenTrial) -> float | None:
     """Return the value of an ended trial: the last one, or the one that the pruner compared.
 
-    The median pruner compares the best one so far; Optuna's value of a pruned trial is always the last one.
+    The median pruner compares the best one so far; Optuna's value of a pruned trial is always the last one. That of
+    averaged weights, which successive halving compares, is not a value of the trial.
     """
-    compared = trial.user_attrs.get("pruning", {}).get("value") if trial.state == TrialState.PRUNED else None
+    pruning = trial.user_attrs.get("pruning", {}) if trial.state == TrialState.PRUNED else {}
+    compared = None if pruning.get("averaged") else pruning.get("value")
     return trial.value if compared is None else compared
 
 
@@ -66,5 +68,6 @@ def explain_end(trial: FrozenTrial) -> str:
         if value == threshold:
             value, threshold = (f"{pruning[key]:.6f}" for key in ("value", "threshold"))
         is_last = pruning["value"] == trial.intermediate_values.get(pruning["epoch"], pruning["value"])
-        return f"{'' if is_last else 'best '}{value} < {threshold} ({pruning['rule']}) at epoch {pruning['epoch']}"
+        which = "averaged " if pruning.get("averaged") else "" if is_last else "best "
+        return f"{which}{value} < {threshold} ({pruning['rule']}) at epoch {pruning['epoch']}"
     return ""
