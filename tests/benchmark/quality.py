@@ -13,17 +13,15 @@ import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from hpsearch.config.definition import StudyDefinition, load_definition, parse_definition
+from hpsearch.config.definition import StudyDefinition, parse_definition
 from hpsearch.errors import Drained
 from tests.acceptance.commands import HPSEARCH, environment
+from tests.benchmark.record import TASKS
+from tests.benchmark.replay import DEFAULT, HYPERBAND, MEDIAN, RANDOM, STRATEGIES, count_epochs
 from tests.benchmark.report import Options, Row, summarize
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "random, no pruning": {"sampler": {"kind": "random"}, "pruner": {"kind": "none"}},
-    "TPE, median (default)": {"sampler": {"kind": "tpe"}, "pruner": {"kind": "median"}},
-    "TPE, ASHA": {"sampler": {"kind": "tpe"}, "pruner": {"kind": "asha"}},
-    "TPE, Hyperband": {"sampler": {"kind": "tpe"}, "pruner": {"kind": "hyperband"}},
-}
+_TASKS = ("digits", "mnist-mlp-4000", "mnist-mlp")
+_WAYS = (RANDOM, MEDIAN, HYPERBAND, DEFAULT)
 
 
 class Course(NamedTuple):
@@ -38,13 +36,12 @@ class Course(NamedTuple):
         return next((n for n, best in zip(self.epochs, self.best, strict=True) if best >= accuracy), float("inf"))
 
 
-def define(seed: int, variant: dict[str, Any]) -> StudyDefinition:
-    """`mnist-mlp` without its first guess, and with any number of trials."""
-    tables = load_definition("mnist-mlp").to_tables()
-    tables.pop("try", None)
-    tables["study"] = {"name": "quality", "storage": "sqlite:///quality.db", "seed": seed}
+def define(task: str, seed: int, way: str) -> StudyDefinition:
+    """A task of the recorded ones, searched in a way, with any number of trials."""
+    tables = STRATEGIES[way].define(TASKS[task], seed).to_tables()
+    tables["study"] |= {"name": "quality", "storage": "sqlite:///quality.db"}
     tables["budget"]["trials"] = 1_000_000
-    return parse_definition(tables | variant)
+    return parse_definition(tables)
 
 
 def search(folder: Path, definition: StudyDefinition, n_epochs: int) -> Course:
@@ -99,22 +96,26 @@ def follow(trials: Sequence[FrozenTrial], n_epochs: int) -> Course:
 
 def quality(folder: Path, options: Options) -> list[Row]:
     """What each way finds in the epochs of random search, and how early it has random search's mean best accuracy."""
-    budget = load_definition("mnist-mlp").budget
-    n_epochs = budget.trials * budget.epochs
-    courses: dict[str, list[Course]] = {name: [] for name in VARIANTS}
+    return [row for task in _TASKS for row in _compare(task, folder, options)]
+
+
+def _compare(task: str, folder: Path, options: Options) -> list[Row]:
+    n_epochs = count_epochs(TASKS[task])
+    courses: dict[str, list[Course]] = {way: [] for way in _WAYS}
     for seed in range(options.repeats):
-        for name, variant in VARIANTS.items():
-            courses[name].append(course := search(folder, define(seed, variant), n_epochs))
-            print(f"  {name}: {course.best[-1]} in {course.epochs[-1]} epochs", file=sys.stderr, flush=True)
-    references, *_ = courses.values()
-    target = float(np.mean([reference.best[-1] for reference in references]))
+        for way, runs in courses.items():
+            runs.append(course := search(folder, define(task, seed, way), n_epochs))
+            print(f"  {task}, {way}: {course.best[-1]} in {course.epochs[-1]} epochs", file=sys.stderr, flush=True)
+    target = float(np.mean([run.best[-1] for run in courses[RANDOM]]))
     rows = []
-    for name, runs in courses.items():
-        goal = "3x / 8x" if "default" in name else ""
-        rows.append(summarize("quality", f"{name}: best accuracy", "", [run.best[-1] for run in runs]))
+    for way, runs in courses.items():
+        rows.append(summarize(f"quality {task}", f"{way}: best accuracy", "", [run.best[-1] for run in runs]))
         fewer = [n_epochs / run.epochs_to(target) for run in runs]  # 0 where it is not reached
-        rows.append(summarize("quality", f"{name}: fewer epochs than {n_epochs} to {target:.4f}", "x", fewer, goal))
-    draw(courses, target, options.output / "quality.png")
+        goal = "5x / 8x" if way == DEFAULT else ""
+        rows.append(
+            summarize(f"quality {task}", f"{way}: fewer epochs than {n_epochs} to {target:.4f}", "x", fewer, goal)
+        )
+    draw(courses, target, options.output / f"quality-{task}.png")
     return rows
 
 

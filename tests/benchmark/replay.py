@@ -19,8 +19,10 @@ import numpy as np
 import optuna
 from numpy.typing import NDArray
 from optuna.trial import FrozenTrial, TrialState
+from scipy.stats import spearmanr
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.gaussian_process import GaussianProcessRegressor
-from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
+from sklearn.gaussian_process.kernels import ConstantKernel, Kernel, Matern, WhiteKernel
 
 from hpsearch.config.definition import StudyDefinition, parse_definition
 from hpsearch.config.space import Choice, Range, SearchSpace, suggest
@@ -33,6 +35,7 @@ from tests.benchmark.report import Options, Row
 _WORST = (0.1, 2.302585, 2.302585, 0.1, 2.302585)  # of guessing among ten classes
 _N_WORKERS = 2
 _N_NEAREST = 12  # pairs of trainings that the noise of a configuration is drawn from
+_N_FOLDS = 5
 
 Array = NDArray[np.float64]
 
@@ -58,32 +61,36 @@ class Surrogate:
         rows = [*first.values()]
         self.rows, self.params, self.pairs = rows, params, pairs
         self.logs = logs
+        self._kernel = self._fit_kernel(rows[:: max(len(rows) // 250, 1)])
         self.fit(rows)
         halves = np.array([(logs[a] - logs[b]) / math.sqrt(2) for a, b in pairs])
-        levels = np.array([(logs[a, self._last] + logs[b, self._last]) / 2 for a, b in pairs])
+        last = self.column("accuracy")
+        levels = np.array([(logs[a, last] + logs[b, last]) / 2 for a, b in pairs])
         order = np.argsort(levels)
         self._levels, self._halves = levels[order], halves[order]
-        self._known: dict[str, Array] = {}
 
-    @property
-    def _last(self) -> int:
-        return (int(self.n_epochs) - 1) * len(SIGNALS)
+    def column(self, signal: str) -> int:
+        """Return the column of `logs` with a signal after the last epoch."""
+        return (int(self.n_epochs) - 1) * len(SIGNALS) + SIGNALS.index(signal)
 
-    def fit(self, rows: Sequence[int]) -> None:
-        """Fit the Gaussian process to these rows."""
+    def _fit_kernel(self, rows: Sequence[int]) -> Kernel:
+        """Return the kernel that suits the accuracies after the first and the last epoch of these rows."""
+        inputs = np.array([self.encode(self.params[row]) for row in rows])
+        targets = self.logs[rows][:, [0, self.column("accuracy")]]
+        scales = ConstantKernel(1.0, (1e-2, 1e3)) * Matern(np.ones(inputs.shape[1]), (5e-2, 1e2), nu=2.5)
+        process = GaussianProcessRegressor(scales + WhiteKernel(0.1, (1e-4, 1)), normalize_y=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # of a dimension that does not matter
+            return process.fit(inputs, targets).kernel_
+
+    def fit(self, rows: Sequence[int] | NDArray[np.int64]) -> None:
+        """Condition the Gaussian process on these rows."""
         inputs = np.array([self.encode(self.params[row]) for row in rows])
         targets = self.logs[rows]
+        self._known: dict[str, Array] = {}
         self._mean, self._scale = targets.mean(0), targets.std(0)
         scaled = (targets - self._mean) / self._scale
-        n = inputs.shape[1]
-        kernel = ConstantKernel(1.0, (1e-2, 1e3)) * Matern(np.ones(n), (5e-2, 1e2), nu=2.5) + WhiteKernel(
-            0.1, (1e-4, 1)
-        )
-        few = slice(None, None, max(len(rows) // 250, 1))
-        fitted = GaussianProcessRegressor(kernel, n_restarts_optimizer=0, random_state=0).fit(
-            inputs[few], scaled[few][:, :: len(SIGNALS)]
-        )
-        self._process = GaussianProcessRegressor(fitted.kernel_, optimizer=None).fit(inputs, scaled)
+        self._process = GaussianProcessRegressor(self._kernel, optimizer=None).fit(inputs, scaled)
 
     def encode(self, params: Mapping[str, Any]) -> list[float]:
         """Return the place of a configuration: numbers from 0 to 1, and one number for each choice."""
@@ -180,19 +187,21 @@ class SignalPruner(AshaPruner):
 
 
 class Course(NamedTuple):
-    """After each trial that is the best so far: the epochs of all trials, and its accuracy without noise."""
+    """After each trial that is the best so far: the epochs of all trials, its accuracy without noise, its report."""
 
     epochs: list[int]
     values: list[float]
+    reports: list[float]
 
     def value_after(self, n_epochs: int) -> float:
         """Return the value of the best trial after so many epochs; 0 before the first is complete."""
         n = bisect_right(self.epochs, n_epochs)
         return self.values[n - 1] if n else 0.0
 
-    def epochs_to(self, value: float) -> float:
+    def epochs_to(self, value: float, *, reported: bool = False) -> float:
         """Return the epochs after which the best trial was as good as that; infinite if it never was."""
-        return next((n for n, reached in zip(self.epochs, self.values, strict=True) if reached >= value), math.inf)
+        reached = zip(self.epochs, self.reports if reported else self.values, strict=True)
+        return next((n for n, each in reached if each >= value), math.inf)
 
 
 def simulate(task: Task, surrogate: Surrogate, strategy: Strategy, seed: int, n_epochs: int) -> Course:
@@ -208,7 +217,7 @@ def simulate(task: Task, surrogate: Surrogate, strategy: Strategy, seed: int, n_
     study.pruner = SignalPruner(curves, strategy.signal) if is_asha else build_pruner(definition)
     samplers = [build_sampler(definition, stream) for stream in range(_N_WORKERS)]
     running: list[optuna.Trial | None] = [None] * _N_WORKERS
-    course, best = Course([], []), -math.inf
+    course, best = Course([], [], []), -math.inf
     for spent in range(1, n_epochs + 1):
         worker = spent % _N_WORKERS
         study.sampler = samplers[worker]
@@ -226,6 +235,7 @@ def simulate(task: Task, surrogate: Surrogate, strategy: Strategy, seed: int, n_
                 best = value
                 course.epochs.append(spent)
                 course.values.append(surrogate.value(trial.params))
+                course.reports.append(value)
         elif trial.should_prune():
             study.tell(trial, state=TrialState.PRUNED)
         else:
@@ -234,13 +244,19 @@ def simulate(task: Task, surrogate: Surrogate, strategy: Strategy, seed: int, n_
 
 
 _OLD = {"kind": "tpe", "startup": 10, "prior": False}
+RANDOM = "random, no pruning"
+MEDIAN = "TPE, median (the default until 2026)"
+HYPERBAND = "TPE, Hyperband"
+DEFAULT = "default: priors, TPE, ASHA of averaged weights"
 STRATEGIES = {
-    "random, no pruning": Strategy({"sampler": {"kind": "random"}, "pruner": {"kind": "none"}}),
-    "TPE, median (default until 2026)": Strategy({"sampler": _OLD, "pruner": {"kind": "median"}}),
+    RANDOM: Strategy({"sampler": {"kind": "random"}, "pruner": {"kind": "none"}}),
+    MEDIAN: Strategy({"sampler": _OLD, "pruner": {"kind": "median"}}),
     "TPE, ASHA": Strategy({"sampler": _OLD, "pruner": {"kind": "asha"}}),
-    "TPE, Hyperband": Strategy({"sampler": _OLD, "pruner": {"kind": "hyperband"}}),
-    "default: priors, ASHA of averaged weights": Strategy({}, "averaged_accuracy"),
+    HYPERBAND: Strategy({"sampler": _OLD, "pruner": {"kind": "hyperband"}}),
+    DEFAULT: Strategy({}, "averaged_accuracy"),
     "without priors": Strategy({"sampler": {"prior": False}}, "averaged_accuracy"),
+    "startup after 4 trials": Strategy({"sampler": {"startup": 4}}, "averaged_accuracy"),
+    "startup after 10 trials": Strategy({"sampler": {"startup": 10}}, "averaged_accuracy"),
     "without pruning": Strategy({"pruner": {"kind": "none"}}),
     "with the median pruner": Strategy({"pruner": {"kind": "median"}}),
     "ASHA of the accuracy": Strategy({}),
@@ -253,33 +269,62 @@ _N_SEARCHES = 200
 _SHARES = {"a tenth": 0.1, "a third": 1 / 3, "all": 1.0}
 
 
+def count_epochs(task: Task) -> int:
+    """Return the epochs of the task's whole budget without pruning."""
+    budget = define(task).budget
+    return budget.trials * budget.epochs
+
+
 def replay(folder: Path, options: Options) -> list[Row]:
-    """Return how many epochs each strategy needs for random search's median best, and how good it gets."""
+    """Return how many epochs each strategy needs for random search's best, and how good it gets."""
     rows: list[Row] = []
     with ProcessPoolExecutor(_N_WORKERS, get_context("spawn")) as pool:
         for name in list_recorded():
-            budget = define(TASKS[name]).budget
-            n_epochs = budget.trials * budget.epochs
-            futures = {label: pool.submit(_simulate_all, name, label, n_epochs) for label in STRATEGIES}
+            futures = {label: pool.submit(_simulate_all, name, label) for label in STRATEGIES}
+            rows += _judge_surrogate(name, load_surrogate(name))
             courses = {label: future.result() for label, future in futures.items()}
-            [random, usual, *_] = courses.values()
-            targets = {
-                "random search's best": float(np.median([course.value_after(n_epochs) for course in random])),
-                "the best of TPE and median": float(np.median([course.value_after(n_epochs) for course in usual])),
-            }
-            rows += _summarize(name, courses, targets, n_epochs)
-            draw(courses, n_epochs, options.output / f"replay-{name}.png")
+            rows += _summarize(name, courses)
+            draw(courses, count_epochs(TASKS[name]), options.output / f"replay-{name}.png")
     return rows
 
 
-def _summarize(
-    name: str, courses: Mapping[str, Sequence[Course]], targets: Mapping[str, float], n_epochs: int
-) -> Iterator[Row]:
-    for what, target in targets.items():
+def _judge_surrogate(name: str, surrogate: Surrogate) -> Iterator[Row]:
+    """Yield how far the surrogate is from configurations that it was not fitted to, and how far seeds are apart."""
+    rows, last = np.array(surrogate.rows), surrogate.column("accuracy")
+    errors, predicted = np.empty(len(rows)), np.empty(len(rows))
+    for fold in range(_N_FOLDS):
+        held_out = np.arange(len(rows)) % _N_FOLDS == fold
+        surrogate.fit(rows[~held_out])
+        predicted[held_out] = [surrogate.mean_logs(surrogate.params[row])[-1, 0] for row in rows[held_out]]
+    surrogate.fit(rows)
+    recorded = surrogate.logs[rows, last]
+    good = recorded <= np.median(recorded)
+    errors = 100 * np.abs(np.exp(predicted) - np.exp(recorded))
+    seeds = np.array([100 * abs(np.diff(np.exp(surrogate.logs[[a, b], last]))[0]) for a, b in surrogate.pairs])
+    text = "surrogate: error of the final accuracy of held-out configurations"
+    for which, chosen in (("all", np.full(len(rows), True)), ("the better half", good)):
+        low, median, high = np.percentile(errors[chosen], (5, 50, 95))
+        yield Row(f"replay {name}", f"{text}, {which}", "points", median, low, high, int(chosen.sum()))
+        order = float(spearmanr(predicted[chosen], recorded[chosen]).statistic)
+        yield Row(f"replay {name}", f"surrogate: rank correlation, {which}", "", order, n=int(chosen.sum()))
+    low, median, high = np.percentile(seeds, (5, 50, 95))
+    yield Row(f"replay {name}", "difference of two seeds", "points", median, low, high, len(seeds))
+
+
+def _summarize(name: str, courses: Mapping[str, Sequence[Course]]) -> Iterator[Row]:
+    n_epochs = count_epochs(TASKS[name])
+    finals = {label: [run.value_after(n_epochs) for run in runs] for label, runs in courses.items()}
+    reported = float(np.mean([run.reports[-1] for run in courses[RANDOM]]))
+    targets = [
+        ("random search's best", float(np.median(finals[RANDOM])), False),
+        ("the best of TPE and median", float(np.median(finals[MEDIAN])), False),
+        ("random search's mean best report, as in `quality`", reported, True),
+    ]
+    for what, target, is_report in targets:
         for label, runs in courses.items():
-            fewer = [n_epochs / run.epochs_to(target) for run in runs]  # 0 where it is not reached
+            fewer = [n_epochs / run.epochs_to(target, reported=is_report) for run in runs]  # 0 where it is not reached
             low, median, high = np.percentile(fewer, (5, 50, 95), method="nearest")
-            goal = "5x / 8x" if label.startswith("default") and what.startswith("random") else ""
+            goal = "5x / 8x" if label == DEFAULT and target == targets[0][1] else ""
             text = f"{label}: fewer epochs than {n_epochs} to {what}, {target:.4f}"
             yield Row(f"replay {name}", text, "x", median, low, high, len(runs), goal)
     for label, runs in courses.items():
@@ -294,11 +339,12 @@ def _surrogate(name: str) -> Surrogate:
     return load_surrogate(name)
 
 
-def _simulate_all(name: str, label: str, n_epochs: int) -> list[Course]:
+def _simulate_all(name: str, label: str) -> list[Course]:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    task, surrogate = TASKS[name], _surrogate(name)
     seeds = range(_N_SEARCHES)
-    return [simulate(TASKS[name], _surrogate(name), STRATEGIES[label], seed, n_epochs) for seed in seeds]
+    return [simulate(task, surrogate, STRATEGIES[label], seed, count_epochs(task)) for seed in seeds]
 
 
 def draw(courses: Mapping[str, Sequence[Course]], n_epochs: int, file: Path) -> None:
