@@ -23,6 +23,7 @@ from scipy.stats import spearmanr
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, Kernel, Matern, WhiteKernel
+from threadpoolctl import threadpool_limits
 
 from hpsearch.config.definition import StudyDefinition, parse_definition
 from hpsearch.config.space import Choice, Range, SearchSpace, suggest
@@ -35,6 +36,7 @@ from tests.benchmark.report import Options, Row
 _WORST = (0.1, 2.302585, 2.302585, 0.1, 2.302585)  # of guessing among ten classes
 _N_WORKERS = 2
 _N_NEAREST = 12  # pairs of trainings that the noise of a configuration is drawn from
+_N_FITTED = 150  # at most so many configurations decide the kernel
 _N_FOLDS = 5
 
 Array = NDArray[np.float64]
@@ -61,7 +63,7 @@ class Surrogate:
         rows = [*first.values()]
         self.rows, self.params, self.pairs = rows, params, pairs
         self.logs = logs
-        self._kernel = self._fit_kernel(rows[:: max(len(rows) // 250, 1)])
+        self._kernel = self._fit_kernel(rows[:: math.ceil(len(rows) / _N_FITTED)])
         self.fit(rows)
         halves = np.array([(logs[a] - logs[b]) / math.sqrt(2) for a, b in pairs])
         last = self.column("accuracy")
@@ -278,7 +280,7 @@ def count_epochs(task: Task) -> int:
 def replay(folder: Path, options: Options) -> list[Row]:
     """Return how many epochs each strategy needs for random search's best, and how good it gets."""
     rows: list[Row] = []
-    with ProcessPoolExecutor(_N_WORKERS, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(_N_WORKERS, get_context("spawn"), threadpool_limits, (1,)) as pool:
         for name in list_recorded():
             futures = {label: pool.submit(_simulate_all, name, label) for label in STRATEGIES}
             rows += _judge_surrogate(name, load_surrogate(name))
