@@ -227,7 +227,9 @@ def summarize_search(watch: Watch, command: str) -> list[str]:
     metric = "" if definition.study.metric == "accuracy" else f"{definition.study.metric_title} "
     n_alike, n_others = sum((trial.value or 0.0) >= low for trial in complete) - 1, len(complete) - 1
     tied = f"{n_alike} of the other {n_others} completed trials lie in that interval"
-    if not n_others:
+    if n_others == 1:
+        tied = f"the other completed trial {'lies' if n_alike else 'does not lie'} in that interval"
+    elif not n_others:
         tied = "no other completed trial to compare with"
     if "confirmation" in study.user_attrs:
         tied += f"; {explain_choice(study, command)}"

@@ -74,18 +74,25 @@ class AshaPruner(ThresholdPruner):
 
     This is asynchronous successive halving (Li et al. 2020, https://arxiv.org/abs/1810.05934). While there are fewer
     than three trials, the best one continues. It compares the metric of the averaged weights (see `Trainer`), which
-    tells more about the end of the training than that of the weights.
+    tells more about the end of the training than that of the weights. Trials of older versions have none, so they are
+    compared only with each other.
     """
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
         epoch = trial.last_step or 0
         if epoch not in RUNGS:
             return False
-        others = (other for other in study.get_trials(deepcopy=False) if other.number != trial.number)
-        values = sorted(self.signal(each, epoch) for each in [*others, trial] if epoch in each.intermediate_values)
+        averaged = self.is_averaged(trial, epoch)
+        reached = [each for each in study.get_trials(deepcopy=False) if epoch in each.intermediate_values]
+        others = [each for each in reached if each.number != trial.number and self.is_averaged(each, epoch) == averaged]
+        values = sorted(self.signal(each, epoch) for each in [*others, trial])
         n_kept = max(len(values) // _FACTOR, 1)
-        rule, averaged = f"top {n_kept} of {len(values)} trials", "averaged" in trial.user_attrs
+        rule = f"top {n_kept} of {len(values)} trials"
         return self.is_below(trial, self.signal(trial, epoch), values[-n_kept], rule, averaged=averaged)
+
+    def is_averaged(self, trial: FrozenTrial, epoch: int) -> bool:
+        """Return whether the averaged weights of a trial were measured after an epoch."""
+        return str(epoch) in trial.user_attrs.get("averaged", {})
 
     def signal(self, trial: FrozenTrial, epoch: int) -> float:
         """Return what is compared, to be maximized: the metric of the averaged weights, or else the report."""

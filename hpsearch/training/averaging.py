@@ -12,20 +12,20 @@ _WARMUP = 10  # steps: the average of n steps has a horizon of at most n / 10 + 
 class WeightAverage:
     """The exponential moving average of tensors over about the last `n_steps` calls of `update`.
 
-    `tensors` are a network's parameters and buffers, which it leaves as they are. Those that are not floating-point
-    numbers, such as counters, are not averaged.
+    It is in `tensors`. Those of which it is made, a network's parameters and buffers, are `live`, and it leaves them as
+    they are. Tensors that are not floating-point numbers, such as counters, are not averaged.
     """
 
     def __init__(self, tensors: Sequence[Tensor], n_steps: int) -> None:
-        self._live = [tensor.detach() for tensor in tensors if tensor.is_floating_point()]
-        self.tensors = [tensor.clone() for tensor in self._live]
+        self.live = [tensor.detach() for tensor in tensors if tensor.is_floating_point()]
+        self.tensors = [tensor.clone() for tensor in self.live]
         self._n_steps = n_steps
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Move towards the tensors after a step, counted from 1."""
         weight = max(1 / self._n_steps, _WARMUP / (_WARMUP + step))
-        for average, live in zip(self.tensors, self._live, strict=True):
+        for average, live in zip(self.tensors, self.live, strict=True):
             average.lerp_(live, weight)
 
     def load(self, tensors: Sequence[Tensor]) -> None:
@@ -37,7 +37,7 @@ class WeightAverage:
     @torch.no_grad()
     def used(self) -> Iterator[None]:
         """Give the network the average inside the `with` block."""
-        saved = [live.clone() for live in self._live]
+        saved = [live.clone() for live in self.live]
         self._copy(self.tensors)
         try:
             yield
@@ -45,5 +45,5 @@ class WeightAverage:
             self._copy(saved)
 
     def _copy(self, tensors: Sequence[Tensor]) -> None:
-        for live, tensor in zip(self._live, tensors, strict=True):
+        for live, tensor in zip(self.live, tensors, strict=True):
             live.copy_(tensor)

@@ -197,9 +197,9 @@ class Trainer:
             self.noise.set_state(noise)
         if self._global_random:
             self._global_random.load_state_dict(state["global_random"])
-        if self._average and "average" in state:  # unknown in older versions
-            self._average.load(state["average"])
-            self.averaged = {**state["averaged"]}
+        if self._average:  # unknown in older versions, so then it starts from here
+            self._average.load(state.get("average", self._average.live))
+            self.averaged = {**state.get("averaged", {})}
         self._total_loss.copy_(state["total_loss"])
         self.n_batches = state["n_batches"]
         self.threads = [[*each] for each in state.get("threads", ())]  # unknown in older versions

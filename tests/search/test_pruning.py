@@ -16,7 +16,7 @@ from hpsearch.training.trainer import EpochResult
 EPOCHS = 18
 PAIRS: dict[str, tuple[Callable[[], BasePruner], Callable[[], BasePruner]]] = {
     "median": (lambda: MedianPruner(3), lambda: optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=1)),
-    "asha": (AshaPruner, lambda: SuccessiveHalvingPruner(min_resource=1, reduction_factor=4)),
+    "asha": (AshaPruner, lambda: SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)),
 }
 
 
@@ -63,6 +63,40 @@ def test_a_pruned_trial_says_that_it_is_below_its_threshold(kind: str) -> None:
     assert {trial.user_attrs["pruning"]["rule"].split()[0] for trial in pruned} == {
         "median" if kind == "median" else "top"
     }
+
+
+def report_averaged(study: optuna.Study, epoch: int, value: float, averaged: float | None) -> optuna.Trial:
+    trial = study.ask()
+    if averaged is not None:
+        trial.set_user_attr("averaged", {str(epoch): averaged})
+    trial.report(value, epoch)
+    return trial
+
+
+def test_a_trial_whose_averaged_weights_were_compared_says_so_and_keeps_its_own_value() -> None:
+    study = optuna.create_study(direction="maximize", pruner=AshaPruner())
+    for value, averaged in ((0.97, 0.98), (0.95, 0.96)):
+        report_averaged(study, 3, value, averaged)
+    trial = report_averaged(study, 1, 0.9, 0.91)
+    trial.set_user_attr("averaged", {"1": 0.91, "3": 0.97})
+    with pytest.raises(optuna.TrialPruned):
+        PruningCallback(trial, EPOCHS)(EpochResult(3, 0.0, 0.99))
+    study.tell(trial, state=TrialState.PRUNED)
+    pruned = study.trials[2]
+    assert explain_end(pruned) == "averaged 0.9700 < 0.9800 (top 1 of 3 trials) at epoch 3"
+    assert {find_value(pruned), make_event(pruned).value, describe_trial(pruned)["value"]} == {0.99}
+
+
+def test_averaged_weights_are_compared_with_none_but_averaged_weights() -> None:
+    """The trials of older versions have none; their own weights are better at first, and worse later."""
+    study = optuna.create_study(direction="maximize", pruner=AshaPruner())
+    for value in (0.8, 0.9):
+        report_averaged(study, 1, value, None)
+    assert not report_averaged(study, 1, 0.5, 0.6).should_prune(), "it is the first with averaged weights"
+    assert report_averaged(study, 1, 0.95, 0.5).should_prune()
+    assert report_averaged(study, 1, 0.7, None).should_prune()
+    rules = [reason["rule"] for reason in study.pruner.reasons.values()]  # type: ignore[attr-defined]
+    assert rules == ["top 1 of 2 trials", "top 1 of 3 trials"]
 
 
 def test_the_threshold_of_hyperband_and_of_other_pruners_is_left_out() -> None:

@@ -1,5 +1,7 @@
 """The moving average of weights changes nothing of the training, and continues bit for bit."""
 
+from copy import deepcopy
+
 import torch
 from torch import nn
 
@@ -59,3 +61,13 @@ def test_an_average_continues_bit_for_bit_in_the_middle_of_an_epoch(blobs: Split
         pass
     assert second.averaged == whole.averaged
     assert all(map(torch.equal, second._average.tensors, whole._average.tensors))  # type: ignore[union-attr]
+
+
+def test_an_average_of_a_training_that_had_none_starts_from_the_weights_with_which_it_continues(blobs: Split) -> None:
+    first, second = make_trainer(blobs, ()), make_trainer(blobs, (3,))
+    first.run_epoch()
+    second.load_state_dict(deepcopy(first.state_dict()))
+    assert second._average is not None
+    assert all(map(torch.equal, second._average.tensors, second._average.live))
+    assert [*second] == [*first]
+    assert [*second.averaged] == [3]
