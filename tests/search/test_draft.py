@@ -3,13 +3,17 @@
 import tomllib
 from dataclasses import replace
 
+import numpy as np
+import optuna
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from optuna.trial import TrialState
 
 from hpsearch.config.definition import StudyDefinition, check_new, parse_definition
 from hpsearch.data.inventory import show_name
-from hpsearch.search.draft import Images, choose_shares, choose_size, draft_study
+from hpsearch.search.draft import Images, choose_shares, choose_size, count_epochs, draft_study
+from hpsearch.search.pruning import build_pruner
 
 SIDES = {"train": 0.7, "validation": 0.15, "test": 0.15}
 
@@ -95,12 +99,35 @@ def test_the_budget_suits_the_images_and_the_cores() -> None:
     assert few.budget.minutes == 10
     assert many.budget.minutes == 60
     assert "more minutes, more trials" in draft_study(
-        "x", replace(FLOWERS, counts=count_images(a1=40_000, b1=40_000)), 2
+        "x", replace(FLOWERS, counts=count_images(a1=90_000, b1=90_000)), 2
     )
     first = [draft_study("x", FLOWERS, n_cores).splitlines()[0] for n_cores in (1, 4)]
     minutes = [int(line.split("about ")[1].split()[0]) for line in first]
     assert minutes[0] >= 3 * minutes[1]
     assert [line.split(" on ")[-1] for line in first] == ["1 core.", "4 cores."]
+
+
+@pytest.mark.parametrize("epochs", [10, 30, 100])
+def test_the_epochs_from_which_the_duration_follows_are_about_those_that_the_default_pruner_leaves(epochs: int) -> None:
+    definition = read(FLOWERS)
+    generator, counts = np.random.default_rng(0), []
+    for _ in range(8):
+        study = optuna.create_study(direction="maximize", pruner=build_pruner(definition))
+        waiting = [(study.ask(), generator.normal(), 1) for _ in range(2)]  # trial, quality, epoch: of two workers
+        n_epochs = 0
+        while waiting:
+            trial, quality, epoch = waiting.pop(0)
+            n_epochs += 1
+            trial.report(quality + 0.5 * generator.normal(), epoch)
+            if epoch < epochs and not trial.should_prune():
+                waiting.append((trial, quality, epoch + 1))
+                continue
+            study.tell(trial, state=TrialState.PRUNED)
+            if len(study.trials) < definition.budget.trials:
+                later = generator.normal() + len(study.trials) / definition.budget.trials  # trials get better
+                waiting.append((study.ask(), later, 1))
+        counts.append(n_epochs)
+    assert 0.7 < count_epochs(epochs) / np.mean(counts) < 1.4
 
 
 def test_more_images_need_smaller_shares_for_tests_and_sides_of_ones_own_none() -> None:

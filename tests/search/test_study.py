@@ -201,7 +201,7 @@ def test_a_study_without_a_complete_trial_says_so(storage: Storage) -> None:
 def test_the_summary_has_the_documents_keys_and_counts(storage: Storage) -> None:
     study = fill(storage)
     summary = read_status(make_definition("postgresql://me:secret@host/db"), study)
-    assert list(summary) == ["study", "storage", "metric", "budget", "trials", "best", "workers", "epochs"]
+    assert [*summary] == ["study", "storage", "metric", "budget", "trials", "since_gain", "best", "workers", "epochs"]
     assert "secret" not in summary["storage"]
     assert summary["trials"] == {"complete": 2, "pruned": 1, "failed": 1, "running": 1, "waiting": 1}
     assert summary["best"]["number"] == 2
