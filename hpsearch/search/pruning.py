@@ -3,6 +3,10 @@
 The default, asynchronous successive halving, was chosen with `scripts/benchmark replay`: see tests/benchmark/README.md.
 """
 
+from bisect import insort
+from collections import defaultdict
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -69,6 +73,18 @@ class MedianPruner(ThresholdPruner):
         return self.is_below(trial, best, float(np.percentile(values, 50)), f"median of {len(values)} trials")
 
 
+@dataclass
+class _Past:
+    """Of the first `n_trials` of a study: the places of those that have not ended, and the others' values, sorted.
+
+    The values are by epoch and whether they are those of averaged weights.
+    """
+
+    n_trials: int = 0
+    open_places: list[int] = field(default_factory=list)
+    values: dict[tuple[int, bool], list[float]] = field(default_factory=lambda: defaultdict(list))
+
+
 class AshaPruner(ThresholdPruner):
     """Keeps the best third of the trials that reached the same epoch, after epochs 1, 3, 9, ...
 
@@ -78,17 +94,41 @@ class AshaPruner(ThresholdPruner):
     compared only with each other.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._past = defaultdict[tuple[Any, int], _Past](_Past)  # by storage and study
+
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
         epoch = trial.last_step or 0
         if epoch not in RUNGS:
             return False
-        averaged = self.is_averaged(trial, epoch)
-        reached = [each for each in study.get_trials(deepcopy=False) if epoch in each.intermediate_values]
-        others = [each for each in reached if each.number != trial.number and self.is_averaged(each, epoch) == averaged]
-        values = sorted(self.signal(each, epoch) for each in [*others, trial])
-        n_kept = max(len(values) // _FACTOR, 1)
-        rule = f"top {n_kept} of {len(values)} trials"
-        return self.is_below(trial, self.signal(trial, epoch), values[-n_kept], rule, averaged=averaged)
+        past, averaged = self._past[study._storage, study._study_id], self.is_averaged(trial, epoch)
+        others = [other for other in self._update(past, study) if other.number != trial.number]
+        value = self.signal(trial, epoch)
+        values = [self.signal(each, epoch) for each in others if self._has(each, epoch, averaged=averaged)]
+        ended = past.values[epoch, averaged]
+        n_values = len(ended) + len(values) + 1
+        n_kept = max(n_values // _FACTOR, 1)
+        threshold = sorted([*ended[-n_kept:], *values, value])[-n_kept]
+        return self.is_below(trial, value, threshold, f"top {n_kept} of {n_values} trials", averaged=averaged)
+
+    def _update(self, past: _Past, study: optuna.Study) -> list[FrozenTrial]:
+        """Add to the past the trials that have ended since, and return those that have not ended."""
+        trials = study.get_trials(deepcopy=False)
+        open_places: list[int] = []
+        for place in chain(past.open_places, range(past.n_trials, len(trials))):
+            trial = trials[place]
+            if not trial.state.is_finished():
+                open_places.append(place)
+                continue
+            for epoch in RUNGS:
+                if epoch in trial.intermediate_values:
+                    insort(past.values[epoch, self.is_averaged(trial, epoch)], self.signal(trial, epoch))
+        past.open_places, past.n_trials = open_places, len(trials)
+        return [trials[place] for place in open_places]
+
+    def _has(self, trial: FrozenTrial, epoch: int, *, averaged: bool) -> bool:
+        return epoch in trial.intermediate_values and self.is_averaged(trial, epoch) == averaged
 
     def is_averaged(self, trial: FrozenTrial, epoch: int) -> bool:
         """Return whether the averaged weights of a trial were measured after an epoch."""

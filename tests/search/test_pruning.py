@@ -49,6 +49,12 @@ def test_a_pruner_decides_as_optunas_own_does(kind: str, seed: int) -> None:
     assert 10 < sum(state == TrialState.PRUNED for state, _ in ours) < 60
 
 
+def test_a_pruner_of_two_studies_compares_only_the_trials_of_each() -> None:
+    pruner = AshaPruner()
+    search(pruner, 0)
+    assert [t.last_step for t in search(pruner, 1)] == [t.last_step for t in search(AshaPruner(), 1)]
+
+
 @pytest.mark.parametrize("kind", PAIRS)
 def test_a_pruned_trial_says_that_it_is_below_its_threshold(kind: str) -> None:
     pruned = [trial for trial in search(PAIRS[kind][0](), 0) if trial.state == TrialState.PRUNED]
