@@ -238,6 +238,21 @@ def test_the_end_says_what_was_found_how_sure_and_what_to_type(watch: Watch, stu
     assert following == "next:  hpsearch confirm small  |  hpsearch export small"
 
 
+@pytest.mark.parametrize(
+    ("other", "tied"),
+    [
+        (0.95, "the other completed trial lies in that interval: it may be luck"),
+        (0.5, "the other completed trial does not lie in that interval"),
+    ],
+)
+def test_a_single_other_trial_is_not_counted(tmp_path: Path, other: float, tied: str) -> None:
+    definition = make_definition(f"sqlite:///{tmp_path / 'small.db'}", budget={"trials": 2})
+    study = open_study(definition, open_storage(definition.study.storage))
+    for value in (0.96, other):
+        study.tell(study.ask(), value)
+    assert summarize_search(Watch(definition), "small")[1] == f"tied:  {tied}"
+
+
 def test_an_end_with_budget_left_says_how_to_go_on(watch: Watch, definition: StudyDefinition) -> None:
     others = "next: other workers are still running; watch them with: hpsearch status small --watch"
     assert summarize_search(watch, "small")[1] == others
