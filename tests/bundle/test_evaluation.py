@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpsearch.bundle.evaluation import N_MISTAKES, evaluate, mean_interval, wilson_interval
@@ -39,6 +39,7 @@ def test_a_class_without_images_has_no_recall_and_is_not_in_the_balanced_accurac
     assert [row["recall"] for row in never] == [1.0, 0.0, None]
 
 
+@settings(deadline=None)
 @given(n=st.integers(1, 20_000), share=st.floats(0, 1))
 def test_the_interval_is_wilsons_formula(n: int, share: float) -> None:
     n_right = round(share * n)
