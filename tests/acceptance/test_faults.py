@@ -26,7 +26,8 @@ from .commands import HPSEARCH, environment, epochs_of, hpsearch, processes_of, 
 
 WriteStudy = Callable[..., Path]
 SLOW = "trials = 2\nepochs = 100_000"  # a trial never ends by itself while a test looks
-UNPRUNED = '[pruner]\nkind = "none"\n[recovery]\nheartbeat = 1\ngrace = 4'
+RECOVERY = "[recovery]\nheartbeat = 1\ngrace = 4"
+UNPRUNED = f'[pruner]\nkind = "none"\n{RECOVERY}'
 
 
 def status(file: Path) -> Any:
@@ -51,7 +52,7 @@ def runs_a_trial(file: Path, n: int = 1, above: int = 0) -> Callable[[], bool]:
 
 def test_a_killed_workers_trial_goes_on_and_gets_the_value_that_it_would_have_had(study_file: WriteStudy) -> None:
     file = study_file(
-        f"dropout = 0.2\n{UNPRUNED}\ncheckpoint = 0.1", budget=f"trials = 1\nepochs = {epochs_of(seconds=2)}"
+        f"dropout = 0.2\n{RECOVERY}\ncheckpoint = 0.1", budget=f"trials = 1\nepochs = {epochs_of(seconds=2)}"
     )
     undisturbed = file.parent / "undisturbed"
     undisturbed.mkdir()
@@ -73,6 +74,8 @@ def test_a_killed_workers_trial_goes_on_and_gets_the_value_that_it_would_have_ha
         for folder, name in [(file.parent, "trial-0-1.ckpt"), (undisturbed, "trial-0.ckpt")]
     ]
     assert states[0]["results"] == states[1]["results"]
+    assert states[0]["averaged"] == states[1]["averaged"] != {}
+    assert all(map(torch.equal, states[0]["average"], states[1]["average"]))
     weights = [state["network"] for state in states]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
 
