@@ -12,7 +12,7 @@ import tomlkit
 _UNEQUAL = 2  # times as many images in the largest class as in the smallest one
 _TRIALS = 30
 _MOST_MINUTES = 60  # of a search that would take longer
-_COMPLETE, _EPOCHS_OF_PRUNED = 3, 2  # trials that complete, and epochs of the others on average
+TRAINED = 0.35  # share of all epochs that are trained; pruning saves the others: see the tests
 _SECONDS_PER_PIXEL = 6e-7  # of an epoch of a CNN in the middle of the space, on one core (Xeon, 2.5 GHz)
 _IMAGES_PER_TRIAL = 60_000  # what made shapes of 48x48 need; their epochs are from 10 to 100
 _LONGEST, _SHORTEST = 64, 16  # pixels of the sides that images are scaled to
@@ -60,14 +60,6 @@ def choose_size(sizes: Mapping[tuple[int, int], int]) -> tuple[int, int]:
     return side, side
 
 
-def count_epochs(epochs: int) -> int:
-    """Return about how many epochs the search of a draft trains, given those of a trial that is not pruned.
-
-    The counts are those of simulated searches with the default pruner, from 10 to 100 epochs: see the tests.
-    """
-    return _COMPLETE * epochs + (_TRIALS - _COMPLETE) * _EPOCHS_OF_PRUNED
-
-
 def draft_study(name: str, images: Images, n_cores: int) -> str:
     """Return the text of a commented study file for these images, whose search suits so many cores."""
     import jinja2
@@ -92,7 +84,7 @@ def _plan(images: Images, n_cores: int) -> dict[str, Any]:
     n_training = sizes["train"] - (0 if "validation" in sizes else n_validation)
     epochs = min(max(round(_IMAGES_PER_TRIAL / max(n_training, 1)), 10), 100)
     batch_sizes = (16, 32) if n_training < _FEW else (32, 64) if n_training < _MANY else (64, 128)
-    seconds = count_epochs(epochs) * n_training * height * width * _SECONDS_PER_PIXEL / n_cores
+    seconds = _TRIALS * TRAINED * epochs * n_training * height * width * _SECONDS_PER_PIXEL / n_cores
     minutes = math.ceil(seconds / 60)
     limit = min(max(2 * minutes, 10), _MOST_MINUTES)
     is_long = minutes > _MOST_MINUTES

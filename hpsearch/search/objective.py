@@ -14,7 +14,7 @@ from hpsearch.config.definition import StudyDefinition
 from hpsearch.config.space import TrainingHyperparameters, suggest
 from hpsearch.data.dataset import ImageData
 from hpsearch.errors import Diverged, Drained, StorageUnavailable
-from hpsearch.search.pruning import RUNGS, PruningCallback
+from hpsearch.search.pruning import PruningCallback, find_rungs
 from hpsearch.search.study import check_data, check_direction
 from hpsearch.storage.artifacts import Folder
 from hpsearch.storage.checkpoints import Checkpoint, checkpoints_of
@@ -93,7 +93,7 @@ class Objective:
         seed = trial_seed(self.definition.study.seed, trial)
         environment = describe_environment(self.device)
         trial.set_user_attr("environment", environment)
-        compared = RUNGS if self.definition.pruner.kind == "asha" else ()
+        compared = find_rungs(self.definition.budget.epochs) if self.definition.pruner.kind == "asha" else ()
         trainer = build_trainer(
             self.definition, self.data, hyperparameters, seed, validation=self.data.validation, averaged_after=compared
         )

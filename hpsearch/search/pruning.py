@@ -17,14 +17,18 @@ from hpsearch.config.definition import StudyDefinition
 from hpsearch.training.trainer import EpochResult
 
 _FACTOR = 3  # of so many trials one continues
-RUNGS = [_FACTOR**rung for rung in range(16)]  # epochs
+
+
+def find_rungs(epochs: int) -> list[int]:
+    """Return after which epochs successive halving compares trials of so many: after a ninth and a third of them."""
+    return sorted({max(round(epochs / share), 1) for share in (_FACTOR**2, _FACTOR)} - {epochs})
 
 
 def build_pruner(definition: StudyDefinition) -> optuna.pruners.BasePruner:
     """Build the study's pruner; its resource is the epoch."""
     match definition.pruner.kind:
         case "asha":
-            return AshaPruner()
+            return AshaPruner(definition.budget.epochs)
         case "hyperband":
             epochs = definition.budget.epochs
             return optuna.pruners.HyperbandPruner(min_resource=1, max_resource=epochs, reduction_factor=3)
@@ -86,7 +90,7 @@ class _Past:
 
 
 class AshaPruner(ThresholdPruner):
-    """Keeps the best third of the trials that reached the same epoch, after epochs 1, 3, 9, ...
+    """Keeps the best third of the trials that reached the same epoch, after a ninth and a third of all epochs.
 
     This is asynchronous successive halving (Li et al. 2020, https://arxiv.org/abs/1810.05934). While there are fewer
     than three trials, the best one continues. It compares the metric of the averaged weights (see `Trainer`), which
@@ -94,13 +98,14 @@ class AshaPruner(ThresholdPruner):
     compared only with each other.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, epochs: int) -> None:
         super().__init__()
+        self.rungs = find_rungs(epochs)
         self._past = defaultdict[tuple[Any, int], _Past](_Past)  # by storage and study
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
         epoch = trial.last_step or 0
-        if epoch not in RUNGS:
+        if epoch not in self.rungs:
             return False
         past, averaged = self._past[study._storage, study._study_id], self.is_averaged(trial, epoch)
         others = [other for other in self._update(past, study) if other.number != trial.number]
@@ -121,7 +126,7 @@ class AshaPruner(ThresholdPruner):
             if not trial.state.is_finished():
                 open_places.append(place)
                 continue
-            for epoch in RUNGS:
+            for epoch in self.rungs:
                 if epoch in trial.intermediate_values:
                     insort(past.values[epoch, self.is_averaged(trial, epoch)], self.signal(trial, epoch))
         past.open_places, past.n_trials = open_places, len(trials)

@@ -179,8 +179,8 @@ class Strategy:
 class SignalPruner(AshaPruner):
     """Successive halving that compares a signal of the simulated curves."""
 
-    def __init__(self, curves: Mapping[int, Array], signal: str) -> None:
-        super().__init__()
+    def __init__(self, epochs: int, curves: Mapping[int, Array], signal: str) -> None:
+        super().__init__(epochs)
         self.curves, self.column = curves, SIGNALS.index(signal)
         self.sign = 1 if "accuracy" in signal else -1
 
@@ -216,7 +216,9 @@ def simulate(task: Task, surrogate: Surrogate, strategy: Strategy, seed: int, n_
     curves: dict[int, Array] = {}
     study = optuna.create_study(direction="maximize")
     is_asha = definition.pruner.kind == "asha"
-    study.pruner = SignalPruner(curves, strategy.signal) if is_asha else build_pruner(definition)
+    study.pruner = (
+        SignalPruner(definition.budget.epochs, curves, strategy.signal) if is_asha else build_pruner(definition)
+    )
     samplers = [build_sampler(definition, stream) for stream in range(_N_WORKERS)]
     running: list[optuna.Trial | None] = [None] * _N_WORKERS
     course, best = Course([], [], []), -math.inf

@@ -12,8 +12,8 @@ from optuna.trial import TrialState
 
 from hpsearch.config.definition import StudyDefinition, check_new, parse_definition
 from hpsearch.data.inventory import show_name
-from hpsearch.search.draft import Images, choose_shares, choose_size, count_epochs, draft_study
-from hpsearch.search.pruning import build_pruner
+from hpsearch.search.draft import TRAINED, Images, choose_shares, choose_size, draft_study
+from hpsearch.search.pruning import AshaPruner
 
 SIDES = {"train": 0.7, "validation": 0.15, "test": 0.15}
 
@@ -112,7 +112,7 @@ def test_the_epochs_from_which_the_duration_follows_are_about_those_that_the_def
     definition = read(FLOWERS)
     generator, counts = np.random.default_rng(0), []
     for _ in range(8):
-        study = optuna.create_study(direction="maximize", pruner=build_pruner(definition))
+        study = optuna.create_study(direction="maximize", pruner=AshaPruner(epochs))
         waiting = [(study.ask(), generator.normal(), 1) for _ in range(2)]  # trial, quality, epoch: of two workers
         n_epochs = 0
         while waiting:
@@ -127,7 +127,7 @@ def test_the_epochs_from_which_the_duration_follows_are_about_those_that_the_def
                 later = generator.normal() + len(study.trials) / definition.budget.trials  # trials get better
                 waiting.append((study.ask(), later, 1))
         counts.append(n_epochs)
-    assert 0.7 < count_epochs(epochs) / np.mean(counts) < 1.4
+    assert 0.8 < TRAINED * definition.budget.trials * epochs / np.mean(counts) < 1.25
 
 
 def test_more_images_need_smaller_shares_for_tests_and_sides_of_ones_own_none() -> None:

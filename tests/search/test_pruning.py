@@ -9,14 +9,17 @@ from optuna.pruners import BasePruner, HyperbandPruner, NopPruner, SuccessiveHal
 from optuna.trial import FrozenTrial, TrialState
 
 from hpsearch.monitor.trials import describe_trial
-from hpsearch.search.pruning import AshaPruner, MedianPruner, PruningCallback
+from hpsearch.search.pruning import AshaPruner, MedianPruner, PruningCallback, find_rungs
 from hpsearch.search.trials import explain_end, find_value, make_event
 from hpsearch.training.trainer import EpochResult
 
 EPOCHS = 18
 PAIRS: dict[str, tuple[Callable[[], BasePruner], Callable[[], BasePruner]]] = {
     "median": (lambda: MedianPruner(3), lambda: optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=1)),
-    "asha": (AshaPruner, lambda: SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)),
+    "asha": (
+        lambda: AshaPruner(EPOCHS),
+        lambda: SuccessiveHalvingPruner(min_resource=EPOCHS // 9, reduction_factor=3),
+    ),
 }
 
 
@@ -50,9 +53,9 @@ def test_a_pruner_decides_as_optunas_own_does(kind: str, seed: int) -> None:
 
 
 def test_a_pruner_of_two_studies_compares_only_the_trials_of_each() -> None:
-    pruner = AshaPruner()
+    pruner = AshaPruner(EPOCHS)
     search(pruner, 0)
-    assert [t.last_step for t in search(pruner, 1)] == [t.last_step for t in search(AshaPruner(), 1)]
+    assert [t.last_step for t in search(pruner, 1)] == [t.last_step for t in search(AshaPruner(EPOCHS), 1)]
 
 
 @pytest.mark.parametrize("kind", PAIRS)
@@ -71,6 +74,13 @@ def test_a_pruned_trial_says_that_it_is_below_its_threshold(kind: str) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("epochs", "rungs"), [(1, []), (2, [1]), (4, [1]), (6, [1, 2]), (9, [1, 3]), (15, [2, 5]), (100, [11, 33])]
+)
+def test_trials_are_compared_after_a_ninth_and_a_third_of_their_epochs(epochs: int, rungs: list[int]) -> None:
+    assert find_rungs(epochs) == rungs
+
+
 def report_averaged(study: optuna.Study, epoch: int, value: float, averaged: float | None) -> optuna.Trial:
     trial = study.ask()
     if averaged is not None:
@@ -80,27 +90,27 @@ def report_averaged(study: optuna.Study, epoch: int, value: float, averaged: flo
 
 
 def test_a_trial_whose_averaged_weights_were_compared_says_so_and_keeps_its_own_value() -> None:
-    study = optuna.create_study(direction="maximize", pruner=AshaPruner())
+    study = optuna.create_study(direction="maximize", pruner=AshaPruner(EPOCHS))
     for value, averaged in ((0.97, 0.98), (0.95, 0.96)):
-        report_averaged(study, 3, value, averaged)
-    trial = report_averaged(study, 1, 0.9, 0.91)
-    trial.set_user_attr("averaged", {"1": 0.91, "3": 0.97})
+        report_averaged(study, 6, value, averaged)
+    trial = report_averaged(study, 2, 0.9, 0.91)
+    trial.set_user_attr("averaged", {"2": 0.91, "6": 0.97})
     with pytest.raises(optuna.TrialPruned):
-        PruningCallback(trial, EPOCHS)(EpochResult(3, 0.0, 0.99))
+        PruningCallback(trial, EPOCHS)(EpochResult(6, 0.0, 0.99))
     study.tell(trial, state=TrialState.PRUNED)
     pruned = study.trials[2]
-    assert explain_end(pruned) == "averaged 0.9700 < 0.9800 (top 1 of 3 trials) at epoch 3"
+    assert explain_end(pruned) == "averaged 0.9700 < 0.9800 (top 1 of 3 trials) at epoch 6"
     assert {find_value(pruned), make_event(pruned).value, describe_trial(pruned)["value"]} == {0.99}
 
 
 def test_averaged_weights_are_compared_with_none_but_averaged_weights() -> None:
     """The trials of older versions have none; their own weights are better at first, and worse later."""
-    study = optuna.create_study(direction="maximize", pruner=AshaPruner())
+    study = optuna.create_study(direction="maximize", pruner=AshaPruner(EPOCHS))
     for value in (0.8, 0.9):
-        report_averaged(study, 1, value, None)
-    assert not report_averaged(study, 1, 0.5, 0.6).should_prune(), "it is the first with averaged weights"
-    assert report_averaged(study, 1, 0.95, 0.5).should_prune()
-    assert report_averaged(study, 1, 0.7, None).should_prune()
+        report_averaged(study, 2, value, None)
+    assert not report_averaged(study, 2, 0.5, 0.6).should_prune(), "it is the first with averaged weights"
+    assert report_averaged(study, 2, 0.95, 0.5).should_prune()
+    assert report_averaged(study, 2, 0.7, None).should_prune()
     rules = [reason["rule"] for reason in study.pruner.reasons.values()]  # type: ignore[attr-defined]
     assert rules == ["top 1 of 2 trials", "top 1 of 3 trials"]
 
