@@ -133,7 +133,7 @@ def test_a_closed_terminal_does_not_reach_the_processes_of_a_cluster_that_starts
 
 
 def test_a_machine_by_itself_is_a_cluster_where_sqlite_and_a_folder_will_do(study_file: Callable[..., Path]) -> None:
-    file = study_file()
+    file = study_file('[pruner]\nkind = "none"')
     (file.parent / "torch.py").write_text("raise SystemExit('this file of the user is not torch')")
     arguments = ("run", file.name, "--ray", "local", "--workers", 2, "--trials", 3, "--json")
     launched = hpsearch(*arguments, cwd=file.parent)
