@@ -8,6 +8,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import optuna
@@ -101,13 +102,13 @@ class AshaPruner(ThresholdPruner):
     def __init__(self, epochs: int) -> None:
         super().__init__()
         self.rungs = find_rungs(epochs)
-        self._past = defaultdict[tuple[Any, int], _Past](_Past)  # by storage and study
+        self._past = WeakKeyDictionary[optuna.Study, _Past]()
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
         epoch = trial.last_step or 0
         if epoch not in self.rungs:
             return False
-        past, averaged = self._past[study._storage, study._study_id], self.is_averaged(trial, epoch)
+        past, averaged = self._past.setdefault(study, _Past()), self.is_averaged(trial, epoch)
         others = [other for other in self._update(past, study) if other.number != trial.number]
         value = self.signal(trial, epoch)
         values = [self.signal(each, epoch) for each in others if self._has(each, epoch, averaged=averaged)]
