@@ -306,7 +306,7 @@ def worker(
     watch = named.watch()
     neighbors, drain = Neighbors(watch.study), Drain()
     echo(describe_share(neighbors.count() + 1, threads))
-    if not creates:  # a study that does not exist is told before its images are read
+    if not creates:  # only now: an unknown study is reported without reading its images
         images = options.fetch_images(named.definition, data)
 
     def work(view: LiveView) -> str:
