@@ -135,7 +135,7 @@ class Trainer:
                 optimizer.step()
                 schedule.step()
                 self.n_batches += 1
-                if self._average:
+                if self._average and len(self.results) < max(self._averaged_after):
                     self._average.update(len(self.results) * len(self._loader) + self.n_batches)
 
         epoch, mean_loss = len(self.results) + 1, total_loss.item() / len(self._loader)

@@ -42,6 +42,14 @@ def test_a_training_is_the_same_with_its_weights_averaged(blobs: Split) -> None:
         assert torch.equal(one, other)
 
 
+def test_weights_are_averaged_no_longer_than_they_are_measured(blobs: Split) -> None:
+    trainer = make_trainer(blobs, (1, 2))
+    assert trainer._average is not None
+    averages = [trainer._average.tensors[0].clone() for _ in trainer]
+    assert not torch.equal(averages[0], averages[1])
+    assert torch.equal(averages[1], averages[2])
+
+
 def test_an_average_continues_bit_for_bit_in_the_middle_of_an_epoch(blobs: Split) -> None:
     whole, first, second = (make_trainer(blobs, (1, 3)) for _ in range(3))
     for _ in whole:
