@@ -3,7 +3,6 @@
 `scripts/benchmark record` trains what is missing in `dist/curves`, which takes hours, and packs it into `curves.npz`.
 """
 
-import copy
 import json
 import sys
 from collections.abc import Mapping
@@ -18,17 +17,15 @@ import numpy as np
 import optuna
 import torch
 from numpy.typing import NDArray
-from optuna.trial import FixedTrial, TrialState
+from optuna.trial import FixedTrial, create_trial
 
 from hpsearch.config.definition import StudyDefinition, load_definition, parse_definition
 from hpsearch.config.space import suggest
 from hpsearch.data.augment import augment
 from hpsearch.data.dataset import ImageData, Split
 from hpsearch.errors import Diverged
-from hpsearch.training.gradients import join_parameters
 from hpsearch.training.networks import Network
 from hpsearch.training.run import build_trainer, load_study_data
-from hpsearch.training.trainer import Trainer
 from tests.benchmark.report import Options, Row
 
 FILE = Path(__file__).with_name("curves.npz")
@@ -90,62 +87,54 @@ def _record_task(name: str, file: Path) -> None:
     task = TASKS[name]
     definition = define(task)
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    sampler = optuna.samplers.TPESampler(n_startup_trials=task.n_random, seed=0)
+    done = {(row["number"], row["seed"]) for row in rows}
+    sampler = optuna.samplers.TPESampler(n_startup_trials=task.n_random, seed=len(rows))  # others than before
     study = optuna.create_study(direction="maximize", sampler=sampler)
     for row in (row for row in rows if row["seed"] == 0):
-        _enqueue(study, definition, row["params"])
-        study.tell(study.ask(), _value(row["curves"]))
+        fixed = FixedTrial(row["params"])
+        suggest(fixed, definition.space)
+        study.add_trial(
+            create_trial(params=row["params"], distributions=fixed.distributions, value=_value(row["curves"]))
+        )
     file.parent.mkdir(parents=True, exist_ok=True)
     with (
         file.open("a") as lines,
         ProcessPoolExecutor(_N_WORKERS, get_context("spawn"), torch.set_num_threads, (1,)) as pool,
     ):
-        running: dict[Future[Any], tuple[int, dict[str, Any], int]] = {}
+        running: dict[Future[Any], tuple[dict[str, Any], optuna.Trial | None]] = {}
 
-        def train(number: int, params: dict[str, Any], seed: int) -> None:
+        def train(number: int, seed: int, params: dict[str, Any], trial: optuna.Trial | None = None) -> None:
             if len(running) == 2 * _N_WORKERS:
                 collect()
-            running[pool.submit(_train, name, params, 1000 * seed + number)] = number, params, seed
+            row = {"number": number, "seed": seed, "params": params}
+            running[pool.submit(_train, name, params, 1000 * seed + number)] = row, trial
 
         def collect() -> None:
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                number, params, seed = running.pop(future)
-                row = {"number": number, "seed": seed, "params": params, "curves": future.result()}
+                row, trial = running.pop(future)
+                row["curves"] = future.result()
                 lines.write(json.dumps(row) + "\n")
                 lines.flush()
                 rows.append(row)
-                if seed == 0:
-                    study.tell(number, _value(row["curves"]))
+                if trial:
+                    study.tell(trial, _value(row["curves"]))
                 print(f"  {name}: {len(rows)} trainings", file=sys.stderr, flush=True)
 
-        for _ in range(len(rows), task.n_random + task.n_near):
-            trial = study.ask()
-            suggest(trial, definition.space)
-            train(trial.number, trial.params, 0)
+        for number in range(task.n_random + task.n_near):
+            if (number, 0) not in done:
+                trial = study.ask()
+                suggest(trial, definition.space)
+                train(number, 0, trial.params, trial)
         while running:
             collect()
         # The noise of seeds matters most among good trials, so half of those that are trained again are the best.
         first = sorted((row for row in rows if row["seed"] == 0), key=lambda row: -_value(row["curves"]))
         step = max((len(first) - task.n_again // 2) // (task.n_again // 2), 1)
         again = [*first[: task.n_again // 2], *first[task.n_again // 2 :: step][: task.n_again // 2]]
-        done = {row["number"] for row in rows if row["seed"] == 1}
-        for row in (row for row in again if row["number"] not in done):
-            train(row["number"], row["params"], 1)
+        for row in (row for row in again if (row["number"], 1) not in done):
+            train(row["number"], 1, row["params"])
         while running:
             collect()
-
-
-def _enqueue(study: optuna.Study, definition: StudyDefinition, params: dict[str, Any]) -> None:
-    trial = optuna.trial.create_trial(
-        state=TrialState.COMPLETE, value=0.0, params=params, distributions=_distributions(definition, params)
-    )
-    study.add_trial(trial)
-
-
-def _distributions(definition: StudyDefinition, params: dict[str, Any]) -> dict[str, Any]:
-    fixed = FixedTrial(params)
-    suggest(fixed, definition.space)
-    return fixed.distributions
 
 
 def _value(curves: list[list[float | None]]) -> float:
@@ -166,16 +155,20 @@ def _load(name: str) -> tuple[StudyDefinition, ImageData]:
 def _train(name: str, params: dict[str, Any], seed: int) -> list[list[float | None]]:
     """Return the signals of each epoch; None from the epoch on in which the training diverged."""
     definition, data = _load(name)
-    trainer = build_trainer(definition, data, suggest(FixedTrial(params), definition.space), seed)
-    average = Average(trainer)
+    last = [definition.budget.epochs]  # the trainer averages the weights until then
+    hyperparameters = suggest(FixedTrial(params), definition.space)
+    trainer = build_trainer(definition, data, hyperparameters, seed, averaged_after=last)
+    average = trainer._average
+    assert average
     curves: list[list[float | None]] = []
     while not trainer.is_done:
         try:
-            loss = trainer.run_epoch(average.update).loss
+            loss = trainer.run_epoch().loss
         except Diverged:
             break
-        average.update()
-        measured = [*measure(trainer.network, data.validation), loss, *measure(average.network, data.validation)]
+        measured = [*measure(trainer.network, data.validation), loss]
+        with average.used():
+            measured += measure(trainer.network, data.validation)
         curves.append([float(f"{value:.{_DIGITS}g}") if np.isfinite(value) else None for value in measured])
     return curves + [[None] * len(SIGNALS)] * (trainer.epochs - len(curves))
 
@@ -185,20 +178,3 @@ def measure(network: Network, split: Split) -> tuple[float, float]:
     probabilities = network.predict_split(split)
     likelihood = probabilities.gather(1, split.labels[:, None]).clamp(min=1e-12)
     return (probabilities.argmax(1) == split.labels).double().mean().item(), -likelihood.log().mean().item()
-
-
-class Average:
-    """The exponential moving average of a trainer's network, buffers included, over about the last epoch."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.source, self.network = trainer.network, copy.deepcopy(trainer.network)
-        self._weights, self._averages = trainer._optimizer.param_groups[0]["params"][0], join_parameters(self.network)
-        self._decay, self._n_updates = 1 - 1 / len(trainer._loader), 0
-
-    @torch.no_grad()
-    def update(self) -> None:
-        self._n_updates += 1
-        weight = 1 - min(self._decay, self._n_updates / (10 + self._n_updates))
-        self._averages.lerp_(self._weights, weight)
-        for own, other in zip(self.network.buffers(), self.source.buffers(), strict=True):
-            own.lerp_(other, weight) if own.is_floating_point() else own.copy_(other)

@@ -1,6 +1,7 @@
 """Simulated searches: the recorded curves are kept well, and the real samplers and pruners are driven exactly."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -67,3 +68,21 @@ def test_a_wrong_prior_is_wrong_by_its_factor() -> None:
     right = Priors(STRATEGIES[DEFAULT].define(task, 0).space).find("lr", {"optimizer": "adam", "schedule": "cosine"})
     wrong = Strategy({}, wrong_by=30).define(task, 0).space.dimensions["lr"].prior
     assert wrong == pytest.approx(30 * right)
+
+
+def test_recording_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "digits.jsonl"
+    monkeypatch.setitem(record.TASKS, "digits", replace(TASK, n_random=3, n_near=1, n_again=2))
+    params = {"depth": 2, "width": 16, "lr": 0.01, "optimizer": "adam", "dropout": 0.1}
+    recorded = [{"number": number, "seed": 0, "params": params, "curves": [[0.9] * 5] * 15} for number in (2, 0)]
+    text = "".join(f"{json.dumps(row)}\n" for row in recorded)
+    file.write_text(text)
+    record._record_task("digits", file)
+    assert file.read_text().startswith(text)
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert sorted(row["number"] for row in rows if row["seed"] == 0) == [0, 1, 2, 3]
+    again = [row for row in rows if row["seed"] == 1]
+    assert len({row["number"] for row in again}) == 2
+    firsts = {row["number"]: row["params"] for row in rows if row["seed"] == 0}
+    assert all(row["params"] == firsts[row["number"]] for row in again)
+    assert np.array(rows[-1]["curves"]).shape == (15, len(SIGNALS))
