@@ -21,7 +21,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from matplotlib.tri import Triangulation
 from numpy.typing import NDArray
 from optuna.distributions import CategoricalDistribution, IntDistribution
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 from PIL import Image
 
 from hpsearch.storage.tables import by_value
@@ -66,8 +66,16 @@ def _new_axes(width: float = 5.4, height: float = 3.4) -> Iterator[Axes]:
         yield figure.subplots()
 
 
-def rank_hyperparameters(study: optuna.Study, names: Sequence[str]) -> dict[str, float]:
-    """Return the importance of each hyperparameter by PED-ANOVA, largest first. They sum to one."""
+def rank_hyperparameters(trials: Sequence[FrozenTrial], names: Sequence[str]) -> dict[str, float]:
+    """Return the importance of each hyperparameter by PED-ANOVA, largest first. They sum to one.
+
+    PED-ANOVA asks what the best tenth of the trials have in common. So pruned trials count too, with their last report,
+    though Optuna leaves them out.
+    """
+    study = optuna.create_study(direction="maximize")
+    study.add_trials(
+        create_trial(params=trial.params, distributions=trial.distributions, value=trial.value) for trial in trials
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return optuna.importance.get_param_importances(study, params=list(names))

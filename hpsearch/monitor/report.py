@@ -40,7 +40,7 @@ from hpsearch.storage.artifacts import replace_file
 from hpsearch.storage.budget import measure_search
 from hpsearch.training.metrics import Score, balanced_interval
 
-MIN_TRIALS = 5  # completed trials needed for importances and a contour plot
+MIN_TRIALS = 5  # needed for importances; completed ones for a contour plot
 MAX_ROWS = 12
 MAX_CLASSES = 25  # of more, only the worst are in view
 PICTURES = ("confusion_matrix.png", "calibration.png", "mistakes.png")
@@ -164,28 +164,28 @@ def _collect(definition: StudyDefinition, study: optuna.Study, folder: Path | No
         "command": command,
         "mark": _mark(study),
         "min_trials": MIN_TRIALS,
-        **_draw(definition, study, trials, complete, chosen),
+        **_draw(definition, trials, complete, chosen),
     }
 
 
 def _draw(
     definition: StudyDefinition,
-    study: optuna.Study,
     trials: Sequence[FrozenTrial],
     complete: Sequence[FrozenTrial],
     chosen: FrozenTrial | None,
 ) -> dict[str, Any]:
     """Return the plots for which there are enough trials; the others are None."""
-    values = [trial.value or 0.0 for trial in complete]
     names = [name for name in definition.search if any(name in trial.params for trial in complete)]
+    valued = [trial for trial in trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED) and trial.values]
     ranked: dict[str, float] = {}
-    if len(complete) >= MIN_TRIALS and len(set(values)) > 1 and len(names) > 1:
-        ranked = plots.rank_hyperparameters(study, names)
+    if len(valued) >= MIN_TRIALS and len({trial.value for trial in valued}) > 1 and len(names) > 1:
+        ranked = plots.rank_hyperparameters(valued, names)
     pair = _find_pair(list(ranked), complete)
     curves = [trial for trial in trials if trial.intermediate_values]
     metric = definition.study.metric_title
     return {
         "importances": ranked,
+        "n_ranked": len(valued),
         "history": plots.draw_history(complete, metric) if complete else None,
         "importance_picture": plots.draw_importances(ranked) if ranked else None,
         "slices": [plots.draw_slice(name, complete, chosen, metric) for name in ranked or names] if chosen else [],

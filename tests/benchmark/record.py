@@ -1,6 +1,7 @@
 """Records the learning curves of many configurations, from which `replay` makes searches that train nothing.
 
-`scripts/benchmark record` trains what is missing in `dist/curves`, which takes hours, and packs it into `curves.npz`.
+`scripts/benchmark record` trains what is missing in `curves.npz`, which takes hours, and packs it. Each training is a
+line in `dist/curves` first, so that recording can be interrupted. Remove both to record anew.
 """
 
 import json
@@ -65,10 +66,29 @@ def define(task: Task) -> StudyDefinition:
 
 def record(folder: Path, options: Options) -> list[Row]:
     """Train what is missing of all tasks, and pack the curves; what was trained is kept in `output`."""
+    curves = options.output / "curves"
+    curves.mkdir(parents=True, exist_ok=True)
+    if FILE.exists():
+        unpack(curves)
     for name in TASKS:
-        _record_task(name, options.output / "curves" / f"{name}.jsonl")
-    pack(options.output / "curves")
+        _record_task(name, curves / f"{name}.jsonl")
+        pack(curves)
     return []
+
+
+def unpack(folder: Path) -> None:
+    """Write what is packed of the tasks that have no file in the folder yet."""
+    with np.load(FILE) as packed:
+        for name in TASKS:
+            if f"{name}.curves" not in packed or (file := folder / f"{name}.jsonl").exists():
+                continue
+            params, numbers = json.loads(str(packed[f"{name}.params"])), packed[f"{name}.numbers"].tolist()
+            lines = []
+            for row, curves in enumerate(packed[f"{name}.curves"].tolist()):
+                seed = numbers[:row].count(numbers[row])
+                shown = [[_shorten(value) for value in epoch] for epoch in curves]
+                lines.append(json.dumps({"number": numbers[row], "seed": seed, "params": params[row], "curves": shown}))
+            file.write_text("".join(f"{line}\n" for line in lines))
 
 
 def pack(folder: Path) -> None:
@@ -169,8 +189,12 @@ def _train(name: str, params: dict[str, Any], seed: int) -> list[list[float | No
         measured = [*measure(trainer.network, data.validation), loss]
         with average.used():
             measured += measure(trainer.network, data.validation)
-        curves.append([float(f"{value:.{_DIGITS}g}") if np.isfinite(value) else None for value in measured])
+        curves.append([_shorten(value) for value in measured])
     return curves + [[None] * len(SIGNALS)] * (trainer.epochs - len(curves))
+
+
+def _shorten(value: float) -> float | None:
+    return float(f"{value:.{_DIGITS}g}") if np.isfinite(value) else None
 
 
 def measure(network: Network, split: Split) -> tuple[float, float]:

@@ -30,7 +30,9 @@ def test_the_recorded_curves_are_below_a_megabyte() -> None:
     assert FILE.stat().st_size < 1_000_000
 
 
-def test_packed_curves_are_those_of_each_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_curves_are_those_of_each_training_and_can_be_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = [
         {"number": 1, "seed": 0, "params": {"lr": 0.1}, "curves": [[0.5, 1.5, 1.4, 0.6, 1.2], [None] * 5]},
         {"number": 0, "seed": 1, "params": {"lr": 0.2}, "curves": [[0.25, 2.0, 2.1, 0.2, 2.2]] * 2},
@@ -44,6 +46,10 @@ def test_packed_curves_are_those_of_each_training(tmp_path: Path, monkeypatch: p
         assert packed["digits.numbers"].tolist() == [0, 0, 1]
         assert packed["digits.curves"][:, 0, 0].tolist() == [0.75, 0.25, 0.5]
         assert np.isnan(packed["digits.curves"][2, 1]).all()
+    other = tmp_path / "other"
+    other.mkdir()
+    record.unpack(other)
+    assert [json.loads(line) for line in (other / "digits.jsonl").read_text().splitlines()] == rows[::-1]
 
 
 def test_the_surrogate_orders_configurations_that_it_has_not_seen(surrogate: Surrogate) -> None:

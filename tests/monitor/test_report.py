@@ -228,7 +228,7 @@ def test_the_interval_of_the_best_value_is_that_of_its_number_of_images(report: 
 def test_enough_trials_give_importances_and_a_map(report: Callable[..., Page]) -> None:
     trials = [make_trial(value=0.8 + i / 100, params=PARAMS | {"width": 8 + i, "lr": 0.01 + i / 500}) for i in range(8)]
     page = report(trials)
-    assert "(PED-ANOVA over 8 completed trials; with so few, only a rough guide)" in page.text
+    assert "(PED-ANOVA over 8 completed or pruned trials; with so few, only a rough guide)" in page.text
     assert "Importance of each hyperparameter as a bar chart." in page.values_of("img", "alt")
     [title] = re.findall(r"<h3>(\w+ and \w+)</h3>", page.source)
     assert set(title.split(" and ")) == {"width", "lr"}, "the map should be of those that vary"
@@ -239,6 +239,13 @@ def test_trials_on_one_line_have_importances_and_no_map(report: Callable[..., Pa
     page = report([make_trial(value=0.8 + n / 200, params={"width": n, "lr": n / 1000}) for n in widths])
     assert "Importance of each hyperparameter as a bar chart." in page.values_of("img", "alt")
     assert not [alt for alt in page.values_of("img", "alt") if alt.startswith("Contour plot")]
+
+
+def test_pruned_trials_count_for_importances(report: Callable[..., Page]) -> None:
+    good, bad = {"width": 16, "lr": 0.01}, {"width": 16, "lr": 0.0011}
+    page = report([make_trial(value=0.9, params=good)] + [make_trial(TrialState.PRUNED, 0.5, 1, params=bad)] * 9)
+    assert "PED-ANOVA over 10 completed or pruned trials" in page.text
+    assert "Importance of each hyperparameter as a bar chart." in page.values_of("img", "alt")
 
 
 def test_equal_trials_have_no_importances(report: Callable[..., Page]) -> None:
