@@ -4,20 +4,22 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _WARMUP = 10  # steps: the average of n steps has a horizon of at most n / 10 + 1
 
 
 class WeightAverage:
-    """The exponential moving average of tensors over about the last `n_steps` calls of `update`.
+    """The exponential moving average of a network's parameters over about the last `n_steps` calls of `update`.
 
-    It is in `tensors`. Those of which it is made, a network's parameters and buffers, are `live`, and it leaves them as
-    they are. Tensors that are not floating-point numbers, such as counters, are not averaged.
+    The running statistics of batch normalization, which belong to the parameters, are averaged too; other buffers, such
+    as counters and masks, are not. The average is in `tensors`; those of which it is made are `live`. `joined` has all
+    parameters of the network.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], n_steps: int) -> None:
-        self.live = [tensor.detach() for tensor in tensors if tensor.is_floating_point()]
+    def __init__(self, network: nn.Module, joined: Tensor, n_steps: int) -> None:
+        self._buffers = [*network.buffers()]
+        self.live = [joined.detach(), *_running_statistics(network)]
         self.tensors = [tensor.clone() for tensor in self.live]
         self._n_steps = n_steps
 
@@ -30,20 +32,29 @@ class WeightAverage:
 
     def load(self, tensors: Sequence[Tensor]) -> None:
         """Continue from the `tensors` of another average."""
-        for own, other in zip(self.tensors, tensors, strict=True):
-            own.copy_(other)
+        _copy(tensors, self.tensors)
 
     @contextmanager
     @torch.no_grad()
     def used(self) -> Iterator[None]:
-        """Give the network the average inside the `with` block."""
-        saved = [live.clone() for live in self.live]
-        self._copy(self.tensors)
+        """Give the network the average inside the `with` block; afterwards parameters and buffers are as before."""
+        changed = [*self.live, *self._buffers]
+        saved = [tensor.clone() for tensor in changed]
+        _copy(self.tensors, self.live)
         try:
             yield
         finally:
-            self._copy(saved)
+            _copy(saved, changed)
 
-    def _copy(self, tensors: Sequence[Tensor]) -> None:
-        for live, tensor in zip(self.live, tensors, strict=True):
-            live.copy_(tensor)
+
+def _copy(tensors: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    for tensor, target in zip(tensors, targets, strict=True):
+        if not target.equal(tensor):  # a constant buffer may not be writable
+            target.copy_(tensor)
+
+
+def _running_statistics(network: nn.Module) -> Iterator[Tensor]:
+    for module in network.modules():
+        for name in ("running_mean", "running_var"):
+            if isinstance(buffer := getattr(module, name, None), Tensor):
+                yield buffer

@@ -39,6 +39,15 @@ class GlobalRandom:
                 self._state, self._is_used = self._read(), False
                 self._write(before)
 
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Inside `used`: let what is drawn in the `with` block leave the generators as they were."""
+        before = self._read()
+        try:
+            yield
+        finally:
+            self._write(before)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state, for `torch.save`."""
         return self._read() if self._is_used else self._state

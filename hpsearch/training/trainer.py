@@ -58,7 +58,7 @@ class Trainer:
     depend. `metric` is the value of a result, and `score` the latest measurement on the validation split.
 
     After the epochs in `averaged_after`, the moving average of the weights over an epoch is measured, too: `averaged`
-    has its metric by epoch. The training is the same without.
+    has its metric by epoch. The training is the same without, and nothing is averaged after the last of them.
     """
 
     def __init__(
@@ -97,8 +97,7 @@ class Trainer:
         self._gradients = choose_gradients(network, hyperparameters.label_smoothing)
         self._n_parameters = 0 if isinstance(network, OwnNetwork) else joined.numel()  # for `fast_matmul`
         self._averaged_after = averaged_after
-        tensors = [joined, *network.buffers()]
-        self._average = WeightAverage(tensors, len(self._loader)) if averaged_after else None
+        self._average = WeightAverage(network, joined, len(self._loader)) if averaged_after else None
         self.averaged: dict[int, float] = {}
         self._total_loss = torch.zeros((), device=device)  # of the current epoch
         self._epoch_order = self.order.get_state()  # at the start of the current epoch
@@ -135,7 +134,7 @@ class Trainer:
                 optimizer.step()
                 schedule.step()
                 self.n_batches += 1
-                if self._average and len(self.results) < max(self._averaged_after):
+                if self._average:
                     self._average.update(len(self.results) * len(self._loader) + self.n_batches)
 
         epoch, mean_loss = len(self.results) + 1, total_loss.item() / len(self._loader)
@@ -144,12 +143,17 @@ class Trainer:
         score = self.score = None if self.validation is None else measure(self.network, self.validation)
         accuracy, balanced = (None, None) if score is None else (score.accuracy, score.balanced_accuracy)
         if self._average and self.validation and epoch in self._averaged_after:
-            with self._average.used():
+            with self._average.used(), self._global_random.kept() if self._global_random else nullcontext():
                 self.averaged[epoch] = measure(self.network, self.validation).of(self.metric)
         self.results.append(EpochResult(epoch, mean_loss, accuracy, balanced, self.metric))
+        self._end_averaging()
         self.n_batches, self._epoch_order = 0, self.order.get_state()
         total_loss.zero_()
         return self.results[-1]
+
+    def _end_averaging(self) -> None:
+        if len(self.results) >= max(self._averaged_after, default=0):
+            self._average = None
 
     def _change(self, images: Tensor) -> Tensor:
         """Return the images of a batch, changed at random as the hyperparameters say."""
@@ -182,8 +186,10 @@ class Trainer:
             "threads": self.threads,
             "results": [astuple(result)[:4] for result in self.results],  # without the metric
         }
+        if self._averaged_after:
+            state["averaged"] = self.averaged
         if self._average:
-            state |= {"average": self._average.tensors, "averaged": self.averaged}
+            state["average"] = self._average.tensors
         return state | ({"global_random": self._global_random.state_dict()} if self._global_random else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -197,14 +203,15 @@ class Trainer:
             self.noise.set_state(noise)
         if self._global_random:
             self._global_random.load_state_dict(state["global_random"])
-        if self._average:  # unknown in older versions, so then it starts from here
+        self.averaged = {**state.get("averaged", {})}  # unknown in older versions, so the average starts from here
+        if self._average:
             self._average.load(state.get("average", self._average.live))
-            self.averaged = {**state.get("averaged", {})}
         self._total_loss.copy_(state["total_loss"])
         self.n_batches = state["n_batches"]
         self.threads = [[*each] for each in state.get("threads", ())]  # unknown in older versions
         # Older versions have the first three.
         self.results = [replace(EpochResult(*values[:4]), metric=self.metric) for values in state["results"]]
+        self._end_averaging()
 
 
 def measure(network: Network, split: Split) -> Score:

@@ -3,12 +3,13 @@
 from copy import deepcopy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hpsearch.config.space import TrainingHyperparameters
 from hpsearch.data.dataset import Split
 from hpsearch.training.averaging import WeightAverage
-from hpsearch.training.networks import Network
+from hpsearch.training.gradients import join_parameters
+from hpsearch.training.networks import Network, OwnNetwork
 from hpsearch.training.trainer import Trainer
 
 
@@ -19,18 +20,52 @@ def make_trainer(split: Split, averaged_after: tuple[int, ...]) -> Trainer:
     return Trainer(network, split, hyperparameters, 3, validation=split, averaged_after=averaged_after)
 
 
-def test_an_average_follows_tensors_and_gives_them_back() -> None:
-    live, counter = torch.zeros(2), torch.tensor(3)
-    average = WeightAverage([live, counter], n_steps=4)
-    live.fill_(1.0)
+def test_an_average_follows_a_network_and_gives_it_back() -> None:
+    network = nn.BatchNorm1d(2)
+    joined = join_parameters(network)
+    with torch.no_grad():
+        joined.fill_(0.0)
+    average = WeightAverage(network, joined, n_steps=4)
+    with torch.no_grad():
+        joined.fill_(1.0)
     average.update(step=1)
     expected = 10 / 11
-    assert torch.allclose(average.tensors[0], torch.full((2,), expected))
+    assert torch.allclose(average.tensors[0], torch.full((4,), expected))
     average.update(step=1000)
     expected += (1 - expected) / 4
     with average.used():
-        assert torch.allclose(live, torch.full((2,), expected))
-    assert (live.tolist(), counter.item(), len(average.tensors)) == ([1.0, 1.0], 3, 1)
+        assert torch.allclose(network.weight, torch.full((2,), expected))
+    assert network.weight.tolist() == [1.0, 1.0]
+    assert len(average.tensors) == 3, "the parameters, a mean and a variance, but not the counter of batches"
+
+
+class Peculiar(nn.Module):
+    """Draws random numbers and counts its calls, in evaluation too, and has constant buffers."""
+
+    def __init__(self, n_inputs: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(n_inputs, 10)
+        self.register_buffer("mask", torch.tensor(-torch.inf))
+        self.register_buffer("expanded", torch.ones(1).expand(8))
+        self.register_buffer("calls", torch.tensor(0))
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.calls += 1  # type: ignore[assignment, operator]
+        return self.layer(images.flatten(1) + 0.1 * torch.randn(1))  # type: ignore[no-any-return]
+
+
+def test_a_network_that_draws_in_evaluation_trains_the_same_with_its_weights_averaged(blobs: Split) -> None:
+    trainers = []
+    for averaged_after in ((1, 2), ()):
+        torch.manual_seed(0)
+        network = OwnNetwork(Peculiar(blobs.images[0].numel()))
+        hyperparameters = TrainingHyperparameters(lr=0.1, batch_size=8)
+        trainers.append(Trainer(network, blobs, hyperparameters, 3, validation=blobs, averaged_after=averaged_after))
+    averaged, plain = trainers
+    assert [*averaged] == [*plain]
+    assert all(value > 0.5 for value in averaged.averaged.values())
+    for one, other in zip(averaged.network.state_dict().values(), plain.network.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_a_training_is_the_same_with_its_weights_averaged(blobs: Split) -> None:
@@ -44,14 +79,16 @@ def test_a_training_is_the_same_with_its_weights_averaged(blobs: Split) -> None:
 
 def test_weights_are_averaged_no_longer_than_they_are_measured(blobs: Split) -> None:
     trainer = make_trainer(blobs, (1, 2))
-    assert trainer._average is not None
-    averages = [trainer._average.tensors[0].clone() for _ in trainer]
-    assert not torch.equal(averages[0], averages[1])
-    assert torch.equal(averages[1], averages[2])
+    assert ["average" in trainer.state_dict() for _ in trainer] == [True, False, False]
+    resumed = make_trainer(blobs, (1, 2))
+    resumed.load_state_dict(trainer.state_dict())
+    assert "average" not in resumed.state_dict()
+    assert resumed.averaged == trainer.averaged
 
 
 def test_an_average_continues_bit_for_bit_in_the_middle_of_an_epoch(blobs: Split) -> None:
     whole, first, second = (make_trainer(blobs, (1, 3)) for _ in range(3))
+    averages = whole._average, second._average
     for _ in whole:
         pass
     calls = iter(range(100))
@@ -68,7 +105,7 @@ def test_an_average_continues_bit_for_bit_in_the_middle_of_an_epoch(blobs: Split
     for _ in second:
         pass
     assert second.averaged == whole.averaged
-    assert all(map(torch.equal, second._average.tensors, whole._average.tensors))  # type: ignore[union-attr]
+    assert all(map(torch.equal, *(average.tensors for average in averages if average)))
 
 
 def test_an_average_of_a_training_that_had_none_starts_from_the_weights_with_which_it_continues(blobs: Split) -> None:
