@@ -14,14 +14,14 @@ from hpsearch.config.definition import StudyDefinition
 from hpsearch.config.space import TrainingHyperparameters, suggest
 from hpsearch.data.dataset import ImageData
 from hpsearch.errors import Diverged, Drained, StorageUnavailable
-from hpsearch.search.pruning import PruningCallback, find_rungs
+from hpsearch.search.pruning import AshaPruner, PruningCallback
 from hpsearch.search.study import check_data, check_direction
 from hpsearch.storage.artifacts import Folder
 from hpsearch.storage.checkpoints import Checkpoint, checkpoints_of
 from hpsearch.storage.tables import by_value
 from hpsearch.training.metrics import balanced_interval
 from hpsearch.training.run import build_trainer, describe_environment, load_study_data, trial_seed
-from hpsearch.training.trainer import EpochResult, measure
+from hpsearch.training.trainer import EpochResult, Trainer, measure
 
 logger = logging.getLogger(__name__)
 _CHECKPOINT_FORMAT = 3
@@ -93,17 +93,22 @@ class Objective:
         seed = trial_seed(self.definition.study.seed, trial)
         environment = describe_environment(self.device)
         trial.set_user_attr("environment", environment)
-        compared = find_rungs(self.definition.budget.epochs) if self.definition.pruner.kind == "asha" else ()
+        pruner = trial.study.pruner if isinstance(trial, optuna.Trial) else None
+        compared = pruner.rungs if isinstance(pruner, AshaPruner) else ()
         trainer = build_trainer(
             self.definition, self.data, hyperparameters, seed, validation=self.data.validation, averaged_after=compared
         )
         report_and_prune = PruningCallback(trial, trainer.epochs)
         checkpoint = self._open_checkpoint(trial, hyperparameters)
+        n_judged = 0  # epochs after which the pruner was asked
         if state := checkpoint and checkpoint.load():
             trainer.load_state_dict(state)
+            n_judged = state.get("n_judged", len(trainer.results))
+            _note_averaged(trial, trainer)
             for result in trainer.results:
-                report_and_prune.report(result)
                 trial.set_user_attr("resumed_after", result.epoch)
+                report = report_and_prune.report if result.epoch <= n_judged else report_and_prune
+                report(result)
         try:
             while not trainer.is_done:
                 is_whole, start = trainer.n_batches == 0, time.perf_counter()
@@ -115,8 +120,9 @@ class Objective:
                     environment = environment | {"thread_changes": [*trainer.threads]}
                     trial.set_user_attr("environment", environment)
                 if result.epoch in trainer.averaged:
-                    trial.set_user_attr("averaged", {str(epoch): value for epoch, value in trainer.averaged.items()})
+                    _note_averaged(trial, trainer)
                 report_and_prune(result)
+                n_judged = result.epoch
                 if checkpoint and trainer.is_done and self._is_among_best(trial, result):
                     checkpoint.write(trainer.state_dict())
                 elif checkpoint:
@@ -128,7 +134,7 @@ class Objective:
             raise optuna.TrialPruned(str(error)) from error
         except (Drained, StorageUnavailable):
             if checkpoint:
-                checkpoint.write(trainer.state_dict())
+                checkpoint.write(trainer.state_dict() | {"n_judged": n_judged})
             raise
         if trainer.metric == "balanced_accuracy":
             score = trainer.score or measure(trainer.network, self.data.validation)  # the checkpoint has no score
@@ -152,3 +158,9 @@ class Objective:
         trials = trial.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         own = (-result.value, trial.number)
         return sum(by_value(other) < own for other in trials) < self.definition.recovery.keep
+
+
+def _note_averaged(trial: optuna.Trial, trainer: Trainer) -> None:
+    """Tell the pruner the metric of the averaged weights by epoch, unless there is none yet."""
+    if trainer.averaged:
+        trial.set_user_attr("averaged", {str(epoch): value for epoch, value in trainer.averaged.items()})

@@ -3,6 +3,7 @@
 The default, asynchronous successive halving, was chosen with `scripts/benchmark replay`: see tests/benchmark/README.md.
 """
 
+import threading
 from bisect import insort
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -103,16 +104,18 @@ class AshaPruner(ThresholdPruner):
         super().__init__()
         self.rungs = find_rungs(epochs)
         self._past = WeakKeyDictionary[optuna.Study, _Past]()
+        self._lock = threading.Lock()  # of the threads of `n_jobs`
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
         epoch = trial.last_step or 0
         if epoch not in self.rungs:
             return False
-        past, averaged = self._past.setdefault(study, _Past()), self.is_averaged(trial, epoch)
-        others = [other for other in self._update(past, study) if other.number != trial.number]
-        value = self.signal(trial, epoch)
+        averaged, value = self.is_averaged(trial, epoch), self.signal(trial, epoch)
+        with self._lock:
+            past = self._past.setdefault(study, _Past())
+            others = [other for other in self._update(past, study) if other.number != trial.number]
+            ended = [*past.values[epoch, averaged]]
         values = [self.signal(each, epoch) for each in others if self._has(each, epoch, averaged=averaged)]
-        ended = past.values[epoch, averaged]
         n_values = len(ended) + len(values) + 1
         n_kept = max(n_values // _FACTOR, 1)
         threshold = sorted([*ended[-n_kept:], *values, value])[-n_kept]

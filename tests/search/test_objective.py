@@ -10,15 +10,15 @@ from typing import Any
 import optuna
 import pytest
 import torch
-from optuna.trial import FixedTrial, TrialState
+from optuna.trial import FixedTrial, FrozenTrial, TrialState
 
 from hpsearch.bundle.confirm import confirm
 from hpsearch.bundle.replay import replay
 from hpsearch.bundle.retrain import export
 from hpsearch.data.dataset import ImageData, Split
-from hpsearch.errors import Drained, StudyMismatch
+from hpsearch.errors import Drained, StorageUnavailable, StudyMismatch
 from hpsearch.search.objective import Objective
-from hpsearch.search.pruning import PruningCallback
+from hpsearch.search.pruning import AshaPruner, PruningCallback
 from hpsearch.search.study import open_study
 from hpsearch.storage.artifacts import Folder
 from hpsearch.storage.checkpoints import read
@@ -204,6 +204,56 @@ def test_a_diverging_trial_is_pruned_with_its_last_finite_report(digits: ImageDa
         assert trial.value is None
     with pytest.raises(ValueError, match="No trials are completed"):
         _ = study.best_trial
+
+
+class Outage(AshaPruner):
+    """Cannot be asked once, as if the database were gone."""
+
+    def __init__(self, epochs: int) -> None:
+        super().__init__(epochs)
+        self.asked: list[int | None] = []
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        self.asked.append(trial.last_step)
+        if self.asked == [1]:
+            raise StorageUnavailable
+        return super().prune(study, trial)
+
+
+def test_a_resumed_trial_is_compared_as_if_it_had_not_been_interrupted(digits: ImageData, tmp_path: Path) -> None:
+    definition = make_definition(budget={"epochs": 9})
+    pruner = Outage(9)
+    study = optuna.create_study(direction="maximize", pruner=pruner)
+    objective = Objective(definition, digits, checkpoints=tmp_path)
+    study.enqueue_trial(PARAMS)
+    first = study.ask()
+    with pytest.raises(StorageUnavailable):
+        objective(first)
+    study.tell(first, state=TrialState.FAIL)
+    study.enqueue_trial(PARAMS, user_attrs={"attempts": [0]})  # its attributes and reports are lost
+    resumed = study.ask()
+
+    def stop(*, between_epochs: bool = False) -> None:
+        if between_epochs:
+            raise Drained
+
+    with pytest.raises(Drained):
+        objective(resumed, stop)
+    assert pruner.asked == [1, 1, 2], "after resuming, the pruner is asked what it could not be asked before"
+    study.tell(resumed, state=TrialState.FAIL)
+    study.enqueue_trial(PARAMS, user_attrs={"attempts": [0, 1]})
+    again = study.ask()
+    objective(again)
+    assert pruner.asked == [1, 1, 2, 3, 4, 5, 6, 7, 8], "and nothing twice"
+    assert resumed.user_attrs["averaged"].keys() == {"1"}
+    assert again.user_attrs["averaged"].keys() == {"1", "3"}
+    assert again.user_attrs["averaged"]["1"] == first.user_attrs["averaged"]["1"]
+
+
+def test_weights_are_averaged_only_for_the_pruner_that_compares_them(digits: ImageData) -> None:
+    study = optuna.create_study(direction="maximize", pruner=optuna.pruners.MedianPruner())
+    study.optimize(Objective(make_definition(budget={"epochs": 3}), digits), n_trials=1)
+    assert "averaged" not in study.trials[0].user_attrs
 
 
 class AlwaysPrune(optuna.pruners.BasePruner):
