@@ -19,6 +19,7 @@ _UNIFORM = 0.2  # the share of trials that are drawn from the whole space
 _N_LATEST = 100  # trials by which a prior is judged
 _N_BEST = 10  # at most so many of them are good
 _LR = {"sgd": 2e-2}  # of a constant schedule; of the other optimizers 1e-3
+_ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 _PEAK = {"constant": 1.0, "cosine": 2.0, "onecycle": 5.0}  # of a schedule's highest learning rate, in multiples
 _DEPENDENT = ("optimizer", "schedule")  # on which built-in priors depend
 _VALUES: dict[str, float] = {"dropout": 0.1, "weight_decay": 1e-2, "label_smoothing": 0.1, "augment": 0.5}
@@ -125,6 +126,13 @@ def _draw(random: np.random.Generator, dimension: Dimension, middle: Any, spread
     return middle if is_middle else others[random.integers(len(others))]
 
 
+def _rank(trial: FrozenTrial) -> tuple[float, float]:
+    """Return what is larger for better trials: how long they were trained, and then the value."""
+    if trial.state == TrialState.COMPLETE:
+        return math.inf, trial.values[0]
+    return max(trial.intermediate_values.items(), default=(0, 0.0))  # none if it diverged at once
+
+
 def _distribution(dimension: Dimension) -> BaseDistribution:
     """Return the distribution from which Optuna's `suggest` methods have the value of a dimension."""
     if not isinstance(dimension, Range):
@@ -166,7 +174,7 @@ class PriorSampler(optuna.samplers.BaseSampler):
         trials = study._get_trials(deepcopy=False, use_cache=True)  # which the other sampler reads, too
         first = next((other.number for other in trials if "fixed_params" not in other.system_attrs), None)
         spread: float | None = 0.0
-        if first != trial.number:
+        if first != trial.number or len(trials) <= trial.number:  # then the latest of other workers are not known yet
             kind = self._random.random()
             if kind >= _UNIFORM + (1 - _UNIFORM) * self._share_of_priors(trials):
                 return self.sampler.infer_relative_search_space(study, trial)
@@ -176,11 +184,11 @@ class PriorSampler(optuna.samplers.BaseSampler):
 
     def _share_of_priors(self, trials: Sequence[FrozenTrial]) -> float:
         """Return which share of the trials that are not drawn from the whole space is drawn from the priors."""
-        reported = (trial for trial in reversed(trials) if trial.intermediate_values and trial.state != TrialState.FAIL)
-        latest = list(islice(reported, max(_N_LATEST, self.startup)))
-        if sum(trial.state.is_finished() for trial in latest) < self.startup:
+        if sum(trial.state in _ENDED for trial in trials) < self.startup:
             return 1.0
-        ranked = sorted(latest, key=lambda trial: max(trial.intermediate_values.items()))
+        known = (trial for trial in reversed(trials) if trial.state in _ENDED or trial.intermediate_values)
+        latest = (trial for trial in known if trial.state != TrialState.FAIL)
+        ranked = sorted(islice(latest, _N_LATEST), key=_rank)
         best = ranked[-min(max(len(ranked) // 4, 2), _N_BEST) :]
         explained = sum(self.priors.explain(trial.params) for trial in best) / len(best)
         return 0.5 / (1 + math.exp(-2 * explained))

@@ -1,6 +1,6 @@
 """The sampler of a study, which chooses hyperparameters.
 
-The default, TPE, was chosen with `scripts/benchmark quality`: see tests/benchmark/README.md.
+The default, TPE with priors, was chosen with `scripts/benchmark replay`: see tests/benchmark/README.md.
 """
 
 from collections.abc import Callable

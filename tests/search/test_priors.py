@@ -18,6 +18,8 @@ from hpsearch.config.definition import StudyDefinition, parse_definition
 from hpsearch.config.space import suggest
 from hpsearch.search.priors import Priors
 from hpsearch.search.samplers import WindowedTPESampler, build_sampler
+from hpsearch.search.study import load_study, open_study
+from hpsearch.storage.rdb import open_storage
 from hpsearch.training.kinds import Hyperparameters
 
 SPACE: dict[str, Any] = {
@@ -30,7 +32,10 @@ SPACE: dict[str, Any] = {
 }
 MIDDLE = {"optimizer": "sgd", "lr": 2e-2, "momentum": 0.9, "dropout": 0.15, "depth": 3, "width": 337}
 
-pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning"),
+    pytest.mark.filterwarnings("ignore:Heartbeat of storage is supposed"),
+]
 
 
 def define(search: dict[str, Any], **sections: Any) -> StudyDefinition:
@@ -121,6 +126,53 @@ def test_the_middle_is_tried_once_however_many_workers_begin_at_once_or_later() 
     params = [*(trial.params for trial in trials), ask(resumed, definition)]
     assert [each == MIDDLE for each in params] == [True, False, False]
     assert params[1]["lr"] != params[2]["lr"], "each worker has its own stream"
+
+
+def test_the_middle_is_tried_once_by_workers_that_do_not_know_of_each_other_yet(tmp_path: Path) -> None:
+    definition = define(SPACE)
+    url = f"sqlite:///{tmp_path}/study.db"
+    open_study(definition, open_storage(url))
+    studies = []
+    for stream, name in enumerate(("host-0", "host-1")):
+        storage = open_storage(url)
+        storage.worker = name
+        studies.append(load_study(definition, storage))
+        studies[-1].sampler = build_sampler(definition, stream)
+    list_waiting = studies[1]._storage.get_all_trials(
+        studies[1]._study_id, deepcopy=False, states=(TrialState.WAITING,)
+    )
+    assert list_waiting == []
+    assert [ask(study, definition) == MIDDLE for study in studies] == [True, False]
+
+
+def test_trials_that_diverge_at_once_unlearn_a_prior() -> None:
+    definition = define({"lr": {"float": [1e-4, 10.0], "log": True, "prior": 3.0}})
+    study, values = start(definition), []
+    for _ in range(40):
+        trial = study.ask()
+        suggest(trial, definition.space)
+        values.append(trial.params["lr"])
+        if values[-1] > 0.03:
+            study.tell(trial, state=TrialState.PRUNED)
+        else:
+            trial.report(0.5, 1)
+            study.tell(trial, 0.5)
+    assert sum(value < 0.03 for value in values[20:]) >= 10
+
+
+def test_a_running_trial_does_not_delay_what_is_learnt() -> None:
+    definition = define({"augment": {"float": [0, 1], "prior": 0.001}}, sampler={"startup": 100})
+    study = start(definition)
+    distributions: dict[str, Any] = {"augment": FloatDistribution(0, 1)}
+    for number in range(100):
+        value = 1 - abs(number - 50) / 100
+        params = {"augment": number / 100}
+        study.add_trial(
+            create_trial(params=params, distributions=distributions, value=value, intermediate_values={1: value})
+        )
+    study.ask().report(0.5, 1)
+    chosen = [ask(study, definition)["augment"] for _ in range(30)]
+    assert sum(0.3 < each < 0.7 for each in chosen) >= 15
 
 
 def test_values_that_are_given_win_and_the_middle_is_the_first_trial_after_them() -> None:
