@@ -72,7 +72,8 @@ class Snapshot:
     def is_over(self) -> bool:
         """Return whether the trials, minutes, failures or patience are used up, or the target is reached."""
         best = self.status["best"] and self.status["best"]["value"]
-        since_gain = 0 if self.status["trials"]["running"] else self.status["since_gain"] or 0  # one may make a gain
+        trials = self.status["trials"]
+        since_gain = 0 if trials["running"] + trials["waiting"] else self.status["since_gain"] or 0  # one may be a gain
         counts = {"n_finished": self.n_finished, "n_failed": self.n_failed, "n_since_gain": since_gain}
         return find_limit(self.status["budget"], best=best, minutes=self.seconds / 60, **counts) is not None
 

@@ -37,11 +37,12 @@ class Past:
     gains: Gains = field(default_factory=Gains)
 
 
-def admit(connection: Connection, study_id: int, past: Past) -> int:
+def admit(connection: Connection, study_id: int, past: Past, *, is_new: bool) -> int:
     """Return the number of trials of the study if the budget allows another trial to run.
 
     Otherwise raises `BudgetSpent` or `TooManyFailures`, which are final; `Stopped`, final until the study is run again;
-    or `BudgetInFlight` if running trials may use up the rest of the budget, or make a gain where patience is exhausted.
+    or `BudgetInFlight` if running trials may use up the rest of the budget. Where patience is exhausted, trials that
+    run or wait may still make a gain, so it is final once there are none, and only a new trial is not admitted.
     Raises `KeyError` for an unknown study.
     """
     tables.lock_study(connection, study_id)
@@ -66,7 +67,7 @@ def admit(connection: Connection, study_id: int, past: Past) -> int:
             raise BudgetSpent(f"target reached: best value {best:.4f} >= {budget['target']}")
         case "minutes":
             raise BudgetSpent(f"time limit reached ({minutes:.1f} min); raise budget.minutes to continue")
-        case "patience" if leader and not spent.running:
+        case "patience" if leader and not spent.running + spent.waiting:
             raise BudgetSpent(
                 f"no gain beyond chance in {n_since} trials (best {leader.value:.4f} of trial {leader.number}); "
                 "raise budget.patience to continue"
@@ -80,7 +81,7 @@ def admit(connection: Connection, study_id: int, past: Past) -> int:
     if json.loads(spent.stopped or "false"):
         raise Stopped
     has_room = "trials" not in budget or n_finished + spent.running < budget["trials"]
-    if not has_room or limit == "patience":
+    if not has_room or (limit == "patience" and (is_new or not spent.waiting)):
         raise BudgetInFlight
     return int(n_trials)
 
@@ -96,7 +97,7 @@ def find_limit(
 ) -> str | None:
     """Return the limit of the budget that is reached: trials, target, minutes, failures or patience; else None.
 
-    That of patience ends the search only once no trial is running, because a running one may make a gain.
+    That of patience ends the search only once no trial runs or waits, because each may make a gain.
     """
     reached = {"trials": n_finished, "target": best, "minutes": minutes, "failures": n_failed, "patience": n_since_gain}
     limits = ((name, value) for name, value in reached.items() if name in budget and value is not None)

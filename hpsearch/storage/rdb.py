@@ -142,7 +142,7 @@ class Storage(RDBStorage):
     def check_budget(self, study_id: int) -> None:
         """Raise what `admit` raises if no other trial of the study may start now."""
         with self.engine.begin() as connection:
-            admit(connection, study_id, self._past[study_id])
+            admit(connection, study_id, self._past[study_id], is_new=False)
 
     @retry_on_outage
     def seconds_searched(self, study_id: int) -> float:
@@ -330,7 +330,7 @@ class Storage(RDBStorage):
     def _start(self, study_id: int) -> FrozenTrial:
         """Start a new buffered trial: check the budget, assign the worker, write a heartbeat."""
         with self.engine.begin() as connection:
-            number = admit(connection, study_id, self._past[study_id])
+            number = admit(connection, study_id, self._past[study_id], is_new=True)
             trial = tables.insert_trial(connection, study_id, number, datetime.now(), self.worker)
         return self._buffer(trial).snapshot()
 
@@ -343,7 +343,7 @@ class Storage(RDBStorage):
             tables.lock_trial(connection, trial_id)  # so that all of it is read in the same attempt
             trial = tables.read_trial(connection, trial_id)
             if trial.state == TrialState.WAITING:
-                admit(connection, study_id, self._past[study_id])
+                admit(connection, study_id, self._past[study_id], is_new=False)
                 trial.state, trial.datetime_start = TrialState.RUNNING, datetime.now()
                 tables.write_state(connection, trial)
                 tables.assign_worker(connection, trial, str(self.worker))

@@ -138,3 +138,26 @@ def test_workers_stop_together_and_wait_for_a_running_trial_that_may_be_a_gain(u
     open_study(make_definition(url, budget={"trials": 99}), open_storage(url))
     finish(0.9)
     assert watch.poll().status["since_gain"] is None
+
+
+def test_a_trial_that_waits_is_finished_before_patience_ends_the_search(url: str) -> None:
+    definition = make_definition(url, budget={"trials": 99, "patience": 2})
+    study = open_study(definition, open_storage(url))
+    study.set_user_attr("data", {"validation": N_IMAGES})
+    (storage, mine), (_, theirs) = (join(url, name) for name in ("me-0", "me-1"))
+    mine.tell(mine.ask(), 0.9)
+    interrupted = mine.ask()
+    for _ in range(2):
+        theirs.tell(theirs.ask(), state=TrialState.PRUNED)
+    assert storage.end_attempt(interrupted._trial_id, 0, "interrupted", "stopped")
+    assert not Watch(definition).poll().is_over
+    study.enqueue_trial({"lr": 0.05})
+    again, given = theirs.ask(), mine.ask()
+    assert (again.number, given.number) == (interrupted.number, 4)
+    with pytest.raises(BudgetInFlight):
+        theirs.ask()
+    theirs.tell(again, 0.8)
+    mine.tell(given, 0.8)
+    with pytest.raises(BudgetSpent, match="no gain beyond chance in 4 trials"):
+        mine.ask()
+    assert Watch(definition).poll().is_over
