@@ -17,7 +17,7 @@ from hpsearch.config.definition import StudyDefinition, parse_definition
 from hpsearch.errors import Drained
 from tests.acceptance.commands import HPSEARCH, environment
 from tests.benchmark.record import TASKS
-from tests.benchmark.replay import DEFAULT, HYPERBAND, MEDIAN, RANDOM, STRATEGIES, count_epochs
+from tests.benchmark.replay import DEFAULT, HYPERBAND, MEDIAN, RANDOM, STRATEGIES
 from tests.benchmark.report import Options, Row, summarize
 
 _TASKS = ("digits", "mnist-mlp-4000", "mnist-mlp")
@@ -100,7 +100,7 @@ def quality(folder: Path, options: Options) -> list[Row]:
 
 
 def _compare(task: str, folder: Path, options: Options) -> list[Row]:
-    n_epochs = count_epochs(TASKS[task])
+    n_epochs = TASKS[task].n_epochs
     courses: dict[str, list[Course]] = {way: [] for way in _WAYS}
     for seed in range(options.repeats):
         for way, runs in courses.items():

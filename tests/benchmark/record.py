@@ -37,22 +37,32 @@ _DIGITS = 4  # significant ones of a recorded number
 
 @dataclass(frozen=True)
 class Task:
-    """A study whose configurations are recorded: so many at random, so many near the best, so many a second time."""
+    """A study whose configurations are recorded: so many at random, so many near the best, so many a second time.
+
+    Its budget is one of its own, so that a search for less does not change what is compared with.
+    """
 
     study: str
+    trials: int
+    epochs: int
     n_random: int
     n_near: int
     n_again: int
     data: Mapping[str, Any] | None = None  # instead of the study file's
     turned: bool = False  # whether all images, those for validation included, are turned and shifted at random
 
+    @property
+    def n_epochs(self) -> int:
+        """Return the epochs of the whole budget without pruning, which random search spends."""
+        return self.trials * self.epochs
+
 
 TASKS = {
-    "digits": Task("digits", 700, 300, 80),
-    "mnist-mlp-4000": Task("mnist-mlp", 300, 100, 40, data={"train": 4_000}),
-    "mnist-turned": Task("mnist-mlp", 200, 80, 40, data={"train": 10_000}, turned=True),
-    "mnist-mlp": Task("mnist-mlp", 300, 100, 40),
-    "mnist-cnn": Task("mnist-cnn", 80, 40, 20, data={"train": 8_000, "validation": 5_000}),
+    "digits": Task("digits", 30, 15, 700, 300, 80),
+    "mnist-mlp-4000": Task("mnist-mlp", 40, 9, 300, 100, 40, data={"train": 4_000}),
+    "mnist-turned": Task("mnist-mlp", 40, 9, 200, 80, 40, data={"train": 10_000}, turned=True),
+    "mnist-mlp": Task("mnist-mlp", 40, 9, 300, 100, 40),
+    "mnist-cnn": Task("mnist-cnn", 20, 9, 80, 40, 20, data={"train": 8_000, "validation": 5_000}),
 }
 
 
@@ -60,6 +70,7 @@ def define(task: Task) -> StudyDefinition:
     """Return the study of a task, without its first guesses."""
     tables = load_definition(task.study).to_tables()
     tables.pop("try", None)
+    tables["budget"] = {"trials": task.trials, "epochs": task.epochs}
     tables["data"] |= task.data or {}
     return parse_definition(tables)
 

@@ -63,7 +63,6 @@ class Surrogate:
         rows = [*first.values()]
         self.rows, self.params, self.pairs = rows, params, pairs
         self.logs = logs
-        self._kernel = self._fit_kernel(rows[:: math.ceil(len(rows) / _N_FITTED)])
         self.fit(rows)
         halves = np.array([(logs[a] - logs[b]) / math.sqrt(2) for a, b in pairs])
         last = self.column("accuracy")
@@ -75,7 +74,7 @@ class Surrogate:
         """Return the column of `logs` with a signal after the last epoch."""
         return (int(self.n_epochs) - 1) * len(SIGNALS) + SIGNALS.index(signal)
 
-    def _fit_kernel(self, rows: Sequence[int]) -> Kernel:
+    def _fit_kernel(self, rows: Sequence[int] | NDArray[np.int64]) -> Kernel:
         """Return the kernel that suits the accuracies after the first and the last epoch of these rows."""
         inputs = np.array([self.encode(self.params[row]) for row in rows])
         targets = self.logs[rows][:, [0, self.column("accuracy")]]
@@ -86,13 +85,14 @@ class Surrogate:
             return process.fit(inputs, targets).kernel_
 
     def fit(self, rows: Sequence[int] | NDArray[np.int64]) -> None:
-        """Condition the Gaussian process on these rows."""
+        """Fit the Gaussian process to these rows."""
+        kernel = self._fit_kernel(rows[:: math.ceil(len(rows) / _N_FITTED)])
         inputs = np.array([self.encode(self.params[row]) for row in rows])
         targets = self.logs[rows]
         self._known: dict[str, Array] = {}
         self._mean, self._scale = targets.mean(0), targets.std(0)
         scaled = (targets - self._mean) / self._scale
-        self._process = GaussianProcessRegressor(self._kernel, optimizer=None).fit(inputs, scaled)
+        self._process = GaussianProcessRegressor(kernel, optimizer=None).fit(inputs, scaled)
 
     def encode(self, params: Mapping[str, Any]) -> list[float]:
         """Return the place of a configuration: numbers from 0 to 1, and one number for each choice."""
@@ -273,12 +273,6 @@ _N_SEARCHES = 200
 _SHARES = {"a tenth": 0.1, "a third": 1 / 3, "all": 1.0}
 
 
-def count_epochs(task: Task) -> int:
-    """Return the epochs of the task's whole budget without pruning."""
-    budget = define(task).budget
-    return budget.trials * budget.epochs
-
-
 def replay(folder: Path, options: Options) -> list[Row]:
     """Return how many epochs each strategy needs for random search's best, and how good it gets."""
     rows: list[Row] = []
@@ -288,7 +282,7 @@ def replay(folder: Path, options: Options) -> list[Row]:
             rows += _judge_surrogate(name, load_surrogate(name))
             courses = {label: future.result() for label, future in futures.items()}
             rows += _summarize(name, courses)
-            draw(courses, count_epochs(TASKS[name]), options.output / f"replay-{name}.png")
+            draw(courses, TASKS[name].n_epochs, options.output / f"replay-{name}.png")
     return rows
 
 
@@ -316,7 +310,7 @@ def _judge_surrogate(name: str, surrogate: Surrogate) -> Iterator[Row]:
 
 
 def _summarize(name: str, courses: Mapping[str, Sequence[Course]]) -> Iterator[Row]:
-    n_epochs = count_epochs(TASKS[name])
+    n_epochs = TASKS[name].n_epochs
     finals = {label: [run.value_after(n_epochs) for run in runs] for label, runs in courses.items()}
     reported = float(np.mean([run.reports[-1] for run in courses[RANDOM]]))
     targets = [
@@ -348,7 +342,7 @@ def _simulate_all(name: str, label: str) -> list[Course]:
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     task, surrogate = TASKS[name], _surrogate(name)
     seeds = range(_N_SEARCHES)
-    return [simulate(task, surrogate, STRATEGIES[label], seed, count_epochs(task)) for seed in seeds]
+    return [simulate(task, surrogate, STRATEGIES[label], seed, task.n_epochs) for seed in seeds]
 
 
 def draw(courses: Mapping[str, Sequence[Course]], n_epochs: int, file: Path) -> None:
