@@ -61,7 +61,7 @@ TASKS = {
     "digits": Task("digits", 30, 15, 700, 300, 80),
     "mnist-mlp-4000": Task("mnist-mlp", 40, 9, 300, 100, 40, data={"train": 4_000}),
     "mnist-turned": Task("mnist-mlp", 40, 9, 200, 80, 40, data={"train": 10_000}, turned=True),
-    "mnist-mlp": Task("mnist-mlp", 40, 9, 300, 100, 40),
+    "mnist-mlp": Task("mnist-mlp", 40, 9, 300, 100, 24),
     "mnist-cnn": Task("mnist-cnn", 20, 9, 80, 40, 20, data={"train": 8_000, "validation": 5_000}),
 }
 
