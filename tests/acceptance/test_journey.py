@@ -158,7 +158,7 @@ def test_a_file_that_is_no_image_is_named_and_the_others_are_predicted(searched:
 @pytest.mark.timeout(600)
 def test_a_small_search_on_real_mnist_ends_in_a_good_model(tmp_path: Path) -> None:
     text = (STUDIES / "mnist-mlp.toml").read_text()
-    text = text.replace("trials = 20", "trials = 2").replace("epochs = 9", "epochs = 2").replace("= 18", "= 3")
+    text = text.replace("trials = 12", "trials = 2").replace("epochs = 9", "epochs = 2").replace("= 18", "= 3")
     (tmp_path / "mnist-mlp.toml").write_text(text)
     hpsearch("run", "mnist-mlp.toml", "--workers", 2, cwd=tmp_path)
     hpsearch("export", "mnist-mlp.toml", cwd=tmp_path)

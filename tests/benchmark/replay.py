@@ -357,6 +357,8 @@ def draw(courses: Mapping[str, Sequence[Course]], n_epochs: int, file: Path) -> 
         medians = np.median(values, axis=0)
         axes.plot(grid[medians > 0], 100 * (1 - medians[medians > 0]), label=label)
     axes.set(xlabel="epochs trained, all trials", ylabel="error of the best trial without noise, %", yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize="small")
     figure.savefig(file, dpi=120)
