@@ -415,7 +415,7 @@ def test_the_report_of_three_thousand_trials_is_small(report: Callable[..., Page
     page = report(trials)
     assert len(page.source) < 2_000_000
     assert "Showing 120 of 3,000 curves" in page.text
-    assert "over 1,500 completed trials)." in page.text
+    assert "over 3,000 completed or pruned trials)." in page.text
 
 
 def test_a_report_that_cannot_be_written_leaves_the_older_one(tmp_path: Path, definition: StudyDefinition) -> None:
