@@ -32,7 +32,8 @@ class WeightAverage:
 
     def load(self, tensors: Sequence[Tensor]) -> None:
         """Continue from the `tensors` of another average."""
-        _copy(tensors, self.tensors)
+        for own, other in zip(self.tensors, tensors, strict=True):
+            own.copy_(other)  # which may be on another device
 
     @contextmanager
     @torch.no_grad()
