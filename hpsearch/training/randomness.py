@@ -29,19 +29,17 @@ class GlobalRandom:
     @contextmanager
     def used(self) -> Iterator[None]:
         """Let the global generators continue from this state in the `with` block. One thread at a time is inside."""
-        with turn:
-            before = self._read()
+        with turn, self.kept():
             self._write(self._state)
             self._is_used = True
             try:
                 yield
             finally:
                 self._state, self._is_used = self._read(), False
-                self._write(before)
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Inside `used`: let what is drawn in the `with` block leave the generators as they were."""
+        """Afterwards, the global generators are as they were before the `with` block."""
         before = self._read()
         try:
             yield
