@@ -51,7 +51,8 @@ class Peculiar(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         self.calls += 1  # type: ignore[assignment, operator]
-        return self.layer(images.flatten(1) + 0.1 * torch.randn(1))  # type: ignore[no-any-return]
+        outputs: Tensor = self.layer(images.flatten(1) + 0.1 * torch.randn(1))
+        return outputs + torch.exp(self.mask)  # type: ignore[arg-type]
 
 
 def test_a_network_that_draws_in_evaluation_trains_the_same_with_its_weights_averaged(blobs: Split) -> None:
