@@ -42,8 +42,8 @@ def admit(connection: Connection, study_id: int, past: Past, *, is_new: bool) ->
 
     Otherwise raises `BudgetSpent` or `TooManyFailures`, which are final; `Stopped`, final until the study is run again;
     or `BudgetInFlight` if running trials may use up the rest of the budget. Where patience is exhausted, trials that
-    run or wait may still make a gain, so it is final once there are none, and only a new trial is not admitted.
-    Raises `KeyError` for an unknown study.
+    run or wait may still make a gain. So those that wait are admitted and a new one is not, and it is final once there
+    are none. Raises `KeyError` for an unknown study.
     """
     tables.lock_study(connection, study_id)
     spent = tables.read_spent(connection, study_id)  # a new statement sees the latest commits

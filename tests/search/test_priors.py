@@ -11,7 +11,7 @@ import numpy as np
 import optuna
 import pytest
 from optuna.distributions import FloatDistribution
-from optuna.trial import TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 import hpsearch
 from hpsearch.config.definition import StudyDefinition, parse_definition
@@ -128,21 +128,28 @@ def test_the_middle_is_tried_once_however_many_workers_begin_at_once_or_later() 
     assert params[1]["lr"] != params[2]["lr"], "each worker has its own stream"
 
 
-def test_the_middle_is_tried_once_by_workers_that_do_not_know_of_each_other_yet(tmp_path: Path) -> None:
+def test_the_middle_is_tried_once_by_workers_that_do_not_know_of_each_other_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     definition = define(SPACE)
     url = f"sqlite:///{tmp_path}/study.db"
     open_study(definition, open_storage(url))
+    storages = [open_storage(url) for _ in range(2)]
     studies = []
-    for stream, name in enumerate(("host-0", "host-1")):
-        storage = open_storage(url)
-        storage.worker = name
+    for stream, storage in enumerate(storages):
+        storage.worker = f"host-{stream}"
         studies.append(load_study(definition, storage))
         studies[-1].sampler = build_sampler(definition, stream)
-    list_waiting = studies[1]._storage.get_all_trials(
-        studies[1]._study_id, deepcopy=False, states=(TrialState.WAITING,)
-    )
-    assert list_waiting == []
-    assert [ask(study, definition) == MIDDLE for study in studies] == [True, False]
+    params: list[dict[str, Any]] = []
+    start_trial = storages[1]._start
+
+    def start_second(study_id: int) -> FrozenTrial:  # the first begins after the second has read the list of trials
+        params.append(ask(studies[0], definition))
+        return start_trial(study_id)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(storages[1], "_start", start_second)
+    params.append(ask(studies[1], definition))
+    assert [each == MIDDLE for each in params] == [True, False]
 
 
 def test_trials_that_diverge_at_once_unlearn_a_prior() -> None:
