@@ -62,7 +62,7 @@ TASKS = {
     "mnist-mlp-4000": Task("mnist-mlp", 40, 9, 300, 100, 40, data={"train": 4_000}),
     "mnist-turned": Task("mnist-mlp", 40, 9, 200, 80, 40, data={"train": 10_000}, turned=True),
     "mnist-mlp": Task("mnist-mlp", 40, 9, 300, 100, 24),
-    "mnist-cnn": Task("mnist-cnn", 20, 9, 80, 40, 20, data={"train": 8_000, "validation": 5_000}),
+    "mnist-cnn": Task("mnist-cnn", 20, 9, 80, 24, 16, data={"train": 8_000, "validation": 5_000}),
 }
 
 
