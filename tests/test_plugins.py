@@ -94,8 +94,8 @@ def test_a_study_file_is_checked_against_the_hyperparameters_of_its_kind_and_of_
     with pytest.raises(DefinitionError) as caught:
         parse_definition(tables)
     names = (
-        "blocks, optimizer, lr, weight_decay, momentum, batch_size, schedule, label_smoothing, augment, flip, erase, "
-        "color_jitter"
+        "blocks, optimizer, lr, weight_decay, momentum, batch_size, schedule, label_smoothing, ema, augment, shear, "
+        "flip, erase, color_jitter"
     )
     assert list(caught.value.problems) == [
         "data: stripes has only 60 training images, but train + validation need 61",

@@ -29,7 +29,9 @@ class TrainingHyperparameters(Table):
     batch_size: int = Field(128, ge=2, le=65_536, description="images per batch; batch norm needs two")
     schedule: Literal["constant", "cosine", "onecycle"] = "constant"
     label_smoothing: float = Field(0.0, ge=0, lt=1)
+    ema: float = Field(0.0, ge=0, lt=1, description="decay per step of the averaged weights that are used; 0: none")
     augment: float = Field(0.0, ge=0, le=1, description="strength of random shift, rotation and scaling")
+    shear: float = Field(0.0, ge=0, le=1, description="strength of random shear")
     flip: bool = Field(False, description="mirror half of the images left to right, at random")
     erase: float = Field(0.0, ge=0, le=1, description="strength of random erasing: a rectangle in each image")
     color_jitter: float = Field(0.0, ge=0, le=1, description="strength of random brightness, contrast and saturation")

@@ -1,4 +1,4 @@
-"""Random changes of the images of a batch: shift, rotation and scale; mirroring; erasing; colour."""
+"""Random changes of the images of a batch: shift, rotation, scale and shear; mirroring; erasing; colour."""
 
 from collections.abc import Sequence
 
@@ -9,24 +9,29 @@ from torch.nn import functional
 _LUMA = [0.2989, 0.587, 0.1141]  # of red, green and blue: ITU-R BT.601, as in torchvision and Pillow
 
 
-def augment(images: Tensor, strength: float, generator: torch.Generator | None = None) -> Tensor:
-    """Shift, rotate and scale each image by random amounts, in one resampling of the batch.
+def augment(images: Tensor, strength: float, generator: torch.Generator | None = None, *, shear: float = 0.0) -> Tensor:
+    """Shift, rotate, scale and shear each image by random amounts, in one resampling of the batch.
 
     At strength 1 the amounts are uniform up to 1/7 of the image (4 pixels of 28), 20 degrees and 20 percent; other
-    strengths scale them. Pixels outside the image repeat the border. The shape (N, C, H, W) is unchanged. `generator`
-    draws the amounts; it must be on the device of the images.
+    strengths scale them. With `shear` 1, columns are tilted by up to 20 degrees before that. Pixels outside the image
+    repeat the border. The shape (N, C, H, W) is unchanged. `generator` draws the amounts; it must be on the device of
+    the images.
     """
     n, device = len(images), images.device
     angle, scale, *shift = (torch.rand(4, n, generator=generator, device=device) * 2 - 1) * strength
     angle, scale = angle * (torch.pi / 9), 1 + scale * 0.2
     cosine, sine = torch.cos(angle) / scale, torch.sin(angle) / scale
+    across_rows, down_rows = -sine, cosine
+    if shear:
+        tilt = torch.tan((torch.rand(n, generator=generator, device=device) * 2 - 1) * shear * (torch.pi / 9))
+        across_rows, down_rows = across_rows + tilt * cosine, down_rows + tilt * sine
     # Coordinates range from -1 to 1, so 2/7 is 1/7 of the image.
     x, y = shift[0] * (2 / 7), shift[1] * (2 / 7)
     height, width = images.shape[2:]
     row, column = (torch.arange(1, 2 * size, 2, device=device) / size - 1 for size in (height, width))
     # Same as affine_grid, which multiplies small matrices one by one and is slower than the resampling.
-    across = (torch.outer(cosine, column) + x[:, None])[:, None, :] - torch.outer(sine, row)[:, :, None]
-    down = (torch.outer(sine, column) + y[:, None])[:, None, :] + torch.outer(cosine, row)[:, :, None]
+    across = (torch.outer(cosine, column) + x[:, None])[:, None, :] + torch.outer(across_rows, row)[:, :, None]
+    down = (torch.outer(sine, column) + y[:, None])[:, None, :] + torch.outer(down_rows, row)[:, :, None]
     grid = torch.stack([across, down], dim=-1)
     return functional.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
 

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import optuna
 import torch
@@ -25,7 +26,8 @@ from hpsearch.training.trainer import EpochResult, Trainer, measure
 
 logger = logging.getLogger(__name__)
 _CHECKPOINT_FORMAT = 3
-_NEWER = {"flip", "erase", "color_jitter"}  # where they are off, checkpoints are as those of versions without them
+# Where these are off, checkpoints are as those of versions without them.
+_NEWER = {"flip", "erase", "color_jitter", "ema", "shear"}
 _loading = threading.Lock()  # the threads of `n_jobs` share the data
 
 
@@ -145,12 +147,7 @@ class Objective:
     def _open_checkpoint(self, trial: optuna.Trial, hyperparameters: TrainingHyperparameters) -> Checkpoint | None:
         if self.checkpoints is None:
             return None
-        identity = {
-            "format": _CHECKPOINT_FORMAT,
-            "study": self.fingerprint,
-            "seed": trial_seed(self.definition.study.seed, trial),
-            "hyperparameters": {k: v for k, v in hyperparameters.model_dump().items() if v or k not in _NEWER},
-        }
+        identity = identify_training(self.fingerprint, trial_seed(self.definition.study.seed, trial), hyperparameters)
         return Checkpoint(self.checkpoints, checkpoints_of(trial), identity, self.definition.recovery.checkpoint)
 
     def _is_among_best(self, trial: optuna.Trial, result: EpochResult) -> bool:
@@ -158,6 +155,12 @@ class Objective:
         trials = trial.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         own = (-result.value, trial.number)
         return sum(by_value(other) < own for other in trials) < self.definition.recovery.keep
+
+
+def identify_training(fingerprint: str, seed: int, hyperparameters: TrainingHyperparameters) -> dict[str, Any]:
+    """Return the identity of a training in a study, by which its checkpoint is recognized."""
+    chosen = {name: value for name, value in hyperparameters.model_dump().items() if value or name not in _NEWER}
+    return {"format": _CHECKPOINT_FORMAT, "study": fingerprint, "seed": seed, "hyperparameters": chosen}
 
 
 def _note_averaged(trial: optuna.Trial, trainer: Trainer) -> None:

@@ -17,7 +17,7 @@ class WeightAverage:
     parameters of the network.
     """
 
-    def __init__(self, network: nn.Module, joined: Tensor, n_steps: int) -> None:
+    def __init__(self, network: nn.Module, joined: Tensor, n_steps: float) -> None:
         self._buffers = [*network.buffers()]
         self.live = [joined.detach(), *_running_statistics(network)]
         self.tensors = [tensor.clone() for tensor in self.live]
@@ -34,6 +34,11 @@ class WeightAverage:
         """Continue from the `tensors` of another average."""
         for own, other in zip(self.tensors, tensors, strict=True):
             own.copy_(other)  # which may be on another device
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Give the network the average for good."""
+        _copy(self.tensors, self.live)
 
     @contextmanager
     @torch.no_grad()

@@ -57,8 +57,9 @@ class Trainer:
     `[epoch, n_batches, threads]` for the start and for each change of torch's number of threads, on which the last bits
     depend. `metric` is the value of a result, and `score` the latest measurement on the validation split.
 
-    After the epochs in `averaged_after`, the moving average of the weights over an epoch is measured, too: `averaged`
-    has its metric by epoch. The training is the same without, and nothing is averaged after the last of them.
+    With the hyperparameter `ema`, the moving average of the weights is what is validated, and at the end the network
+    has it. After the epochs in `averaged_after`, `averaged` has the metric of averaged weights: those of `ema`, or
+    without it those over an epoch, which are not averaged after the last of these epochs. The training is the same.
     """
 
     def __init__(
@@ -96,8 +97,10 @@ class Trainer:
         self._schedule = build_schedule(self._optimizer, hyperparameters, n_steps=epochs * len(self._loader))
         self._gradients = choose_gradients(network, hyperparameters.label_smoothing)
         self._n_parameters = 0 if isinstance(network, OwnNetwork) else joined.numel()  # for `fast_matmul`
-        self._averaged_after = averaged_after
-        self._average = WeightAverage(network, joined, len(self._loader)) if averaged_after else None
+        self._averaged_after, self._uses_average = averaged_after, hyperparameters.ema > 0
+        n_averaged = 1 / (1 - hyperparameters.ema) if self._uses_average else len(self._loader)  # steps
+        is_averaged = averaged_after or self._uses_average
+        self._average = WeightAverage(network, joined, n_averaged) if is_averaged else None
         self.averaged: dict[int, float] = {}
         self._total_loss = torch.zeros((), device=device)  # of the current epoch
         self._epoch_order = self.order.get_state()  # at the start of the current epoch
@@ -140,7 +143,7 @@ class Trainer:
         epoch, mean_loss = len(self.results) + 1, total_loss.item() / len(self._loader)
         if not math.isfinite(mean_loss):
             raise Diverged(f"training diverged: loss is {mean_loss} in epoch {epoch}")
-        score = self.score = None if self.validation is None else measure(self.network, self.validation)
+        score = self.score = self._validate()
         accuracy, balanced = (None, None) if score is None else (score.accuracy, score.balanced_accuracy)
         if self._average and self.validation and epoch in self._averaged_after:
             with self._average.used(), self._global_random.kept() if self._global_random else nullcontext():
@@ -151,8 +154,17 @@ class Trainer:
         total_loss.zero_()
         return self.results[-1]
 
+    def _validate(self) -> Score | None:
+        if self.validation is None:
+            return None
+        with self._average.used() if self._average and self._uses_average else nullcontext():
+            return measure(self.network, self.validation)
+
     def _end_averaging(self) -> None:
-        if len(self.results) >= max(self._averaged_after, default=0):
+        if self._average and self._uses_average:
+            if self.is_done:
+                self._average.keep()
+        elif len(self.results) >= max(self._averaged_after, default=0):
             self._average = None
 
     def _change(self, images: Tensor) -> Tensor:
@@ -160,8 +172,8 @@ class Trainer:
         chosen = self._hyperparameters
         if chosen.flip:
             images = flip(images, self.noise)
-        if chosen.augment:
-            images = augment(images, chosen.augment, self.noise)
+        if chosen.augment or chosen.shear:
+            images = augment(images, chosen.augment, self.noise, shear=chosen.shear)
         if chosen.color_jitter:
             images = jitter_color(images, chosen.color_jitter, self._mean, self._std, self.noise)
         if chosen.erase:
@@ -188,7 +200,7 @@ class Trainer:
         }
         if self._averaged_after:
             state["averaged"] = self.averaged
-        if self._average:
+        if self._average and not self.is_done:
             state["average"] = self._average.tensors
         return state | ({"global_random": self._global_random.state_dict()} if self._global_random else {})
 

@@ -141,16 +141,20 @@ def test_augmentation_of_strength_zero_changes_nothing() -> None:
     assert torch.allclose(augment(images, 0.0), images, atol=1e-5)
 
 
-def test_augmentation_is_the_affine_map_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    images, drawn = torch.rand(3, 1, 20, 28), torch.rand(4, 3)
-    monkeypatch.setattr(torch, "rand", lambda *size, **_: drawn)
+@pytest.mark.parametrize("shear", [0.0, 0.6])
+def test_augmentation_is_the_affine_map_of_torch(monkeypatch: pytest.MonkeyPatch, shear: float) -> None:
+    images, drawn, tilts = torch.rand(3, 1, 20, 28), torch.rand(4, 3), torch.rand(3)
+    monkeypatch.setattr(torch, "rand", lambda *size, **_: drawn if size == (4, 3) else tilts)
     angle, scale, x, y = (drawn * 2 - 1) * 0.7
     angle, scale = angle * torch.pi / 9, 1 + 0.2 * scale
     cosine, sine = angle.cos() / scale, angle.sin() / scale
     matrices = torch.stack([cosine, -sine, x * 2 / 7, sine, cosine, y * 2 / 7], dim=1).view(3, 2, 3)
+    slanted = torch.eye(3).repeat(3, 1, 1)
+    slanted[:, 0, 1] = ((tilts * 2 - 1) * shear * torch.pi / 9).tan()
+    matrices = torch.cat([matrices[:, :, :2] @ slanted[:, :2, :2], matrices[:, :, 2:]], dim=2)
     grid = functional.affine_grid(matrices, [3, 1, 20, 28], align_corners=False)
     expected = functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
-    torch.testing.assert_close(augment(images, 0.7), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(augment(images, 0.7, shear=shear), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_augmentation_shifts_by_at_most_a_seventh(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -10,13 +11,13 @@ from hpsearch.data.dataset import Split
 from hpsearch.training.averaging import WeightAverage
 from hpsearch.training.gradients import join_parameters
 from hpsearch.training.networks import Network, OwnNetwork
-from hpsearch.training.trainer import Trainer
+from hpsearch.training.trainer import Trainer, measure
 
 
-def make_trainer(split: Split, averaged_after: tuple[int, ...]) -> Trainer:
+def make_trainer(split: Split, averaged_after: tuple[int, ...], ema: float = 0.0) -> Trainer:
     torch.manual_seed(0)
     network = Network(nn.Flatten(), nn.Linear(split.images[0].numel(), 16), nn.BatchNorm1d(16), nn.Linear(16, 10))
-    hyperparameters = TrainingHyperparameters(lr=0.1, batch_size=8)
+    hyperparameters = TrainingHyperparameters(lr=0.1, batch_size=8, ema=ema)
     return Trainer(network, split, hyperparameters, 3, validation=split, averaged_after=averaged_after)
 
 
@@ -87,8 +88,9 @@ def test_weights_are_averaged_no_longer_than_they_are_measured(blobs: Split) -> 
     assert resumed.averaged == trainer.averaged
 
 
-def test_an_average_continues_bit_for_bit_in_the_middle_of_an_epoch(blobs: Split) -> None:
-    whole, first, second = (make_trainer(blobs, (1, 3)) for _ in range(3))
+@pytest.mark.parametrize("ema", [0.0, 0.95])
+def test_an_average_continues_bit_for_bit_in_the_middle_of_an_epoch(blobs: Split, ema: float) -> None:
+    whole, first, second = (make_trainer(blobs, (1, 3), ema) for _ in range(3))
     averages = whole._average, second._average
     for _ in whole:
         pass
@@ -107,6 +109,10 @@ def test_an_average_continues_bit_for_bit_in_the_middle_of_an_epoch(blobs: Split
         pass
     assert second.averaged == whole.averaged
     assert all(map(torch.equal, *(average.tensors for average in averages if average)))
+    assert all(map(torch.equal, floats(second.network), floats(whole.network)))
+    done = make_trainer(blobs, (1, 3), ema)
+    done.load_state_dict(whole.state_dict())
+    assert all(map(torch.equal, floats(done.network), floats(whole.network)))
 
 
 def test_an_average_of_a_training_that_had_none_starts_from_the_weights_with_which_it_continues(blobs: Split) -> None:
@@ -117,3 +123,27 @@ def test_an_average_of_a_training_that_had_none_starts_from_the_weights_with_whi
     assert all(map(torch.equal, second._average.tensors, second._average.live))
     assert [*second] == [*first]
     assert [*second.averaged] == [3]
+
+
+def test_with_ema_the_average_is_validated_and_at_the_end_the_network_has_it(blobs: Split) -> None:
+    plain, averaged = make_trainer(blobs, ()), make_trainer(blobs, (1,), ema=0.9)
+    after_steps: list[list[Tensor]] = []
+
+    def note() -> None:
+        after_steps.append([tensor.clone() for tensor in floats(plain.network)])
+
+    while not plain.is_done:
+        plain.run_epoch(note)
+    note()
+    expected, *rest = after_steps
+    for step, tensors in enumerate(rest, 1):
+        weight = max(0.1, 10 / (10 + step))
+        expected = [old.lerp(new, weight) for old, new in zip(expected, tensors, strict=True)]
+    assert [result.loss for result in averaged] == [result.loss for result in plain.results]
+    torch.testing.assert_close(floats(averaged.network), expected)
+    assert averaged.results[-1].accuracy == measure(averaged.network, blobs).accuracy
+    assert averaged.averaged == {1: averaged.results[0].accuracy}
+
+
+def floats(network: nn.Module) -> list[Tensor]:
+    return [tensor for tensor in network.state_dict().values() if tensor.is_floating_point()]

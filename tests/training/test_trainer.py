@@ -24,7 +24,7 @@ from hpsearch.training.trainer import EpochResult, Trainer, measure
 
 from ..conftest import make_definition
 
-NO_CHANGE: dict[str, Any] = {"augment": 0.0, "flip": False, "erase": 0.0, "color_jitter": 0.0}
+NO_CHANGE: dict[str, Any] = {"augment": 0.0, "shear": 0.0, "flip": False, "erase": 0.0, "color_jitter": 0.0}
 
 
 def small_network(**options: Any) -> tuple[Network, Hyperparameters]:
@@ -62,7 +62,9 @@ def test_the_accuracy_is_that_of_the_validation_split(blobs: Split) -> None:
     assert result.accuracy == 0.0
 
 
-@pytest.mark.parametrize("change", [{"augment": 0.5}, {"flip": True}, {"erase": 0.5}, {"color_jitter": 0.5}])
+@pytest.mark.parametrize(
+    "change", [{"augment": 0.5}, {"shear": 0.5}, {"flip": True}, {"erase": 0.5}, {"color_jitter": 0.5}]
+)
 def test_augmentation_changes_the_training_and_is_off_by_default(blobs: Split, change: dict[str, Any]) -> None:
     assert make_trainer(blobs, 1, **NO_CHANGE).run_epoch() != make_trainer(blobs, 1, **NO_CHANGE | change).run_epoch()
     assert {name: getattr(Hyperparameters(), name) for name in NO_CHANGE} == NO_CHANGE
