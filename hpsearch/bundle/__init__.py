@@ -2,6 +2,7 @@
 
 evaluation   accuracy, confusion matrix, calibration, misclassified images
 figures      plots of an evaluation as PNG files
+trainings    trains several networks at once, in processes of this machine
 confirm      retrains the best trials with new seeds: was it luck?
 replay       re-runs a trial with its seed
 manifest     replaces a folder in one step; reads a file only if it has not changed

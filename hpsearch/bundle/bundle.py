@@ -100,9 +100,10 @@ class Classifier:
             n_parameters = self.network.n_parameters
         else:
             n_parameters = sum(parameter.numel() for parameter in self.network.parameters())
-        size = "x".join(map(str, self.image_shape))
+        size, n_members = "x".join(map(str, self.image_shape)), self.config.n_members
+        kind = f"ensemble of {n_members} {self.config.kind}" if n_members > 1 else self.config.kind
         return (
-            f"<Classifier: {self.config.kind} with {n_parameters:,} parameters, trained on {self.config.data}, "
+            f"<Classifier: {kind} with {n_parameters:,} parameters, trained on {self.config.data}, "
             f"{size} pixels to {len(self.class_names)} classes>"
         )
 
@@ -234,7 +235,8 @@ def _load(folder: Path) -> Classifier:
         if network is None and GRAPH not in files.names:
             raise BundleError(f"{folder / GRAPH} is missing: a network of the user's own is loaded from it")
         n_bytes = _MAX_MODEL_BYTES if network is None else _count_bytes(network)
-        bound = min(n_bytes + n_bytes // 4 + 2**22, _MAX_MODEL_BYTES)  # names and graphs take some space
+        overhead = n_bytes // 4 + 2**22 * config.n_members  # names and graphs
+        bound = min(n_bytes + overhead, _MAX_MODEL_BYTES)
         known, metrics = None, dict[str, Any]()
         for name in _sealed(files):
             content = files.read(name, bound if name.startswith("model.") else MAX_BYTES)
@@ -461,7 +463,7 @@ def _write_card(contents: Contents, verified: dict[str, dict[str, float]]) -> st
         is_balanced=contents.metrics["metric"] == "balanced_accuracy",
         worst=find_worst(per_class, _N_WORST) if len(per_class) > _N_CLASSES else per_class,
         verified=verified,
-        formats=formats.choose_formats(contents.code),
+        formats=formats.choose_formats(contents.code, config.get("n_members", 1)),
         program=formats.PROGRAM_FORMAT if _has_program(config) else None,
         safetensors=formats.SAFETENSORS,
     )

@@ -13,7 +13,7 @@ from hpsearch.config.space import Table
 from hpsearch.data.own import MAX_CLASSES
 from hpsearch.errors import BundleError
 from hpsearch.plugins import NETWORKS, find
-from hpsearch.training.networks import Network, from_layers
+from hpsearch.training.networks import Ensemble, Network, from_layers
 
 VERSION = 2
 _CHANNELS = {"grey": 1, "rgb": 3}
@@ -40,6 +40,7 @@ class Config(Table):
 
     `mean` and `std` have a number for each channel. `layers` is for users without hpsearch; a network of the user's own
     has none, and its `model.pt2` is loaded instead. `build` has the keyword arguments of the function that built it.
+    An ensemble has `n_members` of such networks.
     """
 
     format_version: Literal[1, 2]
@@ -53,6 +54,7 @@ class Config(Table):
     preparation: Preparation
     layers: list[Any] | None = None
     build: dict[_Name, bool | int | float | _Name] | None = None
+    n_members: int = Field(1, ge=1, le=100)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -98,4 +100,5 @@ def build_empty(config: Config, file: Path) -> Network:
     if json.loads(json.dumps(layers)) != config.layers:
         raise BundleError(f"{file}: layers do not match the hyperparameters")
     with torch.device("meta"):
-        return from_layers(layers)
+        members = [from_layers(layers) for _ in range(config.n_members)]
+    return Ensemble(*members) if len(members) > 1 else members[0]

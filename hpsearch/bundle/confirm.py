@@ -1,6 +1,5 @@
 """Retrain the best trials with new seeds, to find the real winner and how lucky the search was."""
 
-import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -16,10 +15,11 @@ from optuna.trial import FrozenTrial
 from scipy import stats
 
 from hpsearch.bundle.evaluation import mean_interval
+from hpsearch.bundle.trainings import train_all
 from hpsearch.config.definition import StudyDefinition
 from hpsearch.data.dataset import ImageData
 from hpsearch.data.sets import DataSet
-from hpsearch.errors import Diverged, HpsearchError, UsageError, WorkerError
+from hpsearch.errors import Diverged, UsageError
 from hpsearch.search.selection import confirmed_values, find_best_few
 from hpsearch.search.study import check_data, check_writable
 from hpsearch.storage.rdb import storage_of
@@ -27,9 +27,6 @@ from hpsearch.training.metrics import Score, balanced_interval
 from hpsearch.training.networks import build_network
 from hpsearch.training.run import build_trainer, load_study_data, trial_seed
 from hpsearch.training.trainer import measure
-from hpsearch.workers.processes import Processes, Send, Task, share
-from hpsearch.workers.shutdown import Drain
-from hpsearch.workers.worker import WorkerExit
 
 _FIRST_REPETITION = 1_000  # seeds 0: search, from 1: export, from 1,000: confirm
 _LEVEL = 0.95
@@ -71,7 +68,10 @@ def confirm(
     done: dict[str, Result] = dict(study.user_attrs.get("confirmed_runs", {}))
     missing = [(trial, i) for i in range(seeds) for trial in trials if f"{trial.number}/{i}" not in done]
     epochs, trained = definition.budget.epochs, Counter[tuple[int, int]]()  # the latter by trial and run
-    for (trial, i), result in _train_all(definition, data, missing, n_workers, devices, folder):
+    train = partial(_measure, definition, missing)
+    options: dict[str, Any] = {"n_workers": n_workers, "devices": devices, "folder": folder}
+    for index, result in train_all(definition, data, train, range(len(missing)), **options):
+        trial, i = missing[index]
         trained[trial.number, i] = trained[trial.number, i] + 1 if result is None else epochs
         on_epoch(trained.total(), len(missing) * epochs)
         if result is None:
@@ -183,82 +183,11 @@ def _count_parameters(definition: StudyDefinition, data: ImageData, trial: Froze
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def _train_all(
-    definition: StudyDefinition,
-    data: ImageData,
-    runs: list[Run],
-    n_workers: int,
-    devices: Sequence[str],
-    folder: DataSet | Path | str | None,
-) -> Iterator[tuple[Run, Result | None]]:
-    """Train all runs, and yield each after each epoch with None, and at its end with its result.
-
-    No process outlives the iteration.
-    """
-    n_workers = min(n_workers, len(runs))
-    if n_workers <= 1:
-        here = data.to(devices[0])
-        for run in runs:
-            yield from ((run, result) for result in _measure(definition, here, run))
-        return
-    shared = share(data, folder)
-    n_threads = max(1, torch.get_num_threads() // n_workers)
-
-    def prepare(slot: int) -> tuple[str, Task]:
-        device = devices[slot % len(devices)]
-        return f"confirm {slot}", partial(_work, definition, shared, device, n_threads, runs, next_run)
-
-    processes = Processes(prepare)
-    next_run = multiprocessing.get_context("forkserver").Value("i")
-    try:
-        for slot in range(n_workers):
-            processes.start(slot)
-        while processes.running:
-            for _, message in processes.wait():
-                match message:
-                    case (i, result):
-                        yield runs[i], result
-                    case WorkerExit(error=HpsearchError() as error):
-                        raise error
-                    case WorkerExit(is_dead=True):
-                        raise WorkerError(
-                            "a training process was killed (out of memory?); run confirm again, finished runs are kept"
-                        )
-    finally:
-        processes.kill()
-
-
-def _work(
-    definition: StudyDefinition,
-    data: ImageData | DataSet | Path | str | None,
-    device: str,
-    n_threads: int,
-    runs: list[Run],
-    next_run: Any,
-    drain: Drain,
-    send: Send,
-) -> str:
-    """Train runs that no other process has taken, and send the index and result of each.
-
-    `data` is the data, or the folder to load them from.
-    """
-    torch.set_num_threads(n_threads)
-    here = (data if isinstance(data, ImageData) else load_study_data(definition, data)).to(device)
-    while True:
-        with next_run.get_lock():
-            i = next_run.value
-            next_run.value += 1
-        if i >= len(runs):
-            return "all runs are trained"
-        for result in _measure(definition, here, runs[i], drain.check):
-            send((i, result))
-
-
 def _measure(
-    definition: StudyDefinition, data: ImageData, run: Run, check: Callable[[], None] = lambda: None
+    definition: StudyDefinition, runs: Sequence[Run], index: int, data: ImageData, check: Callable[[], None]
 ) -> Iterator[Result | None]:
-    """Retrain a trial with the new seed of that index; yield None after each epoch, then its result."""
-    trial, i = run
+    """Retrain a trial with a new seed; yield None after each epoch, then its result."""
+    trial, i = runs[index]
     seed = trial_seed(definition.study.seed, trial, _FIRST_REPETITION + i)
     trainer = build_trainer(definition, data, definition.space.read(trial.params), seed)
     try:

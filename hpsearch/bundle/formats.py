@@ -11,7 +11,7 @@ import sys
 import tempfile
 import textwrap
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from hpsearch.bundle.graph import Graph
 from hpsearch.data.dataset import normalise
 from hpsearch.errors import BundleError, OwnCodeError, UsageError
 from hpsearch.plugins import OwnCode
-from hpsearch.training.networks import Network, OwnNetwork, from_layers
+from hpsearch.training.networks import Ensemble, Network, OwnNetwork, from_layers
 from hpsearch.workers.forkserver import import_path
 
 logger = logging.getLogger(__name__)
@@ -53,18 +53,25 @@ class Format:
     has_tensors: bool  # whether `images` is a tensor or a NumPy array
 
 
+_SEQUENTIAL = 'torch.nn.Sequential(*(getattr(torch.nn, name)(**options) for name, options in config["layers"]))'
 _PYTORCH = """\
 import json, torch
 config = json.load(open("config.json"))
-network = torch.nn.Sequential(*(getattr(torch.nn, name)(**options) for name, options in config["layers"]))
+network = {network}
 network.load_state_dict(torch.load("model.pt", weights_only=True))
 network.eval()
 """
+_ENSEMBLE = 'torch.nn.ModuleList(\n    {network}\n    for _ in range(config["n_members"])\n)'
 _PREDICTING = """\
 mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("mean", "std"))
 with torch.inference_mode():
     probabilities = network((images.float() / 255 - mean) / std).softmax(dim=1)
 """
+_PREDICTING_MEAN = _PREDICTING.replace(
+    "probabilities = network((images.float() / 255 - mean) / std).softmax(dim=1)",
+    "images = (images.float() / 255 - mean) / std\n"
+    "    probabilities = torch.stack([member(images).softmax(dim=1) for member in network]).mean(dim=0)",
+)
 _ONNX = """\
 import onnxruntime
 session = onnxruntime.InferenceSession("model.onnx")
@@ -74,39 +81,35 @@ _TORCH_EXPORT = 'import torch\nmodel = torch.export.load("model.pt2").module()\n
 _HPSEARCH = 'import hpsearch\nclassifier = hpsearch.load(".")\n'
 FORMATS = {
     "model.safetensors": Format(_HPSEARCH, "probabilities = classifier.predict_proba(images)\n", 1e-5, False),
-    "model.pt": Format(_PYTORCH, _PREDICTING, 1e-5, True),
+    "model.pt": Format(_PYTORCH.format(network=_SEQUENTIAL), _PREDICTING, 1e-5, True),
     "model.onnx": Format(_ONNX, _PREDICTING_ONNX, 1e-4, False),
     "model.pt2": Format(_TORCH_EXPORT, "probabilities = model(images)\n", 1e-4, True),
 }
-_OWN = """\
-import json, torch
-from {module} import {function}
-config = json.load(open("config.json"))
-network = {function}(tuple(config["image_shape"]), len(config["class_names"]), **config["build"])
-network.load_state_dict(torch.load("model.pt", weights_only=True))
-network.eval()
-"""
+_OWN = '{function}(tuple(config["image_shape"]), len(config["class_names"]), **config["build"])'
 SOURCE = "network.py"  # the user's own, for those who want to train on; hpsearch.load never runs it
 PROGRAM_FORMAT = Format("from predict import predict_proba\n", "probabilities = predict_proba(images)\n", 1e-5, True)
 
 
-def choose_formats(code: OwnCode | None) -> dict[str, Format]:
-    """Return the formats of a built-in network, or of one that the user's own code builds.
+def choose_formats(code: OwnCode | None, n_members: int = 1) -> dict[str, Format]:
+    """Return the formats of a built-in network, or of one that the user's own code builds, or of an ensemble of such.
 
     `hpsearch.load` reads the weights of a built-in network, and `model.pt2` of the user's own.
     """
+    network = _OWN.format(function=code.function) if code else _SEQUENTIAL
+    loading = _PYTORCH.format(network=_ENSEMBLE.format(network=network) if n_members > 1 else network)
+    predicting = _PREDICTING_MEAN if n_members > 1 else _PREDICTING
     if code is None:
-        return FORMATS
+        return FORMATS | {"model.pt": Format(loading, predicting, FORMATS["model.pt"].tolerance, True)}
     module = Path(SOURCE).stem if code.is_file else code.path.rpartition(":")[0]
-    loading = _OWN.format(module=module, function=code.function)
+    loading = loading.replace("torch\n", f"torch\nfrom {module} import {code.function}\n", 1)
     from_safetensors = loading.replace(
         'torch.load("model.pt", weights_only=True)', 'safetensors.torch.load_file("model.safetensors")'
     ).replace("import json, torch\n", "import json, safetensors.torch, torch\n")
     return {
         "model.pt2": Format(_HPSEARCH, FORMATS["model.safetensors"].predicting, 1e-4, False),
         f"model.pt2{_BY_TORCH}": FORMATS["model.pt2"],
-        "model.pt": Format(loading, _PREDICTING, 1e-4, True),
-        "model.safetensors": Format(from_safetensors, _PREDICTING, 1e-4, True),
+        "model.pt": Format(loading, predicting, 1e-4, True),
+        "model.safetensors": Format(from_safetensors, predicting, 1e-4, True),
         "model.onnx": FORMATS["model.onnx"],
     }
 
@@ -146,18 +149,12 @@ def write_models(
     """Write the network to the folder as safetensors and `torch.save` file, and optionally as ONNX and `model.pt2`."""
     # Training joins all parameters in one tensor, which torch.save would write once per parameter.
     layout = torch.contiguous_format
-    trained = network.module if isinstance(network, OwnNetwork) else network
-    state = {name: tensor.clone(memory_format=layout) for name, tensor in trained.state_dict().items()}
+    state = {name: tensor.clone(memory_format=layout) for name, tensor in _unwrap(network).state_dict().items()}
     (folder / "model.safetensors").write_bytes(to_safetensors(state))
     torch.save(state, folder / "model.pt")
     if not onnx and not torch_export:
         return
-    if isinstance(network, OwnNetwork):
-        deployed: Network = _copy(network)
-    else:
-        deployed = from_layers(config["layers"])
-        deployed.load_state_dict(state)
-    model = _Deployed(deployed, config["mean"], config["std"]).eval().requires_grad_(False)
+    model = _Deployed(_copy(network, config), config["mean"], config["std"]).eval().requires_grad_(False)
     example = (torch.zeros((2, *config["image_shape"]), dtype=torch.uint8),)
     shapes = ({0: torch.export.Dim("n_images")},)
     with warnings.catch_warnings():
@@ -221,8 +218,21 @@ def check_conversion(code: OwnCode, network: OwnNetwork, image_shape: tuple[int,
         )
 
 
-def _copy(network: OwnNetwork) -> OwnNetwork:
+def _unwrap(network: Network) -> nn.Module:
+    """Return the module, or the list of those of an ensemble, whose tensors have the names that are in the files."""
+    if isinstance(network, Ensemble):
+        return nn.ModuleList(map(_unwrap, network.members))
+    return network.module if isinstance(network, OwnNetwork) else network
+
+
+def _copy(network: Network, config: Mapping[str, Any]) -> Network:
     """Return a copy of the network, each parameter of which has its own memory; tied ones stay tied."""
+    if isinstance(network, Ensemble):
+        return Ensemble(*(_copy(member, config) for member in network.members))
+    if not isinstance(network, OwnNetwork):
+        built = from_layers(config["layers"])
+        built.load_state_dict(network.state_dict())
+        return built
     copied = copy.deepcopy(network)
     for parameter in copied.parameters():
         parameter.grad, parameter.data = None, parameter.data.clone()
@@ -253,7 +263,7 @@ def verify_models(
         np.save(pixels, images.numpy())
         kinds = {
             name: kind
-            for name, kind in choose_formats(code).items()
+            for name, kind in choose_formats(code, config.get("n_members", 1)).items()
             if (folder / name.removesuffix(_BY_TORCH)).exists()
         }
         if (folder / PROGRAM).exists():

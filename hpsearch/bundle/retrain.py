@@ -1,7 +1,9 @@
 """Export the best trial: retrain it on training and validation images, test it once, and save the model folder."""
 
+import io
+import logging
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -16,20 +18,27 @@ from hpsearch.bundle import bundle, formats
 from hpsearch.bundle.config import VERSION
 from hpsearch.bundle.evaluation import Evaluation, candidate_interval, evaluate
 from hpsearch.bundle.likeness import Likeness
+from hpsearch.bundle.trainings import train_all
 from hpsearch.config.definition import StudyDefinition
 from hpsearch.config.signature import OwnHyperparameters
 from hpsearch.config.space import TrainingHyperparameters
 from hpsearch.config.urls import expand_home
 from hpsearch.data.dataset import ImageData, check_test, load_test
 from hpsearch.data.sets import DataSet
-from hpsearch.errors import Diverged
+from hpsearch.errors import Diverged, Drained, OwnCodeError
 from hpsearch.plugins import NETWORKS, find
+from hpsearch.search.objective import identify_training
 from hpsearch.search.selection import find_best, find_winner
 from hpsearch.search.study import check_data, check_writable, count_validation
+from hpsearch.storage.artifacts import Folder
+from hpsearch.storage.checkpoints import Checkpoint, checkpoint_folder, export_checkpoint_name
 from hpsearch.storage.rdb import storage_of
-from hpsearch.training.networks import build_network
+from hpsearch.training.networks import Ensemble, Network, build_network
 from hpsearch.training.run import build_trainer, load_study_data, open_data_set, trial_seed
 from hpsearch.training.trainer import EpochResult
+
+logger = logging.getLogger(__name__)
+_N_COMPARED = 8  # images
 
 
 def export(
@@ -41,19 +50,23 @@ def export(
     onnx: bool = False,
     torch_export: bool = False,
     folder: DataSet | Path | str | None = None,
-    device: torch.device | str = "cpu",
+    n_workers: int = 1,
+    devices: Sequence[str] = ("cpu",),
     force: bool = False,
     on_epoch: Callable[[int, EpochResult], None] = lambda seed, result: None,
     on_file: Callable[[int, int], None] = lambda n_done, n_total: None,
 ) -> dict[str, Any]:
     """Export the confirmed winner, else the best trial, or trial `number` to `target`; return the metrics.
 
-    The network is retrained on training and validation images together, once for each of `retrain.seeds`; the first
-    model is exported. The test set is used only after all training, so nothing can be selected on it, and the study
-    counts each use. What can fail is checked before the training. With `force`, a modified model or one of another
-    study is replaced too. Raises `NoCompletedTrial`, `DataError`, `StudyMismatch` for other data than the search had,
-    `StorageError` if the study cannot be written, `UsageError` if packages for ONNX are missing, `Diverged`, and
-    `BundleError`. If verification fails, nothing is written.
+    The network is retrained on training and validation images together, once for each of `retrain.seeds`, in
+    `n_workers` processes that share the devices. The first one is exported, or as an ensemble all of them. Training
+    that was interrupted goes on from its checkpoints. The test set is used only after all training, so nothing can be
+    selected on it, and the study counts each use. What can fail is checked before the training. With `force`, a
+    modified model or one of another study is replaced too. `on_epoch` gets the index of a network and each result.
+    Raises `NoCompletedTrial`, `DataError`, `StudyMismatch` for other data than the search had, `StorageError` if the
+    study cannot be written, `UsageError` if packages for ONNX are missing, `Diverged`, `OwnCodeError` if a network of
+    the user's cannot be rebuilt from its weights, `WorkerError` if a process dies, and `BundleError`. If verification
+    fails, nothing is written.
     """
     trial = find_winner(study) if number is None else find_best(study, number)
     if onnx:
@@ -72,57 +85,122 @@ def export(
     check_test(data_set)
     config = _describe_network(definition, data_set, data, hyperparameters)
     code, has_examples = definition.network.code, definition.retrain.examples
-    network = build_network(definition.network, hyperparameters, data.image_shape, len(data.class_names))
-    n_models = 2 + onnx + (torch_export or code is not None)
-    bundle.check_space(target, network, config, n_models, data_set.n_test)
+    n_networks, n_members = definition.retrain.seeds, definition.retrain.n_members
+    networks = [
+        build_network(definition.network, hyperparameters, data.image_shape, len(data.class_names))
+        for _ in range(n_networks)
+    ]
+    exported = Ensemble(*networks) if n_members > 1 else networks[0]
+    n_files = 2 + onnx + (torch_export or code is not None)
+    bundle.check_space(target, exported, config, n_files, data_set.n_test)
     likeness = Likeness.fit(data) if has_examples else None
-    images = data.merged().to(device)
-    epochs = definition.retrain.epochs or definition.budget.epochs
-    seeds = [trial_seed(definition.study.seed, trial, 1 + i) for i in range(definition.retrain.seeds)]
-    networks = []
-    for i, seed in enumerate(seeds):
-        trainer = build_trainer(definition, data, hyperparameters, seed, split=images, epochs=epochs)
-        try:
-            for result in trainer:
-                on_epoch(i, result)
-        except Diverged as error:
-            raise Diverged(f"trial {trial.number}, model {i + 1}: {error}; choose another one with --trial") from error
-        networks.append(trainer.network.cpu())
+    training = _Training(definition, trial, checkpoint_folder(definition, study))
+    options: dict[str, Any] = {"n_workers": n_workers, "devices": devices, "folder": data_set, "merges": True}
+    for i, value in train_all(definition, data, training.run, range(n_networks), **options):
+        if isinstance(value, EpochResult):
+            on_epoch(i, value)
+        else:
+            networks[i].load_state_dict(torch.load(io.BytesIO(value), weights_only=True, map_location="cpu"))
 
     test_images, test_labels = load_test(data_set)
     n_test_uses = record_test_use(study, trial)
     inputs = data.split_of(test_images, test_labels)
     labels = test_labels.numpy()
     evaluations = [evaluate(network.predict_split(inputs).numpy(), labels, data.class_names) for network in networks]
+    evaluation = evaluations[0]
+    if n_members > 1:
+        evaluation = evaluate(exported.predict_split(inputs).numpy(), labels, data.class_names)
+    n_validation = len(data.validation)
     metrics = {
         "metric": definition.study.metric,
-        **_describe_evaluations(evaluations),
+        **_describe_evaluations(evaluation, evaluations),
         "test_reads": n_test_uses,
-        "n_images": {"train": len(images), "validation": len(data.validation), "test": len(labels)},
+        "n_images": {"train": len(data.train) + n_validation, "validation": n_validation, "test": len(labels)},
         "data": data.describe(),
-        "n_parameters": sum(parameter.numel() for parameter in networks[0].parameters()),
-        **_describe_search(study, trial, len(data.validation)),
-        "epochs": epochs,
-        "seeds": {"study": definition.study.seed, "training": seeds},
+        "n_members": n_members,
+        "n_parameters": sum(parameter.numel() for parameter in exported.parameters()),
+        **_describe_search(study, trial, n_validation),
+        "epochs": training.epochs,
+        "seeds": {"study": definition.study.seed, "training": training.seeds},
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("hpsearch", "torch", "torchvision", "optuna", "numpy")},
     }
     if definition.data.name is None:
         metrics["images"] = _describe_images(definition)
     contents = bundle.Contents(
-        networks[0],
+        exported,
         config,
         metrics,
-        evaluations[0],
+        evaluation,
         definition.to_toml(),
         likeness,
         hub_id=data_set.hub_id,
         code=code,
         has_examples=has_examples,
     )
-    options: dict[str, Any] = {"onnx": onnx, "torch_export": torch_export, "force": force, "on_file": on_file}
+    options = {"onnx": onnx, "torch_export": torch_export, "force": force, "on_file": on_file}
     verified = bundle.save(contents, target, test_images, labels, **options)
+    training.remove_checkpoints()
     return metrics | {"verified": verified}
+
+
+class _Training:
+    """The training of the networks of an export, each of which has a checkpoint, and goes on from it."""
+
+    def __init__(self, definition: StudyDefinition, trial: FrozenTrial, checkpoints: Folder) -> None:
+        self.definition, self.trial, self.checkpoints = definition, trial, checkpoints
+        self.epochs = definition.retrain.epochs or definition.budget.epochs
+        self.seeds = [trial_seed(definition.study.seed, trial, 1 + i) for i in range(definition.retrain.seeds)]
+
+    def run(self, i: int, data: ImageData, check: Callable[[], None]) -> Iterator[EpochResult | bytes]:
+        """Train network `i`, and yield the result of each epoch, then the weights. Raises `Diverged`."""
+        definition, seed, number = self.definition, self.seeds[i], self.trial.number
+        hyperparameters = definition.space.read(self.trial.params)
+        trainer = build_trainer(definition, data, hyperparameters, seed, split=data.train, epochs=self.epochs)
+        name = export_checkpoint_name(number, i)
+        identity = identify_training(definition.fingerprint, seed, hyperparameters) | {"epochs": self.epochs}
+        checkpoint = Checkpoint(self.checkpoints, [name, name], identity, definition.recovery.checkpoint)
+        if state := checkpoint.load():
+            trainer.load_state_dict(state)
+            yield from trainer.results[-1:]
+        try:
+            while not trainer.is_done:
+                yield trainer.run_epoch(check)
+                if trainer.is_done:
+                    self._check_state(trainer.network, data)
+                    checkpoint.write(trainer.state_dict())
+                else:
+                    checkpoint.write_if_due(trainer.state_dict)
+        except Diverged as error:
+            raise Diverged(f"trial {number}, model {i + 1}: {error}; choose another one with --trial") from error
+        except Drained:
+            checkpoint.write(trainer.state_dict())
+            raise
+        weights = io.BytesIO()
+        torch.save(trainer.network.state_dict(), weights)
+        yield weights.getvalue()
+
+    def _check_state(self, network: Network, data: ImageData) -> None:
+        """Raise `OwnCodeError` if a network of the user's has learned what its parameters and buffers do not have."""
+        if not (code := self.definition.network.code):
+            return
+        hyperparameters, images = self.definition.space.read(self.trial.params), data.train.take(slice(0, _N_COMPARED))
+        rebuilt = build_network(self.definition.network, hyperparameters, data.image_shape, len(data.class_names))
+        rebuilt.load_state_dict(network.state_dict())
+        found, expected = rebuilt.to(images.device).predict_proba(images), network.predict_proba(images)
+        if not torch.allclose(found, expected, atol=1e-4):
+            difference = (found - expected).abs().max().item()
+            raise OwnCodeError(
+                f"{code.path}: with the parameters and buffers of the trained network, a new one gives other "
+                f"probabilities (by up to {difference:.2g}); make a buffer of what else it learns"
+            )
+
+    def remove_checkpoints(self) -> None:
+        try:
+            for i in range(len(self.seeds)):
+                self.checkpoints.remove(export_checkpoint_name(self.trial.number, i))
+        except OSError as error:
+            logger.warning("cannot remove old checkpoints in %s (%s)", self.checkpoints, error.strerror)
 
 
 def record_test_use(study: optuna.Study, trial: FrozenTrial) -> int:
@@ -135,19 +213,18 @@ def record_test_use(study: optuna.Study, trial: FrozenTrial) -> int:
     return len(storage_of(study).change_study_attrs(study._study_id, add_use)["test_reads"])
 
 
-def _describe_evaluations(evaluations: list[Evaluation]) -> dict[str, Any]:
-    """Summarize the evaluations of all models; the first is the exported one."""
-    first = evaluations[0]
+def _describe_evaluations(exported: Evaluation, each: list[Evaluation]) -> dict[str, Any]:
+    """Summarize the evaluation of the exported model, and those of each network that was trained."""
     return {
-        "test_accuracy": first.accuracy,
-        "test_interval": first.interval,
-        "test_accuracies": _describe_seeds([evaluation.accuracy for evaluation in evaluations]),
-        "test_balanced_accuracy": first.balanced_accuracy,
-        "test_balanced_interval": first.balanced_interval,
-        "test_balanced_accuracies": _describe_seeds([evaluation.balanced_accuracy for evaluation in evaluations]),
-        "per_class": first.per_class,
-        "confusion_matrix": first.confusion_matrix,
-        "calibration": first.calibration,
+        "test_accuracy": exported.accuracy,
+        "test_interval": exported.interval,
+        "test_accuracies": _describe_seeds([evaluation.accuracy for evaluation in each]),
+        "test_balanced_accuracy": exported.balanced_accuracy,
+        "test_balanced_interval": exported.balanced_interval,
+        "test_balanced_accuracies": _describe_seeds([evaluation.balanced_accuracy for evaluation in each]),
+        "per_class": exported.per_class,
+        "confusion_matrix": exported.confusion_matrix,
+        "calibration": exported.calibration,
     }
 
 
@@ -204,4 +281,5 @@ def _describe_network(
         "preparation": data_set.preparation,
         "layers": layers,
         "build": arguments,
+        **({"n_members": definition.retrain.n_members} if definition.retrain.n_members > 1 else {}),
     }

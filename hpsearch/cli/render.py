@@ -140,7 +140,12 @@ def render_export(target: str, metrics: Mapping[str, Any]) -> RenderableType:
     if several["std"] is not None:
         n_models = len(several["of_each_seed"])
         mean, std = f"mean {several['mean']:.4f}", f"standard deviation {several['std']:.4f}"
-        lines.append(f"{n_models} models with different seeds: {mean}, {std}")
+        which = (
+            f"each of the {n_models} networks alone"
+            if metrics["n_members"] > 1
+            else f"{n_models} models with different seeds"
+        )
+        lines.append(f"{which}: {mean}, {std}")
     files = [
         {
             "file": name,

@@ -62,6 +62,7 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace any model: edited, of another study.")] = False,
     onnx: Annotated[bool, typer.Option("--onnx", help="Also write model.onnx; needs hpsearch[onnx].")] = False,
     torch_export: Annotated[bool, typer.Option("--torch-export", help="Also write model.pt2 (torch.export).")] = False,
+    workers: options.WorkersOption = None,
     storage: options.StorageOption = None,
     data: options.DataOption = None,
     as_json: options.JsonOption = False,
@@ -84,13 +85,17 @@ def export(
     with Steps() as show_step:
         show_step("loading PyTorch and the images")
         from hpsearch.bundle.retrain import export as export_bundle
-        from hpsearch.training.devices import list_devices
+        from hpsearch.training.devices import default_workers, list_devices
         from hpsearch.training.trainer import EpochResult
 
+        n_done = dict[int, int]()
+
         def on_epoch(i: int, result: EpochResult) -> None:
+            n_done[i] = result.epoch
             line = f"model {i + 1}/{n_models}  epoch {result.epoch}/{n_epochs}  loss {result.loss:.4f}"
-            show_step(f"training model {i + 1} of {n_models}, epochs", result.epoch, n_epochs, line=line)
-            if (i + 1, result.epoch) == (n_models, n_epochs):
+            step = "training, epochs" if n_models == 1 else f"training {n_models} models, epochs"
+            show_step(step, sum(n_done.values()), n_models * n_epochs, line=line)
+            if sum(n_done.values()) == n_models * n_epochs:
                 show_step("testing, writing the model folder")
 
         metrics = export_bundle(
@@ -102,7 +107,8 @@ def export(
             torch_export=torch_export,
             folder=images,
             force=force,
-            device=list_devices()[0],
+            n_workers=workers or default_workers(),
+            devices=list_devices(),
             on_epoch=on_epoch,
             on_file=lambda n_done, n_total: show_step("verifying the model files", n_done, n_total),
         )

@@ -227,7 +227,7 @@ class Recovery(Table):
     heartbeat: int = Field(10, ge=1, description="seconds between heartbeats")
     grace: int = Field(60, ge=2, description="seconds without a heartbeat until a worker counts as dead")
     retries: int = Field(2, ge=0, description="retries of a trial whose worker was killed")
-    checkpoint: float = Field(5.0, ge=0, description="minimum seconds between two checkpoints of a trial")
+    checkpoint: float = Field(5.0, ge=0, description="minimum seconds between two checkpoints of a training")
     keep: int = Field(3, ge=0, description="number of best finished trials whose checkpoints are kept")
 
     @model_validator(mode="after")
@@ -240,8 +240,22 @@ class Recovery(Table):
 
 class Retrain(Table):
     epochs: int | None = Field(None, ge=1, description="default: budget.epochs")
-    seeds: int = Field(1, ge=1, le=100, description="number of models to train; the first is exported")
+    seeds: int = Field(1, ge=1, le=100, description="number of networks to train, with different seeds")
+    export: Literal["first", "ensemble"] = Field(
+        "first", description="the first of these networks, or all of them: the mean of their probabilities"
+    )
     examples: bool = Field(True, description="the exported folder has files that show some of the images")
+
+    @model_validator(mode="after")
+    def _check_ensemble(self) -> Self:
+        if self.export == "ensemble" and self.seeds == 1:
+            raise PydanticCustomError("bounds", 'export = "ensemble" needs several networks, such as seeds = 5')
+        return self
+
+    @property
+    def n_members(self) -> int:
+        """Return how many networks the exported model has."""
+        return self.seeds if self.export == "ensemble" else 1
 
 
 def _add_hyperparameters(schema: dict[str, Any]) -> None:

@@ -30,6 +30,7 @@ from hpsearch.storage.backup import check_integrity
 from hpsearch.storage.checkpoints import (
     artifact_folder,
     checkpoint_folder,
+    find_export_checkpoints,
     find_unneeded_checkpoints,
     sweep_checkpoints,
 )
@@ -167,16 +168,21 @@ def _check_stale(definition: StudyDefinition, storage: Storage, study: optuna.St
 
 def _check_checkpoints(definition: StudyDefinition, study: optuna.Study, fix: bool) -> Finding:
     own, keep = checkpoint_folder(definition, study), definition.recovery.keep
-    files = find_unneeded_checkpoints(own, study, keep)
+    files, exports = find_unneeded_checkpoints(own, study, keep), find_export_checkpoints(own)
     if files and not fix:
         advice = "removed when the next trial finishes, or now with --fix"
         return Finding("checkpoints", False, f"{len(files)} leftover checkpoints in {own}; {advice}")
     if fix:
         sweep_checkpoints(own, study, keep)
+        for name in exports:
+            own.remove(name)
+        files, exports = [*files, *exports], []
     root = artifact_folder(definition)
     others = [name for name in root.find() if name.endswith(".ckpt") and not str(root / name).startswith(f"{own}/")]
     message = f"fixed: removed {len(files)} leftover checkpoints" if files else "no leftover checkpoints"
     hint = f"; {len(others)} more in {root} belong to other databases with a study of this name" if others else ""
+    if exports:
+        hint += f"; {len(exports)} of an export that did not finish: export again to go on, or remove them with --fix"
     return Finding("checkpoints", True, message + hint)
 
 

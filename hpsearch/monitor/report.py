@@ -129,6 +129,7 @@ def _collect(definition: StudyDefinition, study: optuna.Study, folder: Path | No
     best = trials[rows[0]["number"]] if complete else None
     chosen = trials[confirmation["winner"]] if confirmation else best
     exported, problem = _read_bundle(folder, study, trials)
+    n_members = exported["config"].n_members if exported else 1
     n_validation = count_validation(definition, study)
     for candidate in confirmation["candidates"] if confirmation else ():  # of older versions, it was narrower
         candidate["interval"] = candidate_interval(candidate, n_validation)
@@ -149,7 +150,8 @@ def _collect(definition: StudyDefinition, study: optuna.Study, folder: Path | No
         "bundle": exported,
         "bundle_problem": problem,
         "n_test_reads": len(reads) if reads is not None else exported and exported["metrics"].get("test_reads"),
-        "formats": formats.choose_formats(definition.network.code),
+        "formats": formats.choose_formats(definition.network.code, n_members),
+        "n_members": n_members,
         "top": [row for row in rows if row["state"] == "complete"][:MAX_ROWS],
         "names": list(definition.search),
         "accuracies": {

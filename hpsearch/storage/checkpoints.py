@@ -28,6 +28,7 @@ State = dict[str, Any]
 _LONGEST_PAUSE = 300.0  # seconds between attempts while writing fails
 _DIGEST_SIZE = hashlib.sha256().digest_size
 _NAME = re.compile(r"trial-\d+(-\d+)?\.ckpt(\.([0-9a-f]{8}\.)?tmp)?")
+_EXPORT = "export-"
 
 
 class Checkpoint:
@@ -77,8 +78,8 @@ class Checkpoint:
             self._pause = min(2 * max(self.interval, self._pause, 0.5), _LONGEST_PAUSE)
             if not self._has_warned:
                 logger.warning(
-                    "warning: cannot write a checkpoint to %s (%s); if this worker stops, the trial restarts from its "
-                    "last checkpoint",
+                    "warning: cannot write a checkpoint to %s (%s); if this process stops, the training restarts from "
+                    "its last checkpoint",
                     self.folder / self.name,
                     error.strerror,
                 )
@@ -89,6 +90,16 @@ class Checkpoint:
 def checkpoint_name(number: int, attempt: int = 0) -> str:
     """Return the file name of the checkpoint of an attempt at a trial."""
     return f"trial-{number}-{attempt}.ckpt" if attempt else f"trial-{number}.ckpt"
+
+
+def export_checkpoint_name(number: int, i: int) -> str:
+    """Return the file name of the checkpoint of a network that is trained for an export of a trial."""
+    return f"{_EXPORT}{number}-{i}.ckpt"
+
+
+def find_export_checkpoints(folder: Folder) -> list[str]:
+    """Return the file names of the checkpoints of exports that have not finished, partial ones included."""
+    return [name for name in folder.find() if name.startswith(_EXPORT)]
 
 
 def find_checkpoints(folder: Folder) -> list[str]:

@@ -1,4 +1,4 @@
-"""Networks: plain sequences of torch layers that a built-in kind describes, or a module of the user's."""
+"""Networks: plain sequences of torch layers that a built-in kind describes, a module of the user's, or several."""
 
 import math
 from typing import cast
@@ -62,6 +62,18 @@ class OwnNetwork(Network):
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.module(images).float()  # a module may use autocast
         return logits
+
+
+class Ensemble(Network):
+    """Networks whose probabilities are averaged."""
+
+    @property
+    def members(self) -> list[Network]:
+        return cast(list[Network], [*self])
+
+    def forward(self, images: Tensor) -> Tensor:
+        log_probabilities = torch.stack([member(images).log_softmax(dim=1) for member in self.members])
+        return log_probabilities.logsumexp(dim=0)  # the softmax of which is the mean of the probabilities
 
 
 class Dropout(nn.Dropout):

@@ -58,6 +58,7 @@ def make_contents(data: ImageData, kind: str = "mlp") -> bundle.Contents:
         "trial": 3,
         "n_trials": 9,
         "epochs": 2,
+        "n_members": 1,
         "n_parameters": 1234,
         "validation_accuracy": 0.9,
         "test_accuracy": 0.8,
@@ -244,6 +245,7 @@ def test_a_config_that_is_not_understood_is_refused(copy: Path) -> None:
         {"extra": 1},
         {"hyperparameters": {"depth": -1}},
         {"layers": config["layers"][:-1]},
+        {"n_members": 101},
         {"class_names": [*config["class_names"][:-1], "x" * 1001]},
         {"image_shape": [2, 28, 28]},
         {"preparation": {"kind": "photo", "size": [28, 28], "color": "rgb"}},
@@ -252,6 +254,10 @@ def test_a_config_that_is_not_understood_is_refused(copy: Path) -> None:
         sign(copy)
         with pytest.raises(BundleError, match=next(iter(change))):
             bundle.load(copy)
+    (copy / "config.json").write_text(json.dumps(config | {"n_members": 2}))
+    sign(copy)
+    with pytest.raises(BundleError, match=r"model\.safetensors does not match config\.json: tensor names"):
+        bundle.load(copy)
 
 
 def test_a_model_folder_of_version_1_is_read_as_it_was(copy: Path) -> None:

@@ -33,7 +33,8 @@ from ..conftest import make_definition
 @pytest.fixture
 def searched(tmp_path: Path) -> tuple[StudyDefinition, optuna.Study]:
     """Five trials, two of them of the same parameters."""
-    definition = make_definition(f"sqlite:///{tmp_path / 'study.db'}", budget={"epochs": 3})
+    study_table = {"artifacts": str(tmp_path / "artifacts")}
+    definition = make_definition(f"sqlite:///{tmp_path / 'study.db'}", study=study_table, budget={"epochs": 3})
     study = open_study(definition, open_storage(definition.study.storage))
     for width, lr in ((8, 1e-3), (32, 0.02), (32, 0.02), (16, 0.02), (12, 0.01)):
         study.enqueue_trial({"width": width, "lr": lr})
@@ -64,9 +65,8 @@ def test_each_candidate_is_trained_from_fresh_seeds_and_the_outcome_is_stored(
 
 
 def test_no_training_of_a_trial_has_the_seed_of_another_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    definition = make_definition(
-        f"sqlite:///{tmp_path / 'study.db'}", budget={"trials": 1, "epochs": 1}, retrain={"seeds": 2}
-    )
+    tables: dict[str, Any] = {"study": {"artifacts": str(tmp_path / "artifacts")}, "retrain": {"seeds": 2}}
+    definition = make_definition(f"sqlite:///{tmp_path / 'study.db'}", budget={"trials": 1, "epochs": 1}, **tables)
     study = open_study(definition, open_storage(definition.study.storage))
     seeds: list[int] = []
 

@@ -13,7 +13,7 @@ from hpsearch.bundle.bundle import Classifier
 from hpsearch.bundle.graph import Graph
 from hpsearch.bundle.retrain import export
 from hpsearch.config.definition import StudyDefinition, evolve, load_definition
-from hpsearch.errors import BundleError, DataError
+from hpsearch.errors import BundleError, DataError, OwnCodeError
 from hpsearch.search.objective import Objective
 from hpsearch.search.study import open_study
 from hpsearch.storage.rdb import open_storage
@@ -178,3 +178,48 @@ def test_a_model_is_evaluated_on_the_images_of_its_search_and_on_no_others(
     ):
         classifier.evaluate(moved)
     assert str(home) not in (photos[1] / "metrics.json").read_text() + (photos[1] / "config.json").read_text()
+
+
+def test_an_ensemble_of_networks_of_ones_own_is_verified_in_every_format(home: Path) -> None:
+    definition, target = search(home, "several", "nets.py:make")
+    definition = evolve(definition, "retrain", seeds=3, export="ensemble", examples=False)
+    metrics = export(definition, open_study(definition, open_storage(definition.study.storage)), target)
+    assert [*metrics["verified"]] == ["model.pt2", "model.pt2 by torch.export", "model.pt", "model.safetensors"]
+    assert bundle.load(target).network.n_parameters == metrics["n_parameters"] == 3 * (8 * 3 * 9 + 8 + 16 + 8 * 2 + 2)
+    assert "An ensemble of 3 networks of its own" in (target / "README.md").read_text()
+
+
+FORGETFUL = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, n_inputs, n_classes):
+        super().__init__()
+        self.head = nn.Linear(n_inputs, n_classes)
+        self.mean = torch.zeros(n_inputs)  # no buffer
+
+    def forward(self, images):
+        values = images.flatten(1)
+        if self.training:
+            self.mean = 0.9 * self.mean + 5 * values.detach().abs().mean(0)
+        return self.head(values * (self.mean + 0.1))
+
+
+def build(image_shape, n_classes):
+    return Net(image_shape[0] * image_shape[1] * image_shape[2], n_classes)
+"""
+
+
+def test_a_network_that_keeps_what_it_learns_in_an_attribute_is_not_exported(home: Path) -> None:
+    (home / "forgetful.py").write_text(FORGETFUL)
+    file = home / "forgetful.toml"
+    file.write_text(STUDY.format(kind="forgetful.py:build").replace("width = 8\n", ""))
+    definition = load_definition(file)
+    study = open_study(definition, open_storage(definition.study.storage))
+    study.optimize(Objective(definition), n_trials=1)
+    for _ in range(2):
+        with pytest.raises(OwnCodeError, match=r"gives other probabilities \(by up to .*; make a buffer of what else"):
+            export(definition, study, home / "models" / "forgetful")
+    assert "test_reads" not in study.user_attrs

@@ -2,25 +2,31 @@
 
 import importlib.util
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
 import torch
 
 from hpsearch.bundle import bundle, retrain
 from hpsearch.bundle.evaluation import wilson_interval
-from hpsearch.config.definition import StudyDefinition
+from hpsearch.config.definition import StudyDefinition, evolve, parse_definition
 from hpsearch.data import dataset
 from hpsearch.data.dataset import load_test
-from hpsearch.errors import BundleError, DataError, StorageError, UsageError
+from hpsearch.errors import BundleError, DataError, Diverged, StorageError, UsageError
 from hpsearch.search.study import load_study, open_study
+from hpsearch.storage.checkpoints import checkpoint_folder
 from hpsearch.storage.rdb import open_storage
 from hpsearch.training import run
-from hpsearch.training.trainer import Trainer
+from hpsearch.training.networks import Network
+from hpsearch.training.trainer import EpochResult, Trainer
 
+from ..acceptance.commands import epochs_of, processes_of, start, wait_for
 from ..conftest import make_definition
 
 pytestmark = pytest.mark.usefixtures("forked_verification")
@@ -29,7 +35,10 @@ pytestmark = pytest.mark.usefixtures("forked_verification")
 @pytest.fixture
 def searched(tmp_path: Path) -> tuple[StudyDefinition, optuna.Study]:
     """A study with three complete trials; trial 1 is the best."""
-    definition = make_definition(f"sqlite:///{tmp_path / 'study.db'}", retrain={"epochs": 3, "seeds": 2})
+    study_table = {"artifacts": str(tmp_path / "artifacts")}
+    definition = make_definition(
+        f"sqlite:///{tmp_path / 'study.db'}", study=study_table, retrain={"epochs": 3, "seeds": 2}
+    )
     study = open_study(definition, open_storage(definition.study.storage))
     for value, width in ((0.7, 8), (0.9, 16), (0.8, 32)):
         study.enqueue_trial({"width": width, "lr": 0.02})
@@ -109,6 +118,114 @@ def test_without_the_packages_for_onnx_nothing_is_trained(
     monkeypatch.setattr(run, "Trainer", None)
     with pytest.raises(UsageError, match=r"install them with: pip install 'hpsearch\[onnx\]'"):
         retrain.export(definition, study, tmp_path / "b", onnx=True)
+
+
+def test_an_ensemble_averages_the_probabilities_of_its_networks_in_every_format(
+    searched: tuple[StudyDefinition, optuna.Study], tmp_path: Path
+) -> None:
+    definition, study = searched
+    first = retrain.export(definition, study, tmp_path / "first")
+    definition = evolve(definition, "retrain", export="ensemble")
+    options: dict[str, Any] = {"onnx": True, "torch_export": True, "n_workers": 2}
+    metrics = retrain.export(definition, study, tmp_path / "b", **options)
+    assert metrics["test_accuracies"] == first["test_accuracies"]
+    assert (metrics["n_members"], metrics["n_parameters"]) == (2, 2 * first["n_parameters"])
+    assert [*metrics["verified"]] == ["model.safetensors", "model.pt", "model.onnx", "model.pt2"]
+    assert {seen["accuracy"] for seen in metrics["verified"].values()} == {metrics["test_accuracy"]}
+
+    weights = torch.load(tmp_path / "b" / "model.pt", weights_only=True)
+    alone = torch.load(tmp_path / "first" / "model.pt", weights_only=True)
+    assert all(torch.equal(weights[f"0.{name}"], alone[name]) for name in alone)
+    assert not any(torch.equal(weights[f"1.{name}"], alone[name]) for name in alone if "weight" in name)
+    classifier, member = bundle.load(tmp_path / "b"), bundle.load(tmp_path / "first")
+    images = member.load_test()[0].numpy()
+    assert isinstance(member.network, Network)
+    each = [member.predict_proba(images)]
+    member.network.load_state_dict({name: weights[f"1.{name}"] for name in alone})
+    each.append(member.predict_proba(images))
+    assert np.allclose(classifier.predict_proba(images), np.mean(each, axis=0), atol=1e-6)
+    assert repr(classifier).startswith("<Classifier: ensemble of 2 mlp with")
+
+    lines = (tmp_path / "b" / "predict.py").read_text().splitlines()
+    assert len(lines) <= 42
+    assert max(map(len, lines)) <= 120
+    card = (tmp_path / "b" / "README.md").read_text()
+    mean = metrics["test_accuracies"]["mean"]
+    assert (
+        f"of them alone has a test accuracy of {100 * mean:.2f}% on average; asking the ensemble takes 2 times" in card
+    )
+    assert "each of the 2 networks alone" in card
+    assert "All networks that were trained are members of the ensemble." in card
+
+
+def test_an_export_that_was_interrupted_trains_only_the_rest_and_gives_the_same_model(
+    searched: tuple[StudyDefinition, optuna.Study], tmp_path: Path
+) -> None:
+    definition, study = searched
+    retrain.export(definition, study, tmp_path / "whole")
+    definition = evolve(definition, "recovery", checkpoint=0)
+    seen: list[tuple[int, int]] = []
+
+    def note(i: int, result: EpochResult) -> None:
+        seen.append((i, result.epoch))
+        if seen[-1] == (1, 3):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        retrain.export(definition, study, tmp_path / "b", on_epoch=note)
+    files = checkpoint_folder(definition, study)
+    assert [*files.find()] == ["export-1-0.ckpt", "export-1-1.ckpt"]
+    seen.clear()
+    with pytest.raises(KeyboardInterrupt):
+        retrain.export(definition, study, tmp_path / "b", on_epoch=note)
+    assert seen == [(0, 3), (1, 2), (1, 3)]  # the first two are read from the checkpoints
+    longer = evolve(definition, "retrain", epochs=4)
+    seen.clear()
+    with pytest.raises(KeyboardInterrupt):
+        retrain.export(longer, study, tmp_path / "b", on_epoch=note)
+    assert seen[0] == (0, 1), "a checkpoint of a shorter training was used"
+    retrain.export(definition, study, tmp_path / "b", n_workers=2)
+    assert (tmp_path / "b" / "model.pt").read_bytes() == (tmp_path / "whole" / "model.pt").read_bytes()
+    assert not files.find()
+
+
+def test_a_network_that_diverges_in_an_export_is_named(
+    searched: tuple[StudyDefinition, optuna.Study], tmp_path: Path
+) -> None:
+    definition, study = searched
+    study.enqueue_trial({"width": 8, "lr": 0.1})
+    trial = study.ask()
+    definition.space.dimensions["width"].suggest(trial, "width")
+    definition.space.dimensions["lr"].suggest(trial, "lr")
+    study.tell(trial, 0.1)
+    diverging = parse_definition(
+        definition.to_tables()
+        | {"fixed": {"depth": 2, "optimizer": "sgd", "batch_norm": False, "momentum": 0.99999, "weight_decay": 1e30}}
+    )
+    with pytest.raises(Diverged, match=f"trial {trial.number}, model [12]: training diverged"):
+        retrain.export(diverging, study, tmp_path / "b", number=trial.number, n_workers=2)
+    assert "test_reads" not in study.user_attrs
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_signal_to_an_export_leaves_no_process_and_no_model_and_the_next_one_goes_on(
+    searched: tuple[StudyDefinition, optuna.Study], tmp_path: Path, number: signal.Signals
+) -> None:
+    definition, _ = searched
+    definition = evolve(definition, "retrain", epochs=epochs_of(3), export="ensemble")
+    definition = evolve(definition, "recovery", checkpoint=0)
+    (tmp_path / "small.toml").write_text(definition.to_toml())
+    log = tmp_path / "log"
+    command = start("export", "small.toml", "--workers", 2, cwd=tmp_path, log=log)
+    wait_for(lambda: all(f"model {i}/2  epoch 9/" in log.read_text() for i in (1, 2)), "some epochs of both")
+    os.kill(command.pid, number)
+    command.wait(timeout=120)
+    wait_for(lambda: not processes_of(command.pid), "the end of all processes")
+    assert not (tmp_path / "models" / "small").exists()
+    again = start("export", "small.toml", "--workers", 2, cwd=tmp_path, log=log)
+    assert again.wait(timeout=300) == 0, log.read_text()
+    assert "epoch 5/" not in log.read_text()
+    assert bundle.load(tmp_path / "models" / "small").config.n_members == 2
 
 
 def test_an_export_repeats_itself(searched: tuple[StudyDefinition, optuna.Study], tmp_path: Path) -> None:

@@ -20,7 +20,13 @@ from hpsearch.monitor import doctor
 from hpsearch.monitor.doctor import run_checks
 from hpsearch.search.study import check_data, open_study
 from hpsearch.storage import tables
-from hpsearch.storage.checkpoints import Checkpoint, artifact_folder, checkpoint_folder, checkpoint_name
+from hpsearch.storage.checkpoints import (
+    Checkpoint,
+    artifact_folder,
+    checkpoint_folder,
+    checkpoint_name,
+    export_checkpoint_name,
+)
 from hpsearch.storage.rdb import open_storage
 from hpsearch.training.run import load_study_data
 
@@ -109,6 +115,11 @@ def test_checkpoints_that_no_trial_needs_are_found_and_removed_when_asked(url: s
     assert (artifact_folder(definition) / "another").find() == ["trial-0.ckpt"]
     messages = [finding.message for finding in run_checks(definition) if finding.check == "checkpoints"]
     assert "no leftover checkpoints; 1 more in " in messages[0]
+    Checkpoint(folder, [export_checkpoint_name(0, 1)], {}).write({})
+    messages = [finding.message for finding in run_checks(definition) if finding.check == "checkpoints"]
+    assert "; 1 of an export that did not finish: export again to go on, or remove them with --fix" in messages[0]
+    assert "checkpoints" not in wrong(definition, fix=True)
+    assert folder.find() == ["trial-0.ckpt"]
 
 
 def test_a_damaged_database_is_found(tmp_path: Path) -> None:
