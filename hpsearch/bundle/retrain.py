@@ -1,7 +1,6 @@
 """Export the best trial: retrain it on training and validation images, test it once, and save the model folder."""
 
 import io
-import logging
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -31,13 +30,12 @@ from hpsearch.search.objective import identify_training
 from hpsearch.search.selection import find_best, find_winner
 from hpsearch.search.study import check_data, check_writable, count_validation
 from hpsearch.storage.artifacts import Folder
-from hpsearch.storage.checkpoints import Checkpoint, checkpoint_folder, export_checkpoint_name
+from hpsearch.storage.checkpoints import Checkpoint, checkpoint_folder, export_checkpoint_name, remove_checkpoints
 from hpsearch.storage.rdb import storage_of
 from hpsearch.training.networks import Ensemble, Network, build_network
 from hpsearch.training.run import build_trainer, load_study_data, open_data_set, trial_seed
 from hpsearch.training.trainer import EpochResult
 
-logger = logging.getLogger(__name__)
 _N_COMPARED = 8  # images
 
 
@@ -140,7 +138,7 @@ def export(
     )
     options = {"onnx": onnx, "torch_export": torch_export, "force": force, "on_file": on_file}
     verified = bundle.save(contents, target, test_images, labels, **options)
-    training.remove_checkpoints()
+    remove_checkpoints(training.checkpoints, (export_checkpoint_name(trial.number, i) for i in range(n_networks)))
     return metrics | {"verified": verified}
 
 
@@ -194,13 +192,6 @@ class _Training:
                 f"{code.path}: with the parameters and buffers of the trained network, a new one gives other "
                 f"probabilities (by up to {difference:.2g}); make a buffer of what else it learns"
             )
-
-    def remove_checkpoints(self) -> None:
-        try:
-            for i in range(len(self.seeds)):
-                self.checkpoints.remove(export_checkpoint_name(self.trial.number, i))
-        except OSError as error:
-            logger.warning("cannot remove old checkpoints in %s (%s)", self.checkpoints, error.strerror)
 
 
 def record_test_use(study: optuna.Study, trial: FrozenTrial) -> int:

@@ -32,6 +32,7 @@ from hpsearch.storage.checkpoints import (
     checkpoint_folder,
     find_export_checkpoints,
     find_unneeded_checkpoints,
+    remove_checkpoints,
     sweep_checkpoints,
 )
 from hpsearch.storage.engine import network_file_system, safe_journal
@@ -174,8 +175,7 @@ def _check_checkpoints(definition: StudyDefinition, study: optuna.Study, fix: bo
         return Finding("checkpoints", False, f"{len(files)} leftover checkpoints in {own}; {advice}")
     if fix:
         sweep_checkpoints(own, study, keep)
-        for name in exports:
-            own.remove(name)
+        remove_checkpoints(own, exports)
         files, exports = [*files, *exports], []
     root = artifact_folder(definition)
     others = [name for name in root.find() if name.endswith(".ckpt") and not str(root / name).startswith(f"{own}/")]

@@ -10,7 +10,7 @@ import logging
 import pickle
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import optuna
@@ -173,6 +173,15 @@ def checkpoints_of(trial: Suggests) -> list[str]:
     """
     earlier = [checkpoint_name(number) for number in trial.user_attrs.get("attempts", ())]
     return earlier + [checkpoint_name(trial.number, i) for i in range(count_interruptions(trial) + 1)]
+
+
+def remove_checkpoints(folder: Folder, names: Iterable[str]) -> None:
+    """Remove the files that exist; if one cannot be removed, only log a warning."""
+    try:
+        for name in names:
+            folder.remove(name)
+    except OSError as error:
+        logger.warning("cannot remove old checkpoints in %s (%s)", folder, error.strerror)
 
 
 def sweep_checkpoints(folder: Folder, study: optuna.Study, keep: int) -> None:
