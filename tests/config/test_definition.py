@@ -126,7 +126,7 @@ ERRORS = [
     ("[pruner]\nkind = 'nome'", "pruner.kind: 'nome' is not valid; did you mean 'none'?"),
     ("[recovery]\nheartbeat = 60", "recovery: grace (60 s) must be greater than heartbeat (60 s)"),
     ('[retrain]\nexport = "ensemble"', 'retrain: export = "ensemble" needs several networks, such as seeds = 5'),
-    ('[retrain]\nexport = "best"', "retrain.export: "),
+    ('[retrain]\nexport = "best"', "retrain.export: 'best' is not valid; valid names: first, ensemble"),
     ("[retrain]\nepochs = 0", "retrain.epochs: must be greater than or equal to 1, but got 0"),
 ]
 

@@ -145,5 +145,16 @@ def test_with_ema_the_average_is_validated_and_at_the_end_the_network_has_it(blo
     assert averaged.averaged == {1: averaged.results[0].accuracy}
 
 
+def test_a_trainer_that_is_done_goes_on_with_the_average_of_an_earlier_state(blobs: Split) -> None:
+    trainer = make_trainer(blobs, (), ema=0.95)
+    trainer.run_epoch()
+    earlier = deepcopy(trainer.state_dict())
+    list(trainer)
+    expected = [tensor.clone() for tensor in floats(trainer.network)]
+    trainer.load_state_dict(earlier)
+    list(trainer)
+    assert all(map(torch.equal, floats(trainer.network), expected))
+
+
 def floats(network: nn.Module) -> list[Tensor]:
     return [tensor for tensor in network.state_dict().values() if tensor.is_floating_point()]
