@@ -14,7 +14,7 @@ import torchvision
 from hpsearch.data.dataset import load_test
 from hpsearch.data.sets import data_folder
 from hpsearch.errors import HpsearchError
-from tests.benchmark import joining, many, pictures, pieces, quality, record, replay, searches, unlike, watching
+from tests.benchmark import joining, many, pictures, pieces, quality, record, replay, searches, step, unlike, watching
 from tests.benchmark.report import UNFAIR, Options, Row, show
 
 PARTS = {
@@ -24,6 +24,7 @@ PARTS = {
     "loader": pieces.loader,
     "quality": quality.quality,
     "startup": searches.start_up,
+    "step": step.step,
     "scaling": searches.scaling,
     "joining": joining.joining,
     "watching": watching.watching,

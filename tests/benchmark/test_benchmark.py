@@ -14,7 +14,7 @@ from torch import nn
 from hpsearch.bundle.likeness import Likeness
 from hpsearch.data.dataset import ImageData, load_data
 from hpsearch.training.networks import Network
-from tests.benchmark import joining, many, pictures, pieces, searches, textbook, unlike, watching
+from tests.benchmark import joining, many, pictures, pieces, searches, step, textbook, unlike, watching
 from tests.benchmark.report import Options, Row, show, summarize
 from tests.benchmark.textbook import Outcome
 
@@ -71,6 +71,13 @@ def test_unequal_work_is_noticed() -> None:
 
 def test_the_cost_of_a_trial_in_the_storage_is_measured(tmp_path: Path) -> None:
     assert pieces._measure_cost(f"sqlite:///{tmp_path}/cost.db", 2, n_before=5, n_trials=3) > 0
+
+
+def test_the_shares_of_a_training_step_are_measured(tmp_path: Path) -> None:
+    rows = {row.what: row.median or 0 for row in step.step(tmp_path, Options(1, tmp_path, tmp_path), widths=(4,))}
+    *shares, _, speed = rows.values()
+    assert sum(shares) == pytest.approx(100)
+    assert min(shares) > 0 < speed
 
 
 @pytest.mark.parametrize("new_url", ["postgresql"], indirect=True)
