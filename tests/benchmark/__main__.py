@@ -14,7 +14,20 @@ import torchvision
 from hpsearch.data.dataset import load_test
 from hpsearch.data.sets import data_folder
 from hpsearch.errors import HpsearchError
-from tests.benchmark import joining, many, pictures, pieces, quality, record, replay, searches, step, unlike, watching
+from tests.benchmark import (
+    joining,
+    many,
+    pictures,
+    pieces,
+    quality,
+    record,
+    replay,
+    searches,
+    step,
+    unlike,
+    watching,
+    whole,
+)
 from tests.benchmark.report import UNFAIR, Options, Row, show
 
 PARTS = {
@@ -33,7 +46,7 @@ PARTS = {
     "pictures": pictures.pictures,
     "unlike": unlike.unlike,
 }
-_ON_REQUEST = {"replay": replay.replay, "record": record.record}  # they take hours
+_ON_REQUEST = {"replay": replay.replay, "record": record.record, "whole": whole.whole}  # they take hours
 
 
 def main() -> None:
@@ -42,7 +55,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("dist/benchmark.json"), help="default: dist/benchmark.json")
     names = [*PARTS, *_ON_REQUEST]
     parser.add_argument(
-        "parts", nargs="*", metavar="PART", help=f"of {', '.join(names)} (default: all but the last two)"
+        "parts", nargs="*", metavar="PART", help=f"of {', '.join(names)} (default: all but the last three)"
     )
     options = parser.parse_args()
     if unknown := {*options.parts} - {*names}:

@@ -14,7 +14,7 @@ from torch import nn
 from hpsearch.bundle.likeness import Likeness
 from hpsearch.data.dataset import ImageData, load_data
 from hpsearch.training.networks import Network
-from tests.benchmark import joining, many, pictures, pieces, searches, step, textbook, unlike, watching
+from tests.benchmark import joining, many, pictures, pieces, searches, step, textbook, unlike, watching, whole
 from tests.benchmark.report import Options, Row, show, summarize
 from tests.benchmark.textbook import Outcome
 
@@ -93,6 +93,18 @@ def test_the_cost_of_watching_is_measured(tmp_path: Path) -> None:
     rows = watching.watching(tmp_path, Options(1, tmp_path, tmp_path), n_before=20, n_trials=3)
     assert [row.unit for row in rows] == ["x", "%", "s"]
     assert all(row.median and row.median > 0 for row in rows)
+
+
+def test_whole_runs_are_timed_and_have_the_accuracies_of_the_export(tmp_path: Path) -> None:
+    study = tmp_path / "tiny.toml"
+    study.write_text(
+        '[study]\nseed = 7\n[budget]\ntrials = 2\nepochs = 1\n[data]\nname = "digits"\nvalidation = 300\n'
+        '[search]\nlr = { float = [1e-3, 1e-2], log = true }\n[retrain]\nseeds = 2\nexport = "ensemble"\n'
+    )
+    rows = {row.what: row for row in whole.whole(tmp_path, Options(1, tmp_path, tmp_path), study)}
+    assert rows["each network"].n == 2
+    assert (rows["the exported model"].median or 0) > 20
+    assert rows["run: minutes"].part == "whole: tiny, seed 1"
 
 
 def test_pictures_of_all_kinds_are_written_and_read(tmp_path: Path, digits: ImageData) -> None:
