@@ -463,7 +463,7 @@ def _write_card(contents: Contents, verified: dict[str, dict[str, float]]) -> st
         is_balanced=contents.metrics["metric"] == "balanced_accuracy",
         worst=find_worst(per_class, _N_WORST) if len(per_class) > _N_CLASSES else per_class,
         verified=verified,
-        formats=formats.choose_formats(contents.code, config.get("n_members", 1)),
+        formats=formats.choose_formats(contents.code, config.get("n_members", 1), config.get("shift", 0)),
         program=formats.PROGRAM_FORMAT if _has_program(config) else None,
         safetensors=formats.SAFETENSORS,
     )

@@ -40,7 +40,7 @@ class Config(Table):
 
     `mean` and `std` have a number for each channel. `layers` is for users without hpsearch; a network of the user's own
     has none, and its `model.pt2` is loaded instead. `build` has the keyword arguments of the function that built it.
-    An ensemble has `n_members` of such networks.
+    An ensemble has `n_members` of such networks, or one, and reads copies of an image that are shifted by `shift`.
     """
 
     format_version: Literal[1, 2]
@@ -55,6 +55,7 @@ class Config(Table):
     layers: list[Any] | None = None
     build: dict[_Name, bool | int | float | _Name] | None = None
     n_members: int = Field(1, ge=1, le=100)
+    shift: int = Field(0, ge=0, le=16)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -101,4 +102,4 @@ def build_empty(config: Config, file: Path) -> Network:
         raise BundleError(f"{file}: layers do not match the hyperparameters")
     with torch.device("meta"):
         members = [from_layers(layers) for _ in range(config.n_members)]
-    return Ensemble(*members) if len(members) > 1 else members[0]
+    return Ensemble(*members, shift=config.shift) if len(members) > 1 or config.shift else members[0]

@@ -67,11 +67,20 @@ mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("mean", "std
 with torch.inference_mode():
     probabilities = network((images.float() / 255 - mean) / std).softmax(dim=1)
 """
-_PREDICTING_MEAN = _PREDICTING.replace(
-    "probabilities = network((images.float() / 255 - mean) / std).softmax(dim=1)",
-    "images = (images.float() / 255 - mean) / std\n"
-    "    probabilities = torch.stack([member(images).softmax(dim=1) for member in network]).mean(dim=0)",
-)
+_PREDICTING_MEAN = """\
+mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("mean", "std"))
+with torch.inference_mode():
+    images = (images.float() / 255 - mean) / std
+    probabilities = torch.stack([member(images).softmax(dim=1) for member in network]).mean(dim=0)
+"""
+_PREDICTING_SHIFTED = """\
+mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("mean", "std"))
+n, (height, width) = config["shift"], images.shape[2:]
+with torch.inference_mode():
+    images = torch.nn.functional.pad((images.float() / 255 - mean) / std, [n] * 4, mode="replicate")
+    shifted = [images[:, :, y : y + height, x : x + width] for y, x in ((n, n), (0, n), (2 * n, n), (n, 0), (n, 2 * n))]
+    probabilities = torch.stack([member(view).softmax(dim=1) for member in network for view in shifted]).mean(dim=0)
+"""
 _ONNX = """\
 import onnxruntime
 session = onnxruntime.InferenceSession("model.onnx")
@@ -90,14 +99,16 @@ SOURCE = "network.py"  # the user's own, for those who want to train on; hpsearc
 PROGRAM_FORMAT = Format("from predict import predict_proba\n", "probabilities = predict_proba(images)\n", 1e-5, True)
 
 
-def choose_formats(code: OwnCode | None, n_members: int = 1) -> dict[str, Format]:
-    """Return the formats of a built-in network, or of one that the user's own code builds, or of an ensemble of such.
+def choose_formats(code: OwnCode | None, n_members: int = 1, shift: int = 0) -> dict[str, Format]:
+    """Return the formats of a built-in network, or of one that the user's own code builds, or of an `Ensemble` of such.
 
     `hpsearch.load` reads the weights of a built-in network, and `model.pt2` of the user's own.
     """
     network = _OWN.format(function=code.function) if code else _SEQUENTIAL
-    loading = _PYTORCH.format(network=_ENSEMBLE.format(network=network) if n_members > 1 else network)
-    predicting = _PREDICTING_MEAN if n_members > 1 else _PREDICTING
+    loading, predicting = _PYTORCH.format(network=network), _PREDICTING
+    if n_members > 1 or shift:
+        loading = _PYTORCH.format(network=_ENSEMBLE.format(network=network))
+        predicting = _PREDICTING_SHIFTED if shift else _PREDICTING_MEAN
     if code is None:
         return FORMATS | {"model.pt": Format(loading, predicting, FORMATS["model.pt"].tolerance, True)}
     module = Path(SOURCE).stem if code.is_file else code.path.rpartition(":")[0]
@@ -228,7 +239,7 @@ def _unwrap(network: Network) -> nn.Module:
 def _copy(network: Network, config: Mapping[str, Any]) -> Network:
     """Return a copy of the network, each parameter of which has its own memory; tied ones stay tied."""
     if isinstance(network, Ensemble):
-        return Ensemble(*(_copy(member, config) for member in network.members))
+        return Ensemble(*(_copy(member, config) for member in network.members), shift=network.shift)
     if not isinstance(network, OwnNetwork):
         built = from_layers(config["layers"])
         built.load_state_dict(network.state_dict())
@@ -263,7 +274,7 @@ def verify_models(
         np.save(pixels, images.numpy())
         kinds = {
             name: kind
-            for name, kind in choose_formats(code, config.get("n_members", 1)).items()
+            for name, kind in choose_formats(code, config.get("n_members", 1), config.get("shift", 0)).items()
             if (folder / name.removesuffix(_BY_TORCH)).exists()
         }
         if (folder / PROGRAM).exists():

@@ -83,12 +83,13 @@ def export(
     check_test(data_set)
     config = _describe_network(definition, data_set, data, hyperparameters)
     code, has_examples = definition.network.code, definition.retrain.examples
-    n_networks, n_members = definition.retrain.seeds, definition.retrain.n_members
+    n_networks, n_members, shift = definition.retrain.seeds, definition.retrain.n_members, definition.retrain.shift
     networks = [
         build_network(definition.network, hyperparameters, data.image_shape, len(data.class_names))
         for _ in range(n_networks)
     ]
-    exported = Ensemble(*networks) if n_members > 1 else networks[0]
+    is_averaged = n_members > 1 or shift > 0
+    exported = Ensemble(*networks[:n_members], shift=shift) if is_averaged else networks[0]
     n_files = 2 + onnx + (torch_export or code is not None)
     bundle.check_space(target, exported, config, n_files, data_set.n_test)
     likeness = Likeness.fit(data) if has_examples else None
@@ -106,7 +107,7 @@ def export(
     labels = test_labels.numpy()
     evaluations = [evaluate(network.predict_split(inputs).numpy(), labels, data.class_names) for network in networks]
     evaluation = evaluations[0]
-    if n_members > 1:
+    if is_averaged:
         evaluation = evaluate(exported.predict_split(inputs).numpy(), labels, data.class_names)
     n_validation = len(data.validation)
     metrics = {
@@ -116,6 +117,7 @@ def export(
         "n_images": {"train": len(data.train) + n_validation, "validation": n_validation, "test": len(labels)},
         "data": data.describe(),
         "n_members": n_members,
+        "shift": shift,
         "n_parameters": sum(parameter.numel() for parameter in exported.parameters()),
         **_describe_search(study, trial, n_validation),
         "epochs": training.epochs,
@@ -255,7 +257,7 @@ def _describe_network(
     definition: StudyDefinition, data_set: DataSet, data: ImageData, hyperparameters: TrainingHyperparameters
 ) -> dict[str, Any]:
     """Return the content of `config.json`."""
-    kind, layers, arguments = definition.network.kind, None, None
+    retrain, kind, layers, arguments = definition.retrain, definition.network.kind, None, None
     if isinstance(hyperparameters, OwnHyperparameters):
         arguments = hyperparameters.arguments()
     else:
@@ -272,5 +274,5 @@ def _describe_network(
         "preparation": data_set.preparation,
         "layers": layers,
         "build": arguments,
-        **({"n_members": definition.retrain.n_members} if definition.retrain.n_members > 1 else {}),
+        **({"n_members": retrain.n_members, "shift": retrain.shift} if retrain.n_members > 1 or retrain.shift else {}),
     }

@@ -145,6 +145,7 @@ def render_export(target: str, metrics: Mapping[str, Any]) -> RenderableType:
             if metrics["n_members"] > 1
             else f"{n_models} models with different seeds"
         )
+        which += ", without shifted copies" if metrics["shift"] else ""
         lines.append(f"{which}: {mean}, {std}")
     files = [
         {

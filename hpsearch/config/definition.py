@@ -244,6 +244,13 @@ class Retrain(Table):
     export: Literal["first", "ensemble"] = Field(
         "first", description="the first of these networks, or all of them: the mean of their probabilities"
     )
+    shift: int = Field(
+        0,
+        ge=0,
+        le=16,
+        description="pixels by which the exported model shifts each image up, down, left and right, to average its "
+        "probabilities; 0: it reads the image alone",
+    )
     examples: bool = Field(True, description="the exported folder has files that show some of the images")
 
     @model_validator(mode="after")

@@ -129,7 +129,7 @@ def _collect(definition: StudyDefinition, study: optuna.Study, folder: Path | No
     best = trials[rows[0]["number"]] if complete else None
     chosen = trials[confirmation["winner"]] if confirmation else best
     exported, problem = _read_bundle(folder, study, trials)
-    n_members = exported["config"].n_members if exported else 1
+    n_members, shift = (exported["config"].n_members, exported["config"].shift) if exported else (1, 0)
     n_validation = count_validation(definition, study)
     for candidate in confirmation["candidates"] if confirmation else ():  # of older versions, it was narrower
         candidate["interval"] = candidate_interval(candidate, n_validation)
@@ -150,8 +150,9 @@ def _collect(definition: StudyDefinition, study: optuna.Study, folder: Path | No
         "bundle": exported,
         "bundle_problem": problem,
         "n_test_reads": len(reads) if reads is not None else exported and exported["metrics"].get("test_reads"),
-        "formats": formats.choose_formats(definition.network.code, n_members),
+        "formats": formats.choose_formats(definition.network.code, n_members, shift),
         "n_members": n_members,
+        "shift": shift,
         "top": [row for row in rows if row["state"] == "complete"][:MAX_ROWS],
         "names": list(definition.search),
         "accuracies": {

@@ -5,6 +5,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.parameter import is_lazy
 
 from hpsearch.config import definition
@@ -65,15 +66,28 @@ class OwnNetwork(Network):
 
 
 class Ensemble(Network):
-    """Networks whose probabilities are averaged."""
+    """Networks whose probabilities are averaged, also over copies of the image that are shifted by `shift` pixels."""
+
+    def __init__(self, *members: Network, shift: int = 0) -> None:
+        super().__init__(*members)
+        self.shift = shift
 
     @property
     def members(self) -> list[Network]:
         return cast(list[Network], [*self])
 
     def forward(self, images: Tensor) -> Tensor:
-        log_probabilities = torch.stack([member(images).log_softmax(dim=1) for member in self.members])
+        views = shift_images(images, self.shift) if self.shift else [images]
+        log_probabilities = torch.stack([member(view).log_softmax(dim=1) for member in self.members for view in views])
         return log_probabilities.logsumexp(dim=0)  # the softmax of which is the mean of the probabilities
+
+
+def shift_images(images: Tensor, n_pixels: int) -> list[Tensor]:
+    """Return images (N, C, H, W), and copies shifted by `n_pixels` down, up, right and left; their border repeats."""
+    height, width = images.shape[2:]
+    padded = functional.pad(images, [n_pixels] * 4, mode="replicate")
+    starts = ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2))
+    return [padded[:, :, y * n_pixels :, x * n_pixels :][:, :, :height, :width] for y, x in starts]
 
 
 class Dropout(nn.Dropout):

@@ -182,7 +182,7 @@ def test_a_model_is_evaluated_on_the_images_of_its_search_and_on_no_others(
 
 def test_an_ensemble_of_networks_of_ones_own_is_verified_in_every_format(home: Path) -> None:
     definition, target = search(home, "several", "nets.py:make")
-    definition = evolve(definition, "retrain", seeds=3, export="ensemble", examples=False)
+    definition = evolve(definition, "retrain", seeds=3, export="ensemble", shift=1, examples=False)
     metrics = export(definition, open_study(definition, open_storage(definition.study.storage)), target)
     assert [*metrics["verified"]] == ["model.pt2", "model.pt2 by torch.export", "model.pt", "model.safetensors"]
     assert bundle.load(target).network.n_parameters == metrics["n_parameters"] == 3 * (8 * 3 * 9 + 8 + 16 + 8 * 2 + 2)

@@ -158,6 +158,35 @@ def test_an_ensemble_averages_the_probabilities_of_its_networks_in_every_format(
     assert "All networks that were trained are members of the ensemble." in card
 
 
+def test_the_probabilities_of_shifted_copies_are_averaged_in_every_format(
+    searched: tuple[StudyDefinition, optuna.Study], tmp_path: Path
+) -> None:
+    definition, study = searched
+    first = retrain.export(definition, study, tmp_path / "first")
+    definition = evolve(definition, "retrain", shift=2)
+    metrics = retrain.export(definition, study, tmp_path / "b", onnx=True, torch_export=True)
+    assert metrics["test_accuracies"] == first["test_accuracies"]
+    assert metrics["n_parameters"] == first["n_parameters"]
+    assert [*metrics["verified"]] == ["model.safetensors", "model.pt", "model.onnx", "model.pt2"]
+    assert {seen["accuracy"] for seen in metrics["verified"].values()} == {metrics["test_accuracy"]}
+
+    classifier, alone = bundle.load(tmp_path / "b"), bundle.load(tmp_path / "first")
+    images = alone.load_test()[0].numpy()
+    height, width = images.shape[2:]
+    padded = np.pad(images, ((0, 0), (0, 0), (2, 2), (2, 2)), mode="edge")
+    starts = ((2, 2), (0, 2), (4, 2), (2, 0), (2, 4))
+    each = [alone.predict_proba(padded[:, :, y : y + height, x : x + width]) for y, x in starts]
+    assert np.allclose(classifier.predict_proba(images), np.mean(each, axis=0), atol=1e-6)
+
+    lines = (tmp_path / "b" / "predict.py").read_text().splitlines()
+    assert len(lines) <= 45
+    assert max(map(len, lines)) <= 120
+    card = (tmp_path / "b" / "README.md").read_text()
+    assert "averaged over the image and copies that are shifted by 2 pixels up, down, left and right" in card
+    assert f"Without shifted copies, its test accuracy is {100 * first['test_accuracy']:.2f}%." in card
+    assert "2 models with different seeds, without shifted copies" in card
+
+
 def test_an_export_that_was_interrupted_trains_only_the_rest_and_gives_the_same_model(
     searched: tuple[StudyDefinition, optuna.Study], tmp_path: Path
 ) -> None:

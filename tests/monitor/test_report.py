@@ -150,6 +150,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, digits: ImageData, forked
             "n_trials": 9,
             "epochs": 2,
             "n_members": 1,
+            "shift": 0,
             "n_parameters": 1234,
             "test_reads": 2,
             "confirmed": None,
