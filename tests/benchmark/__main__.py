@@ -20,6 +20,7 @@ from tests.benchmark import (
     pictures,
     pieces,
     quality,
+    recipe,
     record,
     replay,
     searches,
@@ -46,7 +47,12 @@ PARTS = {
     "pictures": pictures.pictures,
     "unlike": unlike.unlike,
 }
-_ON_REQUEST = {"replay": replay.replay, "record": record.record, "whole": whole.whole}  # they take hours
+_ON_REQUEST = {
+    "replay": replay.replay,
+    "record": record.record,
+    "recipe": recipe.recipe,
+    "whole": whole.whole,
+}  # they take hours
 
 
 def main() -> None:
@@ -55,7 +61,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("dist/benchmark.json"), help="default: dist/benchmark.json")
     names = [*PARTS, *_ON_REQUEST]
     parser.add_argument(
-        "parts", nargs="*", metavar="PART", help=f"of {', '.join(names)} (default: all but the last three)"
+        "parts", nargs="*", metavar="PART", help=f"of {', '.join(names)} (default: all but the last four)"
     )
     options = parser.parse_args()
     if unknown := {*options.parts} - {*names}:

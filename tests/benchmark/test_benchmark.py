@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torchvision
 from torch import nn
@@ -14,7 +15,7 @@ from torch import nn
 from hpsearch.bundle.likeness import Likeness
 from hpsearch.data.dataset import ImageData, load_data
 from hpsearch.training.networks import Network
-from tests.benchmark import joining, many, pictures, pieces, searches, step, textbook, unlike, watching, whole
+from tests.benchmark import joining, many, pictures, pieces, recipe, searches, step, textbook, unlike, watching, whole
 from tests.benchmark.report import Options, Row, show, summarize
 from tests.benchmark.textbook import Outcome
 
@@ -93,6 +94,12 @@ def test_the_cost_of_watching_is_measured(tmp_path: Path) -> None:
     rows = watching.watching(tmp_path, Options(1, tmp_path, tmp_path), n_before=20, n_trials=3)
     assert [row.unit for row in rows] == ["x", "%", "s"]
     assert all(row.median and row.median > 0 for row in rows)
+
+
+def test_a_variant_of_the_recipe_is_trained_and_asked_with_and_without_shifted_copies(digits: ImageData) -> None:
+    alone, shifted = recipe.train(digits, {"width": 4, "shear": 0.5}, seed=0, epochs=1)
+    assert alone.shape == shifted.shape == (len(digits.validation), 10)
+    assert not np.allclose(alone, shifted)
 
 
 def test_whole_runs_are_timed_and_have_the_accuracies_of_the_export(tmp_path: Path) -> None:
