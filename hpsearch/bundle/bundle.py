@@ -102,9 +102,10 @@ class Classifier:
             n_parameters = sum(parameter.numel() for parameter in self.network.parameters())
         size, n_members = "x".join(map(str, self.image_shape)), self.config.n_members
         kind = f"ensemble of {n_members} {self.config.kind}" if n_members > 1 else self.config.kind
+        shifted = f", averaged over shifts by {self.config.shift}," if self.config.shift else ""
         return (
             f"<Classifier: {kind} with {n_parameters:,} parameters, trained on {self.config.data}, "
-            f"{size} pixels to {len(self.class_names)} classes>"
+            f"{size} pixels{shifted} to {len(self.class_names)} classes>"
         )
 
     @overload

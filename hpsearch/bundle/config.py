@@ -9,11 +9,12 @@ from pydantic import Field, StringConstraints, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from hpsearch.bundle.manifest import parse
+from hpsearch.config.definition import MAX_SHIFT
 from hpsearch.config.space import Table
 from hpsearch.data.own import MAX_CLASSES
 from hpsearch.errors import BundleError
 from hpsearch.plugins import NETWORKS, find
-from hpsearch.training.networks import Ensemble, Network, from_layers
+from hpsearch.training.networks import Network, combine, from_layers
 
 VERSION = 2
 _CHANNELS = {"grey": 1, "rgb": 3}
@@ -40,7 +41,8 @@ class Config(Table):
 
     `mean` and `std` have a number for each channel. `layers` is for users without hpsearch; a network of the user's own
     has none, and its `model.pt2` is loaded instead. `build` has the keyword arguments of the function that built it.
-    An ensemble has `n_members` of such networks, or one, and reads copies of an image that are shifted by `shift`.
+    The probabilities of `n_members` such networks are averaged; with `shift`, also over copies of an image that are
+    shifted by so many pixels.
     """
 
     format_version: Literal[1, 2]
@@ -55,7 +57,7 @@ class Config(Table):
     layers: list[Any] | None = None
     build: dict[_Name, bool | int | float | _Name] | None = None
     n_members: int = Field(1, ge=1, le=100)
-    shift: int = Field(0, ge=0, le=16)
+    shift: int = Field(0, ge=0, le=MAX_SHIFT)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -102,4 +104,4 @@ def build_empty(config: Config, file: Path) -> Network:
         raise BundleError(f"{file}: layers do not match the hyperparameters")
     with torch.device("meta"):
         members = [from_layers(layers) for _ in range(config.n_members)]
-    return Ensemble(*members, shift=config.shift) if len(members) > 1 or config.shift else members[0]
+    return combine(members, config.shift)

@@ -40,7 +40,7 @@ network.load_state_dict(safetensors.torch.load_file("model.safetensors"))
 """
 _BATCH_SIZE = 512
 _BY_TORCH = " by torch.export"
-_TIMEOUT = 900  # seconds per file
+_TIMEOUT = 900  # seconds for a file and a network
 
 
 @dataclass(frozen=True)
@@ -70,15 +70,16 @@ with torch.inference_mode():
 _PREDICTING_MEAN = """\
 mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("mean", "std"))
 with torch.inference_mode():
-    images = (images.float() / 255 - mean) / std
-    probabilities = torch.stack([member(images).softmax(dim=1) for member in network]).mean(dim=0)
+    inputs = (images.float() / 255 - mean) / std
+    probabilities = torch.stack([member(inputs).softmax(dim=1) for member in network]).mean(dim=0)
 """
 _PREDICTING_SHIFTED = """\
 mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("mean", "std"))
 n, (height, width) = config["shift"], images.shape[2:]
+starts = (n, n), (0, n), (2 * n, n), (n, 0), (n, 2 * n)
 with torch.inference_mode():
-    images = torch.nn.functional.pad((images.float() / 255 - mean) / std, [n] * 4, mode="replicate")
-    shifted = [images[:, :, y : y + height, x : x + width] for y, x in ((n, n), (0, n), (2 * n, n), (n, 0), (n, 2 * n))]
+    inputs = torch.nn.functional.pad((images.float() / 255 - mean) / std, [n] * 4, mode="replicate")
+    shifted = [inputs[:, :, y : y + height, x : x + width].contiguous() for y, x in starts]
     probabilities = torch.stack([member(view).softmax(dim=1) for member in network for view in shifted]).mean(dim=0)
 """
 _ONNX = """\
@@ -268,19 +269,21 @@ def verify_models(
     network is one that `code`, the user's, builds.
     """
     expected = predict_pixels(network, config["mean"], config["std"], images).numpy()
+    n_members, shift = config.get("n_members", 1), config.get("shift", 0)
+    timeout = _TIMEOUT * n_members * (5 if shift else 1)
     found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary, ThreadPoolExecutor() as pool:
         pixels = Path(temporary, "images.npy")
         np.save(pixels, images.numpy())
         kinds = {
             name: kind
-            for name, kind in choose_formats(code, config.get("n_members", 1), config.get("shift", 0)).items()
+            for name, kind in choose_formats(code, n_members, shift).items()
             if (folder / name.removesuffix(_BY_TORCH)).exists()
         }
         if (folder / PROGRAM).exists():
             kinds["model.pt"] = PROGRAM_FORMAT
         answers = {
-            name: pool.submit(_predict, kind, folder, pixels, pixels.with_name(f"{name}.npy"))
+            name: pool.submit(_predict, kind, folder, pixels, pixels.with_name(f"{name}.npy"), timeout)
             for name, kind in kinds.items()
         }
         for i, (name, answer) in enumerate(answers.items()):
@@ -295,7 +298,7 @@ def verify_models(
     return found
 
 
-def _predict(kind: Format, folder: Path, pixels: Path, output: Path) -> NDArray[np.float32]:
+def _predict(kind: Format, folder: Path, pixels: Path, output: Path, timeout: int) -> NDArray[np.float32]:
     """Load a model file in a new process, and return its probabilities for the pixels."""
     name = output.stem
     wrap = "torch.from_numpy(images)" if kind.has_tensors else "images"
@@ -316,10 +319,10 @@ def _predict(kind: Format, folder: Path, pixels: Path, output: Path) -> NDArray[
             capture_output=True,
             text=True,
             check=False,
-            timeout=_TIMEOUT,
+            timeout=timeout,
         )
     except subprocess.TimeoutExpired as error:
-        raise BundleError(f"verification of {name} timed out after {_TIMEOUT} s") from error
+        raise BundleError(f"verification of {name} timed out after {timeout} s") from error
     if process.returncode:
         last = process.stderr.strip().splitlines()[-1:] or [f"exit status {process.returncode}"]
         raise BundleError(f"verification failed: {name} cannot be loaded in a new process: {last[0]}")

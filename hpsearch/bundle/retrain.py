@@ -32,7 +32,7 @@ from hpsearch.search.study import check_data, check_writable, count_validation
 from hpsearch.storage.artifacts import Folder
 from hpsearch.storage.checkpoints import Checkpoint, checkpoint_folder, export_checkpoint_name, remove_checkpoints
 from hpsearch.storage.rdb import storage_of
-from hpsearch.training.networks import Ensemble, Network, build_network
+from hpsearch.training.networks import Ensemble, Network, build_network, combine
 from hpsearch.training.run import build_trainer, load_study_data, open_data_set, trial_seed
 from hpsearch.training.trainer import EpochResult
 
@@ -57,10 +57,11 @@ def export(
     """Export the confirmed winner, else the best trial, or trial `number` to `target`; return the metrics.
 
     The network is retrained on training and validation images together, once for each of `retrain.seeds`, in
-    `n_workers` processes that share the devices. The first one is exported, or as an ensemble all of them. Training
-    that was interrupted goes on from its checkpoints. The test set is used only after all training, so nothing can be
-    selected on it, and the study counts each use. What can fail is checked before the training. With `force`, a
-    modified model or one of another study is replaced too. `on_epoch` gets the index of a network and each result.
+    `n_workers` processes that share the devices. The first one is exported, or as an ensemble all of them; with
+    `retrain.shift`, either reads shifted copies of an image, too. Training that was interrupted goes on from its
+    checkpoints. The test set is used only after all training, so nothing can be selected on it, and the study counts
+    each use. What can fail is checked before the training. With `force`, a modified model or one of another study is
+    replaced too. `on_epoch` gets the index of a network and each result.
     Raises `NoCompletedTrial`, `DataError`, `StudyMismatch` for other data than the search had, `StorageError` if the
     study cannot be written, `UsageError` if packages for ONNX are missing, `Diverged`, `OwnCodeError` if a network of
     the user's cannot be rebuilt from its weights, `WorkerError` if a process dies, and `BundleError`. If verification
@@ -88,8 +89,7 @@ def export(
         build_network(definition.network, hyperparameters, data.image_shape, len(data.class_names))
         for _ in range(n_networks)
     ]
-    is_averaged = n_members > 1 or shift > 0
-    exported = Ensemble(*networks[:n_members], shift=shift) if is_averaged else networks[0]
+    exported = combine(networks[:n_members], shift)
     n_files = 2 + onnx + (torch_export or code is not None)
     bundle.check_space(target, exported, config, n_files, data_set.n_test)
     likeness = Likeness.fit(data) if has_examples else None
@@ -107,7 +107,7 @@ def export(
     labels = test_labels.numpy()
     evaluations = [evaluate(network.predict_split(inputs).numpy(), labels, data.class_names) for network in networks]
     evaluation = evaluations[0]
-    if is_averaged:
+    if isinstance(exported, Ensemble):
         evaluation = evaluate(exported.predict_split(inputs).numpy(), labels, data.class_names)
     n_validation = len(data.validation)
     metrics = {

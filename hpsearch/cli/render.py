@@ -147,6 +147,9 @@ def render_export(target: str, metrics: Mapping[str, Any]) -> RenderableType:
         )
         which += ", without shifted copies" if metrics["shift"] else ""
         lines.append(f"{which}: {mean}, {std}")
+    if metrics["shift"]:
+        alone = f"; without them {several['of_each_seed'][0]:.4f}" if metrics["n_members"] == 1 else ""
+        lines.append(f"averaged over each image and copies shifted by {count(metrics['shift'], 'pixel')}{alone}")
     files = [
         {
             "file": name,

@@ -69,6 +69,7 @@ Size = Annotated[int | tuple[int, int], BeforeValidator(_check_size)]
 Share = Annotated[int | float, BeforeValidator(_check_share), Field(gt=0)]
 NetworkName = Annotated[str, BeforeValidator(partial(_check_name, NETWORKS))]  # of a built-in kind
 Metric = Literal["accuracy", "balanced_accuracy"]
+MAX_SHIFT = 4  # pixels
 _OWN = ("folder", "file", "load")  # keys of [data], of which one names the user's own images
 
 
@@ -247,7 +248,7 @@ class Retrain(Table):
     shift: int = Field(
         0,
         ge=0,
-        le=16,
+        le=MAX_SHIFT,
         description="pixels by which the exported model shifts each image up, down, left and right, to average its "
         "probabilities; 0: it reads the image alone",
     )

@@ -1,6 +1,7 @@
 """Networks: plain sequences of torch layers that a built-in kind describes, a module of the user's, or several."""
 
 import math
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -82,12 +83,18 @@ class Ensemble(Network):
         return log_probabilities.logsumexp(dim=0)  # the softmax of which is the mean of the probabilities
 
 
+def combine(networks: Sequence[Network], shift: int) -> Network:
+    """Return the only network as it is, or an `Ensemble` if there are several or images are to be shifted."""
+    return Ensemble(*networks, shift=shift) if len(networks) > 1 or shift else networks[0]
+
+
 def shift_images(images: Tensor, n_pixels: int) -> list[Tensor]:
     """Return images (N, C, H, W), and copies shifted by `n_pixels` down, up, right and left; their border repeats."""
     height, width = images.shape[2:]
     padded = functional.pad(images, [n_pixels] * 4, mode="replicate")
     starts = ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2))
-    return [padded[:, :, y * n_pixels :, x * n_pixels :][:, :, :height, :width] for y, x in starts]
+    views = (padded[:, :, y * n_pixels :, x * n_pixels :][:, :, :height, :width] for y, x in starts)
+    return [view.contiguous() for view in views]  # as what networks are trained with
 
 
 class Dropout(nn.Dropout):

@@ -112,6 +112,7 @@ def test_whole_runs_are_timed_and_have_the_accuracies_of_the_export(tmp_path: Pa
     assert rows["each network"].n == 2
     assert (rows["the exported model"].median or 0) > 20
     assert rows["run: minutes"].part == "whole: tiny, seed 1"
+    assert json.loads((tmp_path / "models" / "seed-1" / "metrics.json").read_text())["seeds"]["study"] == 1
 
 
 def test_pictures_of_all_kinds_are_written_and_read(tmp_path: Path, digits: ImageData) -> None:

@@ -247,7 +247,7 @@ def test_a_config_that_is_not_understood_is_refused(copy: Path) -> None:
         {"hyperparameters": {"depth": -1}},
         {"layers": config["layers"][:-1]},
         {"n_members": 101},
-        {"shift": 17},
+        {"shift": 5},
         {"class_names": [*config["class_names"][:-1], "x" * 1001]},
         {"image_shape": [2, 28, 28]},
         {"preparation": {"kind": "photo", "size": [28, 28], "color": "rgb"}},

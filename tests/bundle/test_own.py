@@ -186,7 +186,12 @@ def test_an_ensemble_of_networks_of_ones_own_is_verified_in_every_format(home: P
     metrics = export(definition, open_study(definition, open_storage(definition.study.storage)), target)
     assert [*metrics["verified"]] == ["model.pt2", "model.pt2 by torch.export", "model.pt", "model.safetensors"]
     assert bundle.load(target).network.n_parameters == metrics["n_parameters"] == 3 * (8 * 3 * 9 + 8 + 16 + 8 * 2 + 2)
-    assert "An ensemble of 3 networks of its own" in (target / "README.md").read_text()
+    card = (target / "README.md").read_text()
+    assert "An ensemble of 3 networks of its own" in card
+    assert (
+        "also over copies of each image that are shifted by a pixel up, down, left and right. One of them alone" in card
+    )
+    assert "asking the ensemble takes 15 times the arithmetic of one network" in card
 
 
 FORGETFUL = """

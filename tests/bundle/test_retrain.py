@@ -19,6 +19,7 @@ from hpsearch.config.definition import StudyDefinition, evolve, parse_definition
 from hpsearch.data import dataset
 from hpsearch.data.dataset import load_test
 from hpsearch.errors import BundleError, DataError, Diverged, StorageError, UsageError
+from hpsearch.monitor.report import write_report
 from hpsearch.search.study import load_study, open_study
 from hpsearch.storage.checkpoints import checkpoint_folder
 from hpsearch.storage.rdb import open_storage
@@ -181,10 +182,14 @@ def test_the_probabilities_of_shifted_copies_are_averaged_in_every_format(
     lines = (tmp_path / "b" / "predict.py").read_text().splitlines()
     assert len(lines) <= 45
     assert max(map(len, lines)) <= 120
+    assert "28x28 pixels, averaged over shifts by 2, to 10 classes" in repr(classifier)
     card = (tmp_path / "b" / "README.md").read_text()
     assert "averaged over the image and copies that are shifted by 2 pixels up, down, left and right" in card
     assert f"Without shifted copies, its test accuracy is {100 * first['test_accuracy']:.2f}%." in card
     assert "2 models with different seeds, without shifted copies" in card
+    write_report(definition, study, tmp_path / "r.html", bundle=tmp_path / "b", command="small")
+    text = " ".join((tmp_path / "r.html").read_text().split())
+    assert f"copies shifted by 2 pixels; without them it reaches {100 * first['test_accuracy']:.2f}%." in text
 
 
 def test_an_export_that_was_interrupted_trains_only_the_rest_and_gives_the_same_model(

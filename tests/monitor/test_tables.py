@@ -44,7 +44,9 @@ EXPORT = {
     "test_accuracy": 0.9823,
     "test_interval": [0.9793, 0.985],
     "n_images": {"test": 10_000},
-    "test_accuracies": {"std": None},
+    "test_accuracies": {"std": None, "of_each_seed": [0.9801]},
+    "n_members": 1,
+    "shift": 0,
     "test_balanced_accuracy": 0.9714,
     "test_balanced_interval": [0.9512, 0.983],
     "test_balanced_accuracies": {"std": None},
@@ -150,6 +152,17 @@ def test_of_many_classes_the_worst_and_the_most_frequent_confusions_are_shown() 
     assert all("0.0" in line and " - " in line for line in worst)
     [head] = [i for i, line in enumerate(lines) if line.startswith("images")]
     assert lines[head + 2].split()[:4] == ["198", "species", "198", r"\n"]
+
+
+def test_an_export_that_averages_over_shifted_copies_says_what_it_reaches_without_them() -> None:
+    shifted = EXPORT | {"metric": "accuracy", "shift": 1}
+    assert "averaged over each image and copies shifted by 1 pixel; without them 0.9801" in draw(
+        render_export("models/small", shifted), 500
+    )
+    several = {"of_each_seed": [0.98, 0.97], "mean": 0.975, "std": 0.007}
+    lines = draw(render_export("models/small", shifted | {"n_members": 2, "test_accuracies": several}), 500)
+    assert "each of the 2 networks alone, without shifted copies: mean 0.9750, standard deviation 0.0070" in lines
+    assert "averaged over each image and copies shifted by 1 pixel" in lines
 
 
 def test_both_accuracies_are_shown_where_the_classes_differ_in_size_or_the_balanced_one_is_the_metric() -> None:

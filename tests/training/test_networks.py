@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hpsearch.data.dataset import RawSplit, Split
 from hpsearch.plugins import NETWORKS, find
 from hpsearch.training.kinds import Hyperparameters
-from hpsearch.training.networks import Network, build_network, from_layers
+from hpsearch.training.networks import Ensemble, Network, OwnNetwork, build_network, from_layers, shift_images
 from hpsearch.training.trainer import Trainer
 
 SHAPE = (1, 28, 28)
@@ -108,3 +108,25 @@ def test_larger_images_are_predicted_in_smaller_batches(side: int, expected: lis
     assert seen == expected
     network.predict_proba(pixels)
     assert seen == expected * 2
+
+
+def test_images_are_shifted_by_pixels_and_repeat_their_border() -> None:
+    images = torch.arange(12.0).view(1, 1, 3, 4)
+    shifted = [view[0, 0].tolist() for view in shift_images(images, 1)]
+    rows = images[0, 0].tolist()
+    assert shifted[:3] == [rows, [rows[0], rows[0], rows[1]], [rows[1], rows[2], rows[2]]]
+    assert shifted[3:] == [[[r[0], *r[:3]] for r in rows], [[*r[1:], r[3]] for r in rows]]
+
+
+class Viewing(nn.Module):
+    """Needs images that are contiguous, as those of a batch are."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.view(len(images), -1)[:, :2]
+
+
+def test_networks_that_need_contiguous_images_read_shifted_ones() -> None:
+    images = torch.rand(2, 3, 4, 5)
+    views = [view.flatten(1)[:, :2].softmax(dim=1) for view in shift_images(images, 1)]
+    found = Ensemble(OwnNetwork(Viewing()), shift=1).predict_proba(images)
+    torch.testing.assert_close(found, torch.stack(views).mean(dim=0))
