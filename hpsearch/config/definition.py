@@ -67,7 +67,6 @@ def _check_size(value: Any) -> Any:
 
 Size = Annotated[int | tuple[int, int], BeforeValidator(_check_size)]
 Share = Annotated[int | float, BeforeValidator(_check_share), Field(gt=0)]
-NetworkName = Annotated[str, BeforeValidator(partial(_check_name, NETWORKS))]  # of a built-in kind
 Metric = Literal["accuracy", "balanced_accuracy"]
 MAX_SHIFT = 4  # pixels
 _OWN = ("folder", "file", "load")  # keys of [data], of which one names the user's own images
@@ -383,7 +382,7 @@ def load_definition(path: Path | str, *, storage: str | None = None, artifacts: 
         raise error if given else DefinitionError(str(file), [f"study.storage: {error}"]) from error
     location = artifacts or os.environ.get("HPSEARCH_ARTIFACTS")
     try:
-        location = _resolve_artifacts(Path() if location else folder, location or definition.study.artifacts)
+        location = resolve_artifacts(Path() if location else folder, location or definition.study.artifacts)
     except UsageError as error:
         raise DefinitionError(str(file), [f"study.artifacts: {error}"]) from None
     paths = {key: value for key in ("folder", "file") if (value := getattr(definition.data, key))}
@@ -450,7 +449,8 @@ def _relative_to(folder: Path, url: str) -> str:
     return parsed.set(database=database).render_as_string(hide_password=False)
 
 
-def _resolve_artifacts(folder: Path, location: str) -> str:
+def resolve_artifacts(folder: Path, location: str) -> str:
+    """Return the URL or full path of an artifact store; a path is relative to the folder. Raises `UsageError`."""
     scheme, separator, rest = location.partition("://")
     if separator and not rest.strip("/"):
         raise UsageError(f"{location}: bucket or path missing")

@@ -26,7 +26,7 @@ from hpsearch.errors import HpsearchError, OwnCodeError, StorageUnavailable
 from hpsearch.search.study import check_data, load_study
 from hpsearch.storage import tables
 from hpsearch.storage.artifacts import Folder
-from hpsearch.storage.backup import check_integrity
+from hpsearch.storage.backup import check_integrity, find_journal
 from hpsearch.storage.checkpoints import (
     artifact_folder,
     checkpoint_folder,
@@ -111,9 +111,7 @@ def _check_file(file: Path, fix: bool) -> Iterator[Finding]:
     with closing(sqlite3.connect(file, timeout=_MAX_LATENCY)) as connection:
         try:
             problems = check_integrity(connection)
-            journal = connection.execute("PRAGMA journal_mode").fetchone()[0]
-            if fix and journal == "wal" != safe_journal():
-                journal = connection.execute(f"PRAGMA journal_mode = {safe_journal()}").fetchone()[0]
+            journal = find_journal(connection, repairs=fix)
         except sqlite3.Error as error:
             is_locked = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY
             advice = (

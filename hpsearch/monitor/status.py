@@ -29,7 +29,7 @@ from hpsearch.search.study import count_validation, load_study
 from hpsearch.search.trials import TrialEvent, make_event
 from hpsearch.storage.budget import find_limit, is_final, measure_trial
 from hpsearch.storage.rdb import open_storage
-from hpsearch.storage.tables import count_interruptions
+from hpsearch.storage.tables import count_interruptions, rank
 
 _N_RECENT = 40  # finished trials used to estimate the remaining time
 _N_DRAWS = 200
@@ -155,7 +155,7 @@ class Watch:
 def describe_state(study: str) -> str:
     """Return the state of a study by the name of its file, such as `12/30 trials, best 0.9721`. Creates nothing."""
     try:
-        status = Watch(load_definition(study)).poll().status
+        snapshot = Watch(load_definition(study)).poll()
     except StudyNotFound:
         return "not started"
     except StudyMismatch:
@@ -166,9 +166,9 @@ def describe_state(study: str) -> str:
         return "its database cannot be reached"
     except HpsearchError as error:
         return str(error).partition("\n")[0]
-    n_finished = status["trials"]["complete"] + status["trials"]["pruned"]
+    status = snapshot.status
     best = f", best {status['best']['value']:.4f}" if status["best"] else ""
-    return f"{n_finished}/{status['budget']['trials']} trials{best}"
+    return f"{snapshot.n_finished}/{status['budget']['trials']} trials{best}"
 
 
 class Tally:
@@ -203,9 +203,9 @@ class Tally:
         if not self._gets_all and time.monotonic() >= self._next_read:
             self.read()
         self._add(event)
-        complete = [(value, -number) for number, value in self._values.items() if value is not None]
-        value, number = max(complete, default=(None, 0))
-        best = f"best {describe_best({'value': value, 'number': -number})}" if complete else describe_best(None)
+        complete = [(number, value) for number, value in self._values.items() if value is not None]
+        number, value = min(complete, key=lambda trial: rank(trial[1], trial[0]), default=(0, None))
+        best = f"best {describe_best({'value': value, 'number': number})}" if complete else describe_best(None)
         params = printable(join_params(event.params))
         return f"{line}  {len(self._values)}/{self._n_trials}  {best}  {now}  {params}".rstrip()
 

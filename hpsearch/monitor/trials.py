@@ -18,7 +18,7 @@ from hpsearch.search.study import count_validation
 from hpsearch.search.trials import explain_end, find_value, name_state
 from hpsearch.storage.budget import measure_trial
 from hpsearch.storage.gains import judge_trial, measure_progress
-from hpsearch.storage.tables import by_value, count_interruptions
+from hpsearch.storage.tables import by_value, count_interruptions, rank
 
 _FORMULA_STARTS = tuple("=+-@")  # see OWASP's "CSV Injection"
 Row = Mapping[str, Any]
@@ -120,7 +120,7 @@ def list_trials(study: optuna.Study, state: str | None, sort: str, limit: int | 
     chosen = [row for row in rows if state in (None, row["state"])]
     if sort == "value":
         # A pruned trial's value is from fewer epochs, so it ranks below every completed trial.
-        chosen.sort(key=lambda row: (row["state"] != "complete", -(row["value"] or 0.0), row["number"]))
+        chosen.sort(key=lambda row: (row["state"] != "complete", *rank(row["value"], row["number"])))
     else:
         chosen.sort(key=lambda row: _sort_key(flatten(row).get(sort)))
     return chosen[:limit]

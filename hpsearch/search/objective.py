@@ -19,7 +19,7 @@ from hpsearch.search.pruning import AshaPruner, PruningCallback
 from hpsearch.search.study import check_data, check_direction
 from hpsearch.storage.artifacts import Folder
 from hpsearch.storage.checkpoints import Checkpoint, checkpoints_of
-from hpsearch.storage.tables import by_value
+from hpsearch.storage.tables import by_value, rank
 from hpsearch.training.metrics import balanced_interval
 from hpsearch.training.run import build_trainer, describe_environment, load_study_data, trial_seed
 from hpsearch.training.trainer import EpochResult, Trainer, measure
@@ -84,45 +84,17 @@ class Objective:
             check_direction(trial.study)
             self.check_data(trial.study)
         hyperparameters = suggest(trial, self.definition.space)
-        for name in getattr(trial, "_fixed_params", {}):  # of `study.enqueue_trial`
-            if name not in trial.params:
-                logger.warning(
-                    "trial %d: the value of %s that was enqueued is ignored: it is not in [search], or its `when` does "
-                    "not hold",
-                    trial.number,
-                    name,
-                )
-        seed = trial_seed(self.definition.study.seed, trial)
-        environment = describe_environment(self.device)
-        trial.set_user_attr("environment", environment)
-        pruner = trial.study.pruner if isinstance(trial, optuna.Trial) else None
-        compared = pruner.rungs if isinstance(pruner, AshaPruner) else ()
-        trainer = build_trainer(
-            self.definition, self.data, hyperparameters, seed, validation=self.data.validation, averaged_after=compared
-        )
+        _warn_of_ignored(trial)
+        trial.set_user_attr("environment", describe_environment(self.device))
+        trainer = self._build_trainer(trial, hyperparameters)
         report_and_prune = PruningCallback(trial, trainer.epochs)
         checkpoint = self._open_checkpoint(trial, hyperparameters)
         n_judged = 0  # epochs after which the pruner was asked
         if state := checkpoint and checkpoint.load():
-            trainer.load_state_dict(state)
-            n_judged = state.get("n_judged", len(trainer.results))
-            _note_averaged(trial, trainer)
-            for result in trainer.results:
-                trial.set_user_attr("resumed_after", result.epoch)
-                report = report_and_prune.report if result.epoch <= n_judged else report_and_prune
-                report(result)
+            n_judged = _resume(trial, trainer, state, report_and_prune)
         try:
             while not trainer.is_done:
-                is_whole, start = trainer.n_batches == 0, time.perf_counter()
-                result = trainer.run_epoch(check)
-                if is_whole:
-                    speed = len(self.data.train) / (time.perf_counter() - start)
-                    trial.set_user_attr("images_per_second", round(speed))
-                if trainer.threads not in ([[1, 0, environment["threads"]]], environment.get("thread_changes")):
-                    environment = environment | {"thread_changes": [*trainer.threads]}
-                    trial.set_user_attr("environment", environment)
-                if result.epoch in trainer.averaged:
-                    _note_averaged(trial, trainer)
+                result = self._run_epoch(trial, trainer, check)
                 report_and_prune(result)
                 n_judged = result.epoch
                 if checkpoint and trainer.is_done and self._is_among_best(trial, result):
@@ -144,6 +116,28 @@ class Objective:
             trial.set_user_attr("interval", balanced_interval([score]))
         return trainer.results[-1].value
 
+    def _build_trainer(self, trial: optuna.Trial, hyperparameters: TrainingHyperparameters) -> Trainer:
+        pruner = trial.study.pruner if isinstance(trial, optuna.Trial) else None
+        compared = pruner.rungs if isinstance(pruner, AshaPruner) else ()
+        seed, validation = trial_seed(self.definition.study.seed, trial), self.data.validation
+        return build_trainer(
+            self.definition, self.data, hyperparameters, seed, validation=validation, averaged_after=compared
+        )
+
+    def _run_epoch(self, trial: optuna.Trial, trainer: Trainer, check: Callable[..., None]) -> EpochResult:
+        """Train an epoch; note in the trial its speed, changes of threads and the averaged weights' metric."""
+        is_whole, start = trainer.n_batches == 0, time.perf_counter()
+        result = trainer.run_epoch(check)
+        if is_whole:
+            speed = len(self.data.train) / (time.perf_counter() - start)
+            trial.set_user_attr("images_per_second", round(speed))
+        environment = trial.user_attrs["environment"]
+        if trainer.threads not in ([[1, 0, environment["threads"]]], environment.get("thread_changes")):
+            trial.set_user_attr("environment", environment | {"thread_changes": [*trainer.threads]})
+        if result.epoch in trainer.averaged:
+            _note_averaged(trial, trainer)
+        return result
+
     def _open_checkpoint(self, trial: optuna.Trial, hyperparameters: TrainingHyperparameters) -> Checkpoint | None:
         if self.checkpoints is None:
             return None
@@ -153,7 +147,7 @@ class Objective:
     def _is_among_best(self, trial: optuna.Trial, result: EpochResult) -> bool:
         """Return whether the finished trial ranks among the `recovery.keep` best."""
         trials = trial.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        own = (-result.value, trial.number)
+        own = rank(result.value, trial.number)
         return sum(by_value(other) < own for other in trials) < self.definition.recovery.keep
 
 
@@ -161,6 +155,32 @@ def identify_training(fingerprint: str, seed: int, hyperparameters: TrainingHype
     """Return the identity of a training in a study, by which its checkpoint is recognized."""
     chosen = {name: value for name, value in hyperparameters.model_dump().items() if value or name not in _NEWER}
     return {"format": _CHECKPOINT_FORMAT, "study": fingerprint, "seed": seed, "hyperparameters": chosen}
+
+
+def _warn_of_ignored(trial: optuna.Trial) -> None:
+    """Warn of values of `study.enqueue_trial` that were not suggested."""
+    if not isinstance(trial, optuna.Trial):
+        return
+    for name in trial.storage.get_trial_system_attrs(trial._trial_id).get("fixed_params", {}):
+        if name not in trial.params:
+            logger.warning(
+                "trial %d: the value of %s that was enqueued is ignored: it is not in [search], or its `when` does "
+                "not hold",
+                trial.number,
+                name,
+            )
+
+
+def _resume(trial: optuna.Trial, trainer: Trainer, state: dict[str, Any], report_and_prune: PruningCallback) -> int:
+    """Go on from a training state and report its epochs; return after how many of them the pruner was asked."""
+    trainer.load_state_dict(state)
+    n_judged = int(state.get("n_judged", len(trainer.results)))
+    _note_averaged(trial, trainer)
+    for result in trainer.results:
+        trial.set_user_attr("resumed_after", result.epoch)
+        report = report_and_prune.report if result.epoch <= n_judged else report_and_prune
+        report(result)
+    return n_judged
 
 
 def _note_averaged(trial: optuna.Trial, trainer: Trainer) -> None:

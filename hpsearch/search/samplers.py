@@ -4,7 +4,7 @@ The default, TPE with priors, was chosen with `scripts/benchmark replay`: see te
 """
 
 from collections.abc import Callable
-from heapq import nlargest
+from heapq import nsmallest
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpsearch.config.definition import StudyDefinition
 from hpsearch.search.priors import Priors, PriorSampler
+from hpsearch.storage.tables import by_value
 
 _N_BEST, _N_LATEST = 10, 90  # finished trials that TPE uses; of 100, its gamma counts 10 as good
 
@@ -73,7 +74,7 @@ class _Window:
             return trials
         first = finished[-self._n_latest].number
         older = [trial for trial in finished if trial.number < first and trial.state == TrialState.COMPLETE]
-        best = {trial.number for trial in nlargest(_N_BEST, older, key=lambda trial: trial.values[0])}
+        best = {trial.number for trial in nsmallest(_N_BEST, older, key=by_value)}
         return [
             trial for trial in trials if trial.number >= first or trial.number in best or not trial.state.is_finished()
         ]

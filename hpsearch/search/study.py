@@ -91,12 +91,6 @@ def open_study(definition: StudyDefinition, storage: Storage, *, keeps_extension
             check_new(definition, f"study '{name}'")
         study = optuna.create_study(study_name=name, storage=storage, direction="maximize", load_if_exists=True)
         _check_identity(definition, study)
-        n_trials, n_started = definition.budget.trials, _count_started(study)
-        if n_trials < n_started and not keeps_extension:
-            raise UsageError(
-                f"--trials {n_trials}: study '{name}' already has {n_started} trials, and --trials is the total; "
-                f"to run {n_trials} more: hpsearch add STUDY --trials {n_trials}"
-            )
         if "fingerprint" not in study.user_attrs:
             for values in definition.first[len(study.get_trials(deepcopy=False)) :]:
                 study.enqueue_trial(values)
@@ -104,14 +98,20 @@ def open_study(definition: StudyDefinition, storage: Storage, *, keeps_extension
         if "id" not in study.user_attrs:
             study.set_user_attr("id", uuid.uuid4().hex[:8])
 
-        def set_budget(attributes: dict[str, Any]) -> dict[str, Any]:
+        def set_budget(attributes: dict[str, Any], n_started: int) -> dict[str, Any]:
+            n_trials = definition.budget.trials
+            if n_trials < n_started and not keeps_extension:
+                raise UsageError(
+                    f"--trials {n_trials}: study '{name}' already has {n_started} trials, and --trials is the total; "
+                    f"to run {n_trials} more: hpsearch add STUDY --trials {n_trials}"
+                )
             extension = attributes.get("extension", {})
             if extension.get("of") != n_trials or not keeps_extension:
                 extension = {"of": n_trials, "by": 0}
             budget = definition.budget.model_dump(exclude_none=True)
             return {"extension": extension, "budget": budget | {"trials": max(n_trials + extension["by"], n_started)}}
 
-        storage.change_study_attrs(study._study_id, set_budget)
+        storage.change_budget(study._study_id, set_budget)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             study.set_metric_names([f"validation {definition.study.metric_title}"])
@@ -291,19 +291,13 @@ def extend_study(definition: StudyDefinition, study: optuna.Study, n_trials: int
     They come on top of the budget, or of the trials that have started if these are more. `open_study` says how long the
     extension lasts; it is stored as the number of trials in the study file (`of`) and the difference from it (`by`).
     """
-    n_started, of = _count_started(study), definition.budget.trials
+    of = definition.budget.trials
 
-    def extend(attributes: dict[str, Any]) -> dict[str, Any]:
+    def extend(attributes: dict[str, Any], n_started: int) -> dict[str, Any]:
         total = max(attributes["budget"]["trials"], n_started) + n_trials
         return {"budget": attributes["budget"] | {"trials": total}, "extension": {"of": of, "by": total - of}}
 
-    return int(storage_of(study).change_study_attrs(study._study_id, extend)["budget"]["trials"])
-
-
-def _count_started(study: optuna.Study) -> int:
-    """Return the number of trials that count against the budget: complete, pruned and running ones."""
-    states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
-    return len(study.get_trials(deepcopy=False, states=states))
+    return int(storage_of(study).change_budget(study._study_id, extend)["budget"]["trials"])
 
 
 def enqueue_trial(definition: StudyDefinition, study: optuna.Study, settings: Iterable[str]) -> int:

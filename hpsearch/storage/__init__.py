@@ -1,7 +1,5 @@
 """What survives: trials, budget, checkpoints, files.
 
-Outside this room, only the doctor has SQL: it checks the database itself.
-
 engine        makes SQLite and PostgreSQL safe: locks, transactions, connections
 retry         database errors: which are transient, how long to retry, what to show
 tables        the SQL statements on studies and trials, and the buffered trial whose rows they write

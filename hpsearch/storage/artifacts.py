@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hpsearch.config.urls import is_url
+from hpsearch.config.urls import expand_home, is_url
 from hpsearch.errors import StorageUnavailable, UsageError
 
 TIMEOUT = 20.0  # seconds for a response of the store; bounds the wait of a worker that is stopped
@@ -29,7 +29,7 @@ class Folder:
     def __init__(self, location: Path | str) -> None:
         self.url = str(location).rstrip("/") or "/"
         local = re.sub(r"^(file|local)://", "", self.url)
-        self.path = None if is_url(local) else Path(local)
+        self.path = None if is_url(local) else Path(expand_home(local))
 
     def __truediv__(self, name: str) -> "Folder":
         return Folder(f"{self.url}/{name}" if name else self.url)

@@ -9,7 +9,7 @@ from sqlalchemy.engine import URL
 
 from hpsearch.errors import StorageError, UsageError
 from hpsearch.storage.artifacts import replace_file
-from hpsearch.storage.engine import LOCK_TIMEOUT
+from hpsearch.storage.engine import LOCK_TIMEOUT, safe_journal
 
 
 def backup(url: URL, file: Path, *, force: bool = False) -> None:
@@ -61,6 +61,14 @@ def _is_database(file: Path) -> bool:
         return False
     with file.open("rb") as stream:
         return stream.read(16) in (b"", b"SQLite format 3\0")
+
+
+def find_journal(connection: sqlite3.Connection, *, repairs: bool) -> str:
+    """Return the journal mode of a database; with `repairs`, WAL is changed first where it is not safe."""
+    [journal] = connection.execute("PRAGMA journal_mode").fetchone()
+    if repairs and journal == "wal" != safe_journal():
+        [journal] = connection.execute(f"PRAGMA journal_mode = {safe_journal()}").fetchone()
+    return str(journal)
 
 
 def check_integrity(connection: sqlite3.Connection) -> str:

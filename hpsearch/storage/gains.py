@@ -64,13 +64,9 @@ def find_records(trials: Iterable[Judged]) -> list[Judged]:
     """
     records: list[Judged] = []
     for trial in sorted(trial for trial in trials if trial.value is not None):
-        if not records or _rank(trial) > _rank(records[-1]):
+        if not records or tables.rank(trial.value, trial.number) < tables.rank(records[-1].value, records[-1].number):
             records.append(trial)
     return records
-
-
-def _rank(trial: Judged) -> tuple[float, int]:
-    return trial.value or 0.0, -trial.number
 
 
 def find_gain(records: Sequence[Judged], n_images: int) -> Judged | None:

@@ -120,15 +120,21 @@ class Storage(RDBStorage):
     def __getstate__(self) -> dict[Any, Any]:
         raise TypeError("a storage cannot be pickled; open a new one in the other process")
 
-    @retry_on_outage
     def change_study_attrs(self, study_id: int, change: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
         """Change user attributes of a study in one transaction.
 
         `change` gets all attributes and returns the new values of some; they are written and returned.
         """
+        changed: dict[str, Any] = self.change_budget(study_id, lambda attributes, n_started: change(attributes))
+        return changed
+
+    @retry_on_outage
+    def change_budget(self, study_id: int, change: Callable[[dict[str, Any], int], dict[str, Any]]) -> dict[str, Any]:
+        """Change user attributes by the number of trials that count against the budget, which none joins meanwhile."""
         with self.engine.begin() as connection:
             tables.lock_study(connection, study_id)
-            changed = change(tables.read_study_attrs(connection, study_id))
+            attributes = tables.read_study_attrs(connection, study_id)
+            changed = change(attributes, tables.count_started(connection, study_id))
             for key, value in changed.items():
                 tables.write_study_attr(connection, study_id, key, value)
         return changed

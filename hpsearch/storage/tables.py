@@ -124,9 +124,14 @@ def count_interruptions(trial: Suggests) -> int:
     return len(trial.user_attrs.get("interruptions", ()))
 
 
+def rank(value: float | None, number: int) -> tuple[float, int]:
+    """Sort key of a trial: the best value first, and the earlier trial of equals."""
+    return -(value or 0.0), number
+
+
 def by_value(trial: FrozenTrial) -> tuple[float, int]:
-    """Sort key: the best trial first, and the earlier one of equals."""
-    return -(trial.value or 0.0), trial.number
+    """Sort key: see `rank`."""
+    return rank(trial.value, trial.number)
 
 
 def lock_study(connection: Connection, study_id: int) -> None:
@@ -275,6 +280,12 @@ def read_running(connection: Connection, study_id: int) -> list[tuple[int, int, 
 def read_spent(connection: Connection, study_id: int) -> Any:
     """Return the study's budget and whether it is stopped, as JSON, and its numbers of trials: see `_SELECT_SPENT`."""
     return connection.execute(_SELECT_SPENT, {"study_id": study_id}).one()
+
+
+def count_started(connection: Connection, study_id: int) -> int:
+    """Return the number of trials that count against the budget: complete, pruned and running ones."""
+    spent = read_spent(connection, study_id)
+    return int((spent.n_trials or 0) - spent.waiting - spent.fail)
 
 
 def read_best_value(connection: Connection, study_id: int, target: float) -> float | None:

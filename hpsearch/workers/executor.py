@@ -10,11 +10,10 @@ from optuna.trial import TrialState
 
 from hpsearch.config.definition import StudyDefinition
 from hpsearch.errors import Drained, Stopped, StorageError, StorageUnavailable, TooManyFailures, WorkerError
-from hpsearch.search.trials import Emit, TrialEvent, make_event
+from hpsearch.search.trials import Emit, TrialEvent
 from hpsearch.storage.rdb import Storage
-from hpsearch.storage.tables import count_interruptions
 from hpsearch.workers.shutdown import Drain
-from hpsearch.workers.worker import REQUEUE_SECONDS, WorkerExit
+from hpsearch.workers.worker import REQUEUE_SECONDS, WorkerExit, requeue
 
 logger = logging.getLogger(__name__)
 
@@ -148,17 +147,4 @@ class Supervisor:
             return False
 
     def _requeue(self, workers: set[str], kind: str, message: str) -> None:
-        """Re-queue or fail the running trials of workers that have ended."""
-        retries = self.definition.recovery.retries
-        try:
-            running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-            theirs = [trial for trial in running if trial.user_attrs.get("worker") in workers]
-            ended = [
-                self.storage.end_attempt(trial._trial_id, count_interruptions(trial), kind, message, retries=retries)
-                for trial in theirs
-            ]
-        except StorageError as error:
-            return logger.warning("could not re-queue trials now (%s); it will happen after the grace period", error)
-        for trial in filter(None, ended):  # only after all are re-queued, since emitting may raise
-            self.emit(make_event(trial))
-        return None
+        requeue(self.study, workers, kind, message, self.emit, retries=self.definition.recovery.retries)

@@ -10,13 +10,14 @@ from pathlib import Path
 import optuna
 from optuna.trial import TrialState
 
-from hpsearch.config.definition import StudyDefinition, evolve, load_definition
+from hpsearch.config.definition import StudyDefinition, evolve, load_definition, resolve_artifacts
 from hpsearch.data.sets import DataSet
 from hpsearch.errors import HpsearchError, UsageError
 from hpsearch.search.study import load_study, start_study
 from hpsearch.search.trials import TrialEvent
 from hpsearch.storage.rdb import open_storage
-from hpsearch.training.devices import default_workers, share_cores
+from hpsearch.storage.tables import by_value, rank
+from hpsearch.training.devices import default_workers
 from hpsearch.training.run import open_data_set
 from hpsearch.workers.processes import run_pool
 from hpsearch.workers.shutdown import Drain
@@ -37,9 +38,10 @@ def run(
     """Start or resume a search with parallel workers on this machine; return the Optuna study when it has ended.
 
     `study` is a study file, the name of one, or a definition. By default there is a worker per GPU, or one per core,
-    each with its share of the cores as `n_threads`. `trials` is the total, `data` what the option `--data` is, and
-    `storage` and `artifacts` override the study file. Ctrl-C saves the running trials and raises `Interrupted`; the
-    same call goes on. A script needs no `if __name__ == "__main__"`: workers do not import it.
+    each with its share of the cores, less when others join; `n_threads` sets it. `trials` is the total, `data` what the
+    option `--data` is, and `storage` and `artifacts` override the study file. Ctrl-C saves the running trials and
+    raises `Interrupted`; the same call goes on. A script needs no `if __name__ == "__main__"`: workers do not import
+    it.
 
     The end of each trial is logged as by Optuna's `optimize`; `optuna.logging.set_verbosity(optuna.logging.WARNING)`
     silences it. Raises `DefinitionError`, `DataError`, `StorageError` and the other errors of `hpsearch run`.
@@ -55,7 +57,6 @@ def run(
             images = data if definition.data.name else _read_own_images(definition, data, drain)
             start_study(definition, keeps_extension=trials is None, data=images)
             n_workers = n_workers or default_workers()
-            n_threads = n_threads or share_cores(n_workers)
             stored = load_study(definition, open_storage(definition.study.storage))
             run_pool(definition, drain, n_workers, n_threads=n_threads, folder=images, emit=_Log(stored))
         return stored
@@ -66,7 +67,7 @@ def run(
 
 
 def _define(study: StudyDefinition | Path | str, storage: str | None, artifacts: Path | str | None) -> StudyDefinition:
-    folder = str(artifacts or "")
+    folder = resolve_artifacts(Path(), str(artifacts)) if artifacts else ""
     if not isinstance(study, StudyDefinition):
         return load_definition(study, storage=storage, artifacts=folder or None)
     given = {"storage": storage, "artifacts": folder}
@@ -94,15 +95,15 @@ class _Log:
     def __init__(self, study: optuna.Study) -> None:
         self.info = optuna.logging.get_logger(_LOGGER).info
         complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        self._best = max(((trial.value or 0.0, -trial.number) for trial in complete), default=(-1.0, 0))
+        self._best = min(map(by_value, complete), default=(1.0, 0))
 
     def __call__(self, event: TrialEvent) -> None:
         if event.state == "complete" and event.value is not None:
-            self._best = max(self._best, (event.value, -event.number))
-            value, number = self._best
+            self._best = min(self._best, rank(event.value, event.number))
+            loss, number = self._best
             self.info(
                 f"Trial {event.number} finished with value: {event.value} and parameters: {dict(event.params)}. "
-                f"Best is trial {-number} with value: {value}."
+                f"Best is trial {number} with value: {-loss}."
             )
         elif event.state != "running":
             self.info(f"Trial {event.number} {event.state}. {event.message}".rstrip())

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import optuna
 import torch
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from hpsearch.config.definition import StudyDefinition
 from hpsearch.data.dataset import ImageData
@@ -37,7 +37,7 @@ from hpsearch.search.study import load_study
 from hpsearch.search.trials import Emit, TrialEvent, make_event
 from hpsearch.storage.artifacts import Folder
 from hpsearch.storage.checkpoints import checkpoint_folder, sweep_checkpoints
-from hpsearch.storage.rdb import Storage, open_storage
+from hpsearch.storage.rdb import Storage, open_storage, storage_of
 from hpsearch.storage.tables import count_interruptions
 from hpsearch.training.devices import list_devices, share_cores
 from hpsearch.training.run import load_study_data
@@ -174,12 +174,7 @@ class Worker:
         """Hand back this worker's running trial, if any."""
         self.drain.ignore_signals()
         self.storage.retry_for(REQUEUE_SECONDS)
-        try:
-            for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-                if trial.user_attrs.get("worker") == self.name:
-                    self._end_attempt(trial, "interrupted", "worker stopped")
-        except StorageError as error:
-            logger.warning("could not re-queue the trial now (%s); it will happen after the grace period", error)
+        requeue(self.study, {self.name}, "interrupted", "worker stopped", self.emit)
 
     def reap(self) -> None:
         """Re-queue or fail the trials whose workers are not responding."""
@@ -207,11 +202,7 @@ class Worker:
 
     def _fail(self, trial: optuna.Trial, kind: str, message: str) -> None:
         self._failures.append(" ".join(f"{kind}: {message}".split()))
-        self._end_attempt(trial, kind, message)
-
-    def _end_attempt(self, trial: optuna.Trial | FrozenTrial, kind: str, message: str) -> None:
-        attempt = count_interruptions(trial)
-        if ended := self.storage.end_attempt(trial._trial_id, attempt, kind, message):
+        if ended := self.storage.end_attempt(trial._trial_id, count_interruptions(trial), kind, message):
             self.emit(make_event(ended))
 
     def _keep_traceback(self, trial: optuna.Trial) -> str:
@@ -226,6 +217,23 @@ class Worker:
     def _drop(self, trial: optuna.Trial) -> None:
         self.storage.release(trial._trial_id)
         self.emit(TrialEvent(self.name, trial.number, "dropped", message="ended by another worker"))
+
+
+def requeue(study: optuna.Study, workers: set[str], kind: str, message: str, emit: Emit, *, retries: int = 0) -> None:
+    """Re-queue or fail the running trials of workers that have ended: see `Storage.end_attempt`."""
+    storage = storage_of(study)
+    try:
+        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        ended = [
+            storage.end_attempt(trial._trial_id, count_interruptions(trial), kind, message, retries=retries)
+            for trial in running
+            if trial.user_attrs.get("worker") in workers
+        ]
+    except StorageError as error:
+        return logger.warning("could not re-queue trials now (%s); it will happen after the grace period", error)
+    for trial in filter(None, ended):  # only after all are re-queued, since emitting may raise
+        emit(make_event(trial))
+    return None
 
 
 class Heartbeat(threading.Thread):

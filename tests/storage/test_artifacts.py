@@ -165,3 +165,9 @@ def test_a_file_that_cannot_be_written_remains_as_it_was(tmp_path: Path) -> None
     with pytest.raises(IsADirectoryError), replace_file(tmp_path / "a.txt") as temporary:
         temporary.write_text("half") and tmp_path.read_text()
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("a.txt", "old")]
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Folder("~/files").write("note", b"here")
+    assert (tmp_path / "files" / "note").read_bytes() == b"here"

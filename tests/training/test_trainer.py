@@ -102,7 +102,7 @@ def make_trainer(split: Split, seed: int, kind: str = "mlp", **options: Any) -> 
     """A trainer of two epochs of four batches, with noise; the weights depend on the seed, too."""
     definition = make_definition(network={"kind": kind}, budget={"epochs": 2})
     data = ImageData(split, split, (0.0,), (1.0,), ("dark", "bright"))
-    changes = {"augment": 0.5, "flip": True, "erase": 0.5, "color_jitter": 0.5}
+    changes = {"augment": 0.5, "shear": 0.5, "flip": True, "erase": 0.5, "color_jitter": 0.5}
     noise = {"depth": 2, "width": 4, "batch_size": 50, "dropout": 0.3} | changes
     return build_trainer(definition, data, Hyperparameters(**noise | options), seed, validation=split)
 
@@ -144,7 +144,8 @@ def test_a_state_saved_after_any_batch_continues_bit_for_bit(
     blobs: Split, optimizer: str, schedule: str, kind: str
 ) -> None:
     def build(seed: int = 1) -> Trainer:
-        return make_trainer(blobs, seed, kind, optimizer=optimizer, schedule=schedule, momentum=0.5)
+        ema = 0.9 if schedule == "cosine" else 0.0
+        return make_trainer(blobs, seed, kind, optimizer=optimizer, schedule=schedule, momentum=0.5, ema=ema)
 
     states: list[bytes] = []
     undisturbed = build()

@@ -65,9 +65,11 @@ def test_a_search_in_python_may_run_in_a_thread_and_gets_the_options_of_the_comm
     thread = threading.Thread(target=lambda: hpsearch.run(definition, **options))
     thread.start()
     thread.join()
-    [(rest, given)] = seen
+    hpsearch.run(definition)
+    [(rest, given), (_, by_default)] = seen
     assert rest == (3,)
     assert (given["n_threads"], given["folder"]) == (2, "here")
+    assert by_default["n_threads"] is None, "workers would not give way to one that joins"
 
 
 @pytest.mark.parametrize(
