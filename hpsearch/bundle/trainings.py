@@ -1,6 +1,7 @@
 """Trains several networks at once, in processes of this machine."""
 
 import multiprocessing
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,6 +21,7 @@ from hpsearch.workers.worker import WorkerExit
 
 Train = Callable[[int, ImageData, Callable[[], None]], Iterator[Any]]
 """Trains the network of an index on the data, and yields what it has to tell; calls the function before each batch."""
+_SAVE_SECONDS = 10  # in which networks in training are saved when another one failed, or after Ctrl-C
 
 
 def train_all(
@@ -73,7 +75,13 @@ def train_all(
                             "that is finished"
                         )
     finally:
-        processes.kill()
+        try:
+            processes.stop()
+            end = time.monotonic() + _SAVE_SECONDS
+            while processes.running and time.monotonic() < end:
+                list(processes.wait())
+        finally:
+            processes.kill()
 
 
 def _work(

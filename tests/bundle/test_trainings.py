@@ -1,6 +1,8 @@
 """Several networks are trained at once, on the images of the study and, if asked, those for validation."""
 
+import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 from hpsearch.bundle.trainings import train_all
 from hpsearch.config.definition import parse_definition
 from hpsearch.data.dataset import ImageData
+from hpsearch.errors import Drained
 from hpsearch.training.run import load_study_data
 
 from ..shapes import write_shapes
@@ -42,3 +45,23 @@ def test_a_training_gets_validation_images_too_on_any_device_and_in_any_process(
         options: dict[str, Any] = {"n_workers": n_workers, "devices": [device], "folder": None, "merges": merges}
         found = dict(train_all(definition, data, describe, [3, 5], **options))
         assert found == dict.fromkeys((3, 5), (n_images, device))
+
+
+def train_until_drained(folder: Path, i: int, data: ImageData, check: Callable[[], None]) -> Iterator[str]:
+    yield "begun"
+    try:
+        while True:
+            check()
+            time.sleep(0.01)
+    except Drained:
+        (folder / f"saved-{i}").touch()
+        raise
+
+
+def test_networks_in_training_are_saved_when_the_iteration_ends_early(tmp_path: Path, digits: ImageData) -> None:
+    definition = parse_definition({"data": {"name": "digits"}, "search": {"lr": {"float": [1e-3, 1e-1]}}})
+    train = partial(train_until_drained, tmp_path)
+    trainings: Any = train_all(definition, digits, train, [3, 5], n_workers=2, devices=["cpu"], folder=None)
+    assert {next(trainings)[0], next(trainings)[0]} == {3, 5}
+    trainings.close()  # as after Ctrl-C
+    assert [file.name for file in sorted(tmp_path.iterdir())] == ["saved-3", "saved-5"]
