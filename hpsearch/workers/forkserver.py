@@ -66,13 +66,17 @@ def start_process(new: process.BaseProcess) -> None:
 
 
 def _start(new: process.BaseProcess) -> None:
-    """Start a process that does not import `__main__`: a script without a guard would run again in it."""
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")  # has no file: see `multiprocessing.spawn.get_preparation_data`
+    """Start a process that imports neither `__main__`, which would run again in it, nor what is in the current folder.
+
+    See `multiprocessing.spawn.get_preparation_data`.
+    """
+    main, path = sys.modules["__main__"], sys.path
+    sys.modules["__main__"] = ModuleType("__main__")  # has no file
+    sys.path = [*filter(os.path.isabs, path)]
     try:
         new.start()
     finally:
-        sys.modules["__main__"] = main
+        sys.modules["__main__"], sys.path = main, path
 
 
 def import_path() -> dict[str, str]:

@@ -158,7 +158,9 @@ def test_the_fork_server_imports_nothing_from_the_current_folder_where_its_proce
     program = (
         f"import sys; sys.path[:] = {sys.path}\n"
         "import multiprocessing, os; from hpsearch.workers import forkserver; forkserver._PRELOADED.clear()\n"
-        "process = multiprocessing.get_context('forkserver').Process(target=os.mkdir, args=('made',))\n"
+        "work = 'import os, sys; assert os.getcwd() not in sys.path; os.mkdir(\\'made\\')'\n"
+        "process = multiprocessing.get_context('forkserver').Process(target=exec, args=(work,))\n"
+        "sys.path.insert(0, '')\n"  # as in a notebook
         "forkserver.start_process(process); process.join(); assert 'PYTHONSAFEPATH' not in os.environ"
     )
     subprocess.run([sys.executable, *options, "-c", program], cwd=tmp_path, check=True)
