@@ -157,10 +157,27 @@ def test_predict_py_runs_with_torch_and_pillow_alone_and_has_forty_lines(trained
     assert found == prediction_line(row | {"image": "example.png"}) + "\n"
 
 
-def test_predict_py_names_the_file_that_is_blank(trained: Path, tmp_path: Path) -> None:
-    Image.new("L", (300, 200), 255).save(tmp_path / "paper.png")
-    with pytest.raises(ValueError, match=r"paper\.png: blank, or of low contrast"):
-        runpy.run_path(str(trained / "predict.py"))["read_image"](tmp_path / "paper.png")
+@pytest.mark.parametrize("size", [(300, 200), (28, 28)])
+@pytest.mark.parametrize("mode", ["L", "I;16", "F"])
+def test_predict_py_names_the_file_that_is_blank_or_has_more_than_8_bits(
+    trained: Path, tmp_path: Path, size: tuple[int, int], mode: str
+) -> None:
+    paper = Image.new(mode, size, 255)
+    if mode != "L":
+        paper.paste(0, (5, 5, 20, 20))
+    paper.save(tmp_path / "paper.tiff")
+    with pytest.raises(ValueError, match=r"paper\.tiff: blank, of low contrast, or of more than 8 bits"):
+        runpy.run_path(str(trained / "predict.py"))["read_image"](tmp_path / "paper.tiff")
+
+
+def test_predict_py_turns_a_photograph_as_its_exif_says(trained: Path, tmp_path: Path) -> None:
+    image = Image.fromarray(load_test("digits")[0][0, 0].numpy())
+    turned = Image.Exif()
+    turned[274] = 6  # to be turned clockwise by a quarter
+    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.tiff", exif=turned)
+    image.save(tmp_path / "upright.tiff")
+    read = runpy.run_path(str(trained / "predict.py"))["read_image"]
+    assert torch.equal(read(tmp_path / "turned.tiff"), read(tmp_path / "upright.tiff"))
 
 
 def test_no_more_than_a_batch_is_read_ahead(saved: Path, scans: Path, monkeypatch: pytest.MonkeyPatch) -> None:
