@@ -1,4 +1,4 @@
-"""A wheel has all that the package needs, its documentation, and the way from a folder of images to a prediction."""
+"""A wheel has all that the package needs, its documentation, and the way from an example or images to a prediction."""
 
 import os
 import re
@@ -49,8 +49,16 @@ def test_the_description_of_a_wheel_links_to_nothing_and_names_folders_that_it_h
 
 
 @pytest.mark.timeout(600)
-def test_from_a_wheel_and_a_folder_of_images_each_command_says_the_next_up_to_a_prediction(
-    wheel: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("command", "shortened"),
+    [
+        ("hpsearch init digits", ("trials = 30", "epochs = 15", "epochs = 30")),
+        ("hpsearch init shapes --images shapes", ("trials  = 30", "epochs  = 100", "epochs   = 200")),
+    ],
+    ids=["example", "images"],
+)
+def test_from_a_wheel_each_command_says_the_next_up_to_a_prediction(
+    wheel: Path, tmp_path: Path, command: str, shortened: tuple[str, str, str]
 ) -> None:
     installed, here = tmp_path / "installed", tmp_path / "here"
     write_shapes(here / "shapes", 60, size=16)
@@ -59,7 +67,7 @@ def test_from_a_wheel_and_a_folder_of_images_each_command_says_the_next_up_to_a_
     paths |= {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     program = [sys.executable, "-c", "import hpsearch; print(hpsearch.__file__)"]
     assert subprocess.check_output(program, cwd=here, env=os.environ | paths, text=True).startswith(str(installed))
-    command, told = "hpsearch init shapes --images shapes", ""
+    name, told = command.split()[2], ""
     for verb in ("init", "run", "export", "predict"):
         if verb != "init":
             [command] = re.findall(rf"(?:next: +|  \|  )(hpsearch {verb} .*?)(?:  \|  |\n)", told)
@@ -69,9 +77,9 @@ def test_from_a_wheel_and_a_folder_of_images_each_command_says_the_next_up_to_a_
         assert process.returncode == 0, process.stderr
         told = process.stderr
         if verb == "init":
-            text = (here / "shapes.toml").read_text()
-            for key, n in (("trials  = 30", 2), ("epochs  = 100", 2), ("epochs   = 200", 4)):
-                assert text.count(key) == 1
-                text = text.replace(key, f"{key.partition('=')[0]}= {n}")
-            (here / "shapes.toml").write_text(text)
-    assert re.fullmatch(r"models/shapes/example.png(  \w+ 0\.\d{4}){3}\n", process.stdout)
+            text = (here / f"{name}.toml").read_text()
+            for line, n in zip(shortened, (2, 2, 4), strict=True):
+                assert text.count(line) == 1
+                text = text.replace(line, f"{line.partition('=')[0]}= {n}")
+            (here / f"{name}.toml").write_text(text)
+    assert re.fullmatch(rf"models/{name}/example.png(  \w+ 0\.\d{{4}}){{3}}\n", process.stdout)

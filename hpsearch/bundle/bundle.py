@@ -33,7 +33,7 @@ from hpsearch.config.definition import Data
 from hpsearch.data import image_files
 from hpsearch.data.dataset import load_test
 from hpsearch.data.photos import read_photo
-from hpsearch.errors import BundleError, DataError, ImageError
+from hpsearch.errors import BundleError, DataError, ImageError, UsageError
 from hpsearch.plugins import NETWORKS, OwnCode, find
 from hpsearch.training.networks import Network, fit_batch
 from hpsearch.training.run import open_images
@@ -340,7 +340,7 @@ class Metrics(BaseModel):
 
 
 def check_target(target: Path, origin: Origin, *, force: bool = False) -> None:
-    """Raise `BundleError` if a model of the study cannot be written to the target.
+    """Raise `UsageError` if a model of the study cannot be written to the target.
 
     What is there must be empty or an unmodified model folder of the same study; with `force`, any model folder.
     """
@@ -358,7 +358,7 @@ def check_target(target: Path, origin: Origin, *, force: bool = False) -> None:
         if isinstance(error, OSError):
             reason = f"{error.filename}: {error.strerror}"
         verb = "replace" if os.path.lexists(target) else "create"
-        raise BundleError(f"cannot {verb} {target}: {reason}; {advice}") from error
+        raise UsageError(f"cannot {verb} {target}: {reason}; {advice}") from error
 
 
 def _check_place(target: Path) -> None:

@@ -194,7 +194,7 @@ def write_models(
             (folder / "model.onnx").write_bytes(content.SerializeToString())
 
 
-def check_conversion(code: OwnCode, network: OwnNetwork, image_shape: tuple[int, int, int], n_classes: int) -> None:
+def check_conversion(code: OwnCode, network: Network, image_shape: tuple[int, int, int], n_classes: int) -> None:
     """Raise `OwnCodeError` unless a network of the user's becomes a `model.pt2` that `hpsearch.load` accepts.
 
     `export` would find out only after the search.

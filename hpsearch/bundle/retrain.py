@@ -63,9 +63,9 @@ def export(
     each use. What can fail is checked before the training. With `force`, a modified model or one of another study is
     replaced too. `on_epoch` gets the index of a network and each result.
     Raises `NoCompletedTrial`, `DataError`, `StudyMismatch` for other data than the search had, `StorageError` if the
-    study cannot be written, `UsageError` if packages for ONNX are missing, `Diverged`, `OwnCodeError` if a network of
-    the user's cannot be rebuilt from its weights, `WorkerError` if a process dies, and `BundleError`. If verification
-    fails, nothing is written.
+    study cannot be written, `UsageError` if the target is in the way or packages for ONNX are missing, `Diverged`,
+    `OwnCodeError` if a network of the user's cannot be rebuilt from its weights, `WorkerError` if a process dies, and
+    `BundleError`. If verification fails, nothing is written.
     """
     trial = find_winner(study) if number is None else find_best(study, number)
     if onnx:
@@ -89,6 +89,8 @@ def export(
         build_network(definition.network, hyperparameters, data.image_shape, len(data.class_names))
         for _ in range(n_networks)
     ]
+    if code:  # other values than those that were tried before the search may lead to other operators
+        formats.check_conversion(code, networks[0], data.image_shape, len(data.class_names))
     exported = combine(networks[:n_members], shift)
     n_files = 2 + onnx + (torch_export or code is not None)
     bundle.check_space(target, exported, config, n_files, data_set.n_test)

@@ -70,7 +70,7 @@ def init(
         str | None,
         typer.Argument(
             metavar="NAME",
-            help="Example, or name of a study of --images. [default: list]",
+            help="Example or name of a study. [default: list]",
             autocompletion=lambda incomplete: [name for name in EXAMPLES if name.startswith(incomplete)],
         ),
     ] = None,
@@ -84,7 +84,7 @@ def init(
     if name is None:
         for example in EXAMPLES:
             print(f"{example:{max(map(len, EXAMPLES))}}  {describe_example(example)}")
-        return echo("next: hpsearch init digits, or for your own images: hpsearch init NAME --images DIR")
+        return echo("next: hpsearch init digits, or for your own images: hpsearch init flowers --images ~/flowers")
     files = write_example(name)
     change = "it" if len(files) == 1 else "them"
     return echo(f"wrote {' and '.join(map(str, files))}; change {change} as you like\nnext: hpsearch run {name}")
@@ -217,8 +217,10 @@ def _run_here(
     from hpsearch.workers.forkserver import start_fork_server
 
     start_fork_server()
-    from hpsearch.training.devices import default_workers, share_cores
+    from hpsearch.training.devices import default_workers, may_have_gpu, share_cores
 
+    if workers is None and may_have_gpu():
+        echo(f"{named.definition.study.name}: looking for GPUs")  # takes seconds
     drain, n_workers = Drain(), workers or default_workers()
     n_threads = count(threads or share_cores(n_workers), "thread")
     echo(f"{named.definition.study.name}: starting {count(n_workers, 'worker')} ({n_threads} each)")

@@ -53,7 +53,7 @@ def doctor(
 @app.command(epilog="Example: hpsearch copy digits --to backup.db")
 def copy(
     study: options.StudyArgument,
-    to: Annotated[str, typer.Option(metavar="URL", help="Database URL, or a file such as backup.db.")],
+    to: Annotated[str, typer.Option(metavar="URL", help="Database URL or file, e.g. backup.db.")],
     artifacts_to: Annotated[
         str | None, typer.Option(metavar="URL", help="Copy checkpoints and other files here.")
     ] = None,

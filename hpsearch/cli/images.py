@@ -36,8 +36,11 @@ _FEW = 50  # images of a side
 def write_draft(name: str | None, path: Path) -> None:
     """Write a study file for a folder or .npz file of images to the current folder, and print what is in there.
 
-    Raises `UsageError` if the name is not that of a new study, and `DataError` with all problems of the images.
+    Raises `UsageError` if there is no such path or the name is not that of a new study, and `DataError` with all
+    problems of the images.
     """
+    if not os.path.lexists(path):
+        raise UsageError(f"{show_name(str(path))}: no such folder or file of images")
     name = _choose_name(name, path)
     source = _locate(path)
     with Steps() as show_step:

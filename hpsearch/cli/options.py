@@ -93,9 +93,9 @@ def expand_path(path: Path | None) -> Path | None:
 
 
 def find_model_folder(path: Path | None) -> Path | None:
-    """Return the path of a model folder, with the home folder for `~`. Raises `UsageError` if it is no folder."""
+    """Return the path of a model folder, with the home folder for `~`. Raises `UsageError` if it is none."""
     folder = expand_path(path)
-    if folder and not folder.is_dir():
+    if folder and not (folder / "manifest.json").exists():
         raise UsageError(f"{folder} is not a model folder; create one with: hpsearch export")
     return folder
 

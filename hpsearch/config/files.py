@@ -1,5 +1,6 @@
 """Where study files are: in the current folder, in `studies/`, and the examples that come with the package."""
 
+import os
 import re
 import shlex
 from pathlib import Path
@@ -57,7 +58,7 @@ def write_example(name: str) -> list[Path]:
     if name not in EXAMPLES:
         raise UsageError(
             f"no example '{name}'; the examples are: {', '.join(EXAMPLES)}; "
-            f"for your own images: hpsearch init {shlex.quote(name)} --images DIR"
+            f"for your own images: hpsearch init {shlex.quote(name)} --images ~/images"
         )
     code = [Path(_CODE[name])] if name in _CODE else []
     for file in filter(Path.exists, code):
@@ -78,7 +79,9 @@ def write_study_file(name: str, text: str) -> Path:
 
 
 def check_free(name: str) -> None:
-    """Raise `UsageError` if the name is that of a study file here or in `studies/`."""
+    """Raise `UsageError` if the name is that of a study file here or in `studies/`, or no file can be written here."""
+    if not os.access(".", os.W_OK):
+        raise UsageError("no file can be written to the current folder; begin in another one")
     file = find_study_file(name)
     if file not in (None, EXAMPLES.get(name)):
         start = f"start it with: hpsearch run {shlex.quote(name)}"

@@ -25,13 +25,13 @@ from hpsearch.data.dataset import ImageData, load_test
 from hpsearch.errors import BundleError, ImageError, UsageError
 from hpsearch.plugins import NETWORKS, find
 from hpsearch.training.kinds import Hyperparameters
-from hpsearch.training.networks import build_network
+from hpsearch.training.networks import Ensemble, build_network, combine
 from hpsearch.training.trainer import Trainer
 
 
-def make_contents(data: ImageData, kind: str = "mlp") -> bundle.Contents:
+def make_contents(data: ImageData, kind: str = "mlp", n_members: int = 1, shift: int = 0) -> bundle.Contents:
     hyperparameters = Hyperparameters(width=8, dropout=0.1)
-    network = build_network(kind, hyperparameters, data.image_shape, 10)
+    networks = [build_network(kind, hyperparameters, data.image_shape, 10) for _ in range(n_members)]
     evaluation = evaluate(np.eye(10, dtype=np.float32), np.arange(10), data.class_names)
     config = {
         "format_version": 2,
@@ -44,6 +44,7 @@ def make_contents(data: ImageData, kind: str = "mlp") -> bundle.Contents:
         "preparation": {"kind": "digit"},
         "class_names": list(data.class_names),
         "layers": find(NETWORKS, kind).describe(hyperparameters, data.image_shape, 10),
+        **({"n_members": n_members, "shift": shift} if n_members > 1 or shift else {}),
     }
     metrics: dict[str, Any] = {
         "metric": "accuracy",
@@ -58,8 +59,8 @@ def make_contents(data: ImageData, kind: str = "mlp") -> bundle.Contents:
         "trial": 3,
         "n_trials": 9,
         "epochs": 2,
-        "n_members": 1,
-        "shift": 0,
+        "n_members": n_members,
+        "shift": shift,
         "n_parameters": 1234,
         "validation_accuracy": 0.9,
         "test_accuracy": 0.8,
@@ -67,7 +68,7 @@ def make_contents(data: ImageData, kind: str = "mlp") -> bundle.Contents:
         "n_images": {"train": 500, "validation": 200, "test": 360},
         "per_class": evaluation.per_class,
     }
-    return bundle.Contents(network, config, metrics, evaluation, '[study]\nname = "small"\n')
+    return bundle.Contents(combine(networks, shift), config, metrics, evaluation, '[study]\nname = "small"\n')
 
 
 def save(contents: bundle.Contents, target: Path, n: int = 8, **options: Any) -> dict[str, dict[str, float]]:
@@ -336,13 +337,13 @@ def test_an_older_bundle_is_replaced_and_anything_else_is_not(copy: Path, digits
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("all my work")
-    with pytest.raises(BundleError, match=r"cannot replace .*; choose another --output"):
+    with pytest.raises(UsageError, match=r"cannot replace .*; choose another --output"):
         save(make_contents(digits), precious)
     shutil.copy(copy / "manifest.json", precious)
     (copy / "notes.txt").write_text("all my work")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for target in (precious, copy, tmp_path / "link"):
-        with pytest.raises(BundleError, match=r"cannot replace .*; choose another --output"):
+        with pytest.raises(UsageError, match=r"cannot replace .*; choose another --output"):
             save(make_contents(digits), target)
     assert (precious / "thesis.txt").read_text() == (copy / "notes.txt").read_text() == "all my work"
 
@@ -353,13 +354,13 @@ def test_the_model_of_another_study_and_a_modified_one_are_replaced_only_by_forc
     mine, notes = make_contents(digits), "my own notes"
     other = replace(mine, metrics=mine.metrics | {"study": "other"})
     again = replace(mine, metrics=mine.metrics | {"study_id": "0123abcd"})
-    with pytest.raises(BundleError, match=r"it is the model of study 'small'; .* or replace it with --force"):
+    with pytest.raises(UsageError, match=r"it is the model of study 'small'; .* or replace it with --force"):
         save(other, copy)
     save(again, copy)  # the older model has no id
-    with pytest.raises(BundleError, match="it is the model of another study with the name 'small'"):
+    with pytest.raises(UsageError, match="it is the model of another study with the name 'small'"):
         save(replace(mine, metrics=mine.metrics | {"study_id": "89abcdef"}), copy)
     (copy / "README.md").write_text(notes)
-    with pytest.raises(BundleError, match=r"its model card, README\.md, was edited or removed .* --force"):
+    with pytest.raises(UsageError, match=r"its model card, README\.md, was edited or removed .* --force"):
         save(again, copy)
     assert (copy / "README.md").read_text() == notes
     save(other, copy, force=True)
@@ -376,7 +377,7 @@ def test_what_was_changed_in_the_target_during_the_verification_is_kept(
         return verify(*arguments, **more)
 
     monkeypatch.setattr(formats, "verify_models", verify_while_someone_writes)
-    with pytest.raises(BundleError, match=r"unexpected file: notes\.txt; choose another --output"):
+    with pytest.raises(UsageError, match=r"unexpected file: notes\.txt; choose another --output"):
         save(make_contents(digits), copy)
     assert (copy / "notes.txt").read_text() == "all my work"
     assert [file.name for file in copy.parent.iterdir()] == ["copy"]
@@ -397,7 +398,7 @@ def test_a_place_that_cannot_be_replaced_is_refused(
         (tmp_path / "file" / "model", "file: File exists"),
         (tmp_path / ("x" * 250), rf"no folder can be created in {tmp_path} \(File name too long\)"),
     ):
-        with pytest.raises(BundleError, match=rf"cannot (replace|create) .*{reason}.*; choose another --output$"):
+        with pytest.raises(UsageError, match=rf"cannot (replace|create) .*{reason}.*; choose another --output$"):
             bundle.check_target(target, bundle.Origin(study="small"), force=True)
     with pytest.raises(UsageError, match=f"{saved} is a model folder"):
         bundle.check_target(saved / "model", bundle.Origin(study="small"))
@@ -475,12 +476,14 @@ def test_whatever_a_study_is_called_is_its_name_on_hugging_face(digits: ImageDat
     assert head["datasets"] == ["ylecun/mnist"]
 
 
-@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+@pytest.mark.parametrize(("kind", "n_members", "shift"), [("mlp", 1, 0), ("cnn", 1, 0), ("cnn", 2, 1)])
 def test_every_format_gives_the_same_probabilities_from_the_lines_of_the_model_card_alone(
-    digits: ImageData, tmp_path: Path, kind: str
+    digits: ImageData, tmp_path: Path, kind: str, n_members: int, shift: int
 ) -> None:
-    contents = make_contents(digits, kind)
-    Trainer(contents.network, digits.train, Hyperparameters(width=8), 1).run_epoch()
+    contents = make_contents(digits, kind, n_members, shift)
+    members = contents.network.members if isinstance(contents.network, Ensemble) else [contents.network]
+    for member in members:
+        Trainer(member, digits.train, Hyperparameters(width=8), 1).run_epoch()
     verified = save(contents, tmp_path / "b", n=100, onnx=True, torch_export=True)
     assert [*verified] == ["model.safetensors", "model.pt", "model.onnx", "model.pt2"]
     assert all(seen["difference"] < 1e-5 for seen in verified.values())

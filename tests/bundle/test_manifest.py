@@ -50,10 +50,10 @@ class Hostile:
 def bundles(
     tmp_path_factory: pytest.TempPathFactory, digits: ImageData, forked_verification: None
 ) -> tuple[Path, Path]:
-    """A bundle, and one of another network of the same shape."""
+    """A bundle of an ensemble, and one of other networks of the same shape."""
     folder = tmp_path_factory.mktemp("models")
     for name in ("one", "other"):
-        save(make_contents(digits), folder / name)
+        save(make_contents(digits, n_members=2, shift=1), folder / name)
         bundle.load(folder / name)  # whatever is imported for loading is imported now
     return folder / "one", folder / "other"
 
@@ -175,6 +175,8 @@ paths = st.sampled_from(
             ("std",),
             ("class_names",),
             ("layers",),
+            ("n_members",),
+            ("shift",),
         ),
         *(("hyperparameters",), ("hyperparameters", "depth"), ("hyperparameters", "width"), ("__class__",)),
     ]

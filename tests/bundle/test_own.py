@@ -17,6 +17,7 @@ from hpsearch.errors import BundleError, DataError, OwnCodeError
 from hpsearch.search.objective import Objective
 from hpsearch.search.study import open_study
 from hpsearch.storage.rdb import open_storage
+from hpsearch.training import run
 from hpsearch.training.run import load_study_data, open_data_set
 
 STUDY = """
@@ -227,4 +228,37 @@ def test_a_network_that_keeps_what_it_learns_in_an_attribute_is_not_exported(hom
     for _ in range(2):
         with pytest.raises(OwnCodeError, match=r"gives other probabilities \(by up to .*; make a buffer of what else"):
             export(definition, study, home / "models" / "forgetful")
+    assert "test_reads" not in study.user_attrs
+
+
+BRANCHING = """
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, n_inputs, n_classes):
+        super().__init__()
+        self.head = nn.Linear(n_inputs, n_classes)
+
+    def forward(self, images):
+        return self.head(images.flatten(1) if images.sum() > 0 else -images.flatten(1))
+
+
+def build(image_shape, n_classes):
+    return Net(image_shape[0] * image_shape[1] * image_shape[2], n_classes)
+"""
+
+
+def test_a_network_that_cannot_be_converted_is_refused_before_its_training(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home / "branching.py").write_text(BRANCHING)
+    file = home / "branching.toml"
+    file.write_text(STUDY.format(kind="branching.py:build").replace("width = 8\n", ""))
+    definition = load_definition(file)
+    study = open_study(definition, open_storage(definition.study.storage))
+    study.optimize(Objective(definition), n_trials=1)
+    monkeypatch.setattr(run, "Trainer", None)
+    with pytest.raises(OwnCodeError, match=r"branching\.py:build: torch\.export cannot convert it"):
+        export(definition, study, home / "models" / "branching")
     assert "test_reads" not in study.user_attrs

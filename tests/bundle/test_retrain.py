@@ -301,7 +301,7 @@ def test_a_target_that_is_in_the_way_is_refused_before_any_training(
     definition, study = searched
     (tmp_path / "precious").write_text("all my work")
     monkeypatch.setattr(run, "Trainer", None)
-    with pytest.raises(BundleError, match=r"cannot replace .*; choose another --output"):
+    with pytest.raises(UsageError, match=r"cannot replace .*; choose another --output"):
         retrain.export(definition, study, tmp_path / "precious")
 
 
@@ -341,7 +341,7 @@ def test_a_tilde_in_the_target_is_the_home_folder(
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "precious").write_text("all my work")
-    with pytest.raises(BundleError, match=f"cannot replace {tmp_path}/precious"):
+    with pytest.raises(UsageError, match=f"cannot replace {tmp_path}/precious"):
         retrain.export(*searched, Path("~/precious"))
 
 

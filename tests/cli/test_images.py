@@ -94,10 +94,9 @@ def test_what_cannot_be_searched_is_said_at_once_and_nothing_is_written(run: Run
     assert "all 3 classes" in out
     assert 'class "one": 2 different images' in err
     assert 'class "none": no images' in err
-    for path, reason in {"nowhere": "no such folder", "bad/many": "no class folders"}.items():
-        code, out, err = run("init", "new", "--images", path)
-        assert (code, out) == (1, "")
-        assert reason in err
+    code, out, err = run("init", "new", "--images", "bad/many")
+    assert (code, out) == (1, "")
+    assert "no class folders" in err
     assert not (tmp_path / "new.toml").exists()
 
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,8 @@ def report(tmp_path: Path, definition: StudyDefinition) -> Callable[..., Page]:
         page = Page(file.read_text(encoding="utf-8"))
         assert page.open == []
         for paragraph in re.findall(r"<p[ >].*?</p>", page.source, re.DOTALL):
-            assert not re.search(r"[a-z0-9)][.:;,][A-Z]", re.sub(r"<[^>]*>", "", paragraph)), "a space is missing"
+            text = unescape(re.sub(r"<[^>]*>", "", paragraph))
+            assert not re.search(r"[a-z0-9)][.:;,][A-Z]|[a-z)][.:;,][0-9]", text), "a space is missing"
         return page
 
     return write
