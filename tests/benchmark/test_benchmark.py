@@ -108,7 +108,7 @@ def test_whole_runs_are_timed_and_have_the_accuracies_of_the_export(tmp_path: Pa
         '[study]\nseed = 7\n[budget]\ntrials = 2\nepochs = 1\n[data]\nname = "digits"\nvalidation = 300\n'
         '[search]\nlr = { float = [1e-3, 1e-2], log = true }\n[retrain]\nseeds = 2\nexport = "ensemble"\n'
     )
-    rows = {row.what: row for row in whole.whole(tmp_path, Options(1, tmp_path, tmp_path), study)}
+    rows = {row.what: row for row in whole.run_all(tmp_path, 1, study)}
     assert rows["each network"].n == 2
     assert (rows["the exported model"].median or 0) > 20
     assert rows["run: minutes"].part == "whole: tiny, seed 1"
