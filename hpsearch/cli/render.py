@@ -216,7 +216,7 @@ def render_evaluation(evaluation: Mapping[str, Any]) -> RenderableType:
         {
             "test image": str(row["index"]),
             **{name: row[name] for name in ("true", "predicted")},
-            "confidence": f"{row['probability']:.4f}",
+            "confidence": _format_probability(row["probability"]),
         }
         for row in evaluation["mistakes"][:_N_ERRORS]
     ]

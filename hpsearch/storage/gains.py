@@ -120,6 +120,7 @@ def _judge(
 ) -> Judged | None:
     if end is None or state not in (TrialState.COMPLETE, TrialState.PRUNED):
         return None
+    end = min(end, datetime.now(UTC))  # the worker's clock may have been ahead; later trials are later all the same
     if state == TrialState.PRUNED:
         return Judged(end, number)
     return Judged(end, number, value, interval[0] if interval else None)

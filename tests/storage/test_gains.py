@@ -99,6 +99,15 @@ def test_trials_that_are_complete_or_pruned_are_judged_at_their_end() -> None:
     assert judge_one(TrialState.WAITING, None) is None
 
 
+def test_a_gain_of_a_worker_whose_clock_was_ahead_is_not_in_the_future() -> None:
+    gain = optuna.trial.create_trial(value=0.9)
+    gain.datetime_complete = datetime.now() + timedelta(hours=2)  # local, as Optuna has it
+    judged = judge_trial(gain)
+    assert judged
+    later = [judged._replace(at=datetime.now(UTC) + timedelta(seconds=i), number=i, value=0.5) for i in (1, 2)]
+    assert measure_progress([judged, *later], N_IMAGES).n_since_gain == 2
+
+
 def join(url: str, name: str, **budget: Any) -> tuple[Storage, optuna.Study]:
     definition = make_definition(url, budget={"trials": 99} | budget)
     storage = open_storage(url)
