@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shlex
 import tomllib
@@ -94,8 +95,11 @@ def expand_path(path: Path | None) -> Path | None:
 
 def find_model_folder(path: Path | None) -> Path | None:
     """Return the path of a model folder, with the home folder for `~`. Raises `UsageError` if it is none."""
+    from hpsearch.bundle.manifest import MANIFEST
+
     folder = expand_path(path)
-    if folder and not (folder / "manifest.json").exists():
+    is_closed = folder and folder.is_dir() and not os.access(folder, os.X_OK)  # which is named when it is read
+    if folder and not is_closed and not (folder / MANIFEST).exists():
         raise UsageError(f"{folder} is not a model folder; create one with: hpsearch export")
     return folder
 
