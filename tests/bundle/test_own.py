@@ -72,10 +72,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-def search(home: Path, name: str, kind: str) -> tuple[StudyDefinition, Path]:
+def search(home: Path, name: str, kind: str, *, width: str = "width = 8\n") -> tuple[StudyDefinition, Path]:
     """Search with one trial; the definition, and where its model goes."""
     file = home / f"{name}.toml"
-    file.write_text(STUDY.format(kind=kind))
+    file.write_text(STUDY.format(kind=kind).replace("width = 8\n", width))
     definition = load_definition(file)
     study = open_study(definition, open_storage(definition.study.storage))
     study.optimize(Objective(definition), n_trials=1)
@@ -220,14 +220,11 @@ def build(image_shape, n_classes):
 
 def test_a_network_that_keeps_what_it_learns_in_an_attribute_is_not_exported(home: Path) -> None:
     (home / "forgetful.py").write_text(FORGETFUL)
-    file = home / "forgetful.toml"
-    file.write_text(STUDY.format(kind="forgetful.py:build").replace("width = 8\n", ""))
-    definition = load_definition(file)
+    definition, target = search(home, "forgetful", "forgetful.py:build", width="")
     study = open_study(definition, open_storage(definition.study.storage))
-    study.optimize(Objective(definition), n_trials=1)
     for _ in range(2):
         with pytest.raises(OwnCodeError, match=r"gives other probabilities \(by up to .*; make a buffer of what else"):
-            export(definition, study, home / "models" / "forgetful")
+            export(definition, study, target)
     assert "test_reads" not in study.user_attrs
 
 
@@ -253,12 +250,9 @@ def test_a_network_that_cannot_be_converted_is_refused_before_its_training(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (home / "branching.py").write_text(BRANCHING)
-    file = home / "branching.toml"
-    file.write_text(STUDY.format(kind="branching.py:build").replace("width = 8\n", ""))
-    definition = load_definition(file)
+    definition, target = search(home, "branching", "branching.py:build", width="")
     study = open_study(definition, open_storage(definition.study.storage))
-    study.optimize(Objective(definition), n_trials=1)
     monkeypatch.setattr(run, "Trainer", None)
     with pytest.raises(OwnCodeError, match=r"branching\.py:build: torch\.export cannot convert it"):
-        export(definition, study, home / "models" / "branching")
+        export(definition, study, target)
     assert "test_reads" not in study.user_attrs
