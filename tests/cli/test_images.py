@@ -1,5 +1,6 @@
 """`init --images` says what is in a folder, and writes a study file for it, or says all that is wrong."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,18 @@ def test_what_cannot_be_searched_is_said_at_once_and_nothing_is_written(run: Run
     assert (code, out) == (1, "")
     assert "no class folders" in err
     assert not (tmp_path / "new.toml").exists()
+
+
+def test_a_folder_that_may_only_be_read_is_noticed_before_the_images_are_read(
+    run: Run,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write_shapes(tmp_path / "shapes", 60, size=8)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != ".")  # root may write anywhere
+    code, out, err = run("init", "--images", "shapes")
+    assert (code, out) == (2, "")
+    assert err == "error: no file can be written to the current folder; begin in another one\n"
 
 
 def test_the_table_of_many_classes_is_short(run: Run, tmp_path: Path) -> None:  # noqa: F811

@@ -88,6 +88,19 @@ def test_a_wrong_argument_of_a_search_in_python_is_named(
         hpsearch.run(study_file(), **options)
 
 
+def test_artifacts_of_a_search_in_python_are_as_in_a_study_file(
+    study_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(module, "run_pool", lambda definition, *_, **__: seen.append(definition.study.artifacts))
+    definition = hpsearch.load_definition(study_file())
+    hpsearch.run(definition, artifacts="~/files")
+    assert seen == [str(tmp_path / "files")]
+    with pytest.raises(UsageError, match="memory:// is not shared between processes"):
+        hpsearch.run(definition, artifacts="memory://x")
+
+
 def test_an_error_of_a_search_in_python_names_the_study_in_what_to_do(study_file: Callable[..., Path]) -> None:
     definition = hpsearch.load_definition(file := study_file())
     storage = hpsearch.open_storage(definition.study.storage)
