@@ -26,8 +26,8 @@ from hpsearch.training.trainer import EpochResult, Trainer, measure
 
 logger = logging.getLogger(__name__)
 _CHECKPOINT_FORMAT = 3
-# Where these are off, checkpoints are as those of versions without them.
-_NEWER = {"flip", "erase", "color_jitter", "ema", "shear"}
+# Where these have these values, checkpoints are as those of versions without them.
+_NEWER = {"flip": False, "erase": 0.0, "color_jitter": 0.0, "ema": 0.0, "shear": 0.0, "stem_stride": 2}
 _loading = threading.Lock()  # the threads of `n_jobs` share the data
 
 
@@ -153,7 +153,8 @@ class Objective:
 
 def identify_training(fingerprint: str, seed: int, hyperparameters: TrainingHyperparameters) -> dict[str, Any]:
     """Return the identity of a training in a study, by which its checkpoint is recognized."""
-    chosen = {name: value for name, value in hyperparameters.model_dump().items() if value or name not in _NEWER}
+    values = hyperparameters.model_dump()
+    chosen = {name: value for name, value in values.items() if name not in _NEWER or value != _NEWER[name]}
     return {"format": _CHECKPOINT_FORMAT, "study": fingerprint, "seed": seed, "hyperparameters": chosen}
 
 

@@ -39,8 +39,18 @@ class LayerHyperparameters(Table):
     batch_norm: bool = True
 
 
-class Hyperparameters(TrainingHyperparameters, LayerHyperparameters):
-    """The hyperparameters of a built-in network and its training; each can be searched or fixed."""
+class ConvolutionHyperparameters(LayerHyperparameters):
+    """The hyperparameters of a CNN."""
+
+    stem_stride: Literal[1, 2] = Field(2, description="of the first convolution (CNN); 1: its block keeps all pixels")
+
+
+class MLPHyperparameters(TrainingHyperparameters, LayerHyperparameters):
+    """The hyperparameters of an MLP and its training; each can be searched or fixed."""
+
+
+class Hyperparameters(TrainingHyperparameters, ConvolutionHyperparameters):
+    """The hyperparameters of a CNN and its training, which include those of an MLP; each can be searched or fixed."""
 
 
 def _describe_mlp(hp: LayerHyperparameters, image_shape: tuple[int, int, int], n_classes: int) -> list[Layer]:
@@ -55,17 +65,18 @@ def _describe_mlp(hp: LayerHyperparameters, image_shape: tuple[int, int, int], n
     return [*layers, ("Linear", {"in_features": n_inputs, "out_features": n_classes})]
 
 
-def _describe_cnn(hp: LayerHyperparameters, image_shape: tuple[int, int, int], n_classes: int) -> list[Layer]:
+def _describe_cnn(hp: ConvolutionHyperparameters, image_shape: tuple[int, int, int], n_classes: int) -> list[Layer]:
     """Return `depth` blocks; starting from `width`, every second block doubles the channels and has stride 2.
 
-    The first kernel is 5x5 with stride 2, so that all later layers work on a quarter of the pixels.
+    With `stem_stride` 2, the first kernel is 5x5 and all later layers work on a quarter of the pixels; with 1, it is
+    3x3. In both cases, the channels stop doubling when a side has an eighth of the pixels.
     """
     layers: list[Layer] = []
     n_inputs = image_shape[0]
     for block in range(hp.depth):
-        n_outputs = min(hp.width * 2 ** ((block + 1) // 2), 4 * hp.width)
-        stride = 2 if n_outputs != n_inputs or block == 0 else 1
-        kernel = 5 if block == 0 else 3
+        n_outputs = min(hp.width * 2 ** ((block + 1) // 2), 8 * hp.width // hp.stem_stride)
+        stride = hp.stem_stride if block == 0 else 2 if n_outputs != n_inputs else 1
+        kernel = 5 if block == 0 and stride == 2 else 3
         sizes = {"in_channels": n_inputs, "out_channels": n_outputs, "kernel_size": kernel}
         layers.append(("Conv2d", sizes | {"stride": stride, "padding": kernel // 2, "bias": not hp.batch_norm}))
         layers += _norm_and_activation(hp, "BatchNorm2d", n_outputs)
@@ -83,5 +94,5 @@ def _dropout(hp: LayerHyperparameters) -> list[Layer]:
     return [("Dropout", {"p": hp.dropout})] if hp.dropout else []
 
 
-MLP = NetworkKind("multilayer perceptron", Hyperparameters, _describe_mlp)
+MLP = NetworkKind("multilayer perceptron", MLPHyperparameters, _describe_mlp)
 CNN = NetworkKind("convolutional network", Hyperparameters, _describe_cnn)

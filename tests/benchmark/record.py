@@ -49,6 +49,7 @@ class Task:
     n_near: int
     n_again: int
     data: Mapping[str, Any] | None = None  # instead of the study file's
+    space: Mapping[str, Any] | None = None  # the tables `search` and `fixed`, instead of the study file's
     turned: bool = False  # whether all images, those for validation included, are turned and shifted at random
 
     @property
@@ -57,12 +58,25 @@ class Task:
         return self.trials * self.epochs
 
 
+# Of `mnist-cnn` when its curves were recorded.
+_CNN = {
+    "search": {
+        "depth": {"int": [3, 5]},
+        "width": {"int": [12, 32], "log": True},
+        "lr": {"float": [1e-3, 3e-2], "log": True},
+        "optimizer": {"choice": ["adamw", "nadam"]},
+        "weight_decay": {"float": [1e-5, 1e-1], "log": True},
+        "label_smoothing": {"float": [0.0, 0.15]},
+        "augment": {"float": [0.2, 0.8]},
+    },
+    "fixed": {"batch_size": 256, "schedule": "onecycle", "batch_norm": True},
+}
 TASKS = {
     "digits": Task("digits", 30, 15, 700, 300, 80),
     "mnist-mlp-4000": Task("mnist-mlp", 40, 9, 300, 100, 40, data={"train": 4_000}),
     "mnist-turned": Task("mnist-mlp", 40, 9, 200, 80, 40, data={"train": 10_000}, turned=True),
     "mnist-mlp": Task("mnist-mlp", 40, 9, 300, 100, 24),
-    "mnist-cnn": Task("mnist-cnn", 20, 9, 80, 24, 16, data={"train": 8_000, "validation": 5_000}),
+    "mnist-cnn": Task("mnist-cnn", 20, 9, 80, 24, 16, data={"train": 8_000, "validation": 5_000}, space=_CNN),
 }
 
 
@@ -72,6 +86,7 @@ def define(task: Task) -> StudyDefinition:
     tables.pop("try", None)
     tables["budget"] = {"trials": task.trials, "epochs": task.epochs}
     tables["data"] |= task.data or {}
+    tables |= task.space or {}
     return parse_definition(tables)
 
 

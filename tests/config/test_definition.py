@@ -42,6 +42,7 @@ ERRORS = [
     ("[data]\nname = 'digits'\nvalidation = 1437", "data: digits has only 1437 training images, but"),
     ("[network]\nkind = 'rnn'", "network.kind: 'rnn' is not valid"),
     ("[search]\nwidht = { int = [8, 9] }", "search.widht: unknown hyperparameter; did you mean 'width'?"),
+    ("[network]\nkind = 'mlp'\n[fixed]\nstem_stride = 1", "fixed.stem_stride: unknown hyperparameter"),
     ("[search]\nlr = { float = [0.1, 0.0001] }", "search.lr: lower bound 0.1 is greater than upper bound 0.0001"),
     ("[search]\nlr = { float = [0.0, 0.1], log = true }", "search.lr: log = true needs a lower bound > 0, got 0.0"),
     ("[search]\ndropout = { float = [0.0, 0.5], log = true }", "search.dropout: log = true needs a lower bound > 0"),

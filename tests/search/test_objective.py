@@ -175,14 +175,17 @@ def test_a_retried_trial_has_the_seed_of_the_trial_that_it_repeats() -> None:
     assert trial_seed(7, first) != trial_seed(7, first, repetition=1)
 
 
-@pytest.mark.parametrize("newer", [{}, {"flip": True}])
+@pytest.mark.parametrize(
+    ("kind", "newer"), [("mlp", {}), ("mlp", {"flip": True}), ("cnn", {}), ("cnn", {"stem_stride": 1})]
+)
 def test_a_checkpoint_names_newer_hyperparameters_only_where_they_are_on_so_that_older_checkpoints_are_resumed(
-    digits: ImageData, tmp_path: Path, newer: dict[str, Any]
+    digits: ImageData, tmp_path: Path, kind: str, newer: dict[str, Any]
 ) -> None:
     def stop(*, between_epochs: bool = False) -> None:
         raise Drained
 
-    objective, trial = Objective(make_definition(fixed=newer), digits, checkpoints=tmp_path), FixedTrial(PARAMS)
+    definition, trial = make_definition(network={"kind": kind}, fixed=newer), FixedTrial(PARAMS)
+    objective = Objective(definition, digits, checkpoints=tmp_path)
     with pytest.raises(Drained):
         objective(trial, stop)  # type: ignore[arg-type]
     identity = json.loads(read(Folder(tmp_path), "trial-0.ckpt")["identity"])

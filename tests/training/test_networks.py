@@ -1,7 +1,7 @@
 """Networks: the requested hidden layers, logits in training, softmax probabilities in prediction."""
 
 import json
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -35,6 +35,26 @@ def test_a_cnn_has_depth_blocks_from_width_channels(depth: int) -> None:
     channels = [layer.out_channels for layer in network if isinstance(layer, nn.Conv2d)]
     assert channels == [6, 12, 12, 24, 24][:depth]
     assert count(network, nn.BatchNorm2d) == depth
+
+
+@pytest.mark.parametrize(
+    ("stem_stride", "expected"),
+    [
+        (1, [(5, 28), (10, 14), (10, 14), (20, 7), (20, 7), (40, 4), (40, 4), (40, 4)]),
+        (2, [(5, 14), (10, 7), (10, 7), (20, 4), (20, 4), (20, 4), (20, 4), (20, 4)]),
+    ],
+)
+def test_the_stem_of_a_cnn_keeps_all_pixels_or_a_quarter(
+    stem_stride: Literal[1, 2], expected: list[tuple[int, int]]
+) -> None:
+    network = build_network("cnn", Hyperparameters(depth=8, width=5, stem_stride=stem_stride), (3, 28, 28), 10)
+    images, shapes = torch.zeros(1, 3, 28, 28), []
+    for layer in network[:-3]:
+        images = layer.eval()(images)
+        if isinstance(layer, nn.Conv2d):
+            assert images.shape[2] == images.shape[3]
+            shapes.append(tuple(images.shape[1:3]))
+    assert shapes == expected
 
 
 @pytest.mark.parametrize("kind", ["mlp", "cnn"])
@@ -78,11 +98,13 @@ def test_images_of_any_size_train_a_deep_network(kind: str, shape: tuple[int, in
     assert trainer.run_epoch().value >= 0
 
 
+@pytest.mark.parametrize("stem_stride", [1, 2])
 @pytest.mark.parametrize("depth", [2, 6])
-def test_the_cost_of_a_cnn_grows_with_the_pixels_and_no_faster(depth: int) -> None:
+def test_the_cost_of_a_cnn_grows_with_the_pixels_and_no_faster(depth: int, stem_stride: Literal[1, 2]) -> None:
     def count_operations(side: int) -> int:
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
-            network = build_network("cnn", Hyperparameters(depth=depth, width=8), (3, side, side), 10)
+            hyperparameters = Hyperparameters(depth=depth, width=8, stem_stride=stem_stride)
+            network = build_network("cnn", hyperparameters, (3, side, side), 10)
             network(torch.empty(2, 3, side, side)).sum().backward()
         return int(counter.get_total_flops())
 
