@@ -47,6 +47,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "batch_size 128": {"batch_size": 128},
     "activation gelu": {"activation": "gelu"},
     "width 24": {"width": 24},
+    "stem_stride 1, seven blocks of 8 to 64 channels": {"stem_stride": 1, "depth": 7, "width": 8},
+    "stem_stride 1, seven blocks of 16 to 128 channels": {"stem_stride": 1, "depth": 7, "width": 16},
 }
 
 
