@@ -39,18 +39,14 @@ class LayerHyperparameters(Table):
     batch_norm: bool = True
 
 
-class ConvolutionHyperparameters(LayerHyperparameters):
-    """The hyperparameters of a CNN."""
-
-    stem_stride: Literal[1, 2] = Field(2, description="of the first convolution (CNN); 1: its block keeps all pixels")
-
-
 class MLPHyperparameters(TrainingHyperparameters, LayerHyperparameters):
     """The hyperparameters of an MLP and its training; each can be searched or fixed."""
 
 
-class Hyperparameters(TrainingHyperparameters, ConvolutionHyperparameters):
+class Hyperparameters(MLPHyperparameters):
     """The hyperparameters of a CNN and its training, which include those of an MLP; each can be searched or fixed."""
+
+    stem_stride: int = Field(2, ge=1, le=2, description="of a CNN's first convolution; 1: its block keeps all pixels")
 
 
 def _describe_mlp(hp: LayerHyperparameters, image_shape: tuple[int, int, int], n_classes: int) -> list[Layer]:
@@ -65,11 +61,11 @@ def _describe_mlp(hp: LayerHyperparameters, image_shape: tuple[int, int, int], n
     return [*layers, ("Linear", {"in_features": n_inputs, "out_features": n_classes})]
 
 
-def _describe_cnn(hp: ConvolutionHyperparameters, image_shape: tuple[int, int, int], n_classes: int) -> list[Layer]:
+def _describe_cnn(hp: Hyperparameters, image_shape: tuple[int, int, int], n_classes: int) -> list[Layer]:
     """Return `depth` blocks; starting from `width`, every second block doubles the channels and has stride 2.
 
     With `stem_stride` 2, the first kernel is 5x5 and all later layers work on a quarter of the pixels; with 1, it is
-    3x3. In both cases, the channels stop doubling when a side has an eighth of the pixels.
+    3x3. In both cases, the channels stop doubling when a side is an eighth of the image's.
     """
     layers: list[Layer] = []
     n_inputs = image_shape[0]

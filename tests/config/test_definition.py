@@ -43,6 +43,7 @@ ERRORS = [
     ("[network]\nkind = 'rnn'", "network.kind: 'rnn' is not valid"),
     ("[search]\nwidht = { int = [8, 9] }", "search.widht: unknown hyperparameter; did you mean 'width'?"),
     ("[network]\nkind = 'mlp'\n[fixed]\nstem_stride = 1", "fixed.stem_stride: unknown hyperparameter"),
+    ("[network]\nkind = 'cnn'\n[fixed]\nstem_stride = 3", "fixed.stem_stride: must be less than or equal to 2"),
     ("[search]\nlr = { float = [0.1, 0.0001] }", "search.lr: lower bound 0.1 is greater than upper bound 0.0001"),
     ("[search]\nlr = { float = [0.0, 0.1], log = true }", "search.lr: log = true needs a lower bound > 0, got 0.0"),
     ("[search]\ndropout = { float = [0.0, 0.5], log = true }", "search.dropout: log = true needs a lower bound > 0"),
