@@ -30,7 +30,7 @@ from hpsearch.training.trainer import Trainer
 
 
 def make_contents(data: ImageData, kind: str = "mlp", n_members: int = 1, shift: int = 0) -> bundle.Contents:
-    hyperparameters = Hyperparameters(width=8, dropout=0.1)
+    hyperparameters = find(NETWORKS, kind).hyperparameters(width=8, dropout=0.1)
     networks = [build_network(kind, hyperparameters, data.image_shape, 10) for _ in range(n_members)]
     evaluation = evaluate(np.eye(10, dtype=np.float32), np.arange(10), data.class_names)
     config = {
@@ -105,7 +105,7 @@ def test_a_bundle_has_the_files_of_the_design_and_nothing_beside_it(saved: Path)
 @pytest.mark.parametrize("kind", ["mlp", "cnn"])
 def test_the_files_of_a_trained_network_hold_each_parameter_once(digits: ImageData, tmp_path: Path, kind: str) -> None:
     contents = make_contents(digits, kind)
-    wide = Hyperparameters(width=32)
+    wide = find(NETWORKS, kind).hyperparameters(width=32)
     network = build_network(kind, wide, digits.image_shape, 10)
     Trainer(network, digits.train, wide, 1).run_epoch()
     layers = find(NETWORKS, kind).describe(wide, digits.image_shape, 10)

@@ -278,13 +278,13 @@ def test_a_config_that_asks_for_more_memory_than_there_is_is_refused_at_once(
     bundles: tuple[Path, Path], tmp_path: Path
 ) -> None:
     from hpsearch.plugins import NETWORKS, find
-    from hpsearch.training.kinds import Hyperparameters
 
+    mlp = find(NETWORKS, "mlp")
     copy = Path(shutil.copytree(bundles[0], tmp_path / "copy"))
     config = json.loads((copy / "config.json").read_text())
-    giant = Hyperparameters(depth=64, width=65_536)
+    giant = mlp.hyperparameters(depth=64, width=65_536)
     config["hyperparameters"] = giant.model_dump()
-    config["layers"] = find(NETWORKS, "mlp").describe(giant, (1, 28, 28), 10)
+    config["layers"] = mlp.describe(giant, (1, 28, 28), 10)
     put_json("config.json", json.dumps(config))(copy)
     with pytest.raises(BundleError, match=r"too large|does not match"):
         bundle.load(copy)

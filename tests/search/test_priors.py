@@ -90,7 +90,8 @@ def test_the_guide_names_every_built_in_prior() -> None:
     fields = Hyperparameters.model_fields
     names = [name for name, field in fields.items() if field.annotation in (int, float) and name != "batch_size"]
     ranges: dict[Any, Any] = {int: {"int": [1, 64]}, float: {"float": [1e-5, 0.99]}}
-    priors = priors_of({name: ranges[fields[name].annotation] for name in names})
+    search = {name: ranges[fields[name].annotation] for name in names} | {"stem_stride": {"int": [1, 2]}}
+    priors = priors_of(search, network={"kind": "cnn"})
     found = {name: priors.find(name, {"optimizer": "adam" if name == "lr" else "sgd"}) for name in names}
     assert shown == {name: prior for name, prior in found.items() if prior is not None} | {"width": 85}
 
