@@ -282,8 +282,9 @@ def verify_models(
         }
         if (folder / PROGRAM).exists():
             kinds["model.pt"] = PROGRAM_FORMAT
+        n_threads = max(1, torch.get_num_threads() // len(kinds))  # more would wait for each other's cores
         answers = {
-            name: pool.submit(_predict, kind, folder, pixels, pixels.with_name(f"{name}.npy"), timeout)
+            name: pool.submit(_predict, kind, folder, pixels, pixels.with_name(f"{name}.npy"), timeout, n_threads)
             for name, kind in kinds.items()
         }
         for i, (name, answer) in enumerate(answers.items()):
@@ -298,8 +299,10 @@ def verify_models(
     return found
 
 
-def _predict(kind: Format, folder: Path, pixels: Path, output: Path, timeout: int) -> NDArray[np.float32]:
-    """Load a model file in a new process, and return its probabilities for the pixels."""
+def _predict(
+    kind: Format, folder: Path, pixels: Path, output: Path, timeout: int, n_threads: int
+) -> NDArray[np.float32]:
+    """Load a model file in a new process with so many threads, and return its probabilities for the pixels."""
     name = output.stem
     wrap = "torch.from_numpy(images)" if kind.has_tensors else "images"
     program = (  # the folder gets no bytecode of predict.py
@@ -315,7 +318,7 @@ def _predict(kind: Format, folder: Path, pixels: Path, output: Path, timeout: in
         process = subprocess.run(  # noqa: S603
             command,
             cwd=folder,
-            env=os.environ | import_path(),
+            env=os.environ | import_path() | {"OMP_NUM_THREADS": str(n_threads)},
             capture_output=True,
             text=True,
             check=False,
