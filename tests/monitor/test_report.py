@@ -28,7 +28,7 @@ from hpsearch.monitor.report import advise, write_report
 from hpsearch.plugins import NETWORKS, find
 from hpsearch.search.study import open_study
 from hpsearch.storage.rdb import open_storage
-from hpsearch.training.kinds import Hyperparameters
+from hpsearch.training.kinds import MLPHyperparameters
 from hpsearch.training.networks import build_network
 
 SEARCH = {
@@ -136,7 +136,7 @@ def report(tmp_path: Path, definition: StudyDefinition) -> Callable[..., Page]:
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory, digits: ImageData, forked_verification: None) -> Path:
     """A bundle made from a trial with `PARAMS`."""
-    hyperparameters = Hyperparameters(**PARAMS)
+    hyperparameters = MLPHyperparameters(**PARAMS)
     network = build_network("mlp", hyperparameters, digits.image_shape, 10)
     guesses = np.eye(10, dtype=np.float32)[[0, 1, 2, 3, 4, 5, 6, 7, 8, 1]]
     evaluation = evaluate(guesses, np.arange(10), digits.class_names)
